@@ -1,0 +1,164 @@
+"""One record per photo, and the prepared folder: index, fixations, provenance.
+
+Raw data is never changed. Notebook 01 reads it once and writes a *prepared* folder that every
+later stage reads: ``index.jsonl`` (one line per photo), ``fixations.npz`` (all the points) and
+``meta.json`` (dataset, edition, sigma, counts, split rule, versions).
+"""
+
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from mlnet_utils.runtime import atomic_path, progress, read_json, sha256_file, write_json, write_text
+
+SPLITS = ("train", "val", "test")
+MADE_BY = "notebook 01_data_preparation"
+
+
+def _empty_points() -> np.ndarray:
+    return np.zeros((0, 2), np.float32)
+
+
+@dataclass
+class Photo:
+    """A photo and who looked where.
+
+    Attributes:
+        stem: file name without extension; photos, fixations and maps are paired by it.
+        image: path relative to the dataset's root, with forward slashes.
+        width: columns of the photo.
+        height: rows of the photo.
+        split: ``train``, ``val``, ``test``, or ``""`` before splitting.
+        fixations: (N, 2) float32 x, y, 0-based, pixel centres at integers, all inside the photo.
+        observers: (N,) int16 observer of each fixation; order within one is viewing order.
+        durations: (N,) float32 milliseconds, NaN where unknown.
+        density: path of a density map where one exists, relative to the root, or ``""``.
+        sha256: of the photo's file, or ``""`` before indexing.
+        dropped: fixations that fell outside the photo and were dropped.
+    """
+
+    stem: str
+    image: str
+    width: int
+    height: int
+    split: str = ""
+    fixations: np.ndarray = field(default_factory=_empty_points)
+    observers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int16))
+    durations: np.ndarray | None = None
+    density: str = ""
+    sha256: str = ""
+    dropped: int = 0
+
+    def __post_init__(self):
+        n = len(self.fixations)
+        if self.durations is None:
+            self.durations = np.full(n, np.nan, np.float32)
+        if len(self.observers) != n or len(self.durations) != n:
+            raise ValueError(
+                f"photo {self.stem}: {n} fixations but {len(self.observers)} observers and "
+                f"{len(self.durations)} durations"
+            )
+
+
+def write_prepared(folder: str | Path, photos: list[Photo], meta: dict) -> None:
+    """Write the prepared folder; ``meta.json`` last, so that its presence means complete.
+
+    Raises:
+        ValueError: two photos share a stem.
+    """
+    folder = Path(folder)
+    twice = [stem for stem, n in Counter(photo.stem for photo in photos).items() if n > 1]
+    if twice:
+        raise ValueError(
+            f"{len(twice)} photos share their stem with another ({', '.join(sorted(twice)[:5])}): "
+            "pairing is by stem, so every stem must be unique; rename the files"
+        )
+    (folder / "meta.json").unlink(missing_ok=True)
+    lines = [
+        json.dumps(
+            {
+                "stem": photo.stem,
+                "image": photo.image,
+                "width": photo.width,
+                "height": photo.height,
+                "split": photo.split,
+                "density": photo.density,
+                "sha256": photo.sha256,
+                "fixations": len(photo.fixations),
+                "observers": len(np.unique(photo.observers)),
+                "dropped": photo.dropped,
+            }
+        )
+        for photo in photos
+    ]
+    write_text(folder / "index.jsonl", "\n".join(lines) + "\n")
+    with atomic_path(folder / "fixations.npz") as temporary:
+        np.savez_compressed(
+            temporary,
+            offsets=np.cumsum([0] + [len(photo.fixations) for photo in photos]),
+            points=np.concatenate([photo.fixations for photo in photos] or [_empty_points()]),
+            observers=np.concatenate([photo.observers for photo in photos] or [[]]).astype(np.int16),
+            durations=np.concatenate([photo.durations for photo in photos] or [[]]).astype(
+                np.float32
+            ),
+        )
+    write_json(folder / "meta.json", meta)
+
+
+def read_prepared(folder: str | Path) -> tuple[list[Photo], dict]:
+    """Read what :func:`write_prepared` wrote.
+
+    Raises:
+        FileNotFoundError: the folder is missing or incomplete; names what makes it.
+        ValueError: index and fixations do not belong together.
+    """
+    folder = Path(folder)
+    meta = read_json(folder / "meta.json", MADE_BY)
+    for name in ("index.jsonl", "fixations.npz"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder / name} is missing: run {MADE_BY} again")
+    rows = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
+    with np.load(folder / "fixations.npz", allow_pickle=False) as arrays:
+        points, observers, durations = arrays["points"], arrays["observers"], arrays["durations"]
+        offsets = arrays["offsets"]
+    if len(offsets) != len(rows) + 1 or [r["fixations"] for r in rows] != np.diff(offsets).tolist():
+        raise ValueError(
+            f"{folder}: index.jsonl and fixations.npz disagree; run {MADE_BY} again"
+        )
+    photos = [
+        Photo(
+            stem=row["stem"],
+            image=row["image"],
+            width=row["width"],
+            height=row["height"],
+            split=row["split"],
+            fixations=points[start:stop],
+            observers=observers[start:stop],
+            durations=durations[start:stop],
+            density=row["density"],
+            sha256=row["sha256"],
+            dropped=row["dropped"],
+        )
+        for row, start, stop in zip(rows, offsets[:-1], offsets[1:], strict=True)
+    ]
+    return photos, meta
+
+
+def check_prepared(folder: str | Path, root: str | Path) -> list[str]:
+    """Re-verify a prepared dataset against its files.
+
+    Returns:
+        One sentence per photo that is missing or has changed since preparation; empty if none.
+    """
+    photos, _ = read_prepared(folder)
+    problems = []
+    for photo in progress(photos, "checking photos", unit="photo"):
+        path = Path(root) / photo.image
+        if not path.is_file():
+            problems.append(f"{photo.stem}: {path} is missing")
+        elif photo.sha256 and sha256_file(path) != photo.sha256:
+            problems.append(f"{photo.stem}: {path} has changed since preparation (SHA-256 differs)")
+    return problems

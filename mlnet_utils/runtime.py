@@ -1,0 +1,189 @@
+"""Where a run happens: seeds, device, versions, folders, atomic writes, progress.
+
+Nothing here knows about saliency; nothing here imports torch until it must.
+"""
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import random
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+REPORTED_PACKAGES = ("mlnet-utils", "torch", "torchvision", "timm", "accelerate", "numpy", "scipy")
+
+
+# ---- folders -----------------------------------------------------------------------------------
+def in_colab() -> bool:
+    """True inside Google Colab, whose kernel ships the ``google.colab`` package."""
+    try:
+        return importlib.util.find_spec("google.colab") is not None
+    except ModuleNotFoundError:  # the parent package ``google`` is absent
+        return False
+
+
+def checkout_root() -> Path | None:
+    """The repository this package is imported from, or None when it is installed elsewhere."""
+    root = Path(__file__).resolve().parent.parent
+    return root if (root / "pyproject.toml").is_file() and (root / "notebooks").is_dir() else None
+
+
+def data_root(value: str | Path = "") -> Path:
+    """Folder of the raw datasets: ``value``, else ``$MLNET_DATA``, else ``data/``.
+
+    ``data/`` is the checkout's, or the working folder's where there is no checkout, so that a
+    notebook finds the same data by hand (in ``notebooks/``), by papermill and by nbval.
+    """
+    chosen = str(value) or os.environ.get("MLNET_DATA", "")
+    return Path(chosen).expanduser() if chosen else (checkout_root() or Path.cwd()) / "data"
+
+
+def run_dir(value: str | Path = "", preset: str = "sample") -> Path:
+    """Folder of one run: ``value``, else ``$MLNET_RUNS/<preset>``, else ``runs/<preset>``."""
+    if str(value):
+        return Path(value).expanduser()
+    base = os.environ.get("MLNET_RUNS", "")
+    name = Path(preset).stem  # a preset may be the path of a YAML file
+    return (Path(base).expanduser() if base else (checkout_root() or Path.cwd()) / "runs") / name
+
+
+def display_path(path: str | Path) -> str:
+    """A path as readers should see it: relative to the checkout, the working folder or home."""
+    path = Path(path).resolve()
+    for base, prefix in ((checkout_root(), ""), (Path.cwd(), ""), (Path.home(), "~/")):
+        if base is not None and path.is_relative_to(base):
+            return prefix + path.relative_to(base).as_posix()
+    return path.name
+
+
+# ---- files -------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; rename it onto ``path`` only on success.
+
+    A reader therefore sees the old file or the new one, never half of either, and a full disk
+    or a kill leaves the old one intact.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The suffix is kept because writers such as Pillow and NumPy choose the format by it.
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write ``text`` (UTF-8) atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Write ``value`` as indented JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: str | Path, made_by: str) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: the file is missing; the message names what makes it (``made_by``).
+        ValueError: the file is not valid JSON.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: it is made by {made_by}. Run that first.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}); delete it and run {made_by}") from None
+
+
+def sha256_file(path: str | Path) -> str:
+    """SHA-256 of a file, as 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- machine -----------------------------------------------------------------------------------
+def seed_everything(seed: int) -> None:
+    """Seed Python, NumPy and torch (all devices)."""
+    import numpy as np
+    import torch
+
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - third-party code draws from the global generator
+    torch.manual_seed(seed)
+
+
+def pick_device() -> str:
+    """``"cuda"`` if there is one, else ``"mps"``, else ``"cpu"``."""
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def versions() -> dict[str, str]:
+    """Python, the packages that decide the numbers, and the hardware, for run records."""
+    import torch
+
+    found = {"python": platform.python_version()}
+    for name in REPORTED_PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    if torch.cuda.is_available():
+        found["device"] = torch.cuda.get_device_name()
+    else:
+        found["device"] = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    return found
+
+
+def cpu_count() -> int:
+    """Cores this process may use (a container or a cluster job often grants fewer than exist)."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+# ---- progress ----------------------------------------------------------------------------------
+def progress(
+    iterable: Iterable, description: str, total: int | None = None, unit: str = "it"
+) -> Iterator:
+    """Iterate with a bar on a terminal, and with a plain line every 15 s elsewhere.
+
+    In notebooks and log files a redrawn bar is noise (and breaks saved outputs), and silence is
+    worrying; short loops therefore print nothing there. Everything goes to stderr on a terminal
+    and to stdout elsewhere, so that a saved notebook holds no stderr.
+    """
+    if total is None and hasattr(iterable, "__len__"):
+        total = len(iterable)
+    if sys.stderr.isatty():
+        from tqdm import tqdm
+
+        yield from tqdm(iterable, desc=description, total=total, unit=unit, leave=False)
+        return
+    started = last = time.monotonic()
+    for done, item in enumerate(iterable, start=1):
+        yield item
+        now = time.monotonic()
+        if now - last >= 15:
+            last = now
+            of = f"/{total}" if total else ""
+            print(f"{description}: {done}{of} {unit}, {now - started:.0f} s", flush=True)

@@ -1,0 +1,250 @@
+"""Geometry and ground truth: letterbox and its inverse, normalisation, fixations to density.
+
+Everything linear is written as a pair of small matrices applied to rows and columns: blur,
+area resize and letterbox then compose exactly, run on any device, and have an exact adjoint.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+# ---- letterbox ---------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Letterbox:
+    """How a photo is fitted into the network's input: resized to the content size, then centred.
+
+    The photo's aspect ratio is kept; the rest is padding, as in the authors' code
+    (``padding()`` in their ``utilities.py``): the side that would overflow decides the scale.
+    """
+
+    photo_height: int
+    photo_width: int
+    height: int
+    width: int
+
+    def __post_init__(self):
+        for name in ("photo_height", "photo_width", "height", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"letterbox: {name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def content_height(self) -> int:
+        """Rows of the resized photo inside the input."""
+        if self.photo_height * self.width > self.photo_width * self.height:
+            return self.height
+        return max(1, (self.photo_height * self.width) // self.photo_width)
+
+    @property
+    def content_width(self) -> int:
+        """Columns of the resized photo inside the input."""
+        if self.photo_height * self.width > self.photo_width * self.height:
+            return max(1, (self.photo_width * self.height) // self.photo_height)
+        return self.width
+
+    @property
+    def top(self) -> int:
+        """Rows of padding above (the odd row goes below)."""
+        return (self.height - self.content_height) // 2
+
+    @property
+    def left(self) -> int:
+        """Columns of padding on the left (the odd column goes to the right)."""
+        return (self.width - self.content_width) // 2
+
+
+def letterbox(image: Tensor, height: int, width: int) -> Tensor:
+    """Fit an image into (height, width): aspect-preserving antialiased resize, centred, zeros.
+
+    Args:
+        image: (C, H, W), uint8 or float, any range.
+        height: rows of the result.
+        width: columns of the result.
+
+    Returns:
+        (C, height, width) float32 in the range of the input.
+
+    Raises:
+        ValueError: the image is not (C, H, W).
+    """
+    if image.ndim != 3:
+        raise ValueError(f"letterbox expects (C, H, W), got shape {tuple(image.shape)}")
+    box = Letterbox(image.shape[1], image.shape[2], height, width)
+    content = image.float()
+    if tuple(content.shape[1:]) != (box.content_height, box.content_width):
+        content = F.interpolate(
+            content[None],
+            size=(box.content_height, box.content_width),
+            mode="bilinear",
+            antialias=True,
+        )[0]
+    return F.pad(
+        content,
+        (
+            box.left,
+            width - box.content_width - box.left,
+            box.top,
+            height - box.content_height - box.top,
+        ),
+    )
+
+
+def unletterbox(maps: Tensor, box: Letterbox) -> Tensor:
+    """Bring maps on the network's grid back to the photo's own pixels: the letterbox's inverse.
+
+    Every photo pixel centre is mapped to its place on the grid and read there bilinearly, so
+    that no rounding to whole grid cells occurs even where the padding is not a multiple of the
+    output stride; the padding itself is never read.
+
+    Args:
+        maps: (B, h, w) on the grid that covers the letterboxed input (any stride).
+        box: the geometry with which the photo was letterboxed.
+
+    Returns:
+        (B, photo_height, photo_width), values interpolated, not renormalised.
+    """
+    rows = _sampling_matrix(
+        maps.shape[-2], box.height, box.photo_height, box.content_height, box.top
+    )
+    columns = _sampling_matrix(
+        maps.shape[-1], box.width, box.photo_width, box.content_width, box.left
+    )
+    rows, columns = rows.to(maps), columns.to(maps)
+    return rows @ maps @ columns.T
+
+
+@functools.lru_cache(maxsize=256)
+def _sampling_matrix(grid: int, size: int, photo: int, content: int, offset: int) -> Tensor:
+    """(photo, grid) bilinear weights that read a map of ``grid`` cells at photo pixel centres."""
+    centre = (np.arange(photo) + 0.5) * content / photo + offset  # in input pixels
+    position = centre * grid / size - 0.5  # in grid cells
+    # Cells that lie wholly in the padding hold no prediction of the photo: clamp to content.
+    first = int(np.floor(offset * grid / size))
+    last = int(np.ceil((offset + content) * grid / size)) - 1
+    position = position.clip(first, last)
+    low = np.floor(position).astype(int).clip(0, max(grid - 2, 0))
+    weight = position - low
+    matrix = np.zeros((photo, grid))
+    matrix[np.arange(photo), low] = 1 - weight
+    matrix[np.arange(photo), np.minimum(low + 1, grid - 1)] += weight
+    return torch.from_numpy(matrix)
+
+
+def normalise(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """(..., 3, H, W) in 0..255 to zero mean and unit deviation, given in 0..1 units."""
+    shape = (3, 1, 1)
+    mean_t = torch.tensor(mean, device=image.device).reshape(shape) * 255
+    std_t = torch.tensor(std, device=image.device).reshape(shape) * 255
+    return (image - mean_t) / std_t
+
+
+# ---- fixations ---------------------------------------------------------------------------------
+def pixel_indices(points: np.ndarray) -> np.ndarray:
+    """(N, 2) x, y coordinates (0-based, pixel centres at integers) to integer x, y pixels."""
+    return np.floor(np.asarray(points, dtype=np.float64) + 0.5).astype(np.int64)
+
+
+def inside(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(N,) bool: which points fall on a pixel of a height x width photo."""
+    x, y = pixel_indices(points).reshape(-1, 2).T
+    return (x >= 0) & (x < width) & (y >= 0) & (y < height)
+
+
+def fixation_counts(points: np.ndarray, height: int, width: int) -> Tensor:
+    """(H, W) int64: how many fixations fall on each pixel.
+
+    Raises:
+        ValueError: a point lies outside the photo (readers drop and count those).
+    """
+    points = np.asarray(points).reshape(-1, 2)
+    if not inside(points, height, width).all():
+        bad = points[~inside(points, height, width)][0]
+        raise ValueError(
+            f"fixation at x={bad[0]:.1f}, y={bad[1]:.1f} lies outside the {width}x{height} photo"
+        )
+    x, y = pixel_indices(points).T
+    counts = np.bincount(y * width + x, minlength=height * width)
+    return torch.from_numpy(counts.reshape(height, width))
+
+
+@functools.lru_cache(maxsize=64)
+def blur_matrix(size: int, sigma: float) -> Tensor:
+    """(size, size) float64 matrix of a Gaussian blur along one axis.
+
+    Equals ``scipy.ndimage.gaussian_filter1d(mode="reflect", truncate=4)``: the kernel is cut at
+    4 sigma and mass that would leave the photo is reflected back, so columns sum to 1.
+
+    Raises:
+        ValueError: sigma is not positive.
+    """
+    if sigma <= 0:
+        raise ValueError(f"sigma must be positive (pixels of the photo), got {sigma}")
+    radius = int(4 * sigma + 0.5)
+    offsets = np.arange(-radius, radius + 1)
+    kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
+    kernel /= kernel.sum()
+    index = np.arange(size)[:, None] + offsets  # where each output reads
+    index %= 2 * size  # reflection has period 2 * size: d c b a | a b c d | d c b a
+    index = np.where(index >= size, 2 * size - 1 - index, index)
+    matrix = np.zeros((size, size))
+    np.add.at(matrix, (np.arange(size)[:, None], index), kernel)
+    return torch.from_numpy(matrix)
+
+
+@functools.lru_cache(maxsize=64)
+def target_matrix(photo: int, size: int, content: int, offset: int, cells: int, sigma: float):
+    """(cells, photo) float64: blur along one photo axis, letterbox it, average into cells."""
+    # Area resize keeps mass: each photo pixel spreads over the input pixels that it covers.
+    edges = np.arange(photo + 1) * content / photo + offset
+    cell_edges = np.arange(cells + 1) * size / cells
+    low = np.maximum(edges[None, :-1], cell_edges[:-1, None])
+    high = np.minimum(edges[None, 1:], cell_edges[1:, None])
+    spread = np.clip(high - low, 0, None) * photo / content
+    return torch.from_numpy(spread) @ blur_matrix(photo, sigma)
+
+
+def density_from_points(points: np.ndarray, height: int, width: int, sigma: float) -> Tensor:
+    """Fixation density at the photo's size: the fixations blurred with a Gaussian.
+
+    The blur is separable, so the map is a sum of outer products, one per fixation: exact, and
+    cheaper than filtering an image.
+
+    Args:
+        points: (N, 2) x, y, 0-based, inside the photo.
+        height: rows of the photo.
+        width: columns of the photo.
+        sigma: in pixels of the photo.
+
+    Returns:
+        (H, W) float64 that sums to 1; all zeros if there is no fixation.
+    """
+    x, y = pixel_indices(np.asarray(points).reshape(-1, 2)).T
+    rows = blur_matrix(height, sigma)[:, y]  # (H, N)
+    columns = blur_matrix(width, sigma)[:, x]  # (W, N)
+    return rows @ columns.T / max(len(x), 1)
+
+
+def density_on_grid(
+    points: np.ndarray, box: Letterbox, grid: tuple[int, int], sigma: float
+) -> Tensor:
+    """The density of :func:`density_from_points`, letterboxed and averaged onto a coarse grid.
+
+    Returns:
+        (h, w) float64 that sums to 1 (all zeros without fixations), equal to blurring at the
+        photo's size, area-resizing into the letterbox and averaging over each grid cell.
+    """
+    x, y = pixel_indices(np.asarray(points).reshape(-1, 2)).T
+    rows = target_matrix(
+        box.photo_height, box.height, box.content_height, box.top, grid[0], sigma
+    )[:, y]
+    columns = target_matrix(
+        box.photo_width, box.width, box.content_width, box.left, grid[1], sigma
+    )[:, x]
+    return rows @ columns.T / max(len(x), 1)
