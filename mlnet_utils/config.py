@@ -1,0 +1,291 @@
+"""One flat, frozen configuration; named presets; strict overrides.
+
+The defaults are the authors' recipe, each with the place it comes from: *paper* is Cornia et al.,
+"A Deep Multi-Level Network for Saliency Prediction", ICPR 2016 (arXiv:1609.01064); *code* is the
+Keras implementation they released. A preset lists only what it changes.
+"""
+
+import dataclasses
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_origin, get_type_hints
+
+import yaml
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that decides a run's numbers. Unknown keys and wrong types are errors."""
+
+    preset: str = "paper"
+
+    # ---- data
+    dataset: str = "salicon-2015"  # paper 4.1: SALICON, 10,000 train and 5,000 validation photos
+    limit: int = 0  # photos per split, 0 = all
+    height: int = 480  # paper 3.4: input 480 x 640
+    width: int = 640
+    sigma: float = 0.0  # blur of the fixations in photo pixels; 0 = the dataset's own
+    fold: int = -1  # cross-validation fold 0..4; -1 = the dataset's fixed split
+
+    # ---- model
+    backbone: str = "vgg16"  # paper 3.1: VGG-16; any other name is timm's
+    backbone_weights: str = "imagenet"  # "imagenet", "none" or a .safetensors/.pth file
+    backbone_args: dict = field(default_factory=dict)  # passed on to timm.create_model
+    backbone_drop: tuple = ()  # modules of the timm backbone that the extractor leaves out
+    normalisation: str = "auto"  # "auto" (the backbone's own), "imagenet", "caffe" or "half"
+    levels: int = 3  # paper 3.1: pool3, pool4 and conv5_3 (the deepest n levels are used)
+    channels: int = 64  # paper 3.2: 3x3 convolution to 64 channels
+    dropout: float = 0.5  # paper 3.2: dropout on the concatenated levels
+    head: str = "paper"  # "paper" (ReLU, multiplied prior) or "density" (softmax, added log prior)
+    prior_cells: tuple = (6, 8)  # paper 3.3: (H/8/10, W/8/10); () = no prior
+    compat: str = ""  # "theano" or "mlnet-pytorch": compute as the earlier implementation does
+    dropout_at_test: bool = False  # a defect of MLNet-Pytorch, reproduced on request
+    freeze: tuple = ()  # name patterns of parameters that stay as they are (paper: none)
+    freeze_norm: bool = False  # keep batch-norm statistics of the backbone fixed
+
+    # ---- loss
+    loss: str = "mlnet"  # e.g. "mlnet", "kl", "kl + 0.5*cc + 0.1*nss" (terms in losses.py)
+    alpha: float = 1.1  # paper 3.4, equation 2
+    prior_penalty: float = -1.0  # weight of ||W||^2; -1 = 1 / number of prior cells (paper 3.4)
+
+    # ---- optimisation
+    optimizer: str = "sgd"  # paper 3.4: SGD with Nesterov momentum
+    lr: float = 1e-3  # code
+    backbone_lr_scale: float = 1.0  # learning rate of the backbone relative to the rest
+    schedule: str = "keras1"  # code: Keras 1 decay, lr / (1 + decay * updates)
+    lr_decay: float = 5e-4  # code
+    warmup: float = 0.0  # share of the updates over which one-cycle warms up
+    momentum: float = 0.9  # code
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0  # gradient norm limit, 0 = none
+    batch_size: int = 10  # code
+    epochs: int = 20  # code
+    patience: int = 5  # code: early stopping on the validation loss; 0 = never stop early
+    ema_decay: float = 0.0  # exponential moving average of the weights, 0 = none
+    flip: float = 0.0  # probability of mirroring photo and fixations together
+    jitter: float = 0.0  # strength of brightness, contrast and saturation changes
+    crop: float = 0.0  # largest share of each side that a random crop removes
+
+    # ---- engine (changes speed and memory, not what is learned)
+    precision: str = "auto"  # "auto", "fp32", "bf16" or "fp16"
+    micro_batch: int = 0  # photos per forward pass; 0 = batch_size (gradients are accumulated)
+    checkpointing: bool = False  # recompute backbone activations to save memory
+    channels_last: bool = False
+    compile: bool = False
+    workers: int = -1  # loader processes; -1 = chosen from the machine
+    cache: bool = False  # keep letterboxed photos in memory after the first epoch
+    checkpoint_every: int = 200  # updates between step checkpoints
+    deterministic: bool = False  # bit-reproducible GPU kernels, slower (the CPU always is)
+    seed: int = 0
+
+    # ---- evaluation
+    protocol: str = "mit300"  # metric definitions, see docs/metrics.md
+    test_flip: bool = False  # average the prediction with that of the mirrored photo
+    bootstrap: int = 2000  # resamples of the confidence intervals
+
+    def __post_init__(self):
+        for name, expected in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _coerce(name, getattr(self, name), expected))
+        for name, allowed in CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"config: {name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
+                )
+        for name in ("height", "width"):
+            if getattr(self, name) < 32 or getattr(self, name) % 8:
+                raise ValueError(
+                    f"config: {name}={getattr(self, name)} must be a multiple of 8, at least 32 "
+                    "(the network works at 1/8 resolution)"
+                )
+        for name in ("batch_size", "epochs", "levels", "channels", "checkpoint_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config: {name}={getattr(self, name)} must be at least 1")
+        for name in ("dropout", "flip", "ema_decay", "crop"):
+            if not 0 <= getattr(self, name) < 1 and not (name == "flip" and self.flip == 1):
+                raise ValueError(f"config: {name}={getattr(self, name)} must be in [0, 1)")
+        if len(self.prior_cells) not in (0, 2):
+            raise ValueError(f"config: prior_cells={self.prior_cells} must be (rows, columns) or ()")
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the network's output: 1/8 of the input."""
+        return self.height // 8, self.width // 8
+
+    def to_dict(self) -> dict[str, Any]:
+        """A plain dictionary (lists instead of tuples) for JSON and checkpoints."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in dataclasses.asdict(self).items()
+        }
+
+
+CHOICES = {
+    "head": ("paper", "density"),
+    "compat": ("", "theano", "mlnet-pytorch"),
+    "normalisation": ("auto", "imagenet", "caffe", "half"),
+    "optimizer": ("sgd", "adam", "adamw"),
+    "schedule": ("keras1", "constant", "onecycle"),
+    "precision": ("auto", "fp32", "bf16", "fp16"),
+    "protocol": ("mit300", "salicon", "salicon2015"),
+}
+
+# Fields that may differ between a checkpoint and the run that resumes it.
+ENGINE_FIELDS = ("workers", "cache", "checkpoint_every", "bootstrap", "test_flip", "protocol")
+
+_DENSITY = {
+    "head": "density",
+    "loss": "kl",
+    "prior_penalty": 0.0,
+    "optimizer": "adamw",
+    "schedule": "onecycle",
+    "warmup": 0.1,
+    "flip": 0.5,
+}
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # The authors' recipe to the letter: the defaults.
+    "paper": {},
+    # Minutes on two CPU cores, from random weights, on stimuli whose true density is known.
+    "sample": {
+        **_DENSITY,
+        "dataset": "synthetic",
+        "height": 120,
+        "width": 160,
+        "backbone": "test_resnet",
+        "backbone_weights": "none",
+        "dropout": 0.2,
+        "lr": 4e-3,
+        "batch_size": 16,
+        "epochs": 16,
+        "patience": 0,
+        "precision": "fp32",
+        "workers": 0,
+        "cache": True,
+    },
+    # Real eye tracking: 700 photos, 15 observers.
+    "osie": {
+        **_DENSITY,
+        "dataset": "osie",
+        "height": 240,
+        "width": 320,
+        "backbone": "mobilenetv1_100",
+        # The TensorFlow weights were trained with SAME padding.
+        "backbone_args": {"pad_type": "same"},
+        # The last pointwise layer is left out: the third level is its 1024-channel input.
+        "backbone_drop": ("blocks.4.1.conv_pw", "blocks.4.1.bn2"),
+        "freeze_norm": True,
+        "lr": 1e-3,
+        "backbone_lr_scale": 0.3,
+        "weight_decay": 1e-4,
+        "epochs": 16,
+        "patience": 0,
+        "ema_decay": 0.998,
+        "workers": 0,
+        "cache": True,
+    },
+    # Our best recipe on SALICON 2017: nothing frozen, mixed precision, density head.
+    "salicon": {
+        **_DENSITY,
+        "dataset": "salicon-2017",
+        "lr": 3e-4,
+        "backbone_lr_scale": 0.3,
+        "weight_decay": 1e-4,
+        "epochs": 10,
+        "patience": 3,
+        "ema_decay": 0.999,
+        "channels_last": True,
+    },
+}
+# Seconds: for the tests of the pipeline and for trying things out.
+PRESETS["tiny"] = {
+    **PRESETS["sample"],
+    "limit": 12,
+    "height": 64,
+    "width": 80,
+    "channels": 8,
+    "epochs": 2,
+    "batch_size": 4,
+    "bootstrap": 100,
+}
+
+
+def load_config(preset: str | Path = "sample", **overrides: Any) -> Config:
+    """Resolve a preset name or a YAML file, with strict overrides.
+
+    A YAML file holds a mapping of the fields of :class:`Config`; its optional key ``preset``
+    names the preset that it starts from (default ``paper``, the plain defaults).
+
+    Raises:
+        ValueError: unknown preset, unknown key, wrong type or value out of range.
+        FileNotFoundError: the path of a YAML file that does not exist.
+    """
+    name = str(preset)
+    if name in PRESETS:
+        values = {**PRESETS[name], "preset": name}
+    elif name.endswith((".yaml", ".yml")):
+        values = _read_yaml(Path(name))
+    else:
+        raise ValueError(
+            f"unknown preset {name!r}: use one of {', '.join(PRESETS)} or the path of a .yaml file"
+        )
+    values = {**values, **overrides}
+    known = {f.name for f in dataclasses.fields(Config)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"unknown configuration key {', '.join(unknown)}; known: {sorted(known)}")
+    return Config(**values)
+
+
+def from_dict(values: dict[str, Any]) -> Config:
+    """Rebuild a configuration that :meth:`Config.to_dict` wrote."""
+    return load_config("paper", **values)
+
+
+def describe(config: Config) -> list[tuple[str, str, str]]:
+    """(key, value, how it differs from the paper) for every field, for the notebooks' table."""
+    paper = Config()
+    rows = []
+    for key, value in config.to_dict().items():
+        default = paper.to_dict()[key]
+        rows.append((key, str(value), "" if value == default else f"paper: {default}"))
+    return rows
+
+
+def backbone_file(config: Config) -> str:
+    """Local weights of the backbone: the preset's path, else ``$BACKBONE_WEIGHTS``, else ``""``.
+
+    The variable only replaces a download (``backbone_weights="imagenet"``), never ``"none"``.
+    """
+    if config.backbone_weights == "imagenet":
+        return os.environ.get("BACKBONE_WEIGHTS", "")
+    return "" if config.backbone_weights == "none" else config.backbone_weights
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"preset file {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of configuration keys")
+    base = values.get("preset", "paper")
+    if base not in PRESETS:
+        raise ValueError(f"{path}: preset {base!r} is not one of {', '.join(PRESETS)}")
+    return {**PRESETS[base], **values, "preset": path.stem}
+
+
+def _coerce(name: str, value: Any, expected: type) -> Any:
+    """Check a value's type; accept the harmless conversions (int to float, list to tuple)."""
+    expected = get_origin(expected) or expected
+    if expected is tuple and isinstance(value, list | tuple):
+        return tuple(value)
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
+        return value
+    raise ValueError(
+        f"config: {name}={value!r} should be {expected.__name__}, not {type(value).__name__}"
+    )

@@ -1,0 +1,324 @@
+"""ML-Net in three visible parts: multi-level features, encoding, learned prior (paper section 3)."""
+
+from fnmatch import fnmatch
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mlnet_utils.config import Config, backbone_file
+from mlnet_utils.transforms import IMAGENET_MEAN, IMAGENET_STD
+
+# Mean and deviation of RGB input in 0..1. "caffe" is the Keras/Caffe VGG-16: BGR, mean only.
+NORMALISATIONS = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "caffe": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3),
+}
+
+
+# ---- 3.1 multi-level features ------------------------------------------------------------------
+class VGG16Levels(nn.Module):
+    """VGG-16 whose fourth pool has stride 1, so that three levels share 1/8 resolution."""
+
+    channels = (256, 512, 512)  # pool3, pool4, conv5_3
+
+    def __init__(self, compat: str = "", checkpointing: bool = False):
+        super().__init__()
+        from torchvision.models import vgg16
+
+        # The classifier is built and thrown away only by vgg16(); `features` keeps its names.
+        self.features = vgg16(weights=None).features[:30]  # without pool5
+        self.compat = compat
+        self.checkpointing = checkpointing
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self._run(x, 0, 4, stride=2)  # (B, 64, H/2, W/2)
+        x = self._run(x, 5, 9, stride=2)  # (B, 128, H/4, W/4)
+        pool3 = self._run(x, 10, 16, stride=2)  # (B, 256, H/8, W/8)
+        pool4 = self._run(pool3, 17, 23, stride=1)  # (B, 512, H/8, W/8)
+        conv5 = self._run(pool4, 24, 30, stride=0)  # (B, 512, H/8, W/8)
+        return [pool3, pool4, conv5]
+
+    def _run(self, x: Tensor, first: int, last: int, stride: int) -> Tensor:
+        def block(x: Tensor) -> Tensor:
+            for layer in self.features[first:last]:
+                x = layer(x)
+            return max_pool(x, stride, self.compat) if stride else x
+
+        if self.checkpointing and self.training:
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+
+def max_pool(x: Tensor, stride: int, compat: str = "") -> Tensor:
+    """The 2x2 max pool, with stride 2 or (pool4) 1; the size becomes H / stride.
+
+    ``theano`` pads one row above and one column on the left, as Keras 1 on Theano does with
+    border "same"; ``mlnet-pytorch`` makes pool4 a centred 5x5.
+    """
+    if compat == "theano":
+        x = F.pad(x, (1, 0, 1, 0), value=float("-inf"))
+        return F.max_pool2d(x, 2, stride)
+    if stride == 1 and compat == "mlnet-pytorch":
+        return F.max_pool2d(x, 5, stride=1, padding=2)
+    if stride == 1:
+        x = F.pad(x, (0, 1, 0, 1), value=float("-inf"))
+    return F.max_pool2d(x, 2, stride)
+
+
+class TimmLevels(nn.Module):
+    """The three deepest levels of a timm backbone, dilated to 1/8 resolution."""
+
+    def __init__(self, config: Config, pretrained: bool):
+        super().__init__()
+        import timm
+
+        try:
+            self.body = timm.create_model(
+                config.backbone,
+                features_only=True,
+                output_stride=8,
+                pretrained=pretrained,
+                **config.backbone_args,
+            )
+        except Exception as error:  # timm raises many types; all of them mean: unusable name
+            raise ValueError(
+                f"backbone {config.backbone!r} cannot be built by timm with features at 1/8 "
+                f"resolution ({error}); see timm.list_models(), or use vgg16"
+            ) from error
+        for name in config.backbone_drop:
+            parent, _, child = name.rpartition(".")
+            self.body.get_submodule(name)  # an unknown name is an error here
+            setattr(self.body.get_submodule(parent), child, nn.Identity())
+        if config.checkpointing:
+            self.body.set_grad_checkpointing(True)
+        self.levels = min(3, len(self.body.feature_info.channels()))
+        self.channels = tuple(self.body.feature_info.channels())[-self.levels :]
+        self.dropped = config.backbone_drop
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        grid = (x.shape[-2] // 8, x.shape[-1] // 8)
+        levels = self.body(x)[-self.levels :]
+        # A backbone that cannot be dilated everywhere leaves levels at other strides.
+        return [
+            level
+            if level.shape[-2:] == grid
+            else F.interpolate(level, size=grid, mode="bilinear", align_corners=False)
+            for level in levels
+        ]
+
+
+def build_backbone(config: Config) -> tuple[nn.Module, str]:
+    """The backbone with its weights, and the name of the normalisation that it expects.
+
+    Raises:
+        ValueError: unknown backbone, or a local file that does not match it.
+        FileNotFoundError: the local file is missing.
+    """
+    local = backbone_file(config)
+    download = config.backbone_weights == "imagenet" and not local
+    if config.backbone == "vgg16":
+        backbone = VGG16Levels(config.compat, config.checkpointing)
+        if download:
+            from torchvision.models import VGG16_Weights
+
+            weights = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+            backbone.load_state_dict({k: v for k, v in weights.items() if "features" in k})
+        normalisation = "imagenet"
+    else:
+        backbone = TimmLevels(config, pretrained=download)
+        own = backbone.body.pretrained_cfg if hasattr(backbone.body, "pretrained_cfg") else {}
+        # Weights from a file follow torchvision's convention unless the preset says otherwise.
+        half = download and tuple(own.get("mean", ())) == (0.5, 0.5, 0.5)
+        normalisation = "half" if half else "imagenet"
+    if local:
+        load_backbone_file(backbone, local)
+    return backbone, normalisation if config.normalisation == "auto" else config.normalisation
+
+
+def load_backbone_file(backbone: nn.Module, path: str | Path) -> None:
+    """Load local ImageNet weights strictly, ignoring only what the extractor leaves out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unreadable file, or names or shapes that do not match, listed.
+    """
+    state = read_weights(path)
+    target = backbone.body if isinstance(backbone, TimmLevels) else backbone
+    wanted = target.state_dict()
+    dropped = tuple(f"{name}." for name in getattr(backbone, "dropped", ()))
+    ignored = (*dropped, "classifier.", "head.", "fc.", "conv_head.", "norm_head.", "pre_logits.")
+    buffers = {key for key in wanted if key.endswith("num_batches_tracked")}
+    missing = sorted(set(wanted) - set(state) - buffers)
+    extra = sorted(key for key in set(state) - set(wanted) if not key.startswith(ignored))
+    shapes = [
+        f"{key}: file {tuple(state[key].shape)}, model {tuple(wanted[key].shape)}"
+        for key in sorted(set(wanted) & set(state))
+        if state[key].shape != wanted[key].shape
+    ]
+    if missing or extra or shapes:
+        parts = [("missing in the file", missing), ("unknown in the file", extra), ("shape", shapes)]
+        listed = "; ".join(
+            f"{what} ({len(names)}): {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}"
+            for what, names in parts
+            if names
+        )
+        raise ValueError(f"weights {path} do not match the backbone: {listed}")
+    target.load_state_dict({**wanted, **{k: v for k, v in state.items() if k in wanted}})
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a ``.safetensors`` or ``.pth``/``.pt`` state dict (``weights_only=True``)."""
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"weights file {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise many types for a broken file
+        raise ValueError(f"weights file {path} cannot be read: {error}") from error
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"weights file {path} must hold a state dict of tensors")
+    return state
+
+
+# ---- the network -------------------------------------------------------------------------------
+class MLNet(nn.Module):
+    """ML-Net: levels of a CNN -> encoding -> learned prior -> saliency.
+
+    Input: (B, 3, H, W) RGB in 0..255 (uint8 or float), H and W multiples of 8.
+    Output: (B, 1, H/8, W/8) float32; ``head="paper"``: non-negative, unnormalised;
+    ``head="density"``: a probability density, each map sums to 1.
+    """
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.head, self.compat = config.head, config.compat
+        self.levels, self.dropout_at_test = config.levels, config.dropout_at_test
+        self.freeze_norm = config.freeze_norm
+        # 3.1 multi-level features
+        self.backbone, normalisation = build_backbone(config)
+        if config.levels > len(self.backbone.channels):
+            raise ValueError(
+                f"config: levels={config.levels}, but {config.backbone} has "
+                f"{len(self.backbone.channels)} levels at 1/8 resolution"
+            )
+        # 3.2 encoding: dropout, 3x3 convolution to 64 channels, 1x1 convolution to one map
+        width = sum(self.backbone.channels[-config.levels :])
+        self.dropout = (nn.Dropout2d if self.compat == "mlnet-pytorch" else nn.Dropout)(
+            config.dropout
+        )
+        self.encode = nn.Conv2d(width, config.channels, 3, padding=1)
+        self.to_map = nn.Conv2d(config.channels, 1, 1)
+        for layer in (self.encode, self.to_map):
+            nn.init.xavier_normal_(layer.weight)  # code: glorot_normal
+            nn.init.zeros_(layer.bias)
+        # 3.3 learned prior: W starts at zero, which is neutral in both heads
+        self.prior = nn.Parameter(torch.zeros(1, 1, *config.prior_cells)) if config.prior_cells else None
+        self.swap_to_bgr = normalisation == "caffe"
+        mean, std = NORMALISATIONS[normalisation]
+        self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1) * 255)
+        self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1) * 255)
+        freeze(self, config.freeze)
+
+    def forward(self, image: Tensor) -> Tensor:
+        levels = self.extract(image)[-self.levels :]
+        x = torch.cat(levels, dim=1)  # (B, 1280, H/8, W/8) with VGG-16
+        x = self.encode(self.drop(x))  # (B, 64, H/8, W/8)
+        if self.compat != "mlnet-pytorch":
+            x = F.relu(x)
+        x = self.to_map(x).float()  # (B, 1, H/8, W/8)
+        return self.apply_prior(x)
+
+    def extract(self, image: Tensor) -> list[Tensor]:
+        """All levels of the backbone, shallow to deep, each (B, C, H/8, W/8)."""
+        if image.ndim != 4 or image.shape[1] != 3 or image.shape[-2] % 8 or image.shape[-1] % 8:
+            raise ValueError(
+                "MLNet expects (B, 3, H, W) with H and W multiples of 8, got "
+                f"{tuple(image.shape)}; see transforms.letterbox"
+            )
+        x = (image.to(self.mean.dtype) - self.mean) / self.std
+        return self.backbone(x.flip(1) if self.swap_to_bgr else x)
+
+    def drop(self, x: Tensor) -> Tensor:
+        """Dropout; at test time only where MLNet-Pytorch's defect is asked for."""
+        if self.dropout_at_test and not self.training:
+            channelwise = isinstance(self.dropout, nn.Dropout2d)
+            drop = F.dropout2d if channelwise else F.dropout
+            return drop(x, self.dropout.p, training=True)
+        return self.dropout(x)
+
+    def apply_prior(self, x: Tensor) -> Tensor:
+        """3.3: combine the raw map with the learned prior, upsampled to the map's size."""
+        if self.head == "density":
+            if self.prior is not None:
+                x = x + self.upsampled_prior(x.shape[-2:])
+            return x.flatten(1).softmax(1).reshape(x.shape)
+        if self.compat != "mlnet-pytorch":
+            x = F.relu(x)
+        if self.prior is not None:
+            x = x * (1 + self.upsampled_prior(x.shape[-2:]))
+        return F.relu(x)
+
+    def upsampled_prior(self, size: tuple[int, int]) -> Tensor:
+        """W, bilinearly upsampled to the map: (1, 1, h, w). Zero means: no preference."""
+        prior = self.prior.float()
+        if self.compat == "theano":
+            rows = theano_upsampling(prior.shape[-2], size[0]).to(prior)
+            columns = theano_upsampling(prior.shape[-1], size[1]).to(prior)
+            return rows @ prior @ columns.T
+        corners = self.compat == "mlnet-pytorch"
+        return F.interpolate(prior, size=size, mode="bilinear", align_corners=corners)
+
+    def train(self, mode: bool = True) -> "MLNet":
+        """As usual, except that a backbone with ``freeze_norm`` keeps its batch-norm statistics."""
+        super().train(mode)
+        if self.freeze_norm:
+            for module in self.backbone.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
+        return self
+
+
+def theano_upsampling(cells: int, size: int) -> Tensor:
+    """(size, cells) weights of Theano's bilinear_upsampling for the ratio r = size / cells.
+
+    Sample s is centred at r*s + (r - 1)//2 and the border is replicated.
+    """
+    if size % cells:
+        raise ValueError(f"Theano's upsampling needs a whole ratio, got {cells} -> {size}")
+    ratio = size // cells
+    position = (torch.arange(size, dtype=torch.float64) - (ratio - 1) // 2) / ratio
+    position = position.clamp(0, cells - 1)
+    low = position.floor().long().clamp(max=max(cells - 2, 0))
+    weight = position - low
+    matrix = torch.zeros(size, cells, dtype=torch.float64)
+    index = torch.arange(size)
+    matrix[index, low] = 1 - weight
+    matrix[index, (low + 1).clamp(max=cells - 1)] += weight
+    return matrix
+
+
+def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
+    """Stop the gradient of parameters whose names match a pattern; return the frozen names.
+
+    Raises:
+        ValueError: a pattern that matches nothing (a typo would otherwise train silently).
+    """
+    names = [name for name, _ in model.named_parameters()]
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in names):
+            raise ValueError(f"config: freeze pattern {pattern!r} matches no parameter of {names}")
+    frozen = []
+    for name, parameter in model.named_parameters():
+        if any(fnmatch(name, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+            frozen.append(name)
+    return frozen
