@@ -43,7 +43,8 @@ def mse_loss(prediction: Tensor, density: Tensor, fixations: Tensor) -> Tensor:
 def kl_loss(prediction: Tensor, density: Tensor, fixations: Tensor) -> Tensor:
     """Kullback-Leibler divergence of the prediction from the density, in nats."""
     p, q = _as_density(prediction), _as_density(density)
-    return torch.special.xlogy(q, q / p.clamp_min(EPS)).sum((1, 2, 3))
+    # Not xlogy(q, q / p): its gradient is 0/0 where the density is exactly zero.
+    return (torch.special.xlogy(q, q) - q * p.clamp_min(EPS).log()).sum((1, 2, 3))
 
 
 def ce_loss(prediction: Tensor, density: Tensor, fixations: Tensor) -> Tensor:

@@ -212,9 +212,7 @@ class MLNet(nn.Module):
             )
         # 3.2 encoding: dropout, 3x3 convolution to 64 channels, 1x1 convolution to one map
         width = sum(self.backbone.channels[-config.levels :])
-        self.dropout = (nn.Dropout2d if self.compat == "mlnet-pytorch" else nn.Dropout)(
-            config.dropout
-        )
+        self.dropout = (nn.Dropout2d if config.dropout_channels else nn.Dropout)(config.dropout)
         self.encode = nn.Conv2d(width, config.channels, 3, padding=1)
         self.to_map = nn.Conv2d(config.channels, 1, 1)
         for layer in (self.encode, self.to_map):

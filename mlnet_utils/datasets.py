@@ -1,0 +1,291 @@
+"""Named datasets, their published splits, preparation, and the torch Dataset that feeds training."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from mlnet_utils import formats, synthetic
+from mlnet_utils.config import Config
+from mlnet_utils.photos import SPLITS, Photo, write_prepared
+from mlnet_utils.runtime import cpu_count, progress, sha256_file, versions
+from mlnet_utils.transforms import Letterbox, density_on_grid, letterbox, pixel_indices
+
+
+# ---- splits ------------------------------------------------------------------------------------
+def hash_order(photos: list[Photo]) -> list[Photo]:
+    """Photos ordered by the SHA-256 of their stem: an order without a seed or a library in it."""
+    return sorted(photos, key=lambda photo: hashlib.sha256(photo.stem.encode()).hexdigest())
+
+
+def hash_split(photos: list[Photo], n_val: int, n_test: int) -> list[Photo]:
+    """Published rule for sets without a split: in hash order, first test, then val, rest train."""
+    if n_val + n_test >= len(photos):
+        raise ValueError(
+            f"cannot take {n_val} validation and {n_test} test photos out of {len(photos)}"
+        )
+    ordered = hash_order(photos)
+    split = {photo.stem: "test" for photo in ordered[:n_test]}
+    split |= {photo.stem: "val" for photo in ordered[n_test : n_test + n_val]}
+    return [replace(photo, split=split.get(photo.stem, "train")) for photo in photos]
+
+
+def fold_split(photos: list[Photo], fold: int, folds: int = 5) -> list[Photo]:
+    """Cross-validation: in hash order, photo i is tested in fold i mod 5 and validated in the next.
+
+    Raises:
+        ValueError: the fold does not exist.
+    """
+    if not 0 <= fold < folds:
+        raise ValueError(f"config: fold={fold} must be in 0..{folds - 1}, or -1 for the fixed split")
+    place = {photo.stem: i % folds for i, photo in enumerate(hash_order(photos))}
+    names = {fold: "test", (fold + 1) % folds: "val"}
+    return [replace(photo, split=names.get(place[photo.stem], "train")) for photo in photos]
+
+
+# ---- registry ----------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What is known of a dataset. ``read`` takes its folder and returns the photos."""
+
+    name: str
+    title: str
+    sigma: float  # pixels of the photo
+    px_per_degree: float  # NaN where it is not published
+    read: Callable[[Path], list[Photo]] | None
+    folder: str
+    val: int = 0  # photos of the published split rule; 0 = the files have their own split
+    test: int = 0
+
+
+DATASETS = {
+    spec.name: spec
+    for spec in (
+        DatasetSpec("synthetic", "Synthetic stimuli", 8.0, float("nan"), None, "synthetic"),
+        DatasetSpec("osie", "OSIE", 24.0, 24.0, formats.read_osie, "osie", val=50, test=150),
+    )
+}
+
+
+def dataset_spec(name: str) -> DatasetSpec:
+    """Look up a dataset by name.
+
+    Raises:
+        ValueError: unknown name; lists the known ones.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset {name!r}: use one of {', '.join(DATASETS)}")
+    return DATASETS[name]
+
+
+# ---- preparation -------------------------------------------------------------------------------
+def prepare(config: Config, data_root: Path, folder: Path) -> tuple[list[Photo], dict]:
+    """Read a dataset, split it, hash its files, and write the prepared folder.
+
+    Args:
+        config: names the dataset, the fold and the limit.
+        data_root: folder of the raw datasets (not written to).
+        folder: the prepared folder to write; synthetic photos are made inside it.
+
+    Returns:
+        The photos and the contents of ``meta.json``.
+    """
+    spec = dataset_spec(config.dataset)
+    if spec.read is None:
+        root = folder
+        photos = synthetic.write_sample(folder, sample_counts(config))
+    else:
+        root = data_root / spec.folder
+        photos = spec.read(root)
+        if config.fold >= 0:
+            photos = fold_split(photos, config.fold)
+        elif spec.test:
+            photos = hash_split(photos, spec.val, spec.test)
+        if config.limit:
+            photos = _limit(photos, config.limit)
+        photos = [
+            replace(photo, sha256=sha256_file(root / photo.image))
+            for photo in progress(photos, f"indexing {spec.name}", unit="photo")
+        ]
+    meta = {
+        "dataset": spec.name,
+        "title": spec.title,
+        "root": "." if spec.read is None else str(root.resolve()),
+        "sigma_px": config.sigma or spec.sigma,
+        "px_per_degree": None if np.isnan(spec.px_per_degree) else spec.px_per_degree,
+        "fold": config.fold,
+        "photos": {split: sum(p.split == split for p in photos) for split in SPLITS},
+        "fixations": sum(len(p.fixations) for p in photos),
+        "dropped_outside": sum(p.dropped for p in photos),
+        "versions": versions(),
+    }
+    write_prepared(folder, photos, meta)
+    return photos, meta
+
+
+def sample_counts(config: Config) -> dict[str, int]:
+    """How many stimuli the synthetic sample has per split."""
+    counts = {"train": 480, "val": 60, "test": 100}
+    return {k: min(v, config.limit) for k, v in counts.items()} if config.limit else counts
+
+
+def photo_root(folder: Path, meta: dict) -> Path:
+    """The folder that the photos' paths are relative to."""
+    return folder if meta["root"] == "." else Path(meta["root"])
+
+
+def _limit(photos: list[Photo], limit: int) -> list[Photo]:
+    """The first ``limit`` photos of every split, in hash order."""
+    kept = {p.stem for split in SPLITS for p in hash_order([q for q in photos if q.split == split])[:limit]}
+    return [photo for photo in photos if photo.stem in kept]
+
+
+# ---- photos to tensors -------------------------------------------------------------------------
+def read_image(path: str | Path) -> Tensor:
+    """Decode a photo: (3, H, W) uint8 RGB, EXIF rotation applied, alpha over white.
+
+    Raises:
+        ValueError: the file is not a readable image.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"photo {path} does not exist")
+    try:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+                image = image.convert("RGBA")
+                white = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(white, image)
+            elif image.mode.startswith("I;16") or image.mode == "I":  # 16-bit greyscale
+                image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
+            pixels = np.array(image.convert("RGB"))
+    except (OSError, ValueError, SyntaxError) as error:
+        raise ValueError(f"photo {path} cannot be decoded ({error})") from error
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+class SaliencyDataset(Dataset):
+    """Photos letterboxed to the network's input, densities and fixations on its output grid.
+
+    Items are keyed by ``(epoch, index)``: the augmentation of a photo depends only on the seed,
+    the epoch and the photo, never on which worker or process loads it, so that a resumed or a
+    distributed run sees exactly the same data.
+    """
+
+    def __init__(self, photos: list[Photo], root: Path, config: Config, sigma: float, augment: bool):
+        self.photos, self.root, self.config, self.sigma = photos, root, config, sigma
+        self.augment = augment
+        self.cached: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.photos)
+
+    def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Tensor]:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        photo = self.photos[index]
+        box = Letterbox(photo.height, photo.width, self.config.height, self.config.width)
+        image = self._image(index)
+        points = photo.fixations
+        sigma = self.sigma
+        density = density_on_grid(points, box, self.config.grid, sigma).float()
+        counts = _counts_on_grid(points, box, self.config.grid)
+        if self.augment:
+            rng = np.random.default_rng([self.config.seed, epoch, index])
+            if rng.random() < self.config.flip:
+                image, density, counts = image.flip(-1), density.flip(-1), counts.flip(-1)
+            if self.config.jitter:
+                image = _jitter(image, self.config.jitter, rng)
+        return {
+            "image": image,
+            "density": density[None],
+            "fixations": counts[None],
+            "index": torch.tensor(index),
+        }
+
+    def _image(self, index: int) -> Tensor:
+        if index in self.cached:
+            return self.cached[index]
+        photo = self.photos[index]
+        image = read_image(self.root / photo.image)
+        if tuple(image.shape[1:]) != (photo.height, photo.width):
+            raise ValueError(
+                f"{photo.image} is {image.shape[2]}x{image.shape[1]}, but was "
+                f"{photo.width}x{photo.height} when the dataset was prepared; prepare it again"
+            )
+        image = letterbox(image, self.config.height, self.config.width)
+        image = image.round().clamp(0, 255).to(torch.uint8)
+        if self.config.cache:
+            self.cached[index] = image
+        return image
+
+
+def _counts_on_grid(points: np.ndarray, box: Letterbox, grid: tuple[int, int]) -> Tensor:
+    """(h, w) float32: fixations per grid cell of the letterboxed photo."""
+    x, y = pixel_indices(points).T
+    column = ((x + 0.5) * box.content_width / box.photo_width + box.left) * grid[1] / box.width
+    row = ((y + 0.5) * box.content_height / box.photo_height + box.top) * grid[0] / box.height
+    flat = row.astype(int).clip(0, grid[0] - 1) * grid[1] + column.astype(int).clip(0, grid[1] - 1)
+    counts = np.bincount(flat, minlength=grid[0] * grid[1]).reshape(grid)
+    return torch.from_numpy(counts).float()
+
+
+def _jitter(image: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
+    """Random brightness, contrast and saturation, each by a factor in 1 +- strength."""
+    from torchvision.transforms.v2 import functional as tv
+
+    low, high = 1 - strength, 1 + strength
+    for change in (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation):
+        image = change(image, rng.uniform(low, high))
+    return image
+
+
+class EpochSampler(Sampler):
+    """Batches of ``(epoch, index)`` keys: shuffled from (seed, epoch), resumable at any batch.
+
+    In a run of several processes each takes every ``world``-th photo of the same global batch.
+    """
+
+    def __init__(self, n: int, batch_size: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1):
+        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
+        self.rank, self.world = rank, world
+        self.epoch = self.first_batch = 0
+
+    def __len__(self) -> int:
+        return -(-self.n // self.batch_size) - self.first_batch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        order = np.arange(self.n)
+        if self.shuffle:
+            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+        for start in range(self.first_batch * self.batch_size, self.n, self.batch_size):
+            batch = order[start : start + self.batch_size]
+            # A process left without a photo by a short last batch loads one all the same, so that
+            # all processes step together; batch_sizes() tells the training loop to ignore it.
+            own = batch[self.rank :: self.world] if self.rank < len(batch) else batch[:1]
+            yield [(self.epoch, int(index)) for index in own]
+
+    def batch_sizes(self, batch: int) -> tuple[int, int]:
+        """(photos of this process, photos of all processes) in a batch of the epoch."""
+        total = min(self.batch_size, self.n - batch * self.batch_size)
+        return len(range(self.rank, total, self.world)), total
+
+
+def make_loader(dataset: SaliencyDataset, sampler: EpochSampler, workers: int) -> DataLoader:
+    """A loader whose worker count is chosen from the machine when ``workers`` is -1."""
+    if workers < 0:
+        workers = min(8, cpu_count() - 1) if torch.cuda.is_available() else 0
+    return DataLoader(
+        dataset,
+        batch_sampler=sampler,
+        num_workers=workers,
+        pin_memory=torch.cuda.is_available(),
+        persistent_workers=False,
+    )
