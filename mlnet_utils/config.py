@@ -216,12 +216,14 @@ def load_config(preset: str | Path = "sample", **overrides: Any) -> Config:
     """Resolve a preset name or a YAML file, with strict overrides.
 
     A YAML file holds a mapping of the fields of :class:`Config`; its optional key ``preset``
-    names the preset that it starts from (default ``paper``, the plain defaults).
+    names the preset that it starts from (default ``paper``, the plain defaults). An override
+    that is None keeps the preset's value.
 
     Raises:
         ValueError: unknown preset, unknown key, wrong type or value out of range.
         FileNotFoundError: the path of a YAML file that does not exist.
     """
+    known = {f.name for f in dataclasses.fields(Config)}
     name = str(preset)
     if name in PRESETS:
         values = {**PRESETS[name], "preset": name}
@@ -231,8 +233,7 @@ def load_config(preset: str | Path = "sample", **overrides: Any) -> Config:
         raise ValueError(
             f"unknown preset {name!r}: use one of {', '.join(PRESETS)} or the path of a .yaml file"
         )
-    values = {**values, **overrides}
-    known = {f.name for f in dataclasses.fields(Config)}
+    values = {**values, **{k: v for k, v in overrides.items() if v is not None or k not in known}}
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"unknown configuration key {', '.join(unknown)}; known: {sorted(known)}")

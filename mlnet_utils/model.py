@@ -227,13 +227,9 @@ class MLNet(nn.Module):
         freeze(self, config.freeze)
 
     def forward(self, image: Tensor) -> Tensor:
-        levels = self.extract(image)[-self.levels :]
-        x = torch.cat(levels, dim=1)  # (B, 1280, H/8, W/8) with VGG-16
-        x = self.encode(self.drop(x))  # (B, 64, H/8, W/8)
-        if self.compat != "mlnet-pytorch":
-            x = F.relu(x)
-        x = self.to_map(x).float()  # (B, 1, H/8, W/8)
-        return self.apply_prior(x)
+        levels = self.extract(image)[-self.levels :]  # 3.1
+        x = self.encode_levels(levels)  # 3.2
+        return self.apply_prior(x)  # 3.3
 
     def extract(self, image: Tensor) -> list[Tensor]:
         """All levels of the backbone, shallow to deep, each (B, C, H/8, W/8)."""
@@ -244,6 +240,34 @@ class MLNet(nn.Module):
             )
         x = (image.to(self.mean.dtype) - self.mean) / self.std
         return self.backbone(x.flip(1) if self.swap_to_bgr else x)
+
+    @torch.inference_mode()
+    def explain(self, image: Tensor) -> dict[str, Tensor]:
+        """Take a prediction apart, in the units of the raw map (log-density with that head).
+
+        Returns:
+            ``"level 1"``...: (B, 1, h, w) change of the raw map made by what is specific to each
+            place in that level (against the level's mean over the photo); ``"raw"``: the raw map
+            before the prior; ``"prior"``: (1, 1, h, w); ``"saliency"``: the output.
+        """
+        levels = self.extract(image)[-self.levels :]
+        raw = self.encode_levels(levels)
+        parts = {}
+        for i, level in enumerate(levels):
+            flat = level.mean((2, 3), keepdim=True).expand_as(level)
+            parts[f"level {i + 1}"] = raw - self.encode_levels([*levels[:i], flat, *levels[i + 1 :]])
+        prior = torch.zeros_like(raw[:1])
+        if self.prior is not None:
+            prior = self.upsampled_prior(raw.shape[-2:])
+        return {**parts, "raw": raw, "prior": prior, "saliency": self.apply_prior(raw)}
+
+    def encode_levels(self, levels: list[Tensor]) -> Tensor:
+        """3.2: levels -> the map before the prior, (B, 1, H/8, W/8) float32."""
+        x = torch.cat(levels, dim=1)  # (B, 1280, H/8, W/8) with VGG-16
+        x = self.encode(self.drop(x))  # (B, 64, H/8, W/8)
+        if self.compat != "mlnet-pytorch":
+            x = F.relu(x)
+        return self.to_map(x).float()  # (B, 1, H/8, W/8)
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout; at test time only where MLNet-Pytorch's defect is asked for."""

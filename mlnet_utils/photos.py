@@ -162,3 +162,29 @@ def check_prepared(folder: str | Path, root: str | Path) -> list[str]:
         elif photo.sha256 and sha256_file(path) != photo.sha256:
             problems.append(f"{photo.stem}: {path} has changed since preparation (SHA-256 differs)")
     return problems
+
+
+def fixation_statistics(photos: list[Photo], px_per_degree: float | None = None) -> dict:
+    """What the statistics figure of notebook 01 shows.
+
+    Args:
+        photos: records whose fixations are in viewing order within each observer.
+        px_per_degree: pixels per degree of visual angle, or None where it is unknown.
+
+    Returns:
+        ``per_photo`` and ``per_observer`` (fixation counts), ``saccades`` (distances between an
+        observer's consecutive fixations) and ``unit`` ("degrees" or "pixels").
+    """
+    per_observer, saccades = [], []
+    for photo in photos:
+        for observer in np.unique(photo.observers):
+            points = photo.fixations[photo.observers == observer].astype(float)
+            per_observer.append(len(points))
+            saccades.append(np.linalg.norm(np.diff(points, axis=0), axis=1))
+    amplitudes = np.concatenate(saccades) if saccades else np.zeros(0)
+    return {
+        "per_photo": [len(photo.fixations) for photo in photos],
+        "per_observer": per_observer,
+        "saccades": amplitudes / px_per_degree if px_per_degree else amplitudes,
+        "unit": "degrees" if px_per_degree else "pixels",
+    }

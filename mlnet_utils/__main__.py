@@ -1,0 +1,204 @@
+"""Command line: thin wrappers over the functions that the notebooks call.
+
+``python -m mlnet_utils <verb> --help`` shows examples of each verb.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from mlnet_utils import __version__
+from mlnet_utils.config import PRESETS, load_config
+from mlnet_utils.runtime import data_root, display_path, run_dir
+
+Verb = Callable[[argparse.Namespace], int]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one verb; returns the exit code (0 done, 1 a reported failure, 2 wrong usage)."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.function(options)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        # These carry a sentence for the user; a traceback would bury it. --debug shows it.
+        if options.debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt as stop:
+        print(f"\n{stop or 'stopped'}", file=sys.stderr)
+        return 130
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    top = argparse.ArgumentParser(prog="python -m mlnet_utils", description=__doc__)
+    top.add_argument("--version", action="version", version=__version__)
+    top.add_argument("--debug", action="store_true", help="show tracebacks")
+    verbs = top.add_subparsers(required=True, metavar="VERB")
+
+    verb = _verb(verbs, "reproduce", reproduce, "run all notebooks: data, training, scores, figures",
+                 "reproduce", "reproduce --preset osie --data-root ~/data",
+                 "reproduce --preset my.yaml --force")  # fmt: skip
+    _run_options(verb)
+    verb.add_argument("--force", action="store_true", help="rerun stages that are up to date")
+    verb.add_argument(
+        "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters",
+        help="set a parameter of the notebooks (repeatable)",
+    )  # fmt: skip
+
+    verb = _verb(verbs, "publish", publish, "copy a finished run's notebooks and figures here",
+                 "publish --preset sample")  # fmt: skip
+    _run_options(verb)
+
+    verb = _verb(verbs, "prepare", prepare, "index a dataset (notebook 01 without the pictures)",
+                 "prepare --preset osie", "prepare --preset osie --check")  # fmt: skip
+    _run_options(verb)
+    verb.add_argument("--check", action="store_true", help="re-verify prepared data instead")
+
+    verb = _verb(verbs, "train", train, "train, or continue a training, on prepared data",
+                 "train --preset sample", "train --preset osie --set epochs=4 --set lr=0.002",
+                 )  # fmt: skip
+    _run_options(verb)
+    _set_option(verb)
+
+    verb = _verb(verbs, "evaluate", evaluate, "score a trained network and the baselines",
+                 "evaluate --preset sample", "evaluate --preset osie --split val")  # fmt: skip
+    _run_options(verb)
+    verb.add_argument("--checkpoint", type=Path, help="default: the run's checkpoints/best.pt")
+    verb.add_argument("--split", choices=("val", "test"), default="test")
+
+    verb = _verb(verbs, "predict", predict, "saliency maps for photos and folders of photos",
+                 "predict --checkpoint runs/osie/checkpoints/best.pt --out maps photo.jpg holiday/",
+                 )  # fmt: skip
+    verb.add_argument("--checkpoint", type=Path, required=True)
+    verb.add_argument("--out", type=Path, required=True, help="folder for the maps")
+    verb.add_argument("--overlay", action="store_true", help="also write <stem>_overlay.png")
+    verb.add_argument("--npy", action="store_true", help="also write <stem>.npy, sums to 1")
+    verb.add_argument("--force", action="store_true", help="redo maps that exist")
+    verb.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="photos and folders")
+    return top
+
+
+def _verb(verbs, name: str, function: Verb, summary: str, *examples: str):
+    """Add a verb whose help ends with examples."""
+    lines = "\n".join(f"  python -m mlnet_utils {example}" for example in examples)
+    verb = verbs.add_parser(
+        name,
+        help=summary,
+        description=summary[0].upper() + summary[1:] + ".",
+        epilog=f"examples:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    verb.set_defaults(function=function)
+    return verb
+
+
+def _run_options(verb) -> None:
+    names = ", ".join(PRESETS)
+    verb.add_argument("--preset", default="sample", help=f"{names}, or a YAML file")
+    verb.add_argument("--run-dir", default="", help="default: runs/<preset>")
+    verb.add_argument("--data-root", default="", help="raw datasets (default: $MLNET_DATA, data/)")
+
+
+def _set_option(verb) -> None:
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="change one key of the preset (repeatable)",
+    )  # fmt: skip
+
+
+def overrides(pairs: list[str]) -> dict:
+    """``["lr=0.01", "levels=2"]`` as a dictionary; values are read as JSON where they are JSON.
+
+    Raises:
+        ValueError: an item without ``=``.
+    """
+    result = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals:
+            raise ValueError(f"--set expects KEY=VALUE, got {pair!r}")
+        try:
+            result[key] = json.loads(text)
+        except ValueError:
+            result[key] = text
+    return result
+
+
+# ---- verbs -------------------------------------------------------------------------------------
+def reproduce(options: argparse.Namespace) -> int:
+    from mlnet_utils import pipeline
+
+    pipeline.reproduce(
+        options.preset,
+        run_dir=run_dir(options.run_dir, options.preset),
+        data_root=data_root(options.data_root),
+        parameters=dict(options.parameters),
+        force=options.force,
+    )
+    return 0
+
+
+def publish(options: argparse.Namespace) -> int:
+    from mlnet_utils import pipeline
+
+    for path in pipeline.publish(run_dir(options.run_dir, options.preset)):
+        print(display_path(path))
+    return 0
+
+
+def prepare(options: argparse.Namespace) -> int:
+    from mlnet_utils import datasets, photos
+
+    folder = run_dir(options.run_dir, options.preset) / "data"
+    if options.check:
+        _, meta = photos.read_prepared(folder)
+        problems = photos.check_prepared(folder, datasets.photo_root(folder, meta))
+        print("\n".join(problems) or f"{sum(meta['photos'].values())} photos are as prepared")
+        return 1 if problems else 0
+    _, meta = datasets.prepare(load_config(options.preset), data_root(options.data_root), folder)
+    print(f"{meta['title']}: {meta['photos']}, {meta['fixations']} fixations, in {folder}")
+    return 0
+
+
+def train(options: argparse.Namespace) -> int:
+    from mlnet_utils import datasets, training
+
+    config = load_config(options.preset, **overrides(options.overrides))
+    folder = run_dir(options.run_dir, options.preset)
+    if not (folder / "data" / "meta.json").is_file():
+        datasets.prepare(config, data_root(options.data_root), folder / "data")
+    result = training.fit(config, folder)
+    print(f"trained {len(result.history)} epochs; best checkpoint: {display_path(result.best)}")
+    return 0
+
+
+def evaluate(options: argparse.Namespace) -> int:
+    from mlnet_utils import evaluation
+
+    folder = run_dir(options.run_dir, options.preset)
+    report = evaluation.evaluate(folder, options.checkpoint, split=options.split)
+    print(evaluation.format_table(report))
+    return 0
+
+
+def predict(options: argparse.Namespace) -> int:
+    from mlnet_utils import prediction
+
+    result = prediction.predict_folder(
+        options.checkpoint,
+        options.paths,
+        options.out,
+        overlay=options.overlay,
+        npy=options.npy,
+        force=options.force,
+    )
+    print(result.summary())
+    return 1 if result.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

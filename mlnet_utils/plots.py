@@ -1,0 +1,227 @@
+"""Figures. Every function takes arrays and returns a Figure; none shows, saves or computes scores."""
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+MAP_COLOURS = "magma"
+PALETTE = "deep"
+
+
+def use_style() -> None:
+    """The look shared by all notebooks; called once, in their setup cell."""
+    sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE)
+    plt.rcParams.update(
+        {"figure.dpi": 80, "savefig.dpi": 120, "axes.titlesize": "medium", "figure.autolayout": False}
+    )
+
+
+def overlay(photo: np.ndarray, density: np.ndarray, strength: float = 0.65) -> np.ndarray:
+    """A photo with its saliency map on top: (H, W, 3) uint8.
+
+    Args:
+        photo: (H, W, 3) uint8.
+        density: (H, W), any non-negative scale.
+        strength: opacity of the map where it peaks, 0..1.
+    """
+    scaled = density / max(float(density.max()), 1e-12)
+    colours = plt.get_cmap(MAP_COLOURS)(scaled)[..., :3] * 255
+    alpha = strength * np.sqrt(scaled)[..., None]  # the root shows the weaker regions too
+    grey = photo.mean(2, keepdims=True) * 0.4 + photo * 0.6
+    return (grey * (1 - alpha) + colours * alpha).clip(0, 255).astype(np.uint8)
+
+
+def plot_panels(rows: Sequence[Mapping[str, object]], width: float = 10.0) -> Figure:
+    """Rows of pictures: each row maps a title to a photo (H, W, 3), a map (H, W) or
+    ``(photo, points)`` for fixations on a photo. A key ``"label"`` names the row."""
+    titles = [title for title in rows[0] if title != "label"]
+    first = np.asarray(rows[0][titles[0]])
+    cell = width / len(titles)
+    height = cell * first.shape[0] / first.shape[1] + 0.25
+    figure, axes = plt.subplots(
+        len(rows), len(titles), figsize=(width, height * len(rows)), squeeze=False
+    )
+    for r, row in enumerate(rows):
+        for c, title in enumerate(titles):
+            _draw(axes[r, c], row[title])
+            if r == 0:
+                axes[r, c].set_title(title)
+        if "label" in row:
+            axes[r, 0].set_ylabel(str(row["label"]), fontsize="small")
+    figure.tight_layout(pad=0.4)
+    return figure
+
+
+def _draw(axis: Axes, content: object) -> None:
+    """A photo, a map, or a photo with fixations."""
+    axis.set(xticks=[], yticks=[])
+    axis.grid(False)
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+    if isinstance(content, tuple):
+        photo, points = content
+        axis.imshow(photo)
+        axis.scatter(
+            points[:, 0], points[:, 1], s=9, c="#ffd54a", edgecolors="black", linewidths=0.4
+        )
+        axis.set(xlim=(-0.5, photo.shape[1] - 0.5), ylim=(photo.shape[0] - 0.5, -0.5))
+        return
+    content = np.asarray(content)
+    if content.ndim == 2:
+        axis.imshow(content, cmap=MAP_COLOURS)
+    else:
+        axis.imshow(content)
+
+
+def plot_maps(
+    maps: Mapping[str, np.ndarray], columns: int = 4, width: float = 10.0, diverging: bool = False
+) -> Figure:
+    """Titled maps or photos in a grid; ``diverging`` centres the colours of maps on zero."""
+    rows = -(-len(maps) // columns)
+    columns = min(columns, len(maps))
+    first = np.asarray(next(iter(maps.values())))
+    cell = width / columns
+    height = (cell * first.shape[0] / first.shape[1] + 0.35) * rows
+    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, (title, content) in zip(axes.flat, maps.items(), strict=False):
+        content = np.asarray(content)
+        if diverging and content.ndim == 2:
+            limit = max(float(np.abs(content).max()), 1e-12)
+            image = axis.imshow(content, cmap="RdBu_r", vmin=-limit, vmax=limit)
+            figure.colorbar(image, ax=axis, shrink=0.7)
+        else:
+            axis.imshow(content, cmap=MAP_COLOURS)
+        axis.set_title(title)
+    figure.tight_layout(pad=0.4)
+    return figure
+
+
+def plot_history(log: pd.DataFrame) -> Figure:
+    """Learning curves: losses with the best epoch marked, validation scores, learning rate."""
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+    best = log.loc[log["val_loss"].idxmin(), "epoch"]
+    axes[0].plot(log["epoch"], log["train_loss"], marker="o", ms=3, label="train")
+    axes[0].plot(log["epoch"], log["val_loss"], marker="o", ms=3, label="validation")
+    axes[0].axvline(best, color="grey", lw=1, ls=":", label=f"best: epoch {best:.0f}")
+    axes[0].set(title="Loss", xlabel="epoch")
+    axes[0].legend(fontsize="small")
+    axes[1].plot(log["epoch"], log["val_cc"], marker="o", ms=3, color="C2", label="CC")
+    axes[1].set(title="Validation scores (network's grid)", xlabel="epoch", ylabel="CC")
+    twin = axes[1].twinx()
+    twin.plot(log["epoch"], log["val_nss"], marker="s", ms=3, color="C3", label="NSS")
+    twin.set_ylabel("NSS")
+    twin.grid(False)
+    lines = axes[1].get_lines() + twin.get_lines()
+    axes[1].legend(lines, [line.get_label() for line in lines], fontsize="small", loc="lower right")
+    axes[2].plot(log["epoch"], log["lr"], color="C4")
+    axes[2].set(title="Learning rate at the end of the epoch", xlabel="epoch", yscale="log")
+    figure.tight_layout()
+    return figure
+
+
+def plot_scores(table: pd.DataFrame, metrics: Sequence[str], columns: int = 4) -> Figure:
+    """Scores with intervals: one panel per metric, one row per model.
+
+    Args:
+        table: columns ``model``, ``metric``, ``mean``, ``low``, ``high``.
+        metrics: the panels, in order.
+        columns: panels per row.
+    """
+    rows = -(-len(metrics) // columns)
+    models = list(dict.fromkeys(table["model"]))
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(11, (0.3 * len(models) + 0.8) * rows), sharey=True, squeeze=False
+    )
+    for axis in axes.flat[len(metrics) :]:
+        axis.axis("off")
+    colours = dict(zip(models, sns.color_palette(PALETTE, len(models)), strict=True))
+    for axis, metric in zip(axes.flat, metrics, strict=False):
+        part = table[table["metric"] == metric].set_index("model").reindex(models)
+        for y, (model, row) in enumerate(part.iterrows()):
+            if np.isfinite(row["mean"]):
+                axis.plot([row["low"], row["high"]], [y, y], color=colours[model], lw=2.5)
+                axis.plot(row["mean"], y, "o", color=colours[model], ms=6)
+        axis.set(title=metric, yticks=range(len(models)), yticklabels=models)
+        axis.set_ylim(len(models) - 0.5, -0.5)
+    figure.tight_layout()
+    return figure
+
+
+def plot_distributions(scores: pd.DataFrame, metrics: Sequence[str], columns: int = 4) -> Figure:
+    """Per-photo scores of each model as violins.
+
+    Args:
+        scores: one row per photo and model, with ``model`` and a column per metric.
+        metrics: the panels, in order.
+        columns: panels per row.
+    """
+    rows = -(-len(metrics) // columns)
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(11, 2.6 * rows), squeeze=False, sharey=True
+    )
+    for axis in axes.flat[len(metrics) :]:
+        axis.axis("off")
+    for axis, metric in zip(axes.flat, metrics, strict=False):
+        finite = scores[np.isfinite(scores[metric])]
+        sns.violinplot(
+            finite, x=metric, y="model", hue="model", ax=axis, cut=0, inner="quart", linewidth=0.8,
+            legend=False,
+        )  # fmt: skip
+        axis.set(title=metric, xlabel="", ylabel="")
+    figure.tight_layout()
+    return figure
+
+
+def plot_fixation_statistics(
+    per_photo: Sequence[int], per_observer: Sequence[float], saccades: Sequence[float], unit: str
+) -> Figure:
+    """Histograms: fixations per photo, per observer and photo, and saccade amplitude.
+
+    Args:
+        per_photo: fixations of each photo.
+        per_observer: fixations of each observer on each photo.
+        saccades: distances between consecutive fixations of one observer; may be empty.
+        unit: of the distances, e.g. ``"degrees"`` or ``"pixels"``.
+    """
+    figure, axes = plt.subplots(1, 3, figsize=(11, 2.8))
+    panels = (
+        (per_photo, "Fixations per photo", "fixations"),
+        (per_observer, "Fixations per observer and photo", "fixations"),
+        (saccades, "Saccade amplitude", unit),
+    )
+    for axis, (values, title, label) in zip(axes, panels, strict=True):
+        if len(values):
+            sns.histplot(np.asarray(values), ax=axis, bins=30, edgecolor="white", linewidth=0.3)
+            axis.axvline(np.median(values), color="C3", lw=1.2, label=f"median {np.median(values):.3g}")
+            axis.legend(fontsize="small")
+        else:
+            axis.text(0.5, 0.5, "viewing order unknown", ha="center", transform=axis.transAxes)
+        axis.set(title=title, xlabel=label, ylabel="")
+    figure.tight_layout()
+    return figure
+
+
+def plot_changes(table: pd.DataFrame, reference: str) -> Figure:
+    """How each metric moves when one prediction is changed: a heat map of relative changes.
+
+    Args:
+        table: index = variant of the prediction, columns = metrics, larger is better.
+        reference: the row that the others are compared with.
+    """
+    change = 100 * (table - table.loc[reference]) / table.loc[reference].abs()
+    figure, axis = plt.subplots(figsize=(8.5, 0.42 * len(table) + 1.2))
+    labels = table.map(lambda value: f"{value:.3f}")
+    sns.heatmap(
+        change.clip(-100, 100), annot=labels, fmt="", cmap="RdBu", center=0, vmin=-60, vmax=60,
+        ax=axis, linewidths=1, cbar_kws={"label": f"change against {reference} (%)"},
+    )  # fmt: skip
+    axis.set(xlabel="", ylabel="")
+    figure.tight_layout()
+    return figure
