@@ -1,6 +1,7 @@
-"""Figures. Every function takes arrays and returns a Figure; none shows, saves or computes scores."""
+"""Figures. Every function takes arrays and returns a Figure; none shows or computes scores."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -8,6 +9,8 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
+from mlnet_utils.runtime import atomic_path
 
 MAP_COLOURS = "magma"
 PALETTE = "deep"
@@ -225,3 +228,9 @@ def plot_changes(table: pd.DataFrame, reference: str) -> Figure:
     axis.set(xlabel="", ylabel="")
     figure.tight_layout()
     return figure
+
+
+def save(figure: Figure, path: str | Path) -> None:
+    """Write a figure as PNG, atomically, without the metadata that differs between machines."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, bbox_inches="tight", metadata={"Software": None})

@@ -1,0 +1,289 @@
+"""Scores of a trained network and of the baselines, photo by photo, at every photo's own size."""
+
+import csv
+import io
+import math
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.ndimage import gaussian_filter, shift
+from torch import Tensor
+
+from mlnet_utils import baselines
+from mlnet_utils.datasets import photo_root, read_image
+from mlnet_utils.metrics import METRICS, score_all
+from mlnet_utils.photos import Photo, read_prepared
+from mlnet_utils.prediction import Predictor, load
+from mlnet_utils.runtime import display_path, progress, versions, write_json, write_text
+from mlnet_utils.transforms import density_from_points, fixation_counts
+
+MODEL = "ML-Net"
+CENTRE, GOLD = "centre bias", "gold standard"
+LOWER_IS_BETTER = ("KL",)
+
+# Published scores of ML-Net, each with its own data, ground truth and evaluator: never to be put
+# beside this repository's as if they were one comparison.
+PUBLISHED = [
+    {
+        "model": "ML-Net (authors; tabulated by Pan et al. 2017, SalGAN)",
+        "data": "SALICON 2015 test", "AUC": 0.866, "sAUC": 0.768, "CC": 0.743, "NSS": 2.789,
+    },
+    {
+        "model": "ML-Net (authors; MIT/Tuebingen leaderboard, 2021)",
+        "data": "MIT300", "AUC": 0.8386, "sAUC": 0.7399, "NSS": 1.9748, "CC": 0.6633,
+        "KL": 0.8006, "SIM": 0.5819,
+    },
+    {
+        "model": "MLNet-Pytorch (its README)",
+        "data": "SALICON 2017 test", "AUC": 0.771, "CC": 0.553, "KL": 1.142, "sAUC": 0.619,
+        "IG": -0.380, "NSS": 1.014, "SIM": 0.573,
+    },
+]  # fmt: skip
+
+
+class TestSet:
+    """The photos of one split with everything that scoring needs, at photo size."""
+
+    __test__ = False  # not a pytest class
+
+    def __init__(self, run_dir: Path, split: str):
+        folder = run_dir / "data"
+        photos, self.meta = read_prepared(folder)
+        self.root = photo_root(folder, self.meta)
+        self.sigma = self.meta["sigma_px"]
+        self.split = split
+        self.photos = [photo for photo in photos if photo.split == split]
+        if not self.photos:
+            raise ValueError(f"the prepared data in {folder} have no {split} photos")
+        train = [photo for photo in photos if photo.split == "train"]
+        self.centre_bias = baselines.CentreBias.fit(train)
+        self.negatives = baselines.LeaveOneOut(self.photos)
+
+    def image(self, photo: Photo) -> Tensor:
+        """(3, H, W) uint8."""
+        return read_image(self.root / photo.image)
+
+    def truth(self, photo: Photo) -> dict[str, Tensor]:
+        """What a prediction of this photo is compared with, each (1, H, W)."""
+        size = (photo.height, photo.width)
+        return {
+            "fixations": fixation_counts(photo.fixations, *size)[None],
+            "density": density_from_points(photo.fixations, *size, self.sigma)[None],
+            "negatives": self.negatives(photo)[None],
+            "baseline": self.centre_bias(*size)[None],
+        }
+
+    def score(self, photo: Photo, prediction: Tensor, protocol: str) -> dict[str, float]:
+        """All metrics of one (H, W) prediction; NaN where the protocol defines none."""
+        found = score_all(prediction[None], **self.truth(photo), protocol=protocol)
+        return {name: float(found[name]) if name in found else math.nan for name in METRICS}
+
+
+def evaluate(
+    run_dir: str | Path,
+    checkpoint: str | Path | None = None,
+    split: str = "test",
+    protocol: str = "mit300",
+) -> dict:
+    """Score the network and the baselines; write ``metrics.json`` and ``per_image.csv``.
+
+    Args:
+        run_dir: the run; its ``data/`` is read.
+        checkpoint: default ``checkpoints/best.pt`` of the run.
+        split: ``"test"``, or ``"val"`` while choosing.
+        protocol: metric definitions, see docs/metrics.md.
+
+    Returns:
+        The contents of ``metrics.json``: what was scored how, and per model and metric the mean
+        over photos, its 95 % bootstrap interval, and how many photos had a defined value.
+
+    Raises:
+        FileNotFoundError: prepared data or checkpoint are missing.
+        ValueError: the split is empty.
+    """
+    run_dir = Path(run_dir)
+    checkpoint = Path(checkpoint) if checkpoint else run_dir / "checkpoints" / "best.pt"
+    predictor = load(checkpoint)
+    data = TestSet(run_dir, split)
+    rows: list[dict] = []
+    for photo in progress(data.photos, f"scoring {split}", unit="photo"):
+        for model, scores in _photo_scores(data, photo, predictor, protocol):
+            rows.append({"model": model, "stem": photo.stem, **scores})
+    rows.sort(key=lambda row: (MODELS.index(row["model"]), row["stem"]))
+    config = predictor.config
+    report = {
+        "dataset": data.meta["dataset"],
+        "title": data.meta["title"],
+        "split": split,
+        "photos": len(data.photos),
+        "protocol": protocol,
+        "sigma_px": data.sigma,
+        "negatives": f"fixations of the other {len(data.photos) - 1} photos of the split",
+        "ig_baseline": data.centre_bias.description,
+        "checkpoint": display_path(checkpoint),
+        "preset": config.preset,
+        "seed": config.seed,
+        "rows": summarise(rows, config.bootstrap),
+        "versions": versions(),
+    }
+    write_text(run_dir / "per_image.csv", _csv(rows))
+    write_json(run_dir / "metrics.json", report)
+    return report
+
+
+MODELS = (MODEL, "uniform", CENTRE, "inter-observer", GOLD)
+
+
+def _photo_scores(
+    data: TestSet, photo: Photo, predictor: Predictor, protocol: str
+) -> Iterator[tuple[str, dict[str, float]]]:
+    """(model, scores) of every model that applies to the photo."""
+    size = (photo.height, photo.width)
+    predictions = {
+        MODEL: torch.from_numpy(predictor.predict(data.image(photo))).double(),
+        "uniform": baselines.uniform(*size),
+        CENTRE: data.centre_bias(*size),
+        GOLD: _gold_standard(data, photo),
+    }
+    for model, prediction in predictions.items():
+        yield model, data.score(photo, prediction, protocol)
+
+
+def summarise(rows: Sequence[dict], resamples: int) -> list[dict]:
+    """Mean over photos, 95 % bootstrap interval and counts, per model and metric.
+
+    NaN (undefined) is left out and counted as ``skipped``; infinities are left out of the mean
+    and counted as ``infinite``.
+    """
+    table = pd.DataFrame(rows)
+    result = []
+    for model, part in table.groupby("model", sort=False):
+        summary = {}
+        for metric in METRICS:
+            values = part[metric].to_numpy(float)
+            finite = values[np.isfinite(values)]
+            low, high = baselines.bootstrap_interval(finite, resamples=resamples)
+            summary[metric] = {
+                "mean": _number(finite.mean() if len(finite) else math.nan),
+                "low": _number(low),
+                "high": _number(high),
+                "n": len(finite),
+                "skipped": int(np.isnan(values).sum()),
+                "infinite": int(np.isinf(values).sum()),
+            }
+        result.append({"model": model, "metrics": summary})
+    return result
+
+
+def _number(value: float) -> float | None:
+    """JSON has no NaN: undefined becomes null."""
+    return float(value) if math.isfinite(value) else None
+
+
+def _csv(rows: Sequence[dict]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, ("model", "stem", *METRICS), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+# ---- tables ------------------------------------------------------------------------------------
+def long_table(report: dict) -> pd.DataFrame:
+    """``metrics.json`` as a table with columns model, metric, mean, low, high, n."""
+    return pd.DataFrame(
+        {"model": row["model"], "metric": metric, **values}
+        for row in report["rows"]
+        for metric, values in row["metrics"].items()
+    ).astype({"mean": float, "low": float, "high": float})
+
+
+def format_table(report: dict) -> str:
+    """The score table as Markdown, with intervals and with what was left out, if anything was."""
+    lines = [
+        "| model | " + " | ".join(METRICS) + " |",
+        "|---" * (len(METRICS) + 1) + "|",
+    ]
+    notes = []
+    for row in report["rows"]:
+        cells = []
+        for metric, v in row["metrics"].items():
+            if v["mean"] is None:
+                cells.append("–")
+                continue
+            cells.append(f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]")
+            for kind in ("skipped", "infinite"):
+                if v[kind]:
+                    notes.append(f"{row['model']}, {metric}: {v[kind]} photos {kind}")
+        lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, *(["", "; ".join(notes)] if notes else [])])
+
+
+def explained_information(report: dict) -> dict[str, float]:
+    """Each model's information gain as a share of the gold standard's (Kuemmerer et al. 2015)."""
+    gain = {row["model"]: row["metrics"]["IG"]["mean"] for row in report["rows"]}
+    top = gain.get(GOLD)
+    if not top:
+        return {}
+    return {model: value / top for model, value in gain.items() if value is not None}
+
+
+# ---- demonstrations of notebook 03 -------------------------------------------------------------
+def compare_protocols(
+    run_dir: str | Path, checkpoint: str | Path | None = None, split: str = "test"
+) -> pd.DataFrame:
+    """Mean scores of the same predictions under each protocol: one row per protocol."""
+    protocols = ("mit300", "salicon", "salicon2015")
+    means = _mean_scores(
+        run_dir, checkpoint, split, {name: (lambda p, photo: p, name) for name in protocols}
+    )
+    return means.rename_axis("protocol")
+
+
+def compare_changes(
+    run_dir: str | Path, checkpoint: str | Path | None = None, split: str = "test"
+) -> pd.DataFrame:
+    """Mean scores of the prediction and of changed copies of it; KL negated: larger is better."""
+    changes = {name: (change, "mit300") for name, change in CHANGES.items()}
+    means = _mean_scores(run_dir, checkpoint, split, changes)
+    means["KL"] *= -1
+    return means.rename(columns={"KL": "-KL"}).rename_axis("prediction")
+
+
+Change = Callable[[np.ndarray, np.ndarray], np.ndarray]  # (prediction, centre bias) -> prediction
+
+CHANGES: dict[str, Change] = {
+    "unchanged": lambda p, centre: p,
+    "blurred (5 % of the width)": lambda p, centre: gaussian_filter(p, 0.05 * p.shape[1]),
+    "shifted (10 % of the width)": lambda p, centre: shift(
+        p, (0, 0.1 * p.shape[1]), order=1, mode="nearest"
+    ),
+    "half centre bias": lambda p, centre: 0.5 * p / p.sum() + 0.5 * centre,
+    "peaky (squared)": lambda p, centre: p**2,
+    "flat (square root)": lambda p, centre: np.sqrt(p),
+    "8 bits (PNG)": lambda p, centre: np.round(255 * p / p.max()),
+}
+
+
+def _mean_scores(
+    run_dir: str | Path,
+    checkpoint: str | Path | None,
+    split: str,
+    variants: dict[str, tuple[Change, str]],
+) -> pd.DataFrame:
+    """Mean over photos of every variant's finite scores, in the order of ``variants``."""
+    run_dir = Path(run_dir)
+    predictor = load(checkpoint or run_dir / "checkpoints" / "best.pt")
+    data = TestSet(run_dir, split)
+    rows = []
+    for photo in progress(data.photos, "comparing", unit="photo"):
+        prediction = predictor.predict(data.image(photo)).astype(np.float64)
+        centre = data.centre_bias(photo.height, photo.width).numpy()
+        for name, (change, protocol) in variants.items():
+            changed = torch.from_numpy(np.ascontiguousarray(change(prediction, centre)))
+            rows.append({"variant": name, **data.score(photo, changed, protocol)})
+    table = pd.DataFrame(rows).replace([np.inf, -np.inf], np.nan)
+    return table.groupby("variant", sort=False)[list(METRICS)].mean()

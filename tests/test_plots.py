@@ -1,0 +1,113 @@
+"""Figures are made from arrays, whatever their size, and saved without traces of the machine."""
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image
+
+from mlnet_utils import plots
+
+
+@pytest.fixture(autouse=True)
+def _close_figures():
+    yield
+    plt.close("all")
+
+
+@pytest.fixture
+def photo():
+    return np.random.default_rng(0).integers(0, 255, (30, 40, 3), dtype=np.uint8)
+
+
+def test_overlay_keeps_the_photo_where_the_map_is_zero_and_colours_it_where_it_peaks(photo):
+    density = np.zeros((30, 40))
+    density[10, 10] = 2.0
+    result = plots.overlay(photo, density, strength=1.0)
+    assert result.shape == photo.shape
+    assert result.dtype == np.uint8
+    grey = photo[0, 0].mean() * 0.4 + photo[0, 0] * 0.6
+    assert np.abs(result[0, 0] - grey).max() <= 1
+    top_colour = np.array(plt.get_cmap(plots.MAP_COLOURS)(1.0)[:3]) * 255
+    assert np.abs(result[10, 10] - top_colour).max() <= 1
+
+
+def test_overlay_of_an_empty_map_is_finite(photo):
+    assert plots.overlay(photo, np.zeros((30, 40))).shape == photo.shape
+
+
+def test_panels_have_a_row_per_photo_and_a_column_per_picture(photo):
+    points = np.array([[0.0, 0.0], [39.0, 29.0]])
+    row = {"photo": photo, "fixations": (photo, points), "map": photo.mean(2), "label": "a"}
+    figure = plots.plot_panels([row, row])
+    assert len(figure.axes) == 6
+    assert [axis.get_title() for axis in figure.axes[:3]] == ["photo", "fixations", "map"]
+    assert figure.axes[0].get_ylabel() == "a"
+
+
+def test_maps_are_centred_on_zero_when_diverging():
+    figure = plots.plot_maps({"a": np.array([[-1.0, 3.0]]), "b": np.array([[0.0, 0.0]])}, diverging=True)
+    low, high = figure.axes[0].get_images()[0].get_clim()
+    assert (low, high) == (-3.0, 3.0)
+
+
+def test_history_marks_the_best_epoch():
+    log = pd.DataFrame(
+        {
+            "epoch": [1, 2, 3],
+            "lr": [1e-3, 5e-4, 1e-4],
+            "train_loss": [3.0, 2.0, 1.0],
+            "val_loss": [2.0, 1.0, 1.5],
+            "val_cc": [0.1, 0.2, 0.3],
+            "val_nss": [0.5, 0.6, 0.7],
+            "val_kl": [1.0, 0.9, 0.8],
+        }
+    )
+    figure = plots.plot_history(log)
+    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert "best: epoch 2" in labels
+
+
+def test_scores_leave_out_what_is_undefined():
+    table = pd.DataFrame(
+        {
+            "model": ["a", "b"],
+            "metric": ["CC", "CC"],
+            "mean": [0.5, np.nan],
+            "low": [0.4, np.nan],
+            "high": [0.6, np.nan],
+        }
+    )
+    figure = plots.plot_scores(table, ["CC"])
+    drawn = [line for line in figure.axes[0].get_lines() if np.isfinite(line.get_xdata()).all()]
+    assert len(drawn) == 2  # the interval and the mean of model a
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b"]
+
+
+def test_distributions_ignore_infinite_scores():
+    scores = pd.DataFrame({"model": ["a"] * 5, "IG": [1.0, 2.0, -np.inf, np.nan, 1.5]})
+    assert plots.plot_distributions(scores, ["IG"]).axes[0].get_title() == "IG"
+
+
+def test_statistics_say_so_where_the_viewing_order_is_unknown():
+    figure = plots.plot_fixation_statistics([3, 4], [1, 2, 2, 2], [], "pixels")
+    assert figure.axes[2].texts[0].get_text() == "viewing order unknown"
+
+
+def test_changes_are_relative_to_the_reference():
+    table = pd.DataFrame({"CC": [0.8, 0.4]}, index=["unchanged", "blurred"])
+    figure = plots.plot_changes(table, "unchanged")
+    values = figure.axes[0].collections[0].get_array().reshape(2, 1)
+    np.testing.assert_allclose(values[:, 0], [0, -50])
+
+
+def test_save_is_atomic_and_leaves_no_software_name(tmp_path):
+    figure = plots.plot_maps({"a": np.eye(3)})
+    plots.save(figure, tmp_path / "deep" / "a.png")
+    with Image.open(tmp_path / "deep" / "a.png") as image:
+        assert "Software" not in image.info
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.png"]
