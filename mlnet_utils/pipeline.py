@@ -1,0 +1,350 @@
+"""Run the numbered notebooks in order with papermill; publish only what succeeded.
+
+A stage is one notebook and the files it promises. The pipeline knows stages and paths, and nothing
+about saliency: what a stage computes is written in its notebook, how one is executed in
+``execution``. Needs the extra ``notebooks`` (``pip install "mlnet-utils[notebooks]"``).
+"""
+
+import functools
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlnet_utils import __version__
+from mlnet_utils.config import load_config
+from mlnet_utils.execution import (
+    converted,
+    machine_paths,
+    parameters_of,
+    run_notebook,
+    source_digest,
+)
+from mlnet_utils.runtime import (
+    atomic_path,
+    checkout_root,
+    display_path,
+    read_json,
+    sha256_file,
+    write_json,
+)
+from mlnet_utils.runtime import data_root as resolve_data_root
+from mlnet_utils.runtime import run_dir as resolve_run_dir
+
+STATE_FILE = "pipeline.json"
+OWN_PARAMETERS = ("PRESET", "RUN_DIR", "DATA_ROOT")  # set through the arguments of `reproduce`
+
+
+class PublishError(RuntimeError):
+    """A run that must not be published; the message says why."""
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One notebook and the files it promises, relative to the run folder (glob patterns).
+
+    Every stage also writes ``<name>.json``, its record, as its last act.
+    """
+
+    name: str
+    outputs: tuple[str, ...] = ()
+
+    @property
+    def record(self) -> str:
+        """File name of the record of this stage."""
+        return f"{self.name}.json"
+
+
+STAGES = (
+    Stage("01_data_preparation", ("data/meta.json",)),
+    Stage("02_training", ("checkpoints/best.pt", "log.csv")),
+    Stage("03_evaluation", ("metrics.json", "per_image.csv")),
+    Stage("04_visualization", ("figures/*.png",)),
+)
+
+
+def reproduce(
+    preset: str = "sample",
+    run_dir: str | Path = "",
+    data_root: str | Path = "",
+    notebooks_dir: str | Path = "",
+    parameters: Mapping[str, Any] | None = None,
+    force: bool = False,
+    stages: Sequence[Stage] = STAGES,
+) -> Path:
+    """Run every stage whose inputs have changed, in order, and print where the results are.
+
+    A stage is skipped when its notebook, its parameters, the preset's content, the package and
+    the records of the stages before it are what they were at its last success, and the files it
+    wrote are still as it left them.
+
+    Args:
+        preset: name of a preset or path of a YAML file, for the notebooks' ``PRESET``.
+        run_dir: folder for everything the run writes; default as ``runtime.run_dir``.
+        data_root: folder of the raw datasets; default as ``runtime.data_root``.
+        notebooks_dir: folder of the notebooks; default ``notebooks/`` of the checkout.
+        parameters: further notebook parameters. Text is converted to the type of the notebook's
+            own value, so that values from a command line need no quoting.
+        force: run the stages even where nothing has changed.
+        stages: what to run, in order.
+
+    Returns:
+        The run folder.
+
+    Raises:
+        ValueError: unknown preset or parameter, or a value of the wrong type (nothing has run).
+        FileNotFoundError: a notebook or the YAML file is missing (nothing has run).
+        NotebookError: a stage failed, or did not write what it promised.
+    """
+    config = load_config(preset)
+    folder = resolve_run_dir(run_dir, preset)
+    # Folders that a notebook finds by itself are not injected: they would only put this machine's
+    # paths into the executed copies.
+    wanted = {"PRESET": str(preset)}
+    if folder.resolve() != resolve_run_dir("", preset).resolve():
+        wanted["RUN_DIR"] = str(folder.resolve())
+    data_folder = resolve_data_root(data_root)
+    if data_folder.resolve() != resolve_data_root().resolve():
+        wanted["DATA_ROOT"] = str(data_folder.resolve())
+    sources = _sources(notebooks_dir, stages)
+    injections = _injections(sources, wanted, dict(parameters or {}))
+
+    folder.mkdir(parents=True, exist_ok=True)
+    state = _read_state(folder)
+    inputs = {
+        "preset": _digest(config.to_dict()),
+        "package": f"{__version__} {_package_digest()}",
+        "data folder": str(data_folder.resolve()),
+    }
+    started = time.monotonic()
+    for number, stage in enumerate(stages, start=1):
+        label = f"[{number}/{len(stages)}] {stage.name}"
+        stage_inputs = {
+            **inputs,
+            "notebook": source_digest(sources[stage.name]),
+            "parameters": injections[stage.name],
+            "earlier records": {
+                earlier.name: sha256_file(folder / earlier.record)
+                for earlier in stages[: number - 1]
+            },
+        }
+        reason = "forced" if force else _reason_to_run(folder, stage, state, stage_inputs)
+        if not reason:
+            print(f"{label}: unchanged, skipped", flush=True)
+            continue
+        print(f"{label}: running ({reason})", flush=True)
+        # Forgotten before it starts: a stage that is interrupted or fails counts as not done.
+        state.pop(stage.name, None)
+        write_json(folder / STATE_FILE, state)
+        stage_started = time.monotonic()
+        before = _identity(folder / stage.record)
+        run_notebook(
+            sources[stage.name],
+            _executed(folder, stage),
+            injections[stage.name],
+            check=functools.partial(_broken_promise, folder, stage, before),
+        )
+        seconds = time.monotonic() - stage_started
+        state[stage.name] = {
+            "inputs": stage_inputs,
+            "outputs": _output_digests(folder, stage),
+            "seconds": round(seconds, 1),
+        }
+        write_json(folder / STATE_FILE, state)
+        print(f"{label}: done in {seconds:.1f} s", flush=True)
+    print(f"Finished in {time.monotonic() - started:.1f} s.\n\n{_summary(folder, stages)}")
+    return folder
+
+
+def publish(
+    run_dir: str | Path, repository: str | Path, stages: Sequence[Stage] = STAGES
+) -> list[Path]:
+    """Copy a run's executed notebooks into ``notebooks/`` and its figures into ``figures/``.
+
+    Returns:
+        The files written.
+
+    Raises:
+        PublishError: a stage has not succeeded or is out of date, a notebook was changed after
+            the run or ran with other parameters than its own, or holds this machine's paths.
+            Nothing has been copied.
+    """
+    run_dir, repository = Path(run_dir), Path(repository)
+    state = _read_state(run_dir)
+    copies: list[tuple[Path, Path]] = []
+    for index, stage in enumerate(stages):
+        target = repository / "notebooks" / f"{stage.name}.ipynb"
+        problem = _publish_problem(run_dir, stage, stages[:index], state, target)
+        if problem:
+            raise PublishError(f"not published: {stage.name} {problem}")
+        copies.append((_executed(run_dir, stage), target))
+    figures = sorted((run_dir / "figures").glob("*.png"))
+    copies += [(figure, repository / "figures" / figure.name) for figure in figures]
+    for source, target in copies:
+        with atomic_path(target) as temporary:
+            temporary.write_bytes(source.read_bytes())
+    return [target for _, target in copies]
+
+
+def score_table(metrics: Mapping[str, Any]) -> str:
+    """The scores of a ``metrics.json`` as aligned text, one model per line."""
+    rows = metrics["rows"]
+    names = list(rows[0]["metrics"]) if rows else []
+    width = max([len(row["model"]) for row in rows] + [len("mean per photo")])
+    lines = [f"{'mean per photo':<{width}}" + "".join(f"{name:>10}" for name in names)]
+    for row in rows:
+        means = [row["metrics"].get(name, {}).get("mean") for name in names]
+        cells = "".join(f"{'-' if mean is None else format(mean, '.3f'):>10}" for mean in means)
+        lines.append(f"{row['model']:<{width}}" + cells)
+    return "\n".join(lines)
+
+
+# ---- before anything runs ----------------------------------------------------------------------
+def _sources(notebooks_dir: str | Path, stages: Sequence[Stage]) -> dict[str, Path]:
+    default = (checkout_root() or Path.cwd()) / "notebooks"
+    root = Path(notebooks_dir) if str(notebooks_dir) else default
+    sources = {stage.name: root / f"{stage.name}.ipynb" for stage in stages}
+    for path in sources.values():
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"notebook {path} is missing: run from a checkout of the repository, or say where "
+                "the notebooks are"
+            )
+    return sources
+
+
+def _injections(
+    sources: Mapping[str, Path], own: Mapping[str, str], extra: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """Per notebook, the parameters whose values differ from those the notebook has anyway.
+
+    papermill itself only warns about unknown parameters and goes on with the defaults.
+    """
+    defaults = {name: parameters_of(path) for name, path in sources.items()}
+    for name, known in defaults.items():
+        missing = [key for key in OWN_PARAMETERS if key not in known]
+        if missing:
+            raise ValueError(f"notebook {name} has no parameter {', '.join(missing)}")
+    reserved = sorted(set(extra) & set(OWN_PARAMETERS))
+    if reserved:
+        raise ValueError(f"set {', '.join(reserved)} through preset, run_dir and data_root")
+    everything = {key for known in defaults.values() for key in known}
+    unknown = sorted(set(extra) - everything)
+    if unknown:
+        choices = ", ".join(sorted(everything - set(OWN_PARAMETERS))) or "none"
+        raise ValueError(f"no notebook has a parameter {', '.join(unknown)}; there are: {choices}")
+    result = {}
+    for name, known in defaults.items():
+        values = {
+            key: converted(key, value, known[key])
+            for key, value in {**own, **extra}.items()
+            if key in known
+        }
+        result[name] = {key: value for key, value in values.items() if value != known[key]}
+    return result
+
+
+# ---- what has changed --------------------------------------------------------------------------
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def _package_digest() -> str:
+    """Digest of the modules that a notebook may use: all but the two that only start it."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return _digest(
+        {f.name: sha256_file(f) for f in files if f.name not in ("pipeline.py", "__main__.py")}
+    )
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    path = folder / STATE_FILE
+    return read_json(path, "the pipeline") if path.is_file() else {}
+
+
+def _executed(folder: Path, stage: Stage) -> Path:
+    return folder / "notebooks" / f"{stage.name}.ipynb"
+
+
+def _output_digests(folder: Path, stage: Stage) -> dict[str, str]:
+    """Digest of every file the stage has written, with its executed notebook and record."""
+    found = [path for pattern in stage.outputs for path in sorted(folder.glob(pattern))]
+    found += [path for path in (folder / stage.record, _executed(folder, stage)) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): sha256_file(path) for path in found}
+
+
+def _reason_to_run(
+    folder: Path, stage: Stage, state: Mapping[str, Any], inputs: Mapping[str, Any]
+) -> str:
+    """Why the stage must run, or ``""`` where it need not."""
+    done = state.get(stage.name)
+    if done is None:
+        return "not done yet"
+    then = done["inputs"]
+    changed = [key for key in inputs if _digest(inputs[key]) != _digest(then.get(key))]
+    if changed:
+        return f"changed: {', '.join(changed)}"
+    now = _output_digests(folder, stage)
+    touched = sorted(path for path in done["outputs"] if now.get(path) != done["outputs"][path])
+    return f"changed or missing since: {', '.join(touched)}" if touched else ""
+
+
+# ---- after a stage -----------------------------------------------------------------------------
+def _identity(path: Path) -> tuple[int, int] | None:
+    """Changes whenever a file is rewritten, even with the same content."""
+    return (path.stat().st_mtime_ns, path.stat().st_ino) if path.is_file() else None
+
+
+def _broken_promise(folder: Path, stage: Stage, before: tuple[int, int] | None) -> str:
+    """What a stage that ran to its end did not write, or ``""``."""
+    for pattern in stage.outputs:
+        if not any(path.is_file() and path.stat().st_size for path in folder.glob(pattern)):
+            return f"ran to its end without writing {pattern} into {display_path(folder)}"
+    if _identity(folder / stage.record) in (None, before):
+        return f"ran to its end without writing its record {stage.record}"
+    return ""
+
+
+def _summary(folder: Path, stages: Sequence[Stage]) -> str:
+    lines = [f"Executed notebooks  {display_path(folder / 'notebooks')}"]
+    metrics = folder / "metrics.json"
+    if metrics.is_file():
+        lines.append(f"Scores              {display_path(metrics)}")
+    if (folder / "figures").is_dir():
+        lines.append(f"Figures             {display_path(folder / 'figures')}")
+    if metrics.is_file():
+        lines += ["", score_table(read_json(metrics, f"notebook {stages[-1].name}"))]
+    return "\n".join(lines)
+
+
+def _publish_problem(
+    folder: Path,
+    stage: Stage,
+    earlier: Sequence[Stage],
+    state: Mapping[str, Any],
+    target: Path,
+) -> str:
+    """Why a stage's notebook must not be published, or ``""``."""
+    if stage.name not in state:
+        return f"has not succeeded in {display_path(folder)}"
+    done = state[stage.name]
+    now = {
+        **_output_digests(folder, stage),
+        **{e.record: sha256_file(folder / e.record) for e in earlier},
+    }
+    then = {
+        **done["outputs"],
+        **{f"{name}.json": digest for name, digest in done["inputs"]["earlier records"].items()},
+    }
+    stale = sorted(path for path in then if then[path] != now.get(path))
+    if stale:
+        return f"is out of date: {', '.join(stale)} changed since it ran"
+    if not target.is_file() or source_digest(target) != done["inputs"]["notebook"]:
+        return f"was executed from another version than {display_path(target)}: run it again"
+    if done["inputs"]["parameters"]:
+        return f"ran with {done['inputs']['parameters']} instead of the notebook's own values"
+    found = machine_paths(_executed(folder, stage))
+    return f"shows this machine's path {found[0]}" if found else ""
