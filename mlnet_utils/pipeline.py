@@ -160,9 +160,14 @@ def reproduce(
 
 
 def publish(
-    run_dir: str | Path, repository: str | Path, stages: Sequence[Stage] = STAGES
+    run_dir: str | Path, repository: str | Path = "", stages: Sequence[Stage] = STAGES
 ) -> list[Path]:
     """Copy a run's executed notebooks into ``notebooks/`` and its figures into ``figures/``.
+
+    Args:
+        run_dir: a folder that :func:`reproduce` has filled.
+        repository: where to; default the checkout that this package is imported from.
+        stages: the stages of that run.
 
     Returns:
         The files written.
@@ -172,7 +177,9 @@ def publish(
             the run or ran with other parameters than its own, or holds this machine's paths.
             Nothing has been copied.
     """
-    run_dir, repository = Path(run_dir), Path(repository)
+    run_dir, repository = Path(run_dir), Path(repository) if str(repository) else checkout_root()
+    if repository is None:
+        raise PublishError("not published: this package is not imported from a checkout")
     state = _read_state(run_dir)
     copies: list[tuple[Path, Path]] = []
     for index, stage in enumerate(stages):

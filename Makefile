@@ -1,0 +1,66 @@
+# Every verb creates .venv and installs what it needs, once. Works with GNU make 3.81 (macOS) and
+# newer. Try `make help`.
+
+PYTHON ?= python3
+VENV ?= .venv
+PRESET ?= sample
+# Further options for the pipeline, e.g. ARGS="--force -p EPOCHS 3"
+ARGS ?=
+# The extra `parity` compiles pysaliency: without a C compiler, leave it out (its tests are skipped).
+TEST_EXTRAS ?= notebooks,test,download,legacy,emd,export,parity
+
+PY := $(VENV)/bin/python
+NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
+
+.DEFAULT_GOAL := help
+.PHONY: help reproduce test publish address clean
+
+help:
+	@echo "make reproduce [PRESET=sample]  run all notebooks: data, training, scores, figures"
+	@echo "                                PRESET is a name (sample, osie, ...) or a YAML file;"
+	@echo "                                more options: ARGS='--force --data-root ~/data'"
+	@echo "make test                       style, unit tests, notebooks, one pipeline run"
+	@echo "make publish                    copy the sample run's notebooks and figures into the"
+	@echo "                                repository"
+	@echo "make address                    write the address in pyproject.toml into all links"
+	@echo "make clean                      remove .venv and caches (keeps runs/ and data/)"
+	@echo ""
+	@echo "PYTHON=python3.12 chooses the interpreter for .venv (3.10 to 3.13)."
+
+reproduce: $(VENV)/.reproduce
+	$(PY) -m mlnet_utils reproduce --preset $(PRESET) $(ARGS)
+
+# The notebooks run in a temporary folder: a test must not touch the user's own runs.
+test: $(VENV)/.test
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) tools/address.py --check
+	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export MLNET_RUNS="$$runs" && \
+	$(PY) -m mlnet_utils reproduce --preset tiny --run-dir "$$runs/pipeline" && \
+	$(PY) -m pytest $(NBVAL) notebooks/
+	$(PY) -m pytest
+
+publish: $(VENV)/.reproduce
+	$(PY) -m mlnet_utils publish --preset $(PRESET)
+
+address:
+	$(PYTHON) tools/address.py
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PY):
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
+	{ echo "Python 3.10 to 3.13 is needed; name one: make PYTHON=python3.12 ..."; exit 1; }
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
+
+# Stamps: nothing is installed again until the requirements change.
+$(VENV)/.reproduce: pyproject.toml constraints.txt | $(PY)
+	@echo "Installing into $(VENV), once; torch alone is several hundred MB, with CUDA several GB."
+	$(PY) -m pip install --constraint constraints.txt --editable ".[notebooks]"
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install --constraint constraints.txt --editable ".[$(TEST_EXTRAS)]"
+	@touch $@ $(VENV)/.reproduce
