@@ -41,7 +41,8 @@ def repository_name(root: Path) -> str:
 
 def addressed_files(root: Path) -> list[Path]:
     """The files that may hold the repository's address."""
-    return [*sorted((root / "notebooks").glob("*.ipynb")), root / "README.md", root / "CITATION.cff"]
+    notebooks = sorted((root / "notebooks").glob("*.ipynb"))
+    return [*notebooks, root / "README.md", root / "CITATION.cff"]
 
 
 def with_address(text: str, name: str) -> str:

@@ -1,0 +1,290 @@
+"""What is installed: pyproject.toml, constraints.txt and environment.yml agree with the code."""
+
+import ast
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+import mlnet_utils
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parent.parent
+PYTHONS = ("3.10", "3.11", "3.12", "3.13")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
+CONDA_EXTRAS = ("notebooks", "test")  # what environment.yml installs
+NOTEBOOK_MODULES = ("execution", "pipeline")  # need the extra `notebooks`
+# Names under which distributions are imported, where they differ.
+IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-image": "skimage", "pot": "ot"}
+
+
+def requirement_lines(path):
+    """The lines of a requirements file without comments."""
+    lines = (line.split("#")[0].strip() for line in path.read_text("utf-8").splitlines())
+    return [line for line in lines if line]
+
+
+def name_of(requirement):
+    return canonicalize_name(Requirement(requirement).name)
+
+
+def import_names(requirements):
+    names = (name_of(text) for text in requirements)
+    return {IMPORT_NAMES.get(name, name.replace("-", "_")) for name in names}
+
+
+def pins(lines, python):
+    """name -> exact version, for one version of Python."""
+    found = {}
+    for line in lines:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"python_version": python}):
+            continue
+        name = canonicalize_name(requirement.name)
+        specifiers = list(requirement.specifier)
+        exact = [s.version for s in specifiers if s.operator == "==" and "*" not in s.version]
+        assert len(exact) == len(specifiers) == 1, f"{line} is not an exact version"
+        assert name not in found, f"{name} is pinned twice for Python {python}"
+        found[name] = exact[0]
+    return found
+
+
+def pin_problems(requirements, lines, python):
+    """Requirements without a pin, or with one that they do not allow."""
+    pinned = pins(lines, python)
+    problems = []
+    for text in requirements:
+        requirement = Requirement(text)
+        if requirement.marker and not requirement.marker.evaluate({"python_version": python}):
+            continue
+        version = pinned.get(canonicalize_name(requirement.name))
+        if version is None:
+            problems.append(f"{text} has no exact version")
+        elif not requirement.specifier.contains(version, prereleases=True):
+            problems.append(f"{text} does not allow the tested {version}")
+    return problems
+
+
+def addresses(text):
+    """Anything in a file that names a package registry, or any other address."""
+    return re.findall(
+        r"(?i)(?:https?|file|git|ssh)(?:\+\w+)?://\S+|(?:extra-)?index-url|pypi", text
+    )
+
+
+# ---- the three agree ---------------------------------------------------------------------------
+@pytest.mark.parametrize("python", PYTHONS)
+def test_every_requirement_has_a_tested_version_that_it_allows(python):
+    everything = PROJECT["dependencies"] + [text for extra in EXTRAS.values() for text in extra]
+    assert pin_problems(everything, requirement_lines(ROOT / "constraints.txt"), python) == []
+
+
+def test_environment_lists_exactly_what_pyproject_requires():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text("utf-8"))
+    conda = [item for item in environment["dependencies"] if isinstance(item, str)]
+    (pip,) = [item["pip"] for item in environment["dependencies"] if isinstance(item, dict)]
+    assert pip[:2] == ["--constraint constraints.txt", "--editable ."]
+    expected = PROJECT["dependencies"] + [text for name in CONDA_EXTRAS for text in EXTRAS[name]]
+    assert sorted(map(str, map(Requirement, pip[2:]))) == sorted(
+        map(str, map(Requirement, expected))
+    )
+    python = next(item for item in conda if item.startswith("python="))
+    assert python.removeprefix("python=") in PYTHONS
+
+
+def test_environment_gives_a_reason_for_each_line():
+    lines = (ROOT / "environment.yml").read_text("utf-8").splitlines()
+    items = [line for line in lines if re.match(r"\s+- (?!conda-forge|pip:)", line)]
+    assert len(items) > 20
+    assert [line for line in items if "  # " not in line] == []
+
+
+@pytest.mark.parametrize(
+    ("requirements", "lines", "problem"),
+    [
+        (["numpy>=1.26"], [], "numpy>=1.26 has no exact version"),
+        (["numpy<2.4"], ["numpy==2.4.1"], "numpy<2.4 does not allow the tested 2.4.1"),
+        (["PyYAML>=6"], ["pyyaml==6.0; python_version < '3.11'"], "PyYAML>=6 has no exact version"),
+    ],
+)
+def test_agreement_check_fires(requirements, lines, problem):
+    assert pin_problems(requirements, lines, "3.12") == [problem]
+
+
+@pytest.mark.parametrize("lines", [["numpy>=2"], ["numpy==2.*"], ["numpy==2.0", "numpy==2.1"]])
+def test_pins_must_be_exact_and_unique(lines):
+    with pytest.raises(AssertionError, match=r"not an exact version|pinned twice"):
+        pins(lines, "3.12")
+
+
+# ---- no registry address -----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "name", ["pyproject.toml", "constraints.txt", "environment.yml", "Makefile", ".ci/run"]
+)
+def test_no_registry_address(name):
+    own = PROJECT["urls"]["Repository"]
+    found = addresses((ROOT / name).read_text("utf-8"))
+    assert [address for address in found if address.strip('"') != own] == []
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--extra-index-url example",
+        "torch @ https://example.org/torch.whl",
+        "git+https://example.org/x",
+        "- file:///wheels",
+    ],
+)
+def test_registry_check_fires(line):
+    assert addresses(line)
+
+
+# ---- declared = imported -----------------------------------------------------------------------
+def third_party_imports(source):
+    """(top-level name, whether it is imported when the module is) of every foreign import."""
+    tree = ast.parse(source)
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names = [node.module]
+        else:
+            continue
+        tops = {name.split(".")[0] for name in names} - sys.stdlib_module_names - {"mlnet_utils"}
+        found |= {(top, node in tree.body) for top in tops}
+    return found
+
+
+def undeclared(module, source):
+    """Imports that `pip install` would not provide.
+
+    An import inside a function may come from any extra: it is a feature that says what it needs.
+    """
+    required = import_names(PROJECT["dependencies"])
+    if module in NOTEBOOK_MODULES:
+        required |= import_names(EXTRAS["notebooks"])
+    optional = required.union(*(import_names(extra) for extra in EXTRAS.values()))
+    return sorted(
+        top
+        for top, at_import in third_party_imports(source)
+        if top not in (required if at_import else optional)
+    )
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "mlnet_utils").glob("*.py")), ids=lambda path: path.stem
+)
+def test_every_import_is_a_declared_dependency(path):
+    assert undeclared(path.stem, path.read_text("utf-8")) == []
+
+
+def test_declaration_check_fires():
+    assert undeclared("model", "import numpy, cv2") == ["cv2"]
+    assert undeclared("model", "import h5py") == ["h5py"]
+    assert undeclared("model", "def f():\n    import h5py") == []
+    assert undeclared("model", "import papermill") == ["papermill"]
+    assert undeclared("pipeline", "import papermill") == []
+
+
+# ---- light import, one version -----------------------------------------------------------------
+def test_import_is_light():
+    code = (
+        "import sys, time; start = time.perf_counter(); import mlnet_utils; "
+        "print(time.perf_counter() - start, 'torch' in sys.modules, 'numpy' in sys.modules)"
+    )
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout.split()
+        for _ in range(3)
+    ]
+    assert min(float(seconds) for seconds, *_ in runs) < 0.5
+    assert runs[0][1:] == ["False", "False"]
+
+
+def test_one_version_everywhere():
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
+    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    found = {
+        "__init__.py": mlnet_utils.__version__,
+        "pyproject.toml": PROJECT["version"],
+        "CITATION.cff": str(citation["version"]),
+        "CHANGELOG.md": newest[1],
+    }
+    assert len(set(found.values())) == 1, found
+
+
+def test_every_module_is_installed():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
+    folders = {path.parent.relative_to(ROOT) for path in (ROOT / "mlnet_utils").rglob("*.py")}
+    assert {".".join(folder.parts) for folder in folders} == set(settings["packages"])
+
+
+# ---- the verbs ---------------------------------------------------------------------------------
+def test_makefile_installs_extras_that_exist():
+    text = (ROOT / "Makefile").read_text("utf-8")
+    default = re.search(r"^TEST_EXTRAS \?= (\S+)$", text, re.MULTILINE)[1].split(",")
+    assert set(default) == set(EXTRAS)
+
+
+def test_continuous_integration_calls_make_test():
+    script = ROOT / ".ci" / "run"
+    assert os.access(script, os.X_OK)
+    commands = [line for line in script.read_text("utf-8").splitlines() if "make test" in line]
+    assert commands[-1] == "exec make test"
+
+
+# ---- the repository's address ------------------------------------------------------------------
+def load_address_tool():
+    spec = importlib.util.spec_from_file_location("address", ROOT / "tools" / "address.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+LINKS = """\
+[![Colab](badge)](https://colab.research.google.com/github/{0}/blob/main/notebooks/a.ipynb)
+[nbviewer](https://nbviewer.org/github/{0}/blob/main/notebooks/a.ipynb)
+%pip install -q "mlnet-utils[notebooks] @ git+https://github.com/{0}"
+%pip install -q "mlnet-utils @ git+https://github.com/{0}.git@main"
+git clone https://github.com/{0}
+git clone https://github.com/{0}.git
+The authors' code: https://github.com/marcellacornia/mlnet
+"""
+
+
+def test_address_is_the_same_everywhere():
+    assert load_address_tool().main(ROOT, check=True) == 0
+
+
+def test_address_is_written_into_our_links_only(tmp_path, capsys):
+    tool = load_address_tool()
+    (tmp_path / "notebooks").mkdir()
+    (tmp_path / "pyproject.toml").write_text('Repository = "https://github.com/new.org/new_name"\n')
+    notebook = tmp_path / "notebooks" / "a.ipynb"
+    notebook.write_text(LINKS.format("old-org/old.name"))
+    assert tool.main(tmp_path, check=True) == 1
+    assert "differs from new.org/new_name" in capsys.readouterr().out
+    assert tool.main(tmp_path, check=False) == 0
+    assert notebook.read_text() == LINKS.format("new.org/new_name")
+    assert tool.main(tmp_path, check=True) == 0
+
+
+def test_address_that_colab_cannot_open_is_an_error(tmp_path):
+    (tmp_path / "pyproject.toml").write_text('Repository = "https://example.org/x"\n')
+    with pytest.raises(ValueError, match="OWNER/NAME"):
+        load_address_tool().repository_name(tmp_path)
