@@ -62,14 +62,14 @@ class Config:
     clip_norm: float = 0.0  # gradient norm limit, 0 = none
     batch_size: int = 10  # code
     epochs: int = 20  # code
-    patience: int = 5  # code: early stopping on the validation loss; 0 = never stop early
+    patience: int = 5  # code: epochs without a better validation loss; 0 = never stop early
     ema_decay: float = 0.0  # exponential moving average of the weights, 0 = none
     flip: float = 0.0  # probability of mirroring photo and fixations together
     jitter: float = 0.0  # strength of brightness, contrast and saturation changes
     crop: float = 0.0  # largest share of each side that a random crop removes
 
     # ---- engine (changes speed and memory, not what is learned)
-    precision: str = "auto"  # "auto", "fp32", "bf16" or "fp16"
+    precision: str = "fp32"  # code: Theano in float32; "auto", "fp32", "bf16" or "fp16"
     micro_batch: int = 0  # photos per forward pass; 0 = batch_size (gradients are accumulated)
     checkpointing: bool = False  # recompute backbone activations to save memory
     channels_last: bool = False
@@ -109,6 +109,14 @@ class Config:
             raise ValueError(f"config: prior_cells={self.prior_cells} must be (rows, columns) or ()")
 
     @property
+    def antialias(self) -> bool:
+        """Whether photos are resized with an antialiasing filter.
+
+        The earlier implementations use OpenCV's bilinear filter, which does not antialias.
+        """
+        return self.compat == ""
+
+    @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of the network's output: 1/8 of the input."""
         return self.height // 8, self.width // 8
@@ -144,9 +152,33 @@ _DENSITY = {
     "flip": 0.5,
 }
 
+# MLNet-Pytorch (immortal3, 2018) stops the gradient of the first 23 entries of
+# ``model.parameters()``. Entry 0 is its prior; the other 22 are weight and bias of the first
+# eleven convolutions, conv1_1 to conv5_1, here by their place in torchvision's ``features``.
+_MLNET_PYTORCH_FROZEN = tuple(
+    f"backbone.features.{place}.*" for place in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24)
+)
+
 PRESETS: dict[str, dict[str, Any]] = {
     # The authors' recipe to the letter: the defaults.
     "paper": {},
+    # MLNet-Pytorch as it was meant: its prior is trained, its penalty has the paper's weight,
+    # and dropout is off at test time.
+    "mlnet-pytorch": {
+        "compat": "mlnet-pytorch",
+        "dataset": "salicon-2017",
+        "height": 240,
+        "width": 320,
+        "prior_cells": (3, 4),
+        "dropout_channels": True,
+        "freeze": _MLNET_PYTORCH_FROZEN,
+        "optimizer": "adam",
+        "schedule": "constant",
+        "weight_decay": 1e-4,
+        "batch_size": 16,
+        "epochs": 10,
+        "patience": 0,
+    },
     # Minutes on two CPU cores, from random weights, on stimuli whose true density is known.
     "sample": {
         **_DENSITY,
@@ -177,6 +209,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "backbone_drop": ("blocks.4.1.conv_pw", "blocks.4.1.bn2"),
         "freeze_norm": True,
         "dropout_channels": True,  # 10 % faster on a CPU, no difference in the scores
+        "precision": "auto",
         "lr": 1e-3,
         "backbone_lr_scale": 0.3,
         "weight_decay": 1e-4,
@@ -196,8 +229,17 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 10,
         "patience": 3,
         "ema_decay": 0.999,
+        "precision": "auto",
         "channels_last": True,
     },
+}
+# MLNet-Pytorch as it is. Three defects, each a switch: the prior never trains, dropout stays on
+# at test time, and the penalty is divided by 1 instead of by the number of cells.
+PRESETS["mlnet-pytorch-asis"] = {
+    **PRESETS["mlnet-pytorch"],
+    "freeze": ("prior", *_MLNET_PYTORCH_FROZEN),
+    "dropout_at_test": True,
+    "prior_penalty": 1.0,
 }
 # Seconds: for the tests of the pipeline and for trying things out.
 PRESETS["tiny"] = {
@@ -234,15 +276,20 @@ def load_config(preset: str | Path = "sample", **overrides: Any) -> Config:
             f"unknown preset {name!r}: use one of {', '.join(PRESETS)} or the path of a .yaml file"
         )
     values = {**values, **{k: v for k, v in overrides.items() if v is not None or k not in known}}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"unknown configuration key {', '.join(unknown)}; known: {sorted(known)}")
-    return Config(**values)
+    return _build(values)
 
 
 def from_dict(values: dict[str, Any]) -> Config:
     """Rebuild a configuration that :meth:`Config.to_dict` wrote."""
-    return load_config("paper", **values)
+    return _build(values)
+
+
+def _build(values: dict[str, Any]) -> Config:
+    known = {f.name for f in dataclasses.fields(Config)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"unknown configuration key {', '.join(unknown)}; known: {sorted(known)}")
+    return Config(**values)
 
 
 def describe(config: Config) -> list[tuple[str, str, str]]:

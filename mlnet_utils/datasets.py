@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -15,7 +16,7 @@ from mlnet_utils import formats, synthetic
 from mlnet_utils.config import Config
 from mlnet_utils.photos import SPLITS, Photo, write_prepared
 from mlnet_utils.runtime import cpu_count, progress, sha256_file, versions
-from mlnet_utils.transforms import Letterbox, density_on_grid, letterbox, pixel_indices
+from mlnet_utils.transforms import Letterbox, density_on_grid, inside, letterbox, pixel_indices
 
 
 # ---- splits ------------------------------------------------------------------------------------
@@ -193,16 +194,16 @@ class SaliencyDataset(Dataset):
         photo = self.photos[index]
         box = Letterbox(photo.height, photo.width, self.config.height, self.config.width)
         image = self._image(index)
-        points = photo.fixations
-        sigma = self.sigma
-        density = density_on_grid(points, box, self.config.grid, sigma).float()
+        points, zoom = photo.fixations, 1.0
+        rng = np.random.default_rng([self.config.seed, epoch, index])
+        if self.augment and self.config.crop:
+            image, points, zoom = _crop(image, points, box, self.config.crop, rng)
+        density = density_on_grid(points, box, self.config.grid, self.sigma * zoom).float()
         counts = _counts_on_grid(points, box, self.config.grid)
-        if self.augment:
-            rng = np.random.default_rng([self.config.seed, epoch, index])
-            if rng.random() < self.config.flip:
-                image, density, counts = image.flip(-1), density.flip(-1), counts.flip(-1)
-            if self.config.jitter:
-                image = _jitter(image, self.config.jitter, rng)
+        if self.augment and rng.random() < self.config.flip:
+            image, density, counts = image.flip(-1), density.flip(-1), counts.flip(-1)
+        if self.augment and self.config.jitter:
+            image = _jitter(image, self.config.jitter, rng)
         return {
             "image": image,
             "density": density[None],
@@ -235,6 +236,36 @@ def _counts_on_grid(points: np.ndarray, box: Letterbox, grid: tuple[int, int]) -
     flat = row.astype(int).clip(0, grid[0] - 1) * grid[1] + column.astype(int).clip(0, grid[1] - 1)
     counts = np.bincount(flat, minlength=grid[0] * grid[1]).reshape(grid)
     return torch.from_numpy(counts).float()
+
+
+def _crop(
+    image: Tensor, points: np.ndarray, box: Letterbox, largest: float, rng: np.random.Generator
+) -> tuple[Tensor, np.ndarray, float]:
+    """Crop a letterboxed photo and enlarge the rest to the same size, fixations included.
+
+    The share that is cut off each side's length takes one of five values up to ``largest``, so
+    that only as many blur matrices are needed. A crop that would lose every fixation is refused.
+
+    Returns:
+        The image, the fixations that remain (photo coordinates) and the enlargement.
+    """
+    share = largest * rng.integers(5) / 4
+    rows, columns = round(box.content_height * (1 - share)), round(box.content_width * (1 - share))
+    top = rng.integers(box.content_height - rows + 1)
+    left = rng.integers(box.content_width - columns + 1)
+    scale = np.array([box.photo_width / box.content_width, box.photo_height / box.content_height])
+    zoom = np.array([box.content_width / columns, box.content_height / rows])
+    moved = ((points + 0.5 - np.array([left, top]) * scale) * zoom - 0.5).astype(np.float32)
+    kept = moved[inside(moved, box.photo_height, box.photo_width)]
+    if share == 0 or not len(kept):
+        return image, points, 1.0
+    image = image.clone()
+    content = image[
+        :, box.top : box.top + box.content_height, box.left : box.left + box.content_width
+    ]
+    window = content[None, :, top : top + rows, left : left + columns].float()
+    content.copy_(F.interpolate(window, size=content.shape[1:], mode="bilinear")[0].round())
+    return image, kept, 1 / (1 - share)
 
 
 def _jitter(image: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
