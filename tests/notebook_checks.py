@@ -1,0 +1,304 @@
+"""Hygiene of a saved notebook, one function per rule.
+
+Each takes the notebook and its path and returns what is wrong, in words; [] where all is well.
+`test_notebooks.py` applies them to every notebook of the repository, and to bad ones.
+"""
+
+import ast
+import importlib.util
+import json
+import re
+import tokenize
+from io import StringIO
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MAX_BYTES = 1_000_000
+MAX_CELLS = 40  # 22 to 32 read best
+MAX_CODE_LINES = 150  # about 100 read best
+MAX_DEF_LINES = 8
+MAX_PARAMETERS = 8
+MIN_SHARE_WITH_OUTPUT = 0.4
+CELL_METADATA = {"tags", "nbval-check-output"}
+WIDGETS = "application/vnd.jupyter.widget"
+MACHINE_PATH = re.compile(
+    r"(?<![\w.:/~-])/(?:home|Users|root|tmp|var|private|mnt|opt|srv|workspace|work|content|"
+    r"kaggle|data|scratch)/[\w.-]+|file://|\b[A-Z]:\\+\w|~/\w|site-packages"
+)
+MAGIC = re.compile(r"^([ \t]*)[!%]", re.MULTILINE)
+TYPED_COMMENT = re.compile(r"#\s*(type:\s*)?(str|int|float|bool|list|tuple|dict)\b.{3,}")
+LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)[^)]*\)")
+HTML_IMAGE = re.compile(r"<img\b[^>]*>", re.IGNORECASE)
+
+
+def code_cells(notebook):
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def markdown(notebook):
+    return "\n\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+
+
+def outputs(notebook):
+    return [output for cell in code_cells(notebook) for output in cell.outputs]
+
+
+def label(cell):
+    """How a problem names a cell: by its first line."""
+    return f"`{cell.source.strip().splitlines()[0] if cell.source.strip() else 'empty cell'}`"
+
+
+def python(cell):
+    """A code cell's syntax tree; lines that only IPython understands count as `pass`."""
+    return ast.parse(MAGIC.sub(r"\1pass  # ", cell.source))
+
+
+def readable_text(notebook):
+    """Sources and text outputs: what a reader, or a search, sees."""
+    texts = [cell.source for cell in notebook.cells]
+    for output in outputs(notebook):
+        texts.append(output.get("text", ""))
+        data = output.get("data", {})
+        texts += [str(value) for kind, value in data.items() if kind.startswith("text/")]
+    return "\n".join(texts)
+
+
+def repository_name():
+    """`owner/name`, from the one place where it is written."""
+    spec = importlib.util.spec_from_file_location("address", ROOT / "tools" / "address.py")
+    address = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(address)
+    return address.repository_name(ROOT)
+
+
+# ---- saved by the pipeline, executed from a clean kernel ---------------------------------------
+def executed_in_order(notebook, path):
+    counts = [cell.execution_count for cell in code_cells(notebook)]
+    if counts == list(range(1, len(counts) + 1)):
+        return []
+    return [f"execution counts {counts}: not run once, top to bottom, from a clean kernel"]
+
+
+def has_outputs(notebook, path):
+    cells = code_cells(notebook)
+    shown = sum(bool(cell.outputs) for cell in cells)
+    if cells and shown >= MIN_SHARE_WITH_OUTPUT * len(cells):
+        return []
+    return [f"only {shown} of {len(cells)} code cells show something"]
+
+
+def no_errors_or_stderr(notebook, path):
+    return [
+        f"{label(cell)} has {output.get('ename') or 'stderr'} among its outputs"
+        for cell in code_cells(notebook)
+        for output in cell.outputs
+        if output.output_type == "error" or output.get("name") == "stderr"
+    ]
+
+
+def plain_metadata(notebook, path):
+    problems = []
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    if dict(notebook.metadata.get("kernelspec", {})) != kernel:
+        problems.append(f"kernelspec is {notebook.metadata.get('kernelspec')}")
+    extra = sorted(set(notebook.metadata) - {"kernelspec", "language_info"})
+    if extra:
+        problems.append(f"notebook metadata holds {', '.join(extra)}")
+    for cell in notebook.cells:
+        strange = sorted(set(cell.metadata) - CELL_METADATA)
+        if strange:
+            problems.append(f"metadata of {label(cell)} holds {', '.join(strange)}")
+    return problems
+
+
+def no_widgets(notebook, path):
+    kinds = {kind for output in outputs(notebook) for kind in output.get("data", {})}
+    return [f"output of the kind {kind}" for kind in sorted(kinds) if kind.startswith(WIDGETS)]
+
+
+def no_machine_paths(notebook, path):
+    found = sorted({match[0] for match in MACHINE_PATH.finditer(readable_text(notebook))})
+    return [f"shows a path of one machine: {text}" for text in found]
+
+
+def small_file(notebook, path):
+    size = path.stat().st_size
+    return [f"{size:,} bytes, at most {MAX_BYTES:,}"] if size > MAX_BYTES else []
+
+
+# ---- parameters --------------------------------------------------------------------------------
+def one_parameters_cell(notebook, path):
+    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
+    if any("injected-parameters" in cell.metadata.get("tags", ()) for cell in notebook.cells):
+        return ["holds parameters injected by a run"]
+    if len(tagged) != 1 or tagged[0].cell_type != "code":
+        return [f"{len(tagged)} cells are tagged `parameters`, should be one code cell"]
+    problems, values = [], {}
+    for statement in python(tagged[0]).body:
+        target = getattr(statement, "target", None) or getattr(statement, "targets", [None])[0]
+        try:
+            values[target.id] = ast.literal_eval(statement.value)
+        except (AttributeError, ValueError):
+            problems.append(f"`{ast.unparse(statement)}` is not NAME = literal")
+    problems += [f"parameter {name} is not in capitals" for name in values if not name.isupper()]
+    for name, value in {"PRESET": "sample", "RUN_DIR": "", "DATA_ROOT": ""}.items():
+        if values.get(name) != value:
+            problems.append(f"parameter {name} should be {value!r}")
+    if len(values) > MAX_PARAMETERS:
+        problems.append(f"{len(values)} parameters, at most {MAX_PARAMETERS}")
+    return problems + _comment_problems(tagged[0].source)
+
+
+def _comment_problems(source):
+    """Parameters whose line does not end with a comment that names a type and says something."""
+    tokens = tokenize.generate_tokens(StringIO(source).readline)
+    comments = {t.start[0]: t.string for t in tokens if t.type == tokenize.COMMENT}
+    problems = []
+    for statement in ast.parse(source).body:
+        comment = comments.get(statement.end_lineno, "")
+        annotated = isinstance(statement, ast.AnnAssign) and len(comment) > 5
+        if not annotated and not TYPED_COMMENT.match(comment):
+            problems.append(
+                f"`{ast.unparse(statement)}` needs a comment like `# int: what it does`"
+            )
+        if "=" in comment:
+            problems.append(f"`{ast.unparse(statement)}`: papermill cannot read '=' in a comment")
+    return problems
+
+
+# ---- short pages, plain code -------------------------------------------------------------------
+def few_cells(notebook, path):
+    count = len(notebook.cells)
+    return [f"{count} cells, at most {MAX_CELLS}"] if count > MAX_CELLS else []
+
+
+def little_code(notebook, path):
+    lines = [ln for cell in code_cells(notebook) for ln in cell.source.splitlines() if ln.strip()]
+    return [f"{len(lines)} lines of code, at most {MAX_CODE_LINES}"] * (len(lines) > MAX_CODE_LINES)
+
+
+def no_machinery(notebook, path):
+    """The package is the mechanism: notebooks define no classes and no long functions."""
+    problems = []
+    for cell in code_cells(notebook):
+        for node in ast.walk(python(cell)):
+            if isinstance(node, ast.ClassDef):
+                problems.append(f"defines class {node.name}")
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                length = node.end_lineno - node.lineno + 1
+                if length > MAX_DEF_LINES:
+                    problems.append(f"def {node.name} has {length} lines, at most {MAX_DEF_LINES}")
+            if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
+                problems.append(f"{label(cell)} imports *")
+            if isinstance(node, ast.ExceptHandler) and node.type is None:
+                problems.append(f"{label(cell)} has a bare except")
+    return problems
+
+
+def shell_only_in_colab(notebook, path):
+    """`!` and `%pip` stand under an explicit condition in the one cell that is about Colab."""
+    return [
+        f"{label(cell)} runs {line.strip()}"
+        for cell in code_cells(notebook)
+        for line in cell.source.splitlines()
+        if re.match(r"\s*(!|%%|%(?:pip|conda|sx|system)\b)", line)
+        and not (line[0].isspace() and re.search(r"^if .*colab", cell.source, re.I | re.M))
+    ]
+
+
+def no_path_tricks(notebook, path):
+    tricks = re.compile(r"\b(sys\.path|os\.chdir|PYTHONPATH)\b")
+    return [
+        f"{label(cell)} uses {match[0]}"
+        for cell in code_cells(notebook)
+        for match in tricks.finditer(cell.source)
+    ]
+
+
+# ---- prose and links ---------------------------------------------------------------------------
+def title_first(notebook, path):
+    titles = re.findall(r"^# .+", markdown(notebook), re.MULTILINE)
+    first = notebook.cells[0]
+    if first.cell_type == "markdown" and first.source.startswith("# ") and len(titles) == 1:
+        return []
+    return ["the first cell must begin with the notebook's only H1"]
+
+
+def badges_carry_the_address(notebook, path):
+    """Colab and nbviewer open this notebook of this repository, whose name pyproject.toml holds."""
+    place = f"github/{repository_name()}/blob/main/notebooks/{path.name}"
+    text = markdown(notebook)
+    return [
+        f"no link to {site}/{place}"
+        for site in ("https://colab.research.google.com", "https://nbviewer.org")
+        if f"({site}/{place})" not in text
+    ]
+
+
+def links_to_next(notebook, path):
+    numbered = sorted(path.parent.glob("[0-9][0-9]_*.ipynb"))
+    later = numbered[numbered.index(path) + 1 :]
+    links = {target for image, _, target in LINK.findall(markdown(notebook)) if not image}
+    if not later or later[0].name in links:
+        return []
+    return [f"does not link to the next notebook, {later[0].name}"]
+
+
+def links_are_valid(notebook, path):
+    text = markdown(notebook)
+    headings = re.findall(r"^#+ (.+?)\s*$", text, re.MULTILINE)
+    anchors = {heading.replace(" ", "-") for heading in headings}
+    anchors |= set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", text))
+    problems = []
+    for _, _, target in LINK.findall(text):
+        if re.match(r"(https?|mailto|attachment|data):", target):
+            continue
+        file, _, anchor = target.partition("#")
+        if file and not (path.parent / file).exists():
+            problems.append(f"link to {file}, which does not exist")
+        if not file and anchor not in anchors:
+            problems.append(f"link to #{anchor}, which is no heading here")
+    return problems
+
+
+def images_have_alt_text(notebook, path):
+    text = markdown(notebook)
+    bare = [target for image, alt, target in LINK.findall(text) if image and not alt.strip()]
+    tags = HTML_IMAGE.findall(text)
+    bare += [tag for tag in tags if not re.search(r"alt=[\"'][^\"']+[\"']", tag)]
+    return [f"image without alternative text: {target}" for target in bare]
+
+
+def valid_file(notebook, path):
+    """Valid notebook format, with the identifiers of cells that make diffs readable."""
+    import nbformat
+
+    try:
+        nbformat.validate(json.loads(path.read_text("utf-8")))
+    except nbformat.ValidationError as error:
+        return [str(error).splitlines()[0]]
+    return []
+
+
+CHECKS = (
+    executed_in_order,
+    has_outputs,
+    no_errors_or_stderr,
+    plain_metadata,
+    no_widgets,
+    no_machine_paths,
+    small_file,
+    one_parameters_cell,
+    few_cells,
+    little_code,
+    no_machinery,
+    shell_only_in_colab,
+    no_path_tricks,
+    title_first,
+    badges_carry_the_address,
+    links_to_next,
+    links_are_valid,
+    images_have_alt_text,
+    valid_file,
+)
