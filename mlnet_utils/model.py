@@ -27,10 +27,14 @@ class VGG16Levels(nn.Module):
 
     def __init__(self, compat: str = "", checkpointing: bool = False):
         super().__init__()
-        from torchvision.models import vgg16
+        from torchvision.models.vgg import cfgs, make_layers
 
-        # The classifier is built and thrown away only by vgg16(); `features` keeps its names.
-        self.features = vgg16(weights=None).features[:30]  # without pool5
+        # Not vgg16(): its classifier, which ML-Net has no use for, is 1 GB and most of the time.
+        self.features = make_layers(cfgs["D"])[:30]  # without pool5; torchvision's names
+        for layer in self.features:
+            if isinstance(layer, nn.Conv2d):  # as torchvision, where no weights are loaded
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
         self.compat = compat
         self.checkpointing = checkpointing
 

@@ -60,13 +60,15 @@ class Letterbox:
         return (self.width - self.content_width) // 2
 
 
-def letterbox(image: Tensor, height: int, width: int) -> Tensor:
-    """Fit an image into (height, width): aspect-preserving antialiased resize, centred, zeros.
+def letterbox(image: Tensor, height: int, width: int, antialias: bool = True) -> Tensor:
+    """Fit an image into (height, width): aspect-preserving bilinear resize, centred, zeros.
 
     Args:
         image: (C, H, W), uint8 or float, any range.
         height: rows of the result.
         width: columns of the result.
+        antialias: average over the photo's pixels when shrinking; False samples the nearest
+            four, as OpenCV's ``INTER_LINEAR`` in both earlier implementations does.
 
     Returns:
         (C, height, width) float32 in the range of the input.
@@ -83,7 +85,7 @@ def letterbox(image: Tensor, height: int, width: int) -> Tensor:
             content[None],
             size=(box.content_height, box.content_width),
             mode="bilinear",
-            antialias=True,
+            antialias=antialias,
         )[0]
     return F.pad(
         content,
@@ -118,6 +120,34 @@ def unletterbox(maps: Tensor, box: Letterbox) -> Tensor:
     )
     rows, columns = rows.to(maps), columns.to(maps)
     return rows @ maps @ columns.T
+
+
+def authors_postprocess(maps: Tensor, height: int, width: int) -> Tensor:
+    """Bring maps back to the photo as the authors' code does (``postprocess_predictions``).
+
+    The map is resized until the letterboxed area covers the photo, the centre is cropped, and
+    the result is divided by its maximum. Without padding this equals :func:`unletterbox`; with
+    it, this rounds the resized side down to whole pixels and reads into cells of the padding.
+
+    Args:
+        maps: (B, h, w), non-negative, on the grid that covers the letterboxed input.
+        height: rows of the photo.
+        width: columns of the photo.
+
+    Returns:
+        (B, height, width) with a maximum of 1 (the authors multiply by 255 for their files);
+        a map without any saliency stays zero, where the authors' becomes NaN.
+    """
+    rows, columns = maps.shape[-2:]
+    if height * columns > width * rows:
+        size = (height, columns * height // rows)
+    else:
+        size = (rows * width // columns, width)
+    covering = F.interpolate(maps[:, None], size=size, mode="bilinear")[:, 0]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    photo = covering[:, top : top + height, left : left + width]
+    peak = photo.amax((1, 2), keepdim=True)
+    return photo / peak.where(peak > 0, 1)
 
 
 @functools.lru_cache(maxsize=256)
@@ -241,9 +271,9 @@ def density_on_grid(
         photo's size, area-resizing into the letterbox and averaging over each grid cell.
     """
     x, y = pixel_indices(np.asarray(points).reshape(-1, 2)).T
-    rows = target_matrix(
-        box.photo_height, box.height, box.content_height, box.top, grid[0], sigma
-    )[:, y]
+    rows = target_matrix(box.photo_height, box.height, box.content_height, box.top, grid[0], sigma)[
+        :, y
+    ]
     columns = target_matrix(
         box.photo_width, box.width, box.content_width, box.left, grid[1], sigma
     )[:, x]
