@@ -17,8 +17,9 @@ ORDER = (
     "photos",
     *("synthetic", "download", "formats"),
     "datasets",
-    *("model", "losses", "checkpoints", "training"),
+    *("model", "losses", "checkpoints", "optimization", "validation", "training"),
     *("roc", "resize", "metric_inputs", "metric_formulas", "metrics"),
+    *("bootstrap", "scores"),
     *("legacy", "prediction", "baselines", "evaluation"),
     "plots",
     *("execution", "pipeline"),
@@ -37,7 +38,8 @@ MAX_LINES = 400
 
 TRAINING_PATH = (
     *("config", "runtime", "transforms", "photos", "formats", "datasets"),
-    *("model", "losses", "checkpoints", "training", "metrics", "evaluation"),
+    *("model", "losses", "checkpoints", "optimization", "validation", "training"),
+    *("metrics", "evaluation"),
 )
 NOT_FOR_TRAINING = (
     *("papermill", "nbformat", "nbclient", "nbconvert", "jupyter", "jupyter_client"),

@@ -192,6 +192,12 @@ def test_every_import_is_a_declared_dependency(path):
     assert undeclared(path.stem, path.read_text("utf-8")) == []
 
 
+def test_every_dependency_is_imported():
+    files = (ROOT / "mlnet_utils").glob("*.py")
+    used = {top for path in files for top, _ in third_party_imports(path.read_text("utf-8"))}
+    assert import_names(PROJECT["dependencies"]) - used == set()
+
+
 def test_declaration_check_fires():
     assert undeclared("model", "import numpy, cv2") == ["cv2"]
     assert undeclared("model", "import h5py") == ["h5py"]
