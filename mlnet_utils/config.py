@@ -72,7 +72,7 @@ class Config:
     precision: str = "fp32"  # code: Theano in float32; "auto", "fp32", "bf16" or "fp16"
     micro_batch: int = 0  # photos per forward pass; 0 = batch_size (gradients are accumulated)
     checkpointing: bool = False  # recompute backbone activations to save memory
-    channels_last: bool = False
+    channels_last: bool = True  # memory format; VGG-16 is 5 to 15 % faster, on a CPU too
     compile: bool = False
     workers: int = -1  # loader processes; -1 = chosen from the machine
     cache: bool = False  # keep letterboxed photos in memory after the first epoch
@@ -106,7 +106,9 @@ class Config:
             if not 0 <= getattr(self, name) < 1 and not (name == "flip" and self.flip == 1):
                 raise ValueError(f"config: {name}={getattr(self, name)} must be in [0, 1)")
         if len(self.prior_cells) not in (0, 2):
-            raise ValueError(f"config: prior_cells={self.prior_cells} must be (rows, columns) or ()")
+            raise ValueError(
+                f"config: prior_cells={self.prior_cells} must be (rows, columns) or ()"
+            )
 
     @property
     def antialias(self) -> bool:
@@ -210,6 +212,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "freeze_norm": True,
         "dropout_channels": True,  # 10 % faster on a CPU, no difference in the scores
         "precision": "auto",
+        "channels_last": False,  # depthwise convolutions are slower in it on a CPU
         "lr": 1e-3,
         "backbone_lr_scale": 0.3,
         "weight_decay": 1e-4,
@@ -230,7 +233,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "patience": 3,
         "ema_decay": 0.999,
         "precision": "auto",
-        "channels_last": True,
     },
 }
 # MLNet-Pytorch as it is. Three defects, each a switch: the prior never trains, dropout stays on

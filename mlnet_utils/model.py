@@ -1,4 +1,4 @@
-"""ML-Net in three visible parts: multi-level features, encoding, learned prior (paper section 3)."""
+"""ML-Net in three visible parts: multi-level features, encoding, learned prior (paper, 3)."""
 
 from fnmatch import fnmatch
 from pathlib import Path
@@ -164,7 +164,11 @@ def load_backbone_file(backbone: nn.Module, path: str | Path) -> None:
         if state[key].shape != wanted[key].shape
     ]
     if missing or extra or shapes:
-        parts = [("missing in the file", missing), ("unknown in the file", extra), ("shape", shapes)]
+        parts = [
+            ("missing in the file", missing),
+            ("unknown in the file", extra),
+            ("shape", shapes),
+        ]
         listed = "; ".join(
             f"{what} ({len(names)}): {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}"
             for what, names in parts
@@ -223,7 +227,9 @@ class MLNet(nn.Module):
             nn.init.xavier_normal_(layer.weight)  # code: glorot_normal
             nn.init.zeros_(layer.bias)
         # 3.3 learned prior: W starts at zero, which is neutral in both heads
-        self.prior = nn.Parameter(torch.zeros(1, 1, *config.prior_cells)) if config.prior_cells else None
+        self.prior = (
+            nn.Parameter(torch.zeros(1, 1, *config.prior_cells)) if config.prior_cells else None
+        )
         self.swap_to_bgr = normalisation == "caffe"
         mean, std = NORMALISATIONS[normalisation]
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1) * 255)
@@ -259,7 +265,9 @@ class MLNet(nn.Module):
         parts = {}
         for i, level in enumerate(levels):
             flat = level.mean((2, 3), keepdim=True).expand_as(level)
-            parts[f"level {i + 1}"] = raw - self.encode_levels([*levels[:i], flat, *levels[i + 1 :]])
+            parts[f"level {i + 1}"] = raw - self.encode_levels(
+                [*levels[:i], flat, *levels[i + 1 :]]
+            )
         prior = torch.zeros_like(raw[:1])
         if self.prior is not None:
             prior = self.upsampled_prior(raw.shape[-2:])
