@@ -22,6 +22,9 @@ def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any)
         config: stored as a plain dictionary inside the file.
         model: the model's state dict.
         state: tensors and plain values only, so that the file loads with ``weights_only=True``.
+
+    Raises:
+        OSError: the file could not be written; what was there before is still there.
     """
     content = {
         "format": FORMAT,
@@ -30,8 +33,14 @@ def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any)
         "model": {key: value.detach().cpu() for key, value in model.items()},
         **state,
     }
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    try:
+        with atomic_path(path) as temporary:
+            torch.save(content, temporary)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise OSError(
+            f"checkpoint {path} could not be written ({error}); is the disk full? The one "
+            "before it is intact: make room and run the same command again"
+        ) from error
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -47,7 +56,9 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a truncated or foreign file
-        raise ValueError(f"checkpoint {path} cannot be read ({error}); was it cut short?") from error
+        raise ValueError(
+            f"checkpoint {path} cannot be read ({error}); was it cut short?"
+        ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of this project; weights of the earlier implementations "
@@ -71,21 +82,28 @@ def load_model(path: str | Path) -> tuple[MLNet, Config, dict[str, Any]]:
 
 
 def rotate_and_save(folder: Path, config: Config, model: dict, **state: Any) -> None:
-    """Write ``last.pt`` and keep the one before it as ``previous.pt``."""
-    last, previous = folder / "last.pt", folder / "previous.pt"
-    staged = folder / "next.pt"
+    """Write ``last.pt`` and keep the one before it as ``previous.pt``.
+
+    At every moment in between, one of the two is a complete checkpoint.
+    """
+    last, staged = folder / "last.pt", folder / "next.pt"
     save_checkpoint(staged, config, model, **state)
     if last.exists():
-        os.replace(last, previous)
+        os.replace(last, folder / "previous.pt")
     os.replace(staged, last)
 
 
-def load_latest(folder: Path, config: Config) -> dict[str, Any] | None:
-    """The newest readable training checkpoint of this configuration, or None if there is none.
+def load_latest(folder: Path, config: Config, data: str) -> dict[str, Any] | None:
+    """The newest readable training checkpoint of this run, or None if there is none.
+
+    Args:
+        folder: the run's checkpoints.
+        config: what the run is configured to do now.
+        data: digest of the prepared data, as stored by ``rotate_and_save(..., data=digest)``.
 
     Raises:
         ValueError: checkpoints exist but none is readable, or they come from another
-            configuration; training never restarts silently.
+            configuration or other data; training never restarts silently.
     """
     existing = [folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()]
     errors = []
@@ -97,7 +115,7 @@ def load_latest(folder: Path, config: Config) -> dict[str, Any] | None:
             continue
         if errors:
             warnings.warn(f"{errors[0]}; continuing from {path.name}", stacklevel=2)
-        _same_config(path, content["config"], config)
+        _check_same_run(path, content, config, data)
         return content
     if errors:
         raise ValueError(
@@ -106,8 +124,8 @@ def load_latest(folder: Path, config: Config) -> dict[str, Any] | None:
     return None
 
 
-def _same_config(path: Path, stored: dict[str, Any], config: Config) -> None:
-    wanted = config.to_dict()
+def _check_same_run(path: Path, content: dict[str, Any], config: Config, data: str) -> None:
+    stored, wanted = content["config"], config.to_dict()
     different = [
         f"{key}: {stored.get(key)!r} there, {wanted[key]!r} here"
         for key in wanted
@@ -117,4 +135,9 @@ def _same_config(path: Path, stored: dict[str, Any], config: Config) -> None:
         raise ValueError(
             f"checkpoint {path} comes from another configuration ({'; '.join(different)}); "
             "choose another run folder, or delete its checkpoints"
+        )
+    if content.get("data") != data:
+        raise ValueError(
+            f"checkpoint {path} was trained on other prepared data than {path.parents[1] / 'data'}"
+            " holds now; choose another run folder, or delete its checkpoints"
         )

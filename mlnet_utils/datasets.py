@@ -1,7 +1,8 @@
 """Named datasets, their published splits, preparation, and the torch Dataset that feeds training."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import signal
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -44,7 +45,9 @@ def fold_split(photos: list[Photo], fold: int, folds: int = 5) -> list[Photo]:
         ValueError: the fold does not exist.
     """
     if not 0 <= fold < folds:
-        raise ValueError(f"config: fold={fold} must be in 0..{folds - 1}, or -1 for the fixed split")
+        raise ValueError(
+            f"config: fold={fold} must be in 0..{folds - 1}, or -1 for the fixed split"
+        )
     place = {photo.stem: i % folds for i, photo in enumerate(hash_order(photos))}
     names = {fold: "test", (fold + 1) % folds: "val"}
     return [replace(photo, split=names.get(place[photo.stem], "train")) for photo in photos]
@@ -143,7 +146,11 @@ def photo_root(folder: Path, meta: dict) -> Path:
 
 def _limit(photos: list[Photo], limit: int) -> list[Photo]:
     """The first ``limit`` photos of every split, in hash order."""
-    kept = {p.stem for split in SPLITS for p in hash_order([q for q in photos if q.split == split])[:limit]}
+    kept = {
+        p.stem
+        for split in SPLITS
+        for p in hash_order([q for q in photos if q.split == split])[:limit]
+    }
     return [photo for photo in photos if photo.stem in kept]
 
 
@@ -181,7 +188,9 @@ class SaliencyDataset(Dataset):
     distributed run sees exactly the same data.
     """
 
-    def __init__(self, photos: list[Photo], root: Path, config: Config, sigma: float, augment: bool):
+    def __init__(
+        self, photos: list[Photo], root: Path, config: Config, sigma: float, augment: bool
+    ):
         self.photos, self.root, self.config, self.sigma = photos, root, config, sigma
         self.augment = augment
         self.cached: dict[int, Tensor] = {}
@@ -284,7 +293,9 @@ class EpochSampler(Sampler):
     In a run of several processes each takes every ``world``-th photo of the same global batch.
     """
 
-    def __init__(self, n: int, batch_size: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1):
+    def __init__(
+        self, n: int, batch_size: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1
+    ):
         self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
         self.rank, self.world = rank, world
         self.epoch = self.first_batch = 0
@@ -309,14 +320,23 @@ class EpochSampler(Sampler):
         return len(range(self.rank, total, self.world)), total
 
 
-def make_loader(dataset: SaliencyDataset, sampler: EpochSampler, workers: int) -> DataLoader:
-    """A loader whose worker count is chosen from the machine when ``workers`` is -1."""
+def make_loader(
+    dataset: SaliencyDataset, batches: Iterable[list[tuple[int, int]]], workers: int
+) -> DataLoader:
+    """A loader of batches of keys; its worker count is chosen from the machine when it is -1."""
     if workers < 0:
         workers = min(8, cpu_count() - 1) if torch.cuda.is_available() else 0
     return DataLoader(
         dataset,
-        batch_sampler=sampler,
+        batch_sampler=batches,
         num_workers=workers,
         pin_memory=torch.cuda.is_available(),
-        persistent_workers=False,
+        persistent_workers=workers > 0,
+        worker_init_fn=_leave_signals_to_main_process,
     )
+
+
+def _leave_signals_to_main_process(_: int) -> None:
+    """Ctrl-C reaches every process of a terminal; the main one decides when the loading ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)

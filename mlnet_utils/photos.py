@@ -5,14 +5,23 @@ later stage reads: ``index.jsonl`` (one line per photo), ``fixations.npz`` (all 
 ``meta.json`` (dataset, edition, sigma, counts, split rule, versions).
 """
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
-from mlnet_utils.runtime import atomic_path, progress, read_json, sha256_file, write_json, write_text
+from mlnet_utils.runtime import (
+    atomic_path,
+    progress,
+    read_json,
+    sha256_file,
+    write_json,
+    write_text,
+)
 
 SPLITS = ("train", "val", "test")
 MADE_BY = "notebook 01_data_preparation"
@@ -67,9 +76,11 @@ def write_prepared(folder: str | Path, photos: list[Photo], meta: dict) -> None:
     """Write the prepared folder; ``meta.json`` last, so that its presence means complete.
 
     Raises:
-        ValueError: two photos share a stem.
+        ValueError: there are no photos, or two share a stem.
     """
     folder = Path(folder)
+    if not photos:
+        raise ValueError(f"there are no photos to write into {folder}")
     twice = [stem for stem, n in Counter(photo.stem for photo in photos).items() if n > 1]
     if twice:
         raise ValueError(
@@ -99,11 +110,9 @@ def write_prepared(folder: str | Path, photos: list[Photo], meta: dict) -> None:
         np.savez_compressed(
             temporary,
             offsets=np.cumsum([0] + [len(photo.fixations) for photo in photos]),
-            points=np.concatenate([photo.fixations for photo in photos] or [_empty_points()]),
-            observers=np.concatenate([photo.observers for photo in photos] or [[]]).astype(np.int16),
-            durations=np.concatenate([photo.durations for photo in photos] or [[]]).astype(
-                np.float32
-            ),
+            points=np.concatenate([photo.fixations for photo in photos]).astype(np.float32),
+            observers=np.concatenate([photo.observers for photo in photos]).astype(np.int16),
+            durations=np.concatenate([photo.durations for photo in photos]).astype(np.float32),
         )
     write_json(folder / "meta.json", meta)
 
@@ -113,21 +122,25 @@ def read_prepared(folder: str | Path) -> tuple[list[Photo], dict]:
 
     Raises:
         FileNotFoundError: the folder is missing or incomplete; names what makes it.
-        ValueError: index and fixations do not belong together.
+        ValueError: index and fixations are damaged or do not belong together.
     """
     folder = Path(folder)
     meta = read_json(folder / "meta.json", MADE_BY)
     for name in ("index.jsonl", "fixations.npz"):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing: run {MADE_BY} again")
-    rows = [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()]
-    with np.load(folder / "fixations.npz", allow_pickle=False) as arrays:
-        points, observers, durations = arrays["points"], arrays["observers"], arrays["durations"]
-        offsets = arrays["offsets"]
-    if len(offsets) != len(rows) + 1 or [r["fixations"] for r in rows] != np.diff(offsets).tolist():
+    try:
+        lines = (folder / "index.jsonl").read_text(encoding="utf-8").splitlines()
+        rows = [json.loads(line) for line in lines]
+        with np.load(folder / "fixations.npz", allow_pickle=False) as arrays:
+            points, observers = arrays["points"], arrays["observers"]
+            durations, offsets = arrays["durations"], arrays["offsets"]
+    except (ValueError, KeyError, EOFError, BadZipFile) as error:
         raise ValueError(
-            f"{folder}: index.jsonl and fixations.npz disagree; run {MADE_BY} again"
-        )
+            f"{folder}: index.jsonl or fixations.npz is damaged ({error}); run {MADE_BY} again"
+        ) from error
+    if len(offsets) != len(rows) + 1 or [r["fixations"] for r in rows] != np.diff(offsets).tolist():
+        raise ValueError(f"{folder}: index.jsonl and fixations.npz disagree; run {MADE_BY} again")
     photos = [
         Photo(
             stem=row["stem"],
@@ -145,6 +158,14 @@ def read_prepared(folder: str | Path) -> tuple[list[Photo], dict]:
         for row, start, stop in zip(rows, offsets[:-1], offsets[1:], strict=True)
     ]
     return photos, meta
+
+
+def prepared_digest(folder: str | Path) -> str:
+    """SHA-256 over everything in a prepared folder that decides what is learned from it."""
+    folder = Path(folder)
+    sigma = read_json(folder / "meta.json", MADE_BY)["sigma_px"]
+    parts = [sha256_file(folder / name) for name in ("index.jsonl", "fixations.npz")]
+    return hashlib.sha256(" ".join([*parts, repr(float(sigma))]).encode()).hexdigest()
 
 
 def check_prepared(folder: str | Path, root: str | Path) -> list[str]:

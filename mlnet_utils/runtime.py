@@ -11,7 +11,9 @@ import json
 import os
 import platform
 import random
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -84,6 +86,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def remove_temporaries(path: str | Path) -> None:
+    """Delete what :func:`atomic_path` of ``path`` left behind in processes that were killed."""
+    path = Path(path)
+    for leftover in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
+        leftover.unlink(missing_ok=True)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write ``text`` (UTF-8) atomically."""
     with atomic_path(path) as temporary:
@@ -108,7 +117,9 @@ def read_json(path: str | Path, made_by: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); delete it and run {made_by}") from None
+        raise ValueError(
+            f"{path} is not valid JSON ({error}); delete it and run {made_by}"
+        ) from None
 
 
 def sha256_file(path: str | Path) -> str:
@@ -129,6 +140,30 @@ def seed_everything(seed: int) -> None:
     random.seed(seed)
     np.random.seed(seed)  # noqa: NPY002 - third-party code draws from the global generator
     torch.manual_seed(seed)
+
+
+def set_determinism(on: bool) -> None:
+    """Bit-reproducible GPU kernels, or the fastest ones.
+
+    A CPU reproduces its bits either way, with the same number of threads.
+    """
+    import torch
+
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS demands it
+    torch.use_deterministic_algorithms(on)
+    torch.backends.cudnn.benchmark = not on
+
+
+def keyed_seed(*key: int) -> int:
+    """A 63-bit seed that depends on every part of the key.
+
+    Randomness that is drawn anew from a key such as (seed, update, process) needs no generator
+    state in a checkpoint, and does not depend on what else was drawn before.
+    """
+    import numpy as np
+
+    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def pick_device() -> str:
@@ -160,6 +195,34 @@ def cpu_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+class StopSignals:
+    """Note Ctrl-C and SIGTERM instead of dying of them, so that work in hand is finished and saved.
+
+    SIGTERM is what clusters send before they kill a job. A second Ctrl-C acts at once.
+    ``received`` is the signal's name, or ``""``. Outside the main thread, where Python delivers no
+    signals, nothing changes.
+    """
+
+    def __init__(self):
+        self.received = ""
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+    def _note(self, number: int, frame: object) -> None:
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
 
 
 # ---- progress ----------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
-"""Training on Hugging Face accelerate: one loop for a notebook cell, a cluster job, and a resume."""
+"""Training on Hugging Face accelerate: one loop for a notebook, a cluster job, and a resume."""
 
 import contextlib
 import csv
 import io
 import math
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,27 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mlnet_utils import checkpoints
 from mlnet_utils.config import Config
 from mlnet_utils.datasets import EpochSampler, SaliencyDataset, make_loader, photo_root
-from mlnet_utils.losses import Objective, cc_loss, kl_loss, nss_loss
+from mlnet_utils.losses import Objective
 from mlnet_utils.model import MLNet
-from mlnet_utils.photos import read_prepared
-from mlnet_utils.runtime import progress, seed_everything, write_text
+from mlnet_utils.optimization import learning_rate, make_accelerator, make_optimizer
+from mlnet_utils.photos import prepared_digest, read_prepared
+from mlnet_utils.runtime import (
+    StopSignals,
+    keyed_seed,
+    progress,
+    remove_temporaries,
+    seed_everything,
+    set_determinism,
+    write_text,
+)
+from mlnet_utils.validation import TrainingDied, advice, validate, validation_loader
 
 LOG_FIELDS = ("epoch", "updates", "lr", "train_loss", "val_loss", "val_cc", "val_nss", "val_kl")
-BATCH_OF_VALIDATION = 16
-
-
-class TrainingDied(RuntimeError):
-    """The network's output became constant, or the loss infinite: going on cannot help."""
+TIME_FIELDS = ("epoch", "updates", "train_seconds", "validation_seconds", "images_per_second")
+UPDATES_BETWEEN_READS = 20  # reading the loss makes the CPU wait for the GPU
+# What a checkpoint stores of the loop itself, beside weights and optimiser.
+PROGRESS = ("epoch", "batch", "updates", "loss_sum", "loss_count", "best_loss", "bad_epochs",
+            "finished", "history")  # fmt: skip
 
 
 @dataclass
@@ -46,146 +57,125 @@ def fit(config: Config, run_dir: str | Path, accelerator: Accelerator | None = N
     Reads ``data/`` (notebook 01); writes ``log.csv``, ``times.csv`` and ``checkpoints/``
     (``best.pt`` for use, ``last.pt`` and ``previous.pt`` to resume from). Calling it again after
     an interruption continues at the last step checkpoint; on a CPU the result is the same to the
-    bit. A finished run returns at once.
+    bit. Ctrl-C and SIGTERM save first. A finished run returns at once.
 
     Raises:
         FileNotFoundError: the prepared data are missing.
         TrainingDied: the output died or the loss is not finite; the message says what to try.
         ValueError: the checkpoints belong to another configuration or cannot be read.
+        OSError: a checkpoint cannot be written; the one before it stays.
+        KeyboardInterrupt: stopped by a signal; the message says how to continue.
     """
-    return Trainer(config, Path(run_dir), accelerator).run()
-
-
-def learning_rate(config: Config, update: int, total: int) -> float:
-    """Learning rate of one update, counted from 0, out of ``total``: a closed form per schedule.
-
-    ``keras1`` is Keras 1's decay per update, lr / (1 + decay * t) (authors' code); ``onecycle``
-    warms up linearly and follows a half cosine down to zero (Smith 2018).
-    """
-    if config.schedule == "keras1":
-        return config.lr / (1 + config.lr_decay * update)
-    if config.schedule == "constant":
-        return config.lr
-    warm = config.warmup * total
-    if update < warm:
-        return config.lr * (update + 1) / (warm + 1)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(total - warm, 1)))
-
-
-def make_optimizer(config: Config, model: MLNet) -> torch.optim.Optimizer:
-    """The optimiser over the trainable parameters, the backbone with its own learning rate."""
-    groups = {True: [], False: []}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            groups[name.startswith("backbone.")].append(parameter)
-    if not groups[True] and not groups[False]:
-        raise ValueError("config: freeze leaves no parameter to train")
-    parameters = [
-        {"params": group, "lr_scale": config.backbone_lr_scale if backbone else 1.0}
-        for backbone, group in groups.items()
-        if group
-    ]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            parameters,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.momentum > 0,
-            weight_decay=config.weight_decay,
-        )
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=config.lr, weight_decay=config.weight_decay, fused=True)
-
-
-def choose_precision(config: Config) -> str:
-    """Accelerate's name of the mixed precision: bf16 where the hardware has it, else fp16 or none."""
-    if config.precision != "auto":
-        return {"fp32": "no"}.get(config.precision, config.precision)
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "no"
+    trainer = Trainer(config, Path(run_dir), accelerator or make_accelerator(config))
+    try:
+        return trainer.run()
+    except TrainingDied:
+        raise
+    except RuntimeError as error:
+        world = trainer.accelerator.num_processes
+        if world == 1:
+            raise
+        raise RuntimeError(
+            f"process {trainer.accelerator.process_index} of {world} stopped at update "
+            f"{trainer.updates}: {error}. If another process died, its own error is the cause. "
+            "The same command continues from the last checkpoint"
+        ) from error
 
 
 class Trainer:
     """The state of one training: what a step changes and what a checkpoint holds."""
 
-    def __init__(self, config: Config, run_dir: Path, accelerator: Accelerator | None = None):
-        self.config, self.run_dir = config, run_dir
+    def __init__(self, config: Config, run_dir: Path, accelerator: Accelerator):
+        self.config, self.run_dir, self.accelerator = config, run_dir, accelerator
         self.folder = run_dir / "checkpoints"
-        self.accelerator = accelerator or Accelerator(mixed_precision=choose_precision(config))
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        seed_everything(config.seed)
-        torch.use_deterministic_algorithms(config.deterministic)
-
-        photos, meta = read_prepared(run_dir / "data")
-        root = photo_root(run_dir / "data", meta)
-        splits = {split: [p for p in photos if p.split == split] for split in ("train", "val")}
-        for split, members in splits.items():
-            if not members:
-                raise ValueError(f"the prepared data of {run_dir} have no {split} photos")
-        data = {
-            split: SaliencyDataset(members, root, config, meta["sigma_px"], split == "train")
-            for split, members in splits.items()
-        }
-        self.sampler = EpochSampler(
-            len(data["train"]), config.batch_size, config.seed, True, rank, world
-        )
-        validation = EpochSampler(
-            len(data["val"]), BATCH_OF_VALIDATION, 0, False, rank, world
-        )
-        self.validation_sampler = validation
-        self.train_loader = make_loader(data["train"], self.sampler, config.workers)
-        self.val_loader = make_loader(data["val"], validation, config.workers)
-
-        self.model = MLNet(config)
-        self.objective = Objective(config)
-        if config.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
-        self.model.to(self.accelerator.device)
-        optimizer = make_optimizer(config, self.model)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
-        self.average = (
-            AveragedModel(
-                self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
-            )
-            if config.ema_decay
-            else None
-        )
+        self.rank, self.world = accelerator.process_index, accelerator.num_processes
+        self.device = accelerator.device
+        set_determinism(config.deterministic)
+        self.load_data()
+        self.build()
         self.epoch = self.batch = self.updates = 0
         self.loss_sum, self.loss_count = 0.0, 0
         self.best_loss, self.bad_epochs, self.finished = math.inf, 0, False
         self.history: list[dict[str, float]] = []
+        self.unread: list[Tensor] = []  # (loss, stop) of updates whose result was not read yet
+        self.signals = StopSignals()
+
+    def load_data(self) -> None:
+        """Loaders whose batches depend on the seed and the epoch, not on who loads them."""
+        config = self.config
+        photos, meta = read_prepared(self.run_dir / "data")
+        self.data_digest = prepared_digest(self.run_dir / "data")
+        root = photo_root(self.run_dir / "data", meta)
+        data = {}
+        for split in ("train", "val"):
+            members = [photo for photo in photos if photo.split == split]
+            if not members:
+                raise ValueError(f"the prepared data of {self.run_dir} have no {split} photos")
+            data[split] = SaliencyDataset(members, root, config, meta["sigma_px"], split == "train")
+        self.sampler = EpochSampler(
+            len(data["train"]), config.batch_size, config.seed, True, self.rank, self.world
+        )
+        self.train_loader = make_loader(data["train"], self.sampler, config.workers)
+        self.val_loader = validation_loader(data["val"], config.workers, self.rank, self.world)
+
+    def build(self) -> None:
+        """Network, objective, optimiser, and the moving average of the weights."""
+        config = self.config
+        seed_everything(config.seed)
+        with self.accelerator.local_main_process_first():  # one process downloads, the rest read
+            self.model = MLNet(config)
+        self.objective = Objective(config)
+        if config.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.model.to(self.device)
+        optimizer = make_optimizer(config, self.model)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
+        self.average = None
+        if config.ema_decay:
+            self.average = AveragedModel(
+                self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
+            )
+
+    @property
+    def total_updates(self) -> int:
+        return -(-self.sampler.n // self.config.batch_size) * self.config.epochs
+
+    @property
+    def judged(self) -> MLNet:
+        """The network that is validated and kept: the averaged one where there is one."""
+        return self.model if self.average is None else self.average.module
 
     # ---- the loop ------------------------------------------------------------------------------
     def run(self) -> FitResult:
+        """Resume, then epoch after epoch until finished or told to stop."""
         started = time.monotonic()
         self.resume()
-        try:
+        with self.signals:
             while not self.finished:
-                begun = time.monotonic()
+                begun, updates = time.monotonic(), self.updates
                 self.train_epoch()
-                self.end_epoch()
-                self.note_time(time.monotonic() - begun)
-        except KeyboardInterrupt:
-            self.save()
-            raise KeyboardInterrupt(
-                f"stopped at epoch {self.epoch + 1}, update {self.updates}; saved in {self.folder}: "
-                "run the same command again to continue"
-            ) from None
+                trained = time.monotonic()
+                self.end_epoch(self.validate())
+                self.note_time(trained - begun, time.monotonic() - trained, updates)
         return FitResult(self.folder / "best.pt", self.history, time.monotonic() - started)
 
     def train_epoch(self) -> None:
         """The rest of the current epoch, from batch ``self.batch`` on."""
         self.wrapped.train()
         self.sampler.epoch, self.sampler.first_batch = self.epoch, self.batch
-        description = f"epoch {self.epoch + 1}/{self.config.epochs}"
-        batches = progress(self.train_loader, description, len(self.sampler), unit="batch")
+        batches = self.train_loader
+        if self.accelerator.is_main_process:
+            description = f"epoch {self.epoch + 1}/{self.config.epochs}"
+            batches = progress(batches, description, len(self.sampler), unit="batch")
         for batch in batches:
             self.step(batch)
-            self.batch += 1
-            if self.updates % self.config.checkpoint_every == 0:
+            due = self.updates % self.config.checkpoint_every == 0
+            if due or self.device.type == "cpu" or self.updates % UPDATES_BETWEEN_READS == 0:
+                self.read_losses()
+            if due:
                 self.save()
+        self.read_losses()
 
     def step(self, batch: dict[str, Tensor]) -> None:
         """One update on one global batch, in micro-batches, over all processes.
@@ -198,108 +188,84 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
         micro = self.config.micro_batch or len(batch["image"])
-        pieces = range(0, len(batch["image"]), micro)
-        loss_sum = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        for start in pieces:
-            last = start == pieces[-1]
+        starts = range(0, len(batch["image"]), micro)
+        loss_sum = torch.zeros((), device=self.device)
+        for start in starts:
+            # Dropout is drawn anew from this key: a resumed run draws what the first one drew.
+            torch.manual_seed(keyed_seed(self.config.seed, self.updates, self.rank, start))
+            last = start == starts[-1]
             piece = {key: value[start : start + micro] for key, value in batch.items()}
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 per_image = self.losses(piece) * (own > 0)
                 # DDP averages gradients over processes: undo that, then average over photos.
-                loss = per_image.sum() * self.accelerator.num_processes / total
+                loss = per_image.sum() * self.world / total
                 if last:
                     loss = loss + self.objective.prior_penalty(self.model.prior)
                 self.accelerator.backward(loss)
-            loss_sum += per_image.detach().double().sum()
+            loss_sum += per_image.detach().sum()
         if self.config.clip_norm:
             self.accelerator.clip_grad_norm_(self.wrapped.parameters(), self.config.clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.model)
-        value = float(self.accelerator.reduce(loss_sum, "sum"))
-        if not math.isfinite(value):
-            raise TrainingDied(
-                f"the loss became {value} at update {self.updates} (epoch {self.epoch + 1}). "
-                + self.advice()
-            )
-        self.loss_sum += value
+        # Processes must stop at the same update, though the signal may reach only one of them.
+        stop = torch.full_like(loss_sum, bool(self.signals.received))
+        self.unread.append(self.accelerator.reduce(torch.stack([loss_sum, stop]), "sum"))
         self.loss_count += total
         self.updates += 1
+        self.batch += 1
 
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
         """(B,) training loss of each photo."""
-        device = self.accelerator.device
-        image = batch["image"].to(device, non_blocking=True)
+        batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
+        image = batch["image"]
         if self.config.channels_last:
             image = image.contiguous(memory_format=torch.channels_last)
-        prediction = self.forward(image)
-        density = batch["density"].to(device, non_blocking=True)
-        fixations = batch["fixations"].to(device, non_blocking=True)
-        return self.objective.per_image(prediction.float(), density, fixations)
+        prediction = self.forward(image).float()
+        return self.objective.per_image(prediction, batch["density"], batch["fixations"])
 
-    @property
-    def total_updates(self) -> int:
-        return -(-self.sampler.n // self.config.batch_size) * self.config.epochs
-
-    # ---- validation ----------------------------------------------------------------------------
-    @torch.inference_mode()
-    def validate(self) -> dict[str, float]:
-        """Mean validation loss and quick scores on the network's own grid.
-
-        Raises:
-            TrainingDied: every predicted map is constant.
-        """
-        network = self.average.module if self.average is not None else self.wrapped
-        network.eval()
-        rows = []
-        for number, batch in enumerate(self.val_loader):
-            own, _ = self.validation_sampler.batch_sizes(number)
-            if not own:
-                continue
-            batch = {key: value.to(self.accelerator.device) for key, value in batch.items()}
-            with self.accelerator.autocast():
-                maps = network(batch["image"])
-            maps, density, fixations = maps.float(), batch["density"], batch["fixations"]
-            spread = maps.amax((1, 2, 3)) - maps.amin((1, 2, 3))
-            columns = (
-                batch["index"],
-                self.objective.per_image(maps, density, fixations),
-                1 - cc_loss(maps, density, fixations),
-                -nss_loss(maps, density, fixations),
-                kl_loss(maps, density, fixations),
-                spread > 1e-6 * maps.amax((1, 2, 3)),
-            )
-            rows += torch.stack([column.double() for column in columns], 1).tolist()
-        if self.accelerator.num_processes > 1:
-            rows = gather_object(rows)
-        rows.sort()  # by photo, so that the mean does not depend on the number of processes
-        if not any(row[-1] for row in rows):
+    def read_losses(self) -> None:
+        """Add the losses since the last call; raise if one is not finite, stop if asked to."""
+        if not self.unread:
+            return
+        rows = torch.stack(self.unread).tolist()  # waits for the device
+        self.unread.clear()
+        self.loss_sum = sum((row[0] for row in rows), self.loss_sum)
+        if not math.isfinite(self.loss_sum):
             raise TrainingDied(
-                f"after epoch {self.epoch + 1} the network predicts a constant map for every "
-                f"validation photo: its output is dead. {self.advice()}"
+                f"the loss became {self.loss_sum} by update {self.updates} (epoch "
+                f"{self.epoch + 1}). {advice(self.config)}"
             )
-        columns = list(zip(*rows, strict=True))[1:-1]
-        names = ("val_loss", "val_cc", "val_nss", "val_kl")
-        return {
-            name: math.fsum(column) / len(column)
-            for name, column in zip(names, columns, strict=True)
-        }
+        if any(row[1] for row in rows):
+            self.stop()
 
-    def advice(self) -> str:
-        """What helps when training dies."""
-        if self.config.head == "paper":
-            return (
-                "The paper's head ends in ReLUs, which stay at zero once all their inputs are "
-                f"negative. Try a smaller lr (now {self.config.lr:g}; the authors use SGD at 1e-3), "
-                "optimizer='sgd', clip_norm=1, or head='density'."
-            )
-        return f"Try a smaller lr (now {self.config.lr:g}), clip_norm=1, or precision='fp32'."
+    def stop(self) -> None:
+        """Save and raise KeyboardInterrupt, in all processes."""
+        self.save()
+        self.accelerator.wait_for_everyone()
+        raise KeyboardInterrupt(
+            f"stopped at epoch {self.epoch + 1}, update {self.updates}; saved in {self.folder}: "
+            "run the same command again to continue"
+        )
+
+    def validate(self) -> dict[str, float]:
+        """Scores of the judged network on the validation photos."""
+
+        def stop_if_asked() -> None:
+            if self.signals.received and self.world == 1:
+                self.stop()
+
+        return validate(
+            self.judged, self.val_loader, self.config, self.accelerator, self.epoch, stop_if_asked
+        )
 
     # ---- bookkeeping ---------------------------------------------------------------------------
-    def end_epoch(self) -> None:
-        """Validate, log, keep the best, decide whether to go on, checkpoint."""
-        scores = self.validate()
+    def end_epoch(self, scores: dict[str, float]) -> None:
+        """Log, keep the best, decide whether to go on; the checkpoint comes last.
+
+        Killed anywhere in here, the resumed run validates again and writes the same files.
+        """
         row = {
             "epoch": self.epoch + 1,
             "updates": self.updates,
@@ -316,14 +282,12 @@ class Trainer:
         self.finished = self.epoch >= self.config.epochs or (
             self.config.patience > 0 and self.bad_epochs >= self.config.patience
         )
-        if improved and self.accelerator.is_main_process:
-            source = self.average.module if self.average is not None else self.model
-            checkpoints.save_checkpoint(
-                self.folder / "best.pt", self.config, source.state_dict(), scores=row
-            )
-        self.save()
         if self.accelerator.is_main_process:
             write_text(self.run_dir / "log.csv", format_log(self.history))
+            if improved:
+                checkpoints.save_checkpoint(
+                    self.folder / "best.pt", self.config, self.judged.state_dict(), scores=row
+                )
             print(
                 f"epoch {row['epoch']:>3}/{self.config.epochs}  lr {row['lr']:.1e}  "
                 f"train {row['train_loss']:.4f}  val {row['val_loss']:.4f}  "
@@ -331,61 +295,85 @@ class Trainer:
                 + ("  best" if improved else ""),
                 flush=True,
             )
+        self.save()
 
-    def note_time(self, seconds: float) -> None:
-        """Append an epoch's duration, apart from the log so that the log can be bit-identical."""
-        if self.accelerator.is_main_process:
-            with open(self.run_dir / "times.csv", "a", encoding="utf-8") as file:
-                file.write(f"{self.epoch},{seconds:.2f},{len(self.history)}\n")
+    def note_time(self, trained: float, validated: float, updates_before: int) -> None:
+        """Add a row to ``times.csv``, apart from the log so that the log can be bit-identical.
+
+        An epoch that was interrupted has a row only for the part after the resume.
+        """
+        if not self.accelerator.is_main_process:
+            return
+        path = self.run_dir / "times.csv"
+        text = path.read_text(encoding="utf-8") if path.exists() else ",".join(TIME_FIELDS) + "\n"
+        updates = self.updates - updates_before
+        speed = updates * self.config.batch_size / max(trained, 1e-9)
+        row = f"{self.epoch},{updates},{trained:.2f},{validated:.2f},{speed:.2f}\n"
+        write_text(path, text + row)
 
     def save(self) -> None:
         """Write a step checkpoint (main process only)."""
         if not self.accelerator.is_main_process:
             return
         state: dict[str, Any] = {
+            "data": self.data_digest,
+            "precision": self.accelerator.mixed_precision,
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average is not None else {},
             "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
-            "rng": rng_state(),
-            "progress": {
-                name: getattr(self, name)
-                for name in (
-                    "epoch", "batch", "updates", "loss_sum", "loss_count", "best_loss",
-                    "bad_epochs", "finished", "history",
-                )
-            },
-        }  # fmt: skip
+            "progress": {name: getattr(self, name) for name in PROGRESS},
+        }
         checkpoints.rotate_and_save(self.folder, self.config, self.model.state_dict(), **state)
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint, if there is one."""
-        content = checkpoints.load_latest(self.folder, self.config)
-        if content is None:
+        """Continue from the newest checkpoint, if there is one.
+
+        Raises:
+            ValueError: the checkpoint is of another run, or the processes found different ones.
+        """
+        content = checkpoints.load_latest(self.folder, self.config, self.data_digest)
+        if content is not None:
+            self.restore(content)
+        if self.world > 1 and len(set(gather_object([self.updates]))) > 1:
+            raise ValueError(
+                f"the processes found different checkpoints in {self.folder}: the run folder must "
+                "be on storage that all machines share"
+            )
+        if not self.accelerator.is_main_process:
             return
+        for path in (self.folder / "next.pt", self.folder / "best.pt", self.run_dir / "log.csv"):
+            remove_temporaries(path)
+        if content is not None:
+            write_text(self.run_dir / "log.csv", format_log(self.history))
+            if not self.finished:
+                print(f"resuming at epoch {self.epoch + 1}, batch {self.batch + 1}", flush=True)
+
+    def restore(self, content: dict[str, Any]) -> None:
+        """Bring everything that a step changes to the state in a checkpoint.
+
+        Raises:
+            ValueError: the best epoch so far was deleted, and could not be given back.
+        """
+        for name, value in content["progress"].items():
+            setattr(self, name, value)
+        if self.history and not (self.folder / "best.pt").is_file():
+            raise ValueError(
+                f"{self.folder / 'best.pt'} is missing, but its training is at epoch "
+                f"{self.epoch + 1}: put it back, or delete the folder to train from the beginning"
+            )
+        precision = self.accelerator.mixed_precision
+        if content["precision"] != precision:
+            warnings.warn(
+                f"trained in precision {content['precision']!r} so far, continuing in {precision!r}"
+                " on this hardware: the result is not what one machine would have given",
+                stacklevel=2,
+            )
         self.model.load_state_dict(content["model"])
         self.optimizer.load_state_dict(content["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(content["average"])
         if self.accelerator.scaler and content["scaler"]:
             self.accelerator.scaler.load_state_dict(content["scaler"])
-        for name, value in content["progress"].items():
-            setattr(self, name, value)
-        set_rng_state(content["rng"])
-        if self.accelerator.is_main_process and not self.finished:
-            print(f"resuming at epoch {self.epoch + 1}, batch {self.batch + 1}", flush=True)
-
-
-def rng_state() -> dict[str, Any]:
-    """State of torch's generators (nothing else is random in a step: augmentation is keyed)."""
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore :func:`rng_state`; GPU states only where the number of GPUs is the same."""
-    torch.set_rng_state(state["cpu"])
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def format_log(history: list[dict[str, float]]) -> str:

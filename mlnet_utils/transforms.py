@@ -167,14 +167,6 @@ def _sampling_matrix(grid: int, size: int, photo: int, content: int, offset: int
     return torch.from_numpy(matrix)
 
 
-def normalise(image: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """(..., 3, H, W) in 0..255 to zero mean and unit deviation, given in 0..1 units."""
-    shape = (3, 1, 1)
-    mean_t = torch.tensor(mean, device=image.device).reshape(shape) * 255
-    std_t = torch.tensor(std, device=image.device).reshape(shape) * 255
-    return (image - mean_t) / std_t
-
-
 # ---- fixations ---------------------------------------------------------------------------------
 def pixel_indices(points: np.ndarray) -> np.ndarray:
     """(N, 2) x, y coordinates (0-based, pixel centres at integers) to integer x, y pixels."""
@@ -183,8 +175,21 @@ def pixel_indices(points: np.ndarray) -> np.ndarray:
 
 def inside(points: np.ndarray, height: int, width: int) -> np.ndarray:
     """(N,) bool: which points fall on a pixel of a height x width photo."""
-    x, y = pixel_indices(points).reshape(-1, 2).T
+    # Compared as floats: NaN is outside, and no integer overflows.
+    x, y = np.floor(np.asarray(points, dtype=np.float64).reshape(-1, 2) + 0.5).T
     return (x >= 0) & (x < width) & (y >= 0) & (y < height)
+
+
+def _checked_pixels(points: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(2, N) integer x and y; an error for a point outside, which would index another pixel."""
+    points = np.asarray(points).reshape(-1, 2)
+    within = inside(points, height, width)
+    if not within.all():
+        bad = points[~within][0]
+        raise ValueError(
+            f"fixation at x={bad[0]:.1f}, y={bad[1]:.1f} lies outside the {width}x{height} photo"
+        )
+    return pixel_indices(points).T
 
 
 def fixation_counts(points: np.ndarray, height: int, width: int) -> Tensor:
@@ -193,18 +198,12 @@ def fixation_counts(points: np.ndarray, height: int, width: int) -> Tensor:
     Raises:
         ValueError: a point lies outside the photo (readers drop and count those).
     """
-    points = np.asarray(points).reshape(-1, 2)
-    if not inside(points, height, width).all():
-        bad = points[~inside(points, height, width)][0]
-        raise ValueError(
-            f"fixation at x={bad[0]:.1f}, y={bad[1]:.1f} lies outside the {width}x{height} photo"
-        )
-    x, y = pixel_indices(points).T
+    x, y = _checked_pixels(points, height, width)
     counts = np.bincount(y * width + x, minlength=height * width)
     return torch.from_numpy(counts.reshape(height, width))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=8)  # 8 MB for 1024 pixels
 def blur_matrix(size: int, sigma: float) -> Tensor:
     """(size, size) float64 matrix of a Gaussian blur along one axis.
 
@@ -230,7 +229,7 @@ def blur_matrix(size: int, sigma: float) -> Tensor:
 
 @functools.lru_cache(maxsize=64)
 def target_matrix(photo: int, size: int, content: int, offset: int, cells: int, sigma: float):
-    """(cells, photo) float64: blur along one photo axis, letterbox it, average into cells."""
+    """(cells, photo) float64: blur along one photo axis, letterbox it, add up each cell."""
     # Area resize keeps mass: each photo pixel spreads over the input pixels that it covers.
     edges = np.arange(photo + 1) * content / photo + offset
     cell_edges = np.arange(cells + 1) * size / cells
@@ -254,8 +253,11 @@ def density_from_points(points: np.ndarray, height: int, width: int, sigma: floa
 
     Returns:
         (H, W) float64 that sums to 1; all zeros if there is no fixation.
+
+    Raises:
+        ValueError: a point lies outside the photo, or sigma is not positive.
     """
-    x, y = pixel_indices(np.asarray(points).reshape(-1, 2)).T
+    x, y = _checked_pixels(points, height, width)
     rows = blur_matrix(height, sigma)[:, y]  # (H, N)
     columns = blur_matrix(width, sigma)[:, x]  # (W, N)
     return rows @ columns.T / max(len(x), 1)
@@ -264,13 +266,16 @@ def density_from_points(points: np.ndarray, height: int, width: int, sigma: floa
 def density_on_grid(
     points: np.ndarray, box: Letterbox, grid: tuple[int, int], sigma: float
 ) -> Tensor:
-    """The density of :func:`density_from_points`, letterboxed and averaged onto a coarse grid.
+    """The density of :func:`density_from_points`, letterboxed and summed onto a coarse grid.
 
     Returns:
         (h, w) float64 that sums to 1 (all zeros without fixations), equal to blurring at the
-        photo's size, area-resizing into the letterbox and averaging over each grid cell.
+        photo's size, area-resizing into the letterbox and adding up each grid cell.
+
+    Raises:
+        ValueError: a point lies outside the photo, or sigma is not positive.
     """
-    x, y = pixel_indices(np.asarray(points).reshape(-1, 2)).T
+    x, y = _checked_pixels(points, box.photo_height, box.photo_width)
     rows = target_matrix(box.photo_height, box.height, box.content_height, box.top, grid[0], sigma)[
         :, y
     ]

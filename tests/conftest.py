@@ -1,0 +1,105 @@
+"""Shared fixtures: a tiny dataset made on the spot, and the conditions for the special markers."""
+
+import os
+from pathlib import Path
+
+# Before torch is imported, for this process and those that tests start: the networks are tiny, and
+# a fixed number of threads is part of what makes a CPU's results the same to the bit.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlnet_utils.config import Config, load_config
+from mlnet_utils.photos import Photo, write_prepared
+
+SPLIT_SIZES = {"train": 10, "val": 5, "test": 4}
+SIGMA = 6.0
+
+
+def pytest_collection_modifyitems(items):
+    """Skip, with a reason, what this machine cannot run."""
+    no_data = pytest.mark.skip(reason="needs real data: set MLNET_DATA to the folder that has it")
+    no_gpu = pytest.mark.skip(reason="needs a GPU")
+    for item in items:
+        if "realdata" in item.keywords and not os.environ.get("MLNET_DATA"):
+            item.add_marker(no_data)
+        if "gpu" in item.keywords and not _has_gpu():
+            item.add_marker(no_gpu)
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+@pytest.fixture(scope="session")
+def real_data() -> Path:
+    """The folder of the raw datasets; for tests that are marked ``realdata``."""
+    return Path(os.environ["MLNET_DATA"])
+
+
+def make_photo(folder: Path, stem: str, split: str, number: int) -> Photo:
+    """A textured photo with one bright disc, and three observers who looked at it."""
+    rng = np.random.default_rng(number)
+    height, width = (60, 80) if number % 2 else (75, 61)  # both letterbox cases, odd sizes
+    centre = rng.uniform((15, 15), (width - 15, height - 15))
+    y, x = np.mgrid[:height, :width]
+    disc = (x - centre[0]) ** 2 + (y - centre[1]) ** 2 < 64
+    pixels = rng.integers(60, 120, (height, width, 3))
+    pixels[disc] += np.array([120, 40, 0])
+    Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{stem}.png")
+    points = (centre + rng.normal(0, 3, (12, 2))).clip(0, (width - 1, height - 1))
+    return Photo(
+        stem=stem,
+        image=f"{stem}.png",
+        width=width,
+        height=height,
+        split=split,
+        fixations=points.astype(np.float32),
+        observers=np.repeat(np.arange(3, dtype=np.int16), 4),
+        durations=np.full(12, 200, np.float32),
+    )
+
+
+@pytest.fixture(scope="session")
+def tiny_photos(tmp_path_factory) -> tuple[list[Photo], Path]:
+    """19 photos with known fixations, and the folder that holds them."""
+    root = tmp_path_factory.mktemp("photos")
+    photos = [
+        make_photo(root, f"{split}{i}", split, 100 * number + i)
+        for number, (split, size) in enumerate(SPLIT_SIZES.items())
+        for i in range(size)
+    ]
+    return photos, root
+
+
+def prepare_run(folder: Path, photos: list[Photo], root: Path) -> Path:
+    """A run folder whose ``data/`` is prepared, as notebook 01 leaves it."""
+    meta = {
+        "dataset": "tiny",
+        "title": "Tiny test photos",
+        "root": str(root),
+        "sigma_px": SIGMA,
+        "px_per_degree": None,
+        "fold": -1,
+        "photos": SPLIT_SIZES,
+        "fixations": sum(len(photo.fixations) for photo in photos),
+        "dropped_outside": 0,
+    }
+    write_prepared(folder / "data", photos, meta)
+    return folder
+
+
+@pytest.fixture
+def run_folder(tmp_path, tiny_photos) -> Path:
+    """A fresh run folder on the tiny dataset."""
+    return prepare_run(tmp_path / "run", *tiny_photos)
+
+
+def tiny_config(**overrides) -> Config:
+    """The smallest configuration that trains: milliseconds per update."""
+    small = {"height": 32, "width": 40, "prior_cells": (2, 2), "limit": 0}
+    return load_config("tiny", **{**small, **overrides})
