@@ -1,4 +1,4 @@
-"""Named datasets, their published splits, preparation, and the torch Dataset that feeds training."""
+"""Named datasets, their published splits, preparation, and the Dataset that feeds training."""
 
 import hashlib
 import signal
