@@ -5,7 +5,9 @@ The defaults are the authors' recipe, each with the place it comes from: *paper*
 Keras implementation they released. A preset lists only what it changes.
 """
 
+import contextlib
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -102,13 +104,19 @@ class Config:
         for name in ("batch_size", "epochs", "levels", "channels", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name}={getattr(self, name)} must be at least 1")
-        for name in ("dropout", "flip", "ema_decay", "crop"):
+        for name in _NOT_NEGATIVE:
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"config: {name}={getattr(self, name)} must not be negative")
+        for name in ("dropout", "flip", "ema_decay", "crop", "warmup"):
             if not 0 <= getattr(self, name) < 1 and not (name == "flip" and self.flip == 1):
                 raise ValueError(f"config: {name}={getattr(self, name)} must be in [0, 1)")
-        if len(self.prior_cells) not in (0, 2):
+        if not self.alpha > 1:
             raise ValueError(
-                f"config: prior_cells={self.prior_cells} must be (rows, columns) or ()"
+                f"config: alpha={self.alpha} must be above 1, or the loss divides by 0"
             )
+        cells = self.prior_cells
+        if len(cells) not in (0, 2) or not all(isinstance(n, int) and n > 0 for n in cells):
+            raise ValueError(f"config: prior_cells={cells} must be (rows, columns) or ()")
 
     @property
     def antialias(self) -> bool:
@@ -130,6 +138,12 @@ class Config:
             for key, value in dataclasses.asdict(self).items()
         }
 
+
+_NOT_NEGATIVE = (
+    *("limit", "patience", "micro_batch", "seed", "bootstrap"),
+    *("sigma", "lr", "backbone_lr_scale", "lr_decay", "momentum", "weight_decay"),
+    *("clip_norm", "jitter"),
+)
 
 CHOICES = {
     "head": ("paper", "density"),
@@ -330,12 +344,15 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _coerce(name: str, value: Any, expected: type) -> Any:
-    """Check a value's type; accept the harmless conversions (int to float, list to tuple)."""
+    """Check a value's type; accept what says the same: 1 and "1e-3" for floats, lists for tuples."""
     expected = get_origin(expected) or expected
     if expected is tuple and isinstance(value, list | tuple):
         return tuple(value)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if expected is float and isinstance(value, str):
+        with contextlib.suppress(ValueError):  # YAML reads 1e-3 as text
+            return float(value)
     if isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
         return value
     raise ValueError(
