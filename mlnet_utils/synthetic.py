@@ -1,0 +1,354 @@
+"""Stimuli made from a seed whose fixation density is KNOWN: the embedded sample.
+
+A scene is a textured ground with many similar items, a few of which differ from the rest in
+colour, orientation, size or luminance, and therefore "pop out" (Treisman & Gelade 1980, feature
+integration theory; Itti, Koch & Niebur 1998 model saliency by the same contrasts). The density is
+a mixture of Gaussians: one on every odd item, weighted by how much it differs, weak ones on the
+other items, a centre bias, and a uniform floor.
+
+Simulated observers differ in what attracts them (mixture weights drawn around the common ones)
+and in where their gaze lands (a constant offset each, plus scatter). Both deviations have the
+population values as their mean, and points that leave the photo are folded back at its border, so
+the density is the *exact* expected distribution of fixations, and the best attainable value of
+every metric is known.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+from scipy.special import ndtr
+
+from mlnet_utils.photos import Photo
+from mlnet_utils.runtime import atomic_path, progress, sha256_file
+from mlnet_utils.transforms import pixel_indices
+
+HEIGHT, WIDTH = 240, 320
+OBSERVERS, FIXATIONS = 15, 10  # per photo; fixations per observer on average
+KINDS = ("colour", "orientation", "size", "luminance")
+SHAPES = ("disc", "ring", "bar", "leaf", "triangle", "flower")
+
+# Mixture: odd items, all other items together, centre bias, uniform.
+SHARES = np.array([0.68, 0.08, 0.18, 0.06])
+SHARE_CONCENTRATION = 25.0  # observers' own shares: Dirichlet around SHARES; larger = more alike
+ITEM_SPREAD = 11.0  # pixels: deviation of gaze around an item, of which
+OFFSET = 4.0  # pixels: the constant offset of one observer
+CENTRE_SPREAD = (0.19, 0.22)  # of height and width
+
+# (ground, items...): colours that go together; the odd item takes another of the same palette.
+PALETTES = (
+    ("#f3ede2", "#5b8e7d", "#d1495b", "#edae49", "#30638e"),
+    ("#e9eef2", "#33658a", "#f26419", "#86bbd8", "#758e4f"),
+    ("#1f2a38", "#6c8ead", "#ffb563", "#f05d5e", "#a0ddb5"),
+    ("#f6e8df", "#7d4f50", "#4f9d9d", "#cc8b86", "#e3b23c"),
+    ("#2b2d42", "#8d99ae", "#ef476f", "#ffd166", "#06d6a0"),
+    ("#e4e9dc", "#606c38", "#bc6c25", "#457b9d", "#dda15e"),
+    ("#fbf3e4", "#3d5a80", "#ee6c4d", "#98c1d9", "#7a9e7e"),
+    ("#233d3b", "#7fb7a3", "#f4a259", "#f4e285", "#bc4b51"),
+)
+
+
+@dataclass(frozen=True)
+class Stimulus:
+    """A scene and everything that is known of it.
+
+    Attributes:
+        image: (H, W, 3) uint8.
+        density: (H, W) float64, positive, sums to 1: the expected distribution of fixations.
+        kind: which feature makes the odd items odd.
+        centres: (K, 2) x, y of all items, odd ones first.
+        salience: (K,) share of each item in the density's item terms.
+        n_odd: how many items are odd.
+    """
+
+    image: np.ndarray
+    density: np.ndarray
+    kind: str
+    centres: np.ndarray
+    salience: np.ndarray
+    n_odd: int
+
+
+def make_stimulus(
+    rng: np.random.Generator, height: int = HEIGHT, width: int = WIDTH, kind: str | None = None
+) -> Stimulus:
+    """Draw one scene.
+
+    Args:
+        rng: source of all randomness.
+        height: rows, at least 96.
+        width: columns, at least 96.
+        kind: the odd feature, one of :data:`KINDS`; None = drawn.
+
+    Raises:
+        ValueError: unknown kind, or a scene too small for items.
+    """
+    if kind is not None and kind not in KINDS:
+        raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
+    if min(height, width) < 96:
+        raise ValueError(f"a scene needs at least 96x96 pixels, got {height}x{width}")
+    kind = kind or str(rng.choice(KINDS))
+    palette = np.array([_rgb(code) for code in PALETTES[rng.integers(len(PALETTES))]])
+    centres, cell = _place_items(rng, height, width)
+    n_odd = int(rng.integers(1, 4))
+    strength = rng.uniform(0.6, 1.0, n_odd)
+
+    canvas = _ground(rng, palette[0], height, width)
+    own, other = rng.choice(np.arange(1, len(palette)), 2, replace=False)
+    shape = str(rng.choice(("bar", "leaf") if kind == "orientation" else SHAPES))
+    angle = rng.uniform(0, np.pi)
+    for i, centre in enumerate(centres):
+        look = {
+            "colour": palette[own] * rng.uniform(0.95, 1.05),
+            "size": cell * 0.30 * rng.uniform(0.92, 1.08),
+            "angle": angle + rng.normal(0, 0.08),
+        }
+        if i < n_odd:
+            look = _make_odd(look, kind, strength[i], palette[other], palette[0])
+        elif kind == "luminance":  # the others stay close to the ground, whatever the palette
+            look["colour"] = 0.45 * look["colour"] + 0.55 * palette[0]
+        _draw(canvas, centre, shape, **look)
+    grain = rng.normal(0, 0.012, (height, width, 1))
+    image = np.round((canvas + grain).clip(0, 1) * 255).astype(np.uint8)
+
+    others = len(centres) - n_odd
+    salience = np.concatenate([SHARES[0] * strength / strength.sum(), np.full(others, SHARES[1] / others)])
+    density = _density(centres, salience, height, width)
+    return Stimulus(image, density, kind, centres, salience, n_odd)
+
+
+def draw_fixations(
+    stimulus: Stimulus, rng: np.random.Generator, observers: int = OBSERVERS
+) -> tuple[np.ndarray, np.ndarray]:
+    """Let simulated observers look at a scene.
+
+    Returns:
+        (N, 2) float32 x, y inside the photo, and (N,) int16 observers.
+    """
+    height, width = stimulus.density.shape
+    middle = np.array([(width - 1) / 2, (height - 1) / 2])
+    item_share = stimulus.salience / stimulus.salience.sum()
+    points, who = [], []
+    for observer in range(observers):
+        shares = rng.dirichlet(SHARE_CONCENTRATION * SHARES)
+        offset = rng.normal(0, OFFSET, 2)
+        count = 1 + rng.poisson(FIXATIONS - 1)
+        source = rng.choice(3, count, p=[shares[0] + shares[1], shares[2], shares[3]])
+        # An observer's share of odd items among items follows from the same draw.
+        odd = rng.random(count) < shares[0] / (shares[0] + shares[1])
+        weights = np.where(np.arange(len(item_share)) < stimulus.n_odd, item_share, 0)
+        rest = item_share - weights
+        item = np.where(
+            odd,
+            rng.choice(len(weights), count, p=weights / weights.sum()),
+            rng.choice(len(rest), count, p=rest / rest.sum()),
+        )
+        scatter = rng.normal(0, np.sqrt(ITEM_SPREAD**2 - OFFSET**2), (count, 2))
+        at_item = stimulus.centres[item] + offset + scatter
+        centre_spread = np.array([CENTRE_SPREAD[1] * width, CENTRE_SPREAD[0] * height])
+        at_centre = middle + rng.normal(0, 1, (count, 2)) * centre_spread
+        anywhere = rng.uniform(0, 1, (count, 2)) * (width, height) - 0.5
+        chosen = np.choose(source[:, None], (at_item, at_centre, anywhere))
+        points.append(_fold(chosen, width, height))
+        who.append(np.full(count, observer, np.int16))
+    return np.concatenate(points), np.concatenate(who)
+
+
+def write_sample(
+    folder: str | Path,
+    counts: dict[str, int],
+    height: int = HEIGHT,
+    width: int = WIDTH,
+    seed: int = 2016,
+) -> list[Photo]:
+    """Make the sample: ``folder/images/*.png`` and the true ``folder/densities/*.npz``.
+
+    The scene with a given number is the same whatever the counts of the others.
+
+    Args:
+        folder: written to; files that exist are replaced.
+        counts: photos per split, e.g. ``{"train": 480, "val": 60, "test": 100}``.
+        height: rows of the photos.
+        width: columns of the photos.
+        seed: of the whole sample.
+
+    Returns:
+        One record per photo, with fixations, observers and the path of the true density.
+    """
+    folder = Path(folder)
+    jobs = [
+        (split, number, seed + 1000 * which)
+        for which, split in enumerate(counts)
+        for number in range(counts[split])
+    ]
+    photos = []
+    for split, number, stream in progress(jobs, "making the sample", unit="photo"):
+        rng = np.random.default_rng([stream, number])
+        stimulus = make_stimulus(rng, height, width)
+        points, observers = draw_fixations(stimulus, rng)
+        stem = f"{split}_{number:04d}"
+        image, density = f"images/{stem}.png", f"densities/{stem}.npz"
+        with atomic_path(folder / image) as temporary:
+            Image.fromarray(stimulus.image).save(temporary)
+        with atomic_path(folder / density) as temporary:
+            np.savez_compressed(temporary, density=stimulus.density.astype(np.float32))
+        photos.append(
+            Photo(
+                stem=stem,
+                image=image,
+                width=width,
+                height=height,
+                split=split,
+                fixations=points,
+                observers=observers,
+                density=density,
+                sha256=sha256_file(folder / image),
+            )
+        )
+    return photos
+
+
+# ---- the density -------------------------------------------------------------------------------
+def _density(centres: np.ndarray, salience: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W): the mixture, integrated over every pixel, folded at the border."""
+    rows = np.stack([_folded_gaussian(y, ITEM_SPREAD, height) for y in centres[:, 1]])
+    columns = np.stack([_folded_gaussian(x, ITEM_SPREAD, width) for x in centres[:, 0]])
+    items = (rows * salience[:, None]).T @ columns
+    centre_rows = _folded_gaussian((height - 1) / 2, CENTRE_SPREAD[0] * height, height)
+    centre_columns = _folded_gaussian((width - 1) / 2, CENTRE_SPREAD[1] * width, width)
+    centre = SHARES[2] * np.outer(centre_rows, centre_columns)
+    return items + centre + SHARES[3] / (height * width)
+
+
+def _folded_gaussian(mean: float, sigma: float, size: int) -> np.ndarray:
+    """(size,) probability of each pixel for a Gaussian folded back at both borders."""
+    total = np.zeros(size)
+    for period in (-1, 0, 1):  # spreads are far below the size: one fold on each side is exact
+        edges = np.arange(size + 1) - 0.5 + 2 * period * size
+        total += np.diff(ndtr((edges - mean) / sigma))
+        total += np.diff(ndtr((edges - (-1 - mean)) / sigma))  # the mirror image at -0.5
+    return total / total.sum()
+
+
+def _fold(points: np.ndarray, width: int, height: int) -> np.ndarray:
+    """(N, 2) float32: points outside the photo reflected back at its border."""
+    size = np.array([width, height])
+    position = np.mod(points + 0.5, 2 * size)
+    position = np.where(position >= size, 2 * size - position, position)
+    folded = (position - 0.5).astype(np.float32)
+    # Rounding to float32 must not push a point on the border over it.
+    over = pixel_indices(folded) >= size
+    return np.where(over, (size - 1).astype(np.float32), folded)
+
+
+# ---- the picture -------------------------------------------------------------------------------
+def _rgb(code: str) -> np.ndarray:
+    return np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)]) / 255
+
+
+def _place_items(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, float]:
+    """(K, 2) x, y on a jittered grid with gaps, in random order, and the grid's cell size."""
+    rows = int(rng.integers(4, 7))
+    cell = height / rows
+    columns = int(width // cell)
+    y, x = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
+    grid = np.stack([x.ravel(), y.ravel()], 1) + 0.5
+    keep = rng.permutation(len(grid))[: max(8, int(len(grid) * rng.uniform(0.65, 0.95)))]
+    jitter = rng.uniform(-0.16, 0.16, (len(keep), 2))
+    left = (width - columns * cell) / 2
+    return (grid[keep] + jitter) * cell + (left, 0.0), cell
+
+
+def _make_odd(
+    look: dict, kind: str, strength: float, other_colour: np.ndarray, ground: np.ndarray
+) -> dict:
+    """The look of an odd item: one feature changed in proportion to ``strength``."""
+    if kind == "colour":
+        return {**look, "colour": (1 - strength) * look["colour"] + strength * other_colour}
+    if kind == "orientation":
+        return {**look, "angle": look["angle"] + strength * np.pi / 2}
+    if kind == "size":
+        return {**look, "size": look["size"] * (1 + 0.55 * strength)}
+    away = 0.0 if ground.mean() > 0.5 else 1.0  # darker on light grounds, lighter on dark ones
+    return {**look, "colour": (1 - 0.75 * strength) * look["colour"] + 0.75 * strength * away}
+
+
+def _smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
+    """(H, W) value noise in about -1..1: random values on a coarse grid, smoothly interpolated."""
+    coarse = rng.uniform(-1, 1, (cells + 2, cells + 2))
+    result = coarse
+    for axis, size in ((0, height), (1, width)):
+        position = np.linspace(0, cells, size, endpoint=False)
+        low = position.astype(int)
+        t = position - low
+        t = t * t * (3 - 2 * t)
+        shape = (-1, 1) if axis == 0 else (1, -1)
+        a, b = np.take(result, low, axis), np.take(result, low + 1, axis)
+        result = a + (b - a) * t.reshape(shape)
+    return result
+
+
+def _ground(rng: np.random.Generator, colour: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W, 3) float: paper with a soft gradient, a texture and a vignette."""
+    y, x = np.mgrid[0:height, 0:width]
+    direction = rng.uniform(0, 2 * np.pi)
+    along = (np.cos(direction) * (x / width - 0.5) + np.sin(direction) * (y / height - 0.5))
+    shade = 0.05 * along + 0.035 * _smooth_noise(rng, height, width, 5)
+    shade += 0.018 * _smooth_noise(rng, height, width, 40)
+    texture = rng.integers(4)
+    if texture == 1:  # woven stripes
+        turn = rng.uniform(0, np.pi)
+        shade += 0.014 * np.sin((np.cos(turn) * x + np.sin(turn) * y) * 2 * np.pi / rng.uniform(7, 14))
+    elif texture == 2:  # dots
+        step = rng.uniform(9, 15)
+        dots = np.cos(2 * np.pi * x / step) * np.cos(2 * np.pi * y / step)
+        shade -= 0.03 * np.clip((dots - 0.55) * 6, 0, 1)
+    elif texture == 3:  # wood-like rings
+        rings = _smooth_noise(rng, height, width, 3) * 5 + y / rng.uniform(18, 30)
+        shade += 0.016 * np.sin(2 * np.pi * rings)
+    vignette = 0.05 * (((x / width - 0.5) ** 2 + (y / height - 0.5) ** 2) / 0.5)
+    return colour + (shade - vignette)[..., None]
+
+
+def _draw(
+    canvas: np.ndarray,
+    centre: np.ndarray,
+    shape: str,
+    colour: np.ndarray,
+    size: float,
+    angle: float,
+) -> None:
+    """Paint one antialiased item with a soft shadow and a little shading, in place."""
+    height, width = canvas.shape[:2]
+    reach = int(np.ceil(size * 1.7)) + 4
+    x0, y0 = (np.round(centre).astype(int) - reach).clip(0)
+    x1, y1 = min(width, x0 + 2 * reach + 1), min(height, y0 + 2 * reach + 1)
+    y, x = np.mgrid[y0:y1, x0:x1].astype(float)
+    x, y = x - centre[0], y - centre[1]
+    patch = canvas[y0:y1, x0:x1]
+    shadow = 0.16 * (0.5 - _distance(shape, x - 0.09 * size, y - 0.13 * size, size, angle) / 5)
+    patch *= 1 - shadow.clip(0, 0.16)[..., None]
+    cover = (0.5 - _distance(shape, x, y, size, angle)).clip(0, 1)[..., None]
+    light = 1 + 0.10 * (-(x + 1.4 * y) / (2.4 * size)).clip(-1, 1)[..., None]
+    patch += cover * ((colour * light).clip(0, 1) - patch)
+
+
+def _distance(shape: str, x: np.ndarray, y: np.ndarray, size: float, angle: float) -> np.ndarray:
+    """Signed distance in pixels to a shape's outline (negative inside), about right near it."""
+    u = np.cos(angle) * x + np.sin(angle) * y
+    v = -np.sin(angle) * x + np.cos(angle) * y
+    radius = np.hypot(u, v)
+    if shape == "disc":
+        return radius - size
+    if shape == "ring":
+        return np.abs(radius - 0.78 * size) - 0.24 * size
+    if shape == "bar":
+        return np.hypot(np.maximum(np.abs(u) - 0.95 * size, 0), v) - 0.33 * size
+    if shape == "leaf":  # the intersection of two discs
+        return np.hypot(u, np.abs(v) + 0.75 * size) - 1.42 * size
+    if shape == "triangle":
+        sides = [u * np.cos(t) + v * np.sin(t) for t in np.pi / 2 + 2 * np.pi / 3 * np.arange(3)]
+        return np.maximum.reduce(sides) - 0.62 * size
+    petals = 0.86 + 0.16 * np.cos(5 * np.arctan2(v, u))
+    return radius - size * petals
