@@ -344,7 +344,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _coerce(name: str, value: Any, expected: type) -> Any:
-    """Check a value's type; accept what says the same: 1 and "1e-3" for floats, lists for tuples."""
+    """Check a value's type; accept what says the same (1 or "1e-3" for a float, list for tuple)."""
     expected = get_origin(expected) or expected
     if expected is tuple and isinstance(value, list | tuple):
         return tuple(value)

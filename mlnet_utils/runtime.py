@@ -163,7 +163,9 @@ def keyed_seed(*key: int) -> int:
     """
     import numpy as np
 
-    return int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # NumPy ignores zeros at the end of a key: with its length in front, (0,) and (0, 0) differ.
+    sequence = np.random.SeedSequence((len(key), *key))
+    return int(sequence.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def pick_device() -> str:
