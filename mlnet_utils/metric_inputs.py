@@ -1,32 +1,46 @@
-"""What the metrics are given: checked, one image at a time, in float64.
+"""What the metrics are given: checked, one image at a time, added up in float64.
 
-A batch is scored image by image: a 600 x 800 map in float64 is 3.8 MB, so the working set of one
-image stays in the processor's cache while that of a batch does not, and images have different
-numbers of fixations. Quantities that several metrics need are computed once per image and kept.
+A batch is scored image by image, because images have different numbers of fixations, and an image
+block by block, because the work on a 600 x 800 map is memory traffic: every metric's share of a
+block is computed while the block is in the processor's cache, and the maps are read only once.
 """
 
 import functools
+import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mlnet_utils import roc
 
-PROTOCOLS = ("mit300", "salicon", "salicon2015")
+BLOCK = 1 << 15  # pixels per block and CPU thread: 256 KB in float64; on a GPU a map is one block
+
+
+class Block(NamedTuple):
+    """The same (b,) pixels of an image's maps."""
+
+    values: Tensor  # the prediction, in float32 or float64
+    prediction: Tensor  # the prediction, in float64
+    density: Tensor | None  # float64
+    negatives: Tensor | None  # whole counts
 
 
 class ScoredImage:
-    """One image's maps, flat and in float64, and what several metrics share.
+    """One image's maps, flat, and what several metrics share.
 
     Args:
         name: how error messages call the image.
+        protocol: whose definitions the formulas follow.
         prediction: (H, W), any number type, any range, finite.
         fixations: (H, W) counts of fixations per pixel, whole and not negative, or None.
         density: (H, W) ground-truth density, finite and not negative, any scale, or None.
         negatives: (H, W) counts of other images' fixations, or None.
         baseline: (H, W) baseline density, finite and not negative, any scale, or None.
+        sums: the functions that :meth:`pixel_sum` will be asked for, so that the first request
+            adds all of them up in one pass.
 
     Raises:
         ValueError: NaN or infinity in a map, negative values where none can be, or a count map
@@ -36,98 +50,204 @@ class ScoredImage:
     def __init__(
         self,
         name: str,
+        protocol: str,
         prediction: Tensor,
         fixations: Tensor | None = None,
         density: Tensor | None = None,
         negatives: Tensor | None = None,
         baseline: Tensor | None = None,
+        sums: Sequence[Callable] = (),
     ):
         self.name = name
-        self.dtype = prediction.dtype
-        self.prediction, self.low, self.high = _finite(prediction, "prediction", name)
-        # `std == 0` misses constant maps: the mean of a map that is 0.1 everywhere is not 0.1.
-        precision = torch.finfo(self.dtype).eps if self.dtype.is_floating_point else 0.0
-        self.constant = self.high - self.low <= 8 * precision * max(abs(self.high), abs(self.low))
-        if self.constant:
-            self.prediction = torch.full_like(self.prediction, self.high)
-        self.density = _density(density, "density", name)
-        self.baseline = _density(baseline, "baseline", name)
-        self._fixations = _pixels(fixations, "fixations", name)
-        self._negatives = _pixels(negatives, "negatives", name)
-        self._ranks: dict[int, Tensor] = {}
+        self.protocol = protocol
+        self.prediction = FlatMap(prediction, "prediction", name)
+        self.density = None if density is None else FlatMap(density, "density", name)
+        self.baseline = None if baseline is None else FlatMap(baseline, "baseline", name)
+        for values in (self.density, self.baseline):
+            if values is not None and values.low < 0:
+                raise ValueError(
+                    f"{name}: {values.kind} has negative values (lowest {values.low:g}), so it "
+                    "is no density"
+                )
+        self._fixations = None if fixations is None else _counts(fixations, "fixations", name)
+        self._negatives = None if negatives is None else _counts(negatives, "negatives", name)
+        self._wanted = sums
+        self._sums: dict[Callable, tuple] = {}
 
-    # ---- the prediction -----------------------------------------------------------------------
+    # ---- fixations ----------------------------------------------------------------------------
     @functools.cached_property
-    def centred(self) -> Tensor:
-        """(P,) prediction minus its mean."""
-        return self.prediction - self.prediction.mean()
-
-    @functools.cached_property
-    def squares(self) -> float:
-        """Sum of squares of the centred prediction."""
-        return self.centred.square().sum().item()
-
-    @functools.cached_property
-    def unit(self) -> Tensor:
-        """(P,) prediction scaled to 0..1; undefined for a constant one."""
-        return (self.prediction - self.low) / (self.high - self.low)
-
-    @functools.cached_property
-    def normalised(self) -> Tensor:
-        """(P,) prediction that sums to 1: shifted if negative, uniform if nothing is left.
-
-        This is how today's MIT/Tuebingen benchmark turns any map into a density.
-        """
-        lifted = self.prediction - self.low if self.low < 0 else self.prediction
-        total = lifted.sum().item()
-        return lifted / total if total > 0 else torch.full_like(lifted, 1 / len(lifted))
-
-    # ---- what it is compared with ---------------------------------------------------------------
-    @functools.cached_property
-    def truth(self) -> Tensor | None:
-        """(P,) ground-truth density that sums to 1, or None where nobody looked (all zeros)."""
-        total = self.density.sum().item()
-        return self.density / total if total > 0 else None
-
-    @property
     def unique(self) -> Tensor:
         """(U,) fixated pixels, each once."""
-        return self._fixations[0]
+        return roc.positive(self._fixations)
 
     @functools.cached_property
     def repeated(self) -> Tensor:
         """(N,) fixated pixels, one entry per fixation."""
-        return self.unique.repeat_interleave(self._fixations[1])
-
-    def fixated(self, protocol: str) -> Tensor:
-        """Pixels of the fixations: MATLAB's code counts each pixel once, the others each fixation."""
-        return self.unique if protocol == "salicon" else self.repeated
-
-    def ranks(self, where: Tensor) -> Tensor:
-        """(P,) for each pixel, how many of the fixations at ``where`` lie below it (see roc)."""
-        if len(where) not in self._ranks:  # unique and repeated pixels are the same if as many
-            self._ranks[len(where)] = roc.below(self.prediction, self.prediction[where])
-        return self._ranks[len(where)]
-
-    def ranks_at(self, pixels: Tensor, where: Tensor) -> Tensor:
-        """:meth:`ranks` at some pixels only, without placing all the others."""
-        if len(where) in self._ranks:
-            return self._ranks[len(where)][pixels]
-        return roc.below(self.prediction[pixels], self.prediction[where])
+        return self.unique.repeat_interleave(self._fixations[self.unique])
 
     @property
+    def fixated(self) -> Tensor:
+        """Fixated pixels: each once in MATLAB's code, once per fixation elsewhere."""
+        return self.unique if self.protocol == "salicon" else self.repeated
+
+    @functools.cached_property
     def negatives(self) -> tuple[Tensor, Tensor]:
         """(M,) pixels that were fixated on other images, and how often."""
-        return self._negatives
+        where = self._negatives.nonzero().squeeze(1)
+        return where, self._negatives[where]
+
+    @functools.cached_property
+    def negative_count(self) -> int:
+        """How many negatives there are, repeats included; 0 if none were given."""
+        return 0 if self._negatives is None else self._negatives.sum().item()
+
+    def ranks(self, where: Tensor) -> roc.Ranks:
+        """Ranks of values among the prediction's values at the pixels ``where``."""
+        values = self.prediction
+        return roc.Ranks(values.values[where], values.low, values.high)
+
+    @functools.cached_property
+    def fixated_ranks(self) -> roc.Ranks:
+        """Ranks among the values at :attr:`fixated`."""
+        return self.ranks(self.fixated)
+
+    @functools.cached_property
+    def unique_ranks(self) -> roc.Ranks:
+        """Ranks among the values at :attr:`unique`."""
+        return self.ranks(self.unique)
+
+    # ---- sums over the pixels -------------------------------------------------------------------
+    def pixel_sum(self, function: Callable[["ScoredImage", Block], tuple]) -> tuple:
+        """Sums over all pixels of what ``function`` returns for a block: a tuple of numbers."""
+        if function not in self._sums:
+            functions = {function, *self._wanted}
+            for block in self._blocks():
+                for one in functions:
+                    parts = one(self, block)
+                    so_far = self._sums.get(one)
+                    self._sums[one] = tuple(map(operator.add, so_far, parts)) if so_far else parts
+        return self._sums[function]
+
+    def _blocks(self) -> Iterator[Block]:
+        values = self.prediction.values
+        on_cpu = values.device.type == "cpu"
+        size = BLOCK * torch.get_num_threads() if on_cpu else len(values)
+        for start in range(0, len(values), size):
+            part = slice(start, start + size)
+            yield Block(
+                values[part],
+                values[part].to(torch.float64),
+                None if self.density is None else self.density.values[part].to(torch.float64),
+                None if self._negatives is None else self._negatives[part],
+            )
+
+    # ---- the prediction as a density ------------------------------------------------------------
+    @functools.cached_property
+    def lift(self) -> tuple[float, float]:
+        """(shift, total) that make the prediction a density: (values - shift) / total.
+
+        This is how today's MIT/Tuebingen benchmark turns any map into a density: it is shifted if
+        it has negative values. A total of 0 stands for the uniform density.
+        """
+        if self.prediction.low >= 0:
+            return 0.0, self.prediction.total
+        low = self.prediction.low
+        return low, (self.prediction.values - low).sum(dtype=torch.float64).item()
+
+    def normalised(self, values: Tensor, total: float = 1.0) -> Tensor:
+        """Some of the prediction's values, as those of a density that sums to ``total``."""
+        shift, given = self.lift
+        if given == 0:
+            return torch.full_like(values, total / self.prediction.pixels)
+        return (values - shift if shift else values) * (total / given)
+
+
+class FlatMap:
+    """One map of an image: its values, flat, and their range and sum.
+
+    Attributes:
+        kind: what the map is, for error messages.
+        dtype: number type in which the map was given.
+        values: (P,), float32 or float64.
+        pixels: P.
+        low: lowest value.
+        high: highest value.
+        total: sum of the values.
+        constant: the range is at most 8 eps of the number type times the largest magnitude. A
+            standard deviation of 0 would miss maps whose mean is inexact, such as 0.1 everywhere.
+    """
+
+    def __init__(self, values: Tensor, kind: str, name: str):
+        self.kind = kind
+        self.dtype = values.dtype
+        self.values = _flat(values)
+        if self.dtype not in (torch.float32, torch.float64):
+            self.values = self.values.to(torch.float64)
+        self.pixels = len(self.values)
+        self.low, self.high = (bound.item() for bound in self.values.aminmax())
+        if not -float("inf") < self.low <= self.high < float("inf"):  # NaN passes aminmax
+            raise ValueError(f"{name}: {kind} holds NaN or infinity")
+        precision = torch.finfo(self.dtype).eps if self.dtype.is_floating_point else 0.0
+        largest = max(self.high, -self.low)
+        self.constant = self.high - self.low <= 8 * precision * largest
+        if self.constant:
+            self.values, self.low = torch.full_like(self.values, self.high), self.high
+        elif not 1e-30 < largest < 1e30:
+            # Every metric ignores the scale; this keeps squares and ranges from over- or
+            # underflowing.
+            self.values = self.values.to(torch.float64) / largest
+            self.low, self.high = self.low / largest, self.high / largest
+        self.total = self.values.sum(dtype=torch.float64).item()
+
+    @property
+    def mean(self) -> float:
+        """Mean of the values."""
+        return self.total / self.pixels
+
+    @functools.cached_property
+    def looks_8bit(self) -> bool:
+        """More than two distinct values, none negative, and uint8 or all multiples of one step.
+
+        The step is max/255, or 1/255 (maximum between 1/255 and 1), or 1 (maximum up to 255).
+        """
+        if self.constant or self.low < 0:
+            return False
+        steps = [self.high / 255]
+        if 1 / 255 <= self.high <= 255:
+            steps.append(1 / 255 if self.high <= 1 else 1.0)
+        sample = self.values[:: max(1, self.pixels // 64)]
+        # A float map fails on the sample, so that the whole map is hardly ever read.
+        found = self.dtype == torch.uint8 or any(
+            _multiples(sample, step) and _multiples(self.values, step) for step in steps
+        )
+        return found and bool(((self.values > self.low) & (self.values < self.high)).any())
+
+    def at(self, where: Tensor) -> Tensor:
+        """(N,) float64 values at flat indices."""
+        return self.values[where].to(torch.float64)
+
+    def unit(self, values: Tensor) -> Tensor:
+        """Some of the map's values scaled so that the map spans 0..1."""
+        return (values - self.low) / (self.high - self.low)
+
+    def stretched(self, values: Tensor) -> Tensor:
+        """Some of the map's values, after the map was scaled to 0..1 and divided by its sum."""
+        return (values - self.low) / (self.total - self.low * self.pixels)
 
 
 def images(
-    prediction: Tensor, names: Sequence[str] | None, **maps: Tensor | None
+    prediction: Tensor,
+    protocol: str,
+    sums: Sequence[Callable],
+    names: Sequence[str] | None,
+    **maps: Tensor | None,
 ) -> Iterator[ScoredImage]:
     """Check the shapes of a batch and yield its images.
 
     Args:
         prediction: (B, H, W).
+        protocol: whose definitions the formulas follow.
+        sums: what :meth:`ScoredImage.pixel_sum` will be asked for.
         names: B names for error messages; None names images by their index in the batch.
         **maps: (B, H, W) each, or None.
 
@@ -149,55 +269,16 @@ def images(
     for index in range(len(prediction)):
         name = f"image {index} of the batch" if names is None else f"image {names[index]}"
         rows = {kind: None if value is None else value[index] for kind, value in maps.items()}
-        yield ScoredImage(name, prediction[index], **rows)
-
-
-def per_image(
-    formula: Callable[[ScoredImage, str], float],
-    protocol: str,
-    prediction: Tensor,
-    names: Sequence[str] | None,
-    **maps: Tensor,
-) -> Tensor:
-    """Apply a metric's formula to every image of a batch: (B,) float64 on the batch's device."""
-    check_protocol(protocol)
-    values = [formula(image, protocol) for image in images(prediction, names, **maps)]
-    return result(values, prediction)
-
-
-def result(values: list[float], prediction: Tensor) -> Tensor:
-    """(B,) float64 on the prediction's device (the CPU for MPS, which has no float64)."""
-    device = "cpu" if prediction.device.type == "mps" else prediction.device
-    return torch.tensor(values, dtype=torch.float64, device=device)
-
-
-def check_protocol(protocol: str) -> None:
-    """Raise ValueError unless the protocol is one of :data:`PROTOCOLS`."""
-    if protocol not in PROTOCOLS:
-        raise ValueError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
+        yield ScoredImage(name, protocol, prediction[index], **rows, sums=sums)
 
 
 def warn_if_8bit(image: ScoredImage, metric: str) -> None:
     """Warn when a prediction was visibly stored with 8 bits, which changes KL and IG grossly.
 
     Rounding to 255 steps turns small probabilities into zeros: KL of a peaky map grew from 0.59
-    to 1.57 in this way. The rule: the map is uint8, or it is not constant and all its values are
-    whole multiples of max/255, or of 1/255 (maximum at most 1), or whole numbers up to 255 with
-    something strictly between the lowest and the highest value.
+    to 1.57 in this way. :attr:`FlatMap.looks_8bit` is the rule.
     """
-    if image.constant or image.low < 0:
-        return
-    eight_bit = image.dtype == torch.uint8
-    units = [image.high / 255]
-    if image.high <= 1:
-        units.append(1 / 255)
-    elif image.high <= 255:
-        units.append(1.0)
-    sample = image.prediction[:: max(1, len(image.prediction) // 512)]
-    for unit in units:
-        # A float map fails on the sample, so that the whole map is hardly ever read.
-        eight_bit = eight_bit or (_multiples(sample, unit) and _multiples(image.prediction, unit))
-    if eight_bit and ((image.prediction > image.low) & (image.prediction < image.high)).any():
+    if image.prediction.looks_8bit:
         warnings.warn(
             f"{image.name}: the prediction looks read back from an 8-bit file, which makes "
             f"{metric} meaningless (small values became zeros); score the float map instead",
@@ -206,7 +287,7 @@ def warn_if_8bit(image: ScoredImage, metric: str) -> None:
 
 
 def _multiples(values: Tensor, unit: float) -> bool:
-    steps = values / unit
+    steps = values.to(torch.float64) / unit
     return bool(((steps - steps.round()).abs() < 1e-3).all())
 
 
@@ -214,48 +295,18 @@ def _describe(value: object) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
-def _wide(values: Tensor) -> Tensor:
+def _flat(values: Tensor) -> Tensor:
     values = values.detach().reshape(-1)
-    if values.device.type == "mps":  # no float64 there
-        values = values.cpu()
-    return values.to(torch.float64)
+    return values.cpu() if values.device.type == "mps" else values  # MPS has no float64
 
 
-def _finite(values: Tensor, kind: str, name: str) -> tuple[Tensor, float, float]:
-    """The map flat in float64, its lowest and its highest value."""
-    values = _wide(values)
-    low, high = (bound.item() for bound in values.aminmax())  # NaN passes through aminmax
-    if not -float("inf") < low <= high < float("inf"):
-        raise ValueError(f"{name}: {kind} holds NaN or infinity")
-    largest = max(high, -low)
-    if largest and not 1e-100 < largest < 1e100:
-        # Every metric ignores the scale; this keeps squares and ranges from over- or underflowing.
-        values, low, high = values / largest, low / largest, high / largest
-    return values, low, high
-
-
-def _density(values: Tensor | None, kind: str, name: str) -> Tensor | None:
-    if values is None:
-        return None
-    values, low, _ = _finite(values, kind, name)
-    if low < 0:
-        raise ValueError(f"{name}: {kind} has negative values (lowest {low:g}), so it is no density")
-    return values
-
-
-def _pixels(counts: Tensor | None, kind: str, name: str) -> tuple[Tensor, Tensor] | None:
-    """Flat indices of the pixels with a count, and the counts, from a (H, W) count map."""
-    if counts is None:
-        return None
-    counts = counts.detach().reshape(-1)
-    if counts.device.type == "mps":
-        counts = counts.cpu()
-    where = counts.nonzero().squeeze(1)
-    found = counts[where]
-    whole = found.to(torch.int64)
-    if not bool(((whole == found) & (whole > 0)).all()):
+def _counts(counts: Tensor, kind: str, name: str) -> Tensor:
+    """(P,) integers of a (H, W) count map, checked."""
+    counts = _flat(counts)
+    whole = counts.to(torch.int32) if counts.is_floating_point() else counts
+    if (counts.is_floating_point() and not torch.equal(whole, counts)) or whole.min().item() < 0:
         raise ValueError(
             f"{name}: {kind} must be whole counts per pixel, not negative; a blurred map is a "
             "density, and metrics at fixations are wrong on it"
         )
-    return where, whole
+    return whole

@@ -50,7 +50,7 @@ def auc(
     Returns:
         (B,) float64 in 0..1, 0.5 = chance; NaN without fixations.
     """
-    return _score("AUC", protocol, prediction, names, fixations=fixations)
+    return _score(["AUC"], protocol, prediction, names, {"fixations": fixations})["AUC"]
 
 
 def auc_judd(
@@ -70,7 +70,7 @@ def auc_judd(
     Returns:
         (B,) float64 in 0..1; NaN without fixations.
     """
-    return _score("AUC-Judd", "mit300", prediction, names, fixations=fixations)
+    return _score(["AUC-Judd"], "mit300", prediction, names, {"fixations": fixations})["AUC-Judd"]
 
 
 def auc_borji(
@@ -92,7 +92,9 @@ def auc_borji(
     Returns:
         (B,) float64 in 0..1; NaN with fewer than two fixated pixels or a constant map.
     """
-    return _score("AUC", "salicon", prediction, names, fixations=fixations)
+    return _score(["AUC-Borji"], "salicon", prediction, names, {"fixations": fixations})[
+        "AUC-Borji"
+    ]
 
 
 def auc_shuffled(
@@ -101,15 +103,16 @@ def auc_shuffled(
     negatives: Tensor,
     *,
     protocol: str = "mit300",
-    step: float = 0.0,
+    grid: bool = False,
     names: Sequence[str] | None = None,
 ) -> Tensor:
     """Shuffled AUC: fixated pixels against where people look on other images.
 
     The exact area, each negative counting as often as it was fixated: with all fixations
-    (mit300) or each fixated pixel once (salicon). ``step=0.1`` with salicon gives the
-    expectation of MIT's ``AUC_shuffled.m`` for negatives that count once each. salicon2015: trapezoids at
-    0, 0.01 .. 0.99, all fixations, pixels fixated on this image taken out of the negatives.
+    (mit300) or each fixated pixel once (salicon). ``grid=True`` with salicon takes the trapezoids
+    of MIT's ``AUC_shuffled.m`` at thresholds 0, 0.1 .. 1, in expectation over its draws; there
+    each negative pixel counts once, so pass ``negatives > 0``. salicon2015: trapezoids at 0, 0.01
+    .. 0.99, all fixations, pixels fixated on this image taken out of the negatives.
 
     Args:
         prediction: (B, H, W), any range.
@@ -117,7 +120,7 @@ def auc_shuffled(
         negatives: (B, H, W) counts of other images' fixations (mit300, salicon), or of how many
             other images were fixated there (salicon2015); see ``baselines.LeaveOneOut``.
         protocol: which definition.
-        step: distance of the thresholds for salicon; 0 = exact.
+        grid: MATLAB's coarse thresholds (salicon only).
         names: B image names for error messages.
 
     Returns:
@@ -125,14 +128,13 @@ def auc_shuffled(
         negatives, and for a constant map on a grid under salicon.
 
     Raises:
-        ValueError: ``step`` is given for another protocol than salicon.
+        ValueError: ``grid`` with another protocol than salicon.
     """
-    if step and protocol != "salicon":
-        raise ValueError(f"step is a choice of protocol='salicon' only, not of {protocol!r}")
-    return _score(
-        "sAUC", protocol, prediction, names, {"step": step},
-        fixations=fixations, negatives=negatives,
-    )  # fmt: skip
+    if grid and protocol != "salicon":
+        raise ValueError(f"grid=True is a choice of protocol='salicon' only, not of {protocol!r}")
+    name = "sAUC-grid" if grid else "sAUC"
+    maps = {"fixations": fixations, "negatives": negatives}
+    return _score([name], protocol, prediction, names, maps)[name]
 
 
 def keep_repeats(fixations: Tensor) -> Tensor:
@@ -162,7 +164,7 @@ def nss(
     Returns:
         (B,) float64 in standard deviations, 0 = chance; NaN without fixations.
     """
-    return _score("NSS", protocol, prediction, names, fixations=fixations)
+    return _score(["NSS"], protocol, prediction, names, {"fixations": fixations})["NSS"]
 
 
 def information_gain(
@@ -195,9 +197,8 @@ def information_gain(
     Raises:
         ValueError: mit300, and the baseline is zero at a fixation.
     """
-    return _score(
-        "IG", protocol, prediction, names, fixations=fixations, baseline=baseline
-    )
+    maps = {"fixations": fixations, "baseline": baseline}
+    return _score(["IG"], protocol, prediction, names, maps)["IG"]
 
 
 # ---- against a density -------------------------------------------------------------------------
@@ -222,7 +223,7 @@ def cc(
     Returns:
         (B,) float64 in -1..1.
     """
-    return _score("CC", protocol, prediction, names, density=density)
+    return _score(["CC"], protocol, prediction, names, {"density": density})["CC"]
 
 
 def kl_divergence(
@@ -249,7 +250,7 @@ def kl_divergence(
     Returns:
         (B,) float64 nats, 0 = equal.
     """
-    return _score("KL", protocol, prediction, names, density=density)
+    return _score(["KL"], protocol, prediction, names, {"density": density})["KL"]
 
 
 def similarity(
@@ -274,7 +275,7 @@ def similarity(
     Returns:
         (B,) float64 in 0..1, 1 = equal.
     """
-    return _score("SIM", protocol, prediction, names, density=density)
+    return _score(["SIM"], protocol, prediction, names, {"density": density})["SIM"]
 
 
 # ---- all at once -------------------------------------------------------------------------------
@@ -298,8 +299,8 @@ def score_all(
         negatives: (B, H, W) counts of other images' fixations; needed by sAUC.
         baseline: (B, H, W) density of a baseline; needed by IG.
         protocol: which definitions.
-        metrics: which of :data:`FORMULAS`; None = those of :data:`METRICS` that the protocol
-            defines and whose inputs are given.
+        metrics: keys of ``metric_formulas.FORMULAS``; None = those of :data:`METRICS` that the
+            protocol defines and whose inputs are given.
         names: B image names for error messages.
 
     Returns:
@@ -308,26 +309,44 @@ def score_all(
     Raises:
         ValueError: a metric is unknown, undefined in the protocol, or lacks its input.
     """
-    check_protocol(protocol)
-    given = {
+    maps = {
         "fixations": fixations, "density": density, "negatives": negatives, "baseline": baseline
     }  # fmt: skip
     if metrics is None:
+        given = {kind for kind, value in maps.items() if value is not None}
         metrics = [
             name
             for name in METRICS
-            if protocol in FORMULAS[name][1] and given[FORMULAS[name][2]] is not None
+            if protocol in FORMULAS[name].sums and given.issuperset(FORMULAS[name].needs)
         ]
+    return _score(metrics, protocol, prediction, names, maps)
+
+
+def _score(
+    metrics: Sequence[str],
+    protocol: str,
+    prediction: Tensor,
+    names: Sequence[str] | None,
+    maps: dict[str, Tensor | None],
+) -> dict[str, Tensor]:
+    """Apply formulas to every image of a batch."""
+    if protocol not in PROTOCOLS:
+        raise ValueError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
     for name in metrics:
         if name not in FORMULAS:
             raise ValueError(f"metric {name!r} is not one of {', '.join(FORMULAS)}")
-        _, protocols, needs = FORMULAS[name]
-        if protocol not in protocols:
+        if protocol not in FORMULAS[name].sums:
             raise ValueError(f"{name} is not defined in protocol {protocol!r}")
-        if given[needs] is None:
-            raise ValueError(f"{name} needs {needs}, which was not given")
+        for kind in FORMULAS[name].needs:
+            if maps.get(kind) is None:
+                raise ValueError(f"{name} needs {kind} (B, H, W), got None")
+    sums = [one for name in metrics if (one := FORMULAS[name].sums[protocol]) is not None]
     values: dict[str, list[float]] = {name: [] for name in metrics}
-    for image in images(prediction, names, **given):
+    for image in images(prediction, protocol, sums, names, **maps):
         for name in metrics:
-            values[name].append(FORMULAS[name][0](image, protocol))
-    return {name: result(scores, prediction) for name, scores in values.items()}
+            values[name].append(FORMULAS[name].formula(image))
+    device = "cpu" if prediction.device.type == "mps" else prediction.device  # MPS has no float64
+    return {
+        name: torch.tensor(scores, dtype=torch.float64, device=device)
+        for name, scores in values.items()
+    }

@@ -1,0 +1,380 @@
+"""Baselines as models: what a score is worth is seen beside theirs.
+
+* :func:`uniform`: every pixel alike; the floor.
+* :class:`GaussianCentre`, :class:`CentreBias`: where people look whatever the photo, fitted on
+  *training* fixations; what a model must beat.
+* :class:`LeaveOneOut`: where people look on the other photos of a split; the negatives of shuffled
+  AUC and LSUN'17's baseline of information gain.
+* :func:`inter_observer`: each observer predicted by the others; what people agree on.
+* :class:`GoldStandard`: the density of the fixations that are scored; an upper bound.
+
+All of them give (H, W) float64 densities that sum to 1. They take ``photos.Photo`` records (or
+anything with the same ``stem``, ``fixations``, ``observers``, ``height`` and ``width``).
+"""
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlnet_utils.photos import Photo
+from mlnet_utils.transforms import (
+    blur_matrix,
+    density_from_points,
+    fixation_counts,
+    pixel_indices,
+)
+
+CELLS = 256  # the unit square's grid on which kernel densities are fitted
+BANDWIDTHS = tuple(float(b) for b in np.geomspace(0.01, 0.2, 14))  # shares of the photo's sides
+UNIFORM_SHARES = (1e-4, 1e-3, 1e-2, 5e-2)
+SIGMA_SHARES = tuple(float(s) for s in np.geomspace(0.01, 0.1, 10))  # of the photo's width
+PRIOR_SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)
+
+
+def uniform(height: int, width: int) -> Tensor:
+    """(H, W) float64: every pixel alike."""
+    return torch.full((height, width), 1 / (height * width), dtype=torch.float64)
+
+
+# ---- centre bias -------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class GaussianCentre:
+    """A Gaussian centre bias in units of the photo's sides.
+
+    Attributes:
+        centre: (x, y) of its peak, as shares of width and height.
+        spread: (x, y) standard deviations, as shares of width and height.
+        fixations: how many fixations it was fitted on.
+    """
+
+    centre: tuple[float, float]
+    spread: tuple[float, float]
+    fixations: int
+
+    @classmethod
+    def fit(cls, photos: Sequence[Photo]) -> "GaussianCentre":
+        """Mean and standard deviation of the photos' fixations.
+
+        Raises:
+            ValueError: the photos have fewer than two different fixations.
+        """
+        points = _relative_points(photos)
+        if len(points) < 2 or not points.std(axis=0).all():
+            raise ValueError("a Gaussian centre bias needs fixations that differ in x and in y")
+        centre, spread = points.mean(axis=0), points.std(axis=0)
+        return cls(tuple(centre.tolist()), tuple(spread.tolist()), len(points))
+
+    @property
+    def description(self) -> str:
+        """One line for reports."""
+        return (
+            f"Gaussian centre bias: mean ({self.centre[0]:.3f}, {self.centre[1]:.3f}), deviation "
+            f"({self.spread[0]:.3f}, {self.spread[1]:.3f}) of the sides, fitted on "
+            f"{self.fixations} training fixations"
+        )
+
+    def __call__(self, height: int, width: int) -> Tensor:
+        """(H, W) float64 density."""
+        x = (_centres(width) - self.centre[0]) / self.spread[0]
+        y = (_centres(height) - self.centre[1]) / self.spread[1]
+        density = torch.exp(-0.5 * y**2)[:, None] * torch.exp(-0.5 * x**2)
+        return density / density.sum()
+
+
+@dataclass(frozen=True, eq=False)  # compared by identity, which makes it a key of the cache below
+class CentreBias:
+    """A kernel-density centre bias with cross-validated bandwidth, in units of the photo's sides.
+
+    The kernel is a Gaussian on the unit square, reflected at its edges; a share of the uniform
+    density keeps the result positive everywhere, so that gains over it are finite.
+
+    Attributes:
+        counts: (256, 256) training fixations per cell of the unit square.
+        bandwidth: the kernel's deviation, as a share of the photo's sides.
+        uniform_share: weight of the uniform density.
+    """
+
+    counts: Tensor
+    bandwidth: float
+    uniform_share: float
+
+    @classmethod
+    def fit(cls, photos: Sequence[Photo], folds: int = 5) -> "CentreBias":
+        """Choose bandwidth and uniform share by the likelihood of held-out photos.
+
+        Args:
+            photos: the training photos; fold k holds out every photo with index % folds == k.
+            folds: at most this many folds.
+
+        Raises:
+            ValueError: fewer than two photos have fixations.
+        """
+        counts = [_cell_counts(photo) for photo in photos if len(photo.fixations)]
+        if len(counts) < 2:
+            raise ValueError("a centre bias needs at least two training photos with fixations")
+        folds = min(folds, len(counts))
+        held_out = [sum(counts[k::folds]) for k in range(folds)]
+        total = sum(held_out)
+        best = (-np.inf, 0.0, 0.0)
+        for bandwidth in BANDWIDTHS:
+            kernel = _reflected_kernel(_centres(CELLS), bandwidth)
+            blurred = [kernel @ (total - part) @ kernel.T for part in held_out]
+            for share in UNIFORM_SHARES:
+                likelihood = 0.0
+                for density, part in zip(blurred, held_out, strict=True):
+                    density = (1 - share) * density / density.sum() + share / CELLS**2
+                    likelihood += (density.log() * part).sum().item()
+                best = max(best, (likelihood, bandwidth, share))
+        return cls(total, best[1], best[2])
+
+    @property
+    def description(self) -> str:
+        """One line for reports."""
+        return (
+            f"centre bias: kernel density of {int(self.counts.sum())} training fixations, "
+            f"bandwidth {self.bandwidth:.3f} of the sides, {self.uniform_share:.2g} uniform "
+            "(both cross-validated)"
+        )
+
+    def __call__(self, height: int, width: int) -> Tensor:
+        """(H, W) float64 density."""
+        return _kernel_density(self, height, width)
+
+
+@functools.lru_cache(maxsize=8)  # most datasets have few photo sizes
+def _kernel_density(bias: CentreBias, height: int, width: int) -> Tensor:
+    rows = _reflected_kernel(_centres(height), bias.bandwidth)
+    columns = _reflected_kernel(_centres(width), bias.bandwidth)
+    density = rows @ bias.counts @ columns.T
+    density = (1 - bias.uniform_share) * density / density.sum()
+    return density + bias.uniform_share / (height * width)
+
+
+def _centres(size: int) -> Tensor:
+    """Pixel centres of one side, as shares of it."""
+    return (torch.arange(size, dtype=torch.float64) + 0.5) / size
+
+
+def _reflected_kernel(positions: Tensor, bandwidth: float) -> Tensor:
+    """(P, 256) Gaussian weights of the grid's cells at positions in 0..1, reflected at 0 and 1."""
+    cells = _centres(CELLS)
+    images = torch.stack([cells, -cells, 2 - cells])  # one reflection: bandwidths are below 0.5
+    distance = (positions[:, None, None] - images) / bandwidth  # (P, 3, 256)
+    return torch.exp(-0.5 * distance**2).sum(1)
+
+
+def _relative_points(photos: Sequence[Photo]) -> np.ndarray:
+    """(N, 2) x, y of all the photos' fixations as shares of width and height."""
+    points = [
+        (np.asarray(photo.fixations, np.float64) + 0.5) / (photo.width, photo.height)
+        for photo in photos
+    ]
+    return np.concatenate([np.zeros((0, 2)), *points])
+
+
+def _cell_counts(photo: Photo) -> Tensor:
+    x, y = np.minimum((_relative_points([photo]) * CELLS).astype(int), CELLS - 1).clip(0).T
+    counts = np.bincount(y * CELLS + x, minlength=CELLS**2).reshape(CELLS, CELLS)
+    return torch.from_numpy(counts).to(torch.float64)
+
+
+# ---- other photos ------------------------------------------------------------------------------
+class LeaveOneOut:
+    """Where people looked on all the other photos of a split.
+
+    One total per photo size is kept, and a photo's own fixations are subtracted from it. Fixations
+    of photos of another size are scaled: pixel x becomes floor(x * width / their width), as in
+    pysaliency.
+
+    Args:
+        photos: all the photos of the split, with unique stems.
+    """
+
+    def __init__(self, photos: Sequence[Photo]):
+        self._photos = {photo.stem: photo for photo in photos}
+        if len(self._photos) != len(photos):
+            raise ValueError("the photos of a split must have different stems")
+        sizes = [(len(photo.fixations), photo.width, photo.height) for photo in photos]
+        self._of_photo = np.repeat(np.arange(len(photos)), [n for n, _, _ in sizes])
+        self._pixels = np.concatenate(
+            [np.zeros((0, 2), np.int64), *(pixel_indices(photo.fixations) for photo in photos)]
+        )
+        self._sizes = np.array([size for _, *size in sizes], np.int64)[self._of_photo]
+        self._total = functools.lru_cache(maxsize=8)(self._make_total)
+        self._blurred = functools.lru_cache(maxsize=4)(self._make_blurred)
+
+    def __call__(self, photo: Photo) -> Tensor:
+        """(H, W) int32 counts of the other photos' fixations, at this photo's size.
+
+        Raises:
+            ValueError: the photo is not one of the split.
+        """
+        return self._total(photo.height, photo.width) - self._own(photo)
+
+    def photo_counts(self, photo: Photo) -> Tensor:
+        """(H, W) int32: on how many other photos a pixel was fixated (negatives of salicon2015).
+
+        Raises:
+            ValueError: the photo is not one of the split.
+        """
+        total = self._total(photo.height, photo.width, each_photo_once=True)
+        return total - self._own(photo).clamp(max=1)
+
+    def baseline(self, photo: Photo, sigma: float) -> Tensor:
+        """(H, W) float64 density: the other photos' fixations, blurred.
+
+        A floor of 1e-6 of the maximum is added before normalising, so that it is zero nowhere.
+
+        Args:
+            photo: one of the split.
+            sigma: of the Gaussian blur, in pixels of this photo.
+
+        Raises:
+            ValueError: the photo is not one of the split, or no other photo has fixations.
+        """
+        own = self._own(photo)  # also checks that the photo is one of the split
+        count = int(own.sum())
+        if count == len(self._pixels):
+            raise ValueError(f"photo {photo.stem}: no other photo of the split has fixations")
+        density = self._blurred(photo.height, photo.width, sigma).clone()
+        if count:
+            fixations = self._photos[photo.stem].fixations
+            density -= density_from_points(fixations, photo.height, photo.width, sigma) * count
+        density.clamp_(min=0)  # the difference of equal values can be -1e-17
+        density += 1e-6 * density.max()
+        return density / density.sum()
+
+    def _own(self, photo: Photo) -> Tensor:
+        if photo.stem not in self._photos:
+            raise ValueError(
+                f"photo {photo.stem} is not one of the {len(self._photos)} photos of the split"
+            )
+        own = self._photos[photo.stem]
+        return fixation_counts(own.fixations, own.height, own.width).to(torch.int32)
+
+    def _make_total(self, height: int, width: int, each_photo_once: bool = False) -> Tensor:
+        x, y = (self._pixels * (width, height) // self._sizes).T
+        flat = y * width + x
+        if each_photo_once:
+            flat = np.unique(self._of_photo * (height * width) + flat) % (height * width)
+        counts = np.bincount(flat, minlength=height * width).reshape(height, width)
+        return torch.from_numpy(counts).to(torch.int32)
+
+    def _make_blurred(self, height: int, width: int, sigma: float) -> Tensor:
+        counts = self._total(height, width).to(torch.float64)
+        return blur_matrix(height, sigma) @ counts @ blur_matrix(width, sigma).T
+
+
+# ---- observers ---------------------------------------------------------------------------------
+def inter_observer(
+    photo: Photo, sigma: float, prior: Tensor | None = None, prior_share: float = 0.0
+) -> Iterator[tuple[int, Tensor, np.ndarray]]:
+    """Each observer predicted by the blurred fixations of all the others.
+
+    Args:
+        photo: with at least two observers.
+        sigma: of the Gaussian blur, in pixels of the photo.
+        prior: (H, W) density to mix in, such as a centre bias; default uniform.
+        prior_share: weight of the prior; above 0 it keeps information gain finite.
+
+    Yields:
+        (observer, (H, W) float64 density that predicts them, their own (N, 2) fixations).
+
+    Raises:
+        ValueError: the photo has fewer than two observers.
+    """
+    observers = np.unique(photo.observers)
+    if len(observers) < 2:
+        raise ValueError(
+            f"photo {photo.stem}: leaving one observer out needs at least two, got {len(observers)}"
+        )
+    for observer in observers:
+        own = photo.observers == observer
+        density = _mixed(photo, photo.fixations[~own], sigma, prior, prior_share)
+        yield int(observer), density, photo.fixations[own]
+
+
+@dataclass(frozen=True)
+class GoldStandard:
+    """The density of all the observers' fixations: an upper bound for predicting these fixations.
+
+    Blur and share of the prior are those that predict left-out observers best, so the density is
+    no sharper than what people share; scored on its own fixations it is still optimistic.
+
+    Attributes:
+        sigma_share: of the Gaussian blur, as a share of the photo's width.
+        prior_share: weight of the prior.
+        prior: height, width -> (H, W) density, such as a :class:`CentreBias`; None = uniform.
+    """
+
+    sigma_share: float
+    prior_share: float
+    prior: CentreBias | GaussianCentre | None = None
+
+    @classmethod
+    def fit(
+        cls, photos: Sequence[Photo], prior: CentreBias | GaussianCentre | None = None
+    ) -> "GoldStandard":
+        """Choose both values by the likelihood of each observer given the others.
+
+        Raises:
+            ValueError: no photo has two observers.
+        """
+        photos = [photo for photo in photos if len(np.unique(photo.observers)) > 1]
+        if not photos:
+            raise ValueError("a gold standard needs photos with at least two observers")
+        best = (-np.inf, 0.0, 0.0)
+        for sigma_share in SIGMA_SHARES:
+            likelihood = np.zeros(len(PRIOR_SHARES))
+            for photo in photos:
+                others, base = _left_out(photo, sigma_share * photo.width, prior)
+                for k, share in enumerate(PRIOR_SHARES):
+                    likelihood[k] += np.log((1 - share) * others + share * base).mean()
+            k = int(likelihood.argmax())
+            best = max(best, (likelihood[k], sigma_share, PRIOR_SHARES[k]))
+        return cls(best[1], best[2], prior)
+
+    @property
+    def description(self) -> str:
+        """One line for reports."""
+        return (
+            f"gold standard: fixations blurred with sigma {self.sigma_share:.3f} of the width, "
+            f"{self.prior_share:.2g} {'uniform' if self.prior is None else 'centre bias'} "
+            "(both chosen by leaving one observer out)"
+        )
+
+    def __call__(self, photo: Photo) -> Tensor:
+        """(H, W) float64 density of the photo's fixations; the prior alone without any."""
+        prior = None if self.prior is None else self.prior(photo.height, photo.width)
+        sigma = self.sigma_share * photo.width
+        return _mixed(photo, photo.fixations, sigma, prior, self.prior_share)
+
+
+def _mixed(
+    photo: Photo, points: np.ndarray, sigma: float, prior: Tensor | None, share: float
+) -> Tensor:
+    prior = uniform(photo.height, photo.width) if prior is None else prior
+    if len(points) == 0:
+        return prior
+    blurred = density_from_points(points, photo.height, photo.width, sigma)
+    return (1 - share) * blurred + share * prior
+
+
+def _left_out(
+    photo: Photo, sigma: float, prior: CentreBias | GaussianCentre | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """At each fixation: density of the other observers' fixations, and of the prior.
+
+    The blurred map is a sum of outer products, so its value at a pixel is a sum over fixations,
+    and no map needs to be made.
+    """
+    x, y = pixel_indices(photo.fixations).T
+    rows, columns = blur_matrix(photo.height, sigma), blur_matrix(photo.width, sigma)
+    kernel = (rows[y][:, y] * columns[x][:, x]).numpy()  # (N, N)
+    others = photo.observers[:, None] != photo.observers
+    prior_map = (uniform if prior is None else prior)(photo.height, photo.width)
+    return (kernel * others).sum(1) / others.sum(1), prior_map[y, x].numpy()
