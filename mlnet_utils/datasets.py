@@ -167,17 +167,54 @@ def read_image(path: str | Path) -> Tensor:
         raise FileNotFoundError(f"photo {path} does not exist")
     try:
         with Image.open(path) as image:
-            image = ImageOps.exif_transpose(image)
-            if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-                image = image.convert("RGBA")
-                white = Image.new("RGBA", image.size, "white")
-                image = Image.alpha_composite(white, image)
-            elif image.mode.startswith("I;16") or image.mode == "I":  # 16-bit greyscale
-                image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, ValueError, SyntaxError) as error:
+            return decode(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"photo {path} cannot be decoded ({error})") from error
+
+
+def decode(image: Image.Image) -> Tensor:
+    """A PIL image of any mode as (3, H, W) uint8 RGB, upright, alpha over white."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    elif image.mode.startswith("I"):  # 16-bit greyscale, which convert("RGB") would clip
+        image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
+    pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def read_density(path: str | Path) -> Tensor:
+    """A density map of a dataset: ``.npz`` (array ``density``) or a greyscale picture.
+
+    Returns:
+        (H, W) float64 that sums to 1.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unreadable, negative, or zero everywhere.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"density map {path} does not exist")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                values = arrays["density"].astype(np.float64)
+        else:
+            with Image.open(path) as image:
+                values = np.asarray(image.convert("F"), dtype=np.float64)
+    except (OSError, ValueError, KeyError, SyntaxError) as error:
+        raise ValueError(f"density map {path} cannot be read ({error})") from error
+    if (
+        values.ndim != 2
+        or not np.isfinite(values).all()
+        or values.min() < 0
+        or not values.sum() > 0
+    ):
+        raise ValueError(f"density map {path} must be 2-D, non-negative and not zero everywhere")
+    return torch.from_numpy(values / values.sum())
 
 
 class SaliencyDataset(Dataset):

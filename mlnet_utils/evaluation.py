@@ -13,16 +13,18 @@ from scipy.ndimage import gaussian_filter, shift
 from torch import Tensor
 
 from mlnet_utils import baselines
-from mlnet_utils.datasets import photo_root, read_image
+from mlnet_utils.bootstrap import bootstrap_interval
+from mlnet_utils.datasets import photo_root, read_density, read_image
 from mlnet_utils.metrics import METRICS, score_all
 from mlnet_utils.photos import Photo, read_prepared
 from mlnet_utils.prediction import Predictor, load
 from mlnet_utils.runtime import display_path, progress, versions, write_json, write_text
 from mlnet_utils.transforms import density_from_points, fixation_counts
 
-MODEL = "ML-Net"
-CENTRE, GOLD = "centre bias", "gold standard"
-LOWER_IS_BETTER = ("KL",)
+MODEL, UNIFORM, CENTRE = "ML-Net", "uniform", "centre bias"
+OBSERVERS, GOLD = "inter-observer", "gold standard"
+MODELS = (MODEL, UNIFORM, CENTRE, OBSERVERS, GOLD)
+PHOTOS_FOR_GOLD = 100  # training photos on which the gold standard's two numbers are chosen
 
 # Published scores of ML-Net, each with its own data, ground truth and evaluator: never to be put
 # beside this repository's as if they were one comparison.
@@ -61,10 +63,17 @@ class TestSet:
         train = [photo for photo in photos if photo.split == "train"]
         self.centre_bias = baselines.CentreBias.fit(train)
         self.negatives = baselines.LeaveOneOut(self.photos)
+        self.gold_standard = baselines.GoldStandard.fit(train[:PHOTOS_FOR_GOLD], self.centre_bias)
 
     def image(self, photo: Photo) -> Tensor:
         """(3, H, W) uint8."""
         return read_image(self.root / photo.image)
+
+    def gold(self, photo: Photo) -> Tensor:
+        """(H, W) the true density where it is known (synthetic), else :class:`GoldStandard`."""
+        if photo.density:
+            return read_density(self.root / photo.density)
+        return self.gold_standard(photo)
 
     def truth(self, photo: Photo) -> dict[str, Tensor]:
         """What a prediction of this photo is compared with, each (1, H, W)."""
@@ -76,9 +85,14 @@ class TestSet:
             "baseline": self.centre_bias(*size)[None],
         }
 
-    def score(self, photo: Photo, prediction: Tensor, protocol: str) -> dict[str, float]:
+    def score(
+        self, photo: Photo, prediction: Tensor | np.ndarray, protocol: str
+    ) -> dict[str, float]:
         """All metrics of one (H, W) prediction; NaN where the protocol defines none."""
-        found = score_all(prediction[None], **self.truth(photo), protocol=protocol)
+        prediction = torch.as_tensor(prediction).double()
+        found = score_all(
+            prediction[None], **self.truth(photo), protocol=protocol, names=[photo.stem]
+        )
         return {name: float(found[name]) if name in found else math.nan for name in METRICS}
 
 
@@ -134,22 +148,45 @@ def evaluate(
     return report
 
 
-MODELS = (MODEL, "uniform", CENTRE, "inter-observer", GOLD)
-
-
 def _photo_scores(
     data: TestSet, photo: Photo, predictor: Predictor, protocol: str
 ) -> Iterator[tuple[str, dict[str, float]]]:
     """(model, scores) of every model that applies to the photo."""
     size = (photo.height, photo.width)
-    predictions = {
-        MODEL: torch.from_numpy(predictor.predict(data.image(photo))).double(),
-        "uniform": baselines.uniform(*size),
-        CENTRE: data.centre_bias(*size),
-        GOLD: _gold_standard(data, photo),
+    yield MODEL, data.score(photo, predictor.predict(data.image(photo)), protocol)
+    yield UNIFORM, data.score(photo, baselines.uniform(*size), protocol)
+    yield CENTRE, data.score(photo, data.centre_bias(*size), protocol)
+    if len(np.unique(photo.observers)) > 1:
+        yield OBSERVERS, _inter_observer_scores(data, photo, protocol)
+    yield GOLD, data.score(photo, data.gold(photo), protocol)
+
+
+def _inter_observer_scores(data: TestSet, photo: Photo, protocol: str) -> dict[str, float]:
+    """Mean over observers of how well the others predict one.
+
+    Only the metrics on fixations: one observer's dozen fixations are no density to compare with,
+    so CC, KL and SIM would answer another question than in the other rows.
+    """
+    size = (photo.height, photo.width)
+    shared = data.truth(photo)
+    gold = data.gold_standard
+    prior = data.centre_bias(*size)
+    every = []
+    for _, density, own in baselines.inter_observer(
+        photo, gold.sigma_share * photo.width, prior, gold.prior_share
+    ):
+        truth = {
+            "fixations": fixation_counts(own, *size)[None],
+            "negatives": shared["negatives"],
+            "baseline": shared["baseline"],
+        }
+        every.append(score_all(density[None], **truth, protocol=protocol))
+    return {
+        metric: float(np.nanmean([float(found[metric]) for found in every]))
+        if metric in every[0]
+        else math.nan
+        for metric in METRICS
     }
-    for model, prediction in predictions.items():
-        yield model, data.score(photo, prediction, protocol)
 
 
 def summarise(rows: Sequence[dict], resamples: int) -> list[dict]:
@@ -165,7 +202,7 @@ def summarise(rows: Sequence[dict], resamples: int) -> list[dict]:
         for metric in METRICS:
             values = part[metric].to_numpy(float)
             finite = values[np.isfinite(values)]
-            low, high = baselines.bootstrap_interval(finite, resamples=resamples)
+            low, high = bootstrap_interval(finite, resamples=resamples)
             summary[metric] = {
                 "mean": _number(finite.mean() if len(finite) else math.nan),
                 "low": _number(low),

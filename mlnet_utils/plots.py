@@ -20,7 +20,12 @@ def use_style() -> None:
     """The look shared by all notebooks; called once, in their setup cell."""
     sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE)
     plt.rcParams.update(
-        {"figure.dpi": 80, "savefig.dpi": 120, "axes.titlesize": "medium", "figure.autolayout": False}
+        {
+            "figure.dpi": 80,
+            "savefig.dpi": 120,
+            "axes.titlesize": "medium",
+            "figure.autolayout": False,
+        }
     )
 
 
@@ -166,9 +171,7 @@ def plot_distributions(scores: pd.DataFrame, metrics: Sequence[str], columns: in
         columns: panels per row.
     """
     rows = -(-len(metrics) // columns)
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(11, 2.6 * rows), squeeze=False, sharey=True
-    )
+    figure, axes = plt.subplots(rows, columns, figsize=(11, 2.6 * rows), squeeze=False, sharey=True)
     for axis in axes.flat[len(metrics) :]:
         axis.axis("off")
     for axis, metric in zip(axes.flat, metrics, strict=False):
@@ -202,7 +205,9 @@ def plot_fixation_statistics(
     for axis, (values, title, label) in zip(axes, panels, strict=True):
         if len(values):
             sns.histplot(np.asarray(values), ax=axis, bins=30, edgecolor="white", linewidth=0.3)
-            axis.axvline(np.median(values), color="C3", lw=1.2, label=f"median {np.median(values):.3g}")
+            axis.axvline(
+                np.median(values), color="C3", lw=1.2, label=f"median {np.median(values):.3g}"
+            )
             axis.legend(fontsize="small")
         else:
             axis.text(0.5, 0.5, "viewing order unknown", ha="center", transform=axis.transAxes)

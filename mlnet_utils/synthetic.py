@@ -113,7 +113,9 @@ def make_stimulus(
     image = np.round((canvas + grain).clip(0, 1) * 255).astype(np.uint8)
 
     others = len(centres) - n_odd
-    salience = np.concatenate([SHARES[0] * strength / strength.sum(), np.full(others, SHARES[1] / others)])
+    salience = np.concatenate(
+        [SHARES[0] * strength / strength.sum(), np.full(others, SHARES[1] / others)]
+    )
     density = _density(centres, salience, height, width)
     return Stimulus(image, density, kind, centres, salience, n_odd)
 
@@ -293,13 +295,15 @@ def _ground(rng: np.random.Generator, colour: np.ndarray, height: int, width: in
     """(H, W, 3) float: paper with a soft gradient, a texture and a vignette."""
     y, x = np.mgrid[0:height, 0:width]
     direction = rng.uniform(0, 2 * np.pi)
-    along = (np.cos(direction) * (x / width - 0.5) + np.sin(direction) * (y / height - 0.5))
+    along = np.cos(direction) * (x / width - 0.5) + np.sin(direction) * (y / height - 0.5)
     shade = 0.05 * along + 0.035 * _smooth_noise(rng, height, width, 5)
     shade += 0.018 * _smooth_noise(rng, height, width, 40)
     texture = rng.integers(4)
     if texture == 1:  # woven stripes
         turn = rng.uniform(0, np.pi)
-        shade += 0.014 * np.sin((np.cos(turn) * x + np.sin(turn) * y) * 2 * np.pi / rng.uniform(7, 14))
+        shade += 0.014 * np.sin(
+            (np.cos(turn) * x + np.sin(turn) * y) * 2 * np.pi / rng.uniform(7, 14)
+        )
     elif texture == 2:  # dots
         step = rng.uniform(9, 15)
         dots = np.cos(2 * np.pi * x / step) * np.cos(2 * np.pi * y / step)

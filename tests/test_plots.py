@@ -50,7 +50,9 @@ def test_panels_have_a_row_per_photo_and_a_column_per_picture(photo):
 
 
 def test_maps_are_centred_on_zero_when_diverging():
-    figure = plots.plot_maps({"a": np.array([[-1.0, 3.0]]), "b": np.array([[0.0, 0.0]])}, diverging=True)
+    figure = plots.plot_maps(
+        {"a": np.array([[-1.0, 3.0]]), "b": np.array([[0.0, 0.0]])}, diverging=True
+    )
     low, high = figure.axes[0].get_images()[0].get_clim()
     assert (low, high) == (-3.0, 3.0)
 
