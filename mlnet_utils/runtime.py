@@ -57,12 +57,15 @@ def run_dir(value: str | Path = "", preset: str = "sample") -> Path:
 
 
 def display_path(path: str | Path) -> str:
-    """A path as readers should see it: relative to the checkout, the working folder or home."""
+    """A path as readers should see it: relative to the checkout, the working folder or home.
+
+    Saved notebooks must not show whose machine they ran on.
+    """
     path = Path(path).resolve()
     for base, prefix in ((checkout_root(), ""), (Path.cwd(), ""), (Path.home(), "~/")):
         if base is not None and path.is_relative_to(base):
             return prefix + path.relative_to(base).as_posix()
-    return path.name
+    return path.as_posix()
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -151,7 +154,8 @@ def set_determinism(on: bool) -> None:
 
     if on:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS demands it
-    torch.use_deterministic_algorithms(on)
+    if torch.are_deterministic_algorithms_enabled() != on:  # the call imports half of torch
+        torch.use_deterministic_algorithms(on)
     torch.backends.cudnn.benchmark = not on
 
 

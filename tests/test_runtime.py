@@ -1,0 +1,201 @@
+"""Folders, atomic writes, records, seeds, signals and progress."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from mlnet_utils import runtime
+
+
+# ---- folders -----------------------------------------------------------------------------------
+def test_data_root_prefers_the_argument_then_the_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLNET_DATA", str(tmp_path))
+    assert runtime.data_root("elsewhere") == Path("elsewhere")
+    assert runtime.data_root() == tmp_path
+    monkeypatch.delenv("MLNET_DATA")
+    assert runtime.data_root() == runtime.checkout_root() / "data"
+
+
+def test_run_dir_prefers_the_argument_then_the_variable(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLNET_RUNS", str(tmp_path))
+    assert runtime.run_dir("mine", "osie") == Path("mine")
+    assert runtime.run_dir("", "osie") == tmp_path / "osie"
+    assert runtime.run_dir("", "presets/my.yaml") == tmp_path / "my"
+    monkeypatch.delenv("MLNET_RUNS")
+    assert runtime.run_dir("", "osie") == runtime.checkout_root() / "runs" / "osie"
+
+
+def test_without_a_checkout_folders_are_the_working_folder_s(monkeypatch, tmp_path):
+    monkeypatch.delenv("MLNET_DATA", raising=False)
+    monkeypatch.delenv("MLNET_RUNS", raising=False)
+    monkeypatch.setattr(runtime, "checkout_root", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    assert runtime.data_root() == tmp_path / "data"
+    assert runtime.run_dir("", "tiny") == tmp_path / "runs" / "tiny"
+
+
+def test_display_path_hides_where_the_machine_keeps_things(monkeypatch, tmp_path):
+    monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
+    assert runtime.display_path(runtime.checkout_root() / "runs" / "x") == "runs/x"
+    assert runtime.display_path(tmp_path / "home" / "data") == "~/data"
+    assert runtime.display_path(tmp_path / "secret" / "file.txt") == "file.txt"
+
+
+def test_colab_is_recognised_by_its_package(monkeypatch):
+    assert not runtime.in_colab()
+    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: name == "google.colab")
+    assert runtime.in_colab()
+
+
+# ---- files -------------------------------------------------------------------------------------
+def test_atomic_path_replaces_only_on_success(tmp_path):
+    path = tmp_path / "new" / "file.csv"
+    runtime.write_text(path, "old")
+
+    def write_half() -> None:
+        with runtime.atomic_path(path) as temporary:
+            assert temporary.parent == path.parent
+            assert temporary.suffix == ".csv"
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_half()
+    assert path.read_text() == "old"
+    runtime.write_text(path, "new")
+    assert path.read_text() == "new"
+    assert os.listdir(path.parent) == ["file.csv"]
+
+
+def test_leftovers_of_killed_writers_are_removed(tmp_path):
+    for name in (".last.12.tmp.pt", ".last.345.tmp.pt", ".best.12.tmp.pt", "last.pt"):
+        (tmp_path / name).write_text("x")
+    runtime.remove_temporaries(tmp_path / "last.pt")
+    assert sorted(os.listdir(tmp_path)) == [".best.12.tmp.pt", "last.pt"]
+
+
+def test_json_round_trip_and_errors(tmp_path):
+    path = tmp_path / "record.json"
+    with pytest.raises(FileNotFoundError, match=r"record.json is missing.*notebook 01"):
+        runtime.read_json(path, "notebook 01")
+    runtime.write_json(path, {"µ": [1, 2.5]})
+    assert runtime.read_json(path, "notebook 01") == {"µ": [1, 2.5]}
+    path.write_text("{half")
+    with pytest.raises(ValueError, match=r"not valid JSON.*delete it and run notebook 01"):
+        runtime.read_json(path, "notebook 01")
+
+
+def test_sha256_of_a_known_text(tmp_path):
+    (tmp_path / "abc").write_bytes(b"abc")
+    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    assert runtime.sha256_file(tmp_path / "abc") == expected
+
+
+# ---- machine -----------------------------------------------------------------------------------
+def test_seed_everything_fixes_all_generators():
+    def draw():
+        runtime.seed_everything(3)
+        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+
+    assert draw() == draw()
+
+
+def test_keyed_seeds_depend_on_every_part_of_the_key():
+    keys = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 1), (2**40, 3)]
+    seeds = [runtime.keyed_seed(*key) for key in keys]
+    assert len(set(seeds)) == len(keys)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert seeds == [runtime.keyed_seed(*key) for key in keys]
+
+
+def test_determinism_switch_works_both_ways(monkeypatch):
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    runtime.set_determinism(True)
+    assert torch.are_deterministic_algorithms_enabled()
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"]
+    runtime.set_determinism(False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_versions_name_what_decides_the_numbers():
+    found = runtime.versions()
+    assert {"python", "torch", "timm", "numpy", "device"} <= set(found)
+    assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
+
+
+def test_cpu_count_respects_the_affinity(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 3, 5}, raising=False)
+    assert runtime.cpu_count() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert runtime.cpu_count() == (os.cpu_count() or 1)
+
+
+# ---- signals -----------------------------------------------------------------------------------
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_are_noted_and_handlers_restored(number):
+    before = signal.getsignal(number)
+    with runtime.StopSignals() as signals:
+        assert signals.received == ""
+        os.kill(os.getpid(), number)
+        assert signals.received == signal.Signals(number).name
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_ctrl_c_acts_at_once_but_a_second_sigterm_does_not():
+    with runtime.StopSignals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_outside_the_main_thread_signals_are_left_alone():
+    before = signal.getsignal(signal.SIGINT)
+
+    def enter(found):
+        with runtime.StopSignals():
+            found.append(signal.getsignal(signal.SIGINT))
+
+    found = []
+    thread = threading.Thread(target=enter, args=(found,))
+    thread.start()
+    thread.join()
+    assert found == [before]
+
+
+# ---- progress ----------------------------------------------------------------------------------
+def test_progress_prints_lines_for_long_loops_only(monkeypatch, capsys):
+    seconds = iter([0, 1, 16, 17, 40])
+    monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
+    assert list(runtime.progress(range(4), "reading", unit="photo")) == [0, 1, 2, 3]
+    captured = capsys.readouterr()
+    assert captured.out == "reading: 2/4 photo, 16 s\nreading: 4/4 photo, 40 s\n"
+    assert captured.err == ""
+
+
+def test_progress_is_silent_in_short_loops_and_takes_generators(capsys):
+    assert list(runtime.progress((i for i in range(3)), "short")) == [0, 1, 2]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert list(runtime.progress(range(2), "bar")) == [0, 1]
+    captured = capsys.readouterr()
+    assert "bar" in captured.err
+    assert captured.out == ""
+
+
+def test_import_of_the_package_is_light():
+    code = "import sys, mlnet_utils, mlnet_utils.runtime; sys.exit('torch' in sys.modules)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=runtime.checkout_root())
+    assert result.returncode == 0
