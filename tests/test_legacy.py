@@ -1,0 +1,501 @@
+"""Imported weights compute what the earlier implementations compute.
+
+Neither can be run here (Keras 1.1 on Theano 0.9 on Python 2.7; a notebook), so each is written a
+second time below from its definition: ML-Net in NumPy, with true convolutions, shifted pools and
+an interpolated prior; MLNet-Pytorch as plain functions. Weights are random, at a scale (He et al.
+2015) at which activations neither vanish nor explode, in files of the original layout.
+"""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.signal import convolve2d
+
+from mlnet_utils import legacy
+from mlnet_utils.checkpoints import load_checkpoint, load_model
+from mlnet_utils.legacy import import_weights, recognise
+from mlnet_utils.model import MLNet, read_weights
+
+h5py = pytest.importorskip("h5py", reason="needs the extra `legacy`")
+
+# (input, output) channels of VGG-16's convolutions, by block; then ML-Net's encoding network.
+BLOCKS = (
+    ((3, 64), (64, 64)),
+    ((64, 128), (128, 128)),
+    ((128, 256), (256, 256), (256, 256)),
+    ((256, 512), (512, 512), (512, 512)),
+    ((512, 512), (512, 512), (512, 512)),
+)
+SHAPES = [(o, i, 3, 3) for block in BLOCKS for i, o in block] + [(64, 1280, 3, 3), (1, 64, 1, 1)]
+KERAS_VGG_LAYERS = (1, 3, 6, 8, 11, 13, 15, 18, 20, 22, 25, 27, 29)
+TORCH_PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+
+
+def random_weights(seed):
+    """Kernel and bias of the 15 convolutions, and a prior (6, 8)."""
+    rng = np.random.default_rng(seed)
+    layers = []
+    for shape in SHAPES:
+        kernel = rng.standard_normal(shape, dtype=np.float32) * np.sqrt(2 / np.prod(shape[1:]))
+        layers.append((kernel.astype(np.float32), rng.normal(0, 1, shape[0]).astype(np.float32)))
+    return layers, rng.uniform(-0.5, 0.5, (6, 8)).astype(np.float32)
+
+
+def relative_difference(a, b):
+    """Largest difference, relative to the largest value of the reference ``b``."""
+    return float(np.abs(np.asarray(a) - b).max() / np.abs(b).max())
+
+
+# ---- files in the original layouts -------------------------------------------------------------
+def write_keras_mlnet(path, layers, prior, text=False, whole_model=False):
+    """As Keras 1's save_weights: groups in network order, some of them without weights."""
+    encode = str if text else str.encode
+    with h5py.File(path, "w") as file:
+        root = file.create_group("model_weights") if whole_model else file
+        names = ["input_1"]
+        for number, (kernel, bias) in enumerate(layers, 1):
+            # The counter starts anywhere: it counts the layers that the process ever made.
+            name = f"convolution2d_{number + 26}"
+            names += [name, f"maxpooling2d_{number}"]
+            group = root.create_group(name)
+            group.attrs["weight_names"] = [encode(f"{name}_W"), encode(f"{name}_b")]
+            write(group, f"{name}_W", kernel)
+            write(group, f"{name}_b", bias)
+            root.create_group(names[-1]).attrs["weight_names"] = []
+        root.create_group("input_1").attrs["weight_names"] = []
+        if prior is not None:
+            names.append("eltwiseproduct_1")
+            group = root.create_group(names[-1])
+            group.attrs["weight_names"] = [encode("param_0")]
+            write(group, "param_0", prior)
+        root.attrs["layer_names"] = [encode(name) for name in names]
+
+
+def write_keras_vgg(path, layers):
+    with h5py.File(path, "w") as file:
+        for number in range(37):
+            group = file.create_group(f"layer_{number}")
+            group.attrs["nb_params"] = 2 if number in KERAS_VGG_LAYERS else 0
+        for number, arrays in zip(KERAS_VGG_LAYERS, layers, strict=False):
+            for i, array in enumerate(arrays):
+                write(file[f"layer_{number}"], f"param_{i}", array)
+        # The classifier, which ML-Net leaves out.
+        write(file["layer_32"], "param_0", np.zeros((4, 4), np.float32))
+
+
+def write(group, name, array):
+    """A dataset; a shape in place of an array makes one that reads as zeros and takes no room."""
+    if isinstance(array, tuple):
+        group.create_dataset(name, array, dtype="f4")
+    else:
+        group.create_dataset(name, data=array)
+
+
+def empty_layers():
+    return [(shape, shape[:1]) for shape in SHAPES]
+
+
+# ---- the authors' network, from its definition, in NumPy ---------------------------------------
+def convolve(x, kernel, bias):
+    """True convolution, border 'same': (C, H, W) and (O, C, k, k) -> (O, H, W)."""
+    out_channels, in_channels, k, _ = kernel.shape
+    height, width = x.shape[1:]
+    padded = np.pad(x, ((0, 0), (k // 2, k // 2), (k // 2, k // 2)))
+    out = np.repeat(bias[:, None].astype(x.dtype), height * width, 1)
+    for i in range(k):
+        for j in range(k):
+            # The tap i looks back: it reads what lies k//2 - i rows below.
+            window = padded[:, k - 1 - i : k - 1 - i + height, k - 1 - j : k - 1 - j + width]
+            out += kernel[:, :, i, j].astype(x.dtype) @ window.reshape(in_channels, -1)
+    return out.reshape(out_channels, height, width)
+
+
+def shifted_pool(x, stride):
+    """out[i] = max(x[stride*i - 1], x[stride*i]) along both axes; nothing lies before x[0]."""
+    for axis in (1, 2):
+        here = np.arange(0, x.shape[axis], stride)
+        x = np.maximum(x.take(here, axis), x.take(np.maximum(here - 1, 0), axis))
+    return x
+
+
+def unshifted_pool(x, stride):
+    """out[i] = max(x[stride*i], x[stride*i + 1]): torchvision's."""
+    for axis in (1, 2):
+        here = np.arange(0, x.shape[axis], stride)
+        after = np.minimum(here + 1, x.shape[axis] - 1)
+        x = np.maximum(x.take(here, axis), x.take(after, axis))
+    return x
+
+
+def upsampled(prior, size, centre):
+    """Linear interpolation along each axis; sample s stands at ratio * s + centre(ratio)."""
+    for axis in (0, 1):
+        ratio = size[axis] // prior.shape[axis]
+        places = ratio * np.arange(prior.shape[axis]) + centre(ratio)
+        prior = np.apply_along_axis(
+            lambda line, n=size[axis], at=places: np.interp(np.arange(n), at, line), axis, prior
+        )
+    return prior
+
+
+def theano_centre(ratio):
+    return (ratio - 1) // 2
+
+
+def torch_centre(ratio):
+    return (ratio - 1) / 2
+
+
+def keras_mlnet(
+    image, layers, prior, conv=convolve, pool=shifted_pool, centre=theano_centre, order=(2, 1, 0)
+):
+    """The saliency map (H/8, W/8) of an RGB image (3, H, W) in 0..255."""
+    mean = np.array([103.939, 116.779, 123.68], dtype=image.dtype)
+    x = image[list(order)] - mean[:, None, None]
+    layers = iter(layers)
+    levels = []
+    for number, block in enumerate(BLOCKS, 1):
+        for _ in block:
+            x = np.maximum(conv(x, *next(layers)), 0)
+        if number < 5:
+            x = pool(x, 2 if number < 4 else 1)
+        if number >= 3:
+            levels.append(x)
+    x = np.concatenate(levels)
+    x = np.maximum(conv(x, *next(layers)), 0)
+    x = np.maximum(conv(x, *next(layers)), 0)[0]
+    return np.maximum(x * (1 + upsampled(prior, x.shape, centre)), 0)
+
+
+def correlate(x, kernel, bias):
+    return convolve(x, kernel[:, :, ::-1, ::-1], bias)
+
+
+@pytest.fixture(scope="module")
+def keras(tmp_path_factory):
+    """Random weights, their file, and the checkpoint imported from it."""
+    folder = tmp_path_factory.mktemp("keras")
+    layers, prior = random_weights(seed=1)
+    # The last map is rectified: make it positive in places, and only in places.
+    layers[-1] = (np.abs(layers[-1][0]), np.array([-600], np.float32))
+    write_keras_mlnet(folder / "mlnet_salicon_weights.pkl", layers, prior)
+    config = import_weights(folder / "mlnet_salicon_weights.pkl", folder / "mlnet.pt")
+    return layers, prior, folder, config
+
+
+def random_photo(height, width):
+    """Smooth noise and edges, as a photo has: (3, height, width) in 0..255."""
+    rng = np.random.default_rng(5)
+    coarse = torch.from_numpy(rng.uniform(0, 255, (1, 3, height // 8, width // 8)))
+    fine = rng.uniform(-40, 40, (3, height, width))
+    smooth = F.interpolate(coarse, size=(height, width), mode="bicubic")[0].numpy()
+    return (smooth + fine).clip(0, 255).round()
+
+
+def predict(model, image):
+    with torch.inference_mode():
+        return model(torch.from_numpy(image).float()[None])[0, 0].numpy()
+
+
+def test_the_reference_convolves():
+    rng = np.random.default_rng(0)
+    x, kernel, bias = rng.random((2, 7, 9)), rng.random((3, 2, 3, 3)), rng.random(3)
+    expected = [
+        sum(convolve2d(x[c], kernel[o, c], mode="same") for c in range(2)) + bias[o]
+        for o in range(3)
+    ]
+    np.testing.assert_allclose(convolve(x, kernel, bias), expected, rtol=1e-12)
+
+
+def test_the_reference_pools_and_interpolates():
+    line = np.array([5.0, 1, 2, 9, 3, 4]).reshape(1, 1, 6)
+    assert shifted_pool(line, 2).ravel().tolist() == [5, 2, 9]
+    assert shifted_pool(line, 1).ravel().tolist() == [5, 5, 2, 9, 9, 4]
+    wide = upsampled(np.array([[0.0, 1.0]]), (1, 20), theano_centre)[0]
+    # Sample 0 at 4 and sample 1 at 14; the border repeats.
+    np.testing.assert_allclose(wide, [0] * 5 + [i / 10 for i in range(1, 10)] + [1] * 6)
+
+
+def test_authors_network_is_reproduced(keras):
+    layers, prior, folder, _ = keras
+    image = random_photo(96, 128)
+    expected = keras_mlnet(image, layers, prior)
+    assert 0.2 < (expected > 0).mean() < 0.95, "the map should be rectified, but alive"
+    model, config, _ = load_model(folder / "mlnet.pt")
+    assert config.compat == "theano"
+    assert relative_difference(predict(model, image), expected) < 1e-4
+
+
+@pytest.mark.slow
+def test_authors_network_is_reproduced_at_full_size(keras):
+    layers, prior, folder, _ = keras
+    image = random_photo(480, 640).astype(np.float32)
+    expected = keras_mlnet(image, layers, prior)
+    assert 0.2 < (expected > 0).mean() < 0.95, "the map should be rectified, but alive"
+    model, _, _ = load_model(folder / "mlnet.pt")
+    assert relative_difference(predict(model, image), expected) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "detail",
+    [{"conv": correlate}, {"pool": unshifted_pool}, {"centre": torch_centre}, {"order": (0, 1, 2)}],
+    ids=["rotated kernels", "shifted pools", "upsampling of the prior", "BGR"],
+)
+def test_each_detail_is_needed(keras, detail):
+    """The agreement would not survive the loss of any of them."""
+    layers, prior, _, _ = keras
+    image = random_photo(96, 128)
+    other = keras_mlnet(image, layers, prior, **detail)
+    assert relative_difference(other, keras_mlnet(image, layers, prior)) > 0.01
+
+
+def test_imported_checkpoint_says_what_it_is(keras):
+    _, prior, folder, config = keras
+    content = load_checkpoint(folder / "mlnet.pt")
+    assert config == load_model(folder / "mlnet.pt")[1]
+    assert (config.height, config.width, config.prior_cells) == (480, 640, (6, 8))
+    assert (config.compat, config.normalisation, config.head) == ("theano", "caffe", "paper")
+    assert content["source"]["kind"] == "keras-mlnet"
+    assert content["source"]["file"] == "mlnet_salicon_weights.pkl"
+    assert len(content["source"]["sha256"]) == 64
+    np.testing.assert_array_equal(content["model"]["prior"][0, 0].numpy(), prior)
+
+
+@pytest.mark.parametrize("layout", [{"text": True}, {"whole_model": True}])
+def test_other_layouts_of_keras(keras, tmp_path, layout):
+    """Names stored as text; a whole model, as the authors' ModelCheckpoint writes it."""
+    layers, prior, folder, config = keras
+    write_keras_mlnet(tmp_path / "weights.03-0.1.pkl", layers, prior, **layout)
+    assert import_weights(tmp_path / "weights.03-0.1.pkl", tmp_path / "out.pt") == config
+    a, b = load_checkpoint(folder / "mlnet.pt"), load_checkpoint(tmp_path / "out.pt")
+    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+
+
+def test_input_size_follows_from_the_prior(tmp_path):
+    write_keras_mlnet(tmp_path / "w.h5", empty_layers(), (3, 5))
+    config = import_weights(tmp_path / "w.h5", tmp_path / "out.pt")
+    assert (config.height, config.width, config.prior_cells) == (240, 400, (3, 5))
+
+
+# ---- the authors' VGG-16 -----------------------------------------------------------------------
+def test_authors_vgg16_becomes_a_backbone(tmp_path):
+    layers, _ = random_weights(seed=2)
+    write_keras_vgg(tmp_path / "vgg16_weights.h5", layers)
+    config = import_weights(tmp_path / "vgg16_weights.h5", tmp_path / "vgg16.safetensors")
+    assert config.normalisation == "caffe"
+    assert config.compat == "", "the paper's own training, from these weights"
+    model = MLNet(config).eval()
+    image = random_photo(32, 40)
+    x = image[::-1] - np.array([103.939, 116.779, 123.68])[:, None, None]
+    conv1_2 = np.maximum(convolve(np.maximum(convolve(x, *layers[0]), 0), *layers[1]), 0)
+    with torch.inference_mode():
+        x = (torch.from_numpy(image).float()[None] - model.mean) / model.std
+        found = model.backbone.features[:4](x.flip(1))[0].numpy()
+    assert relative_difference(found, conv1_2) < 1e-5
+    state = read_weights(tmp_path / "vgg16.safetensors")
+    for place, (kernel, bias) in zip(TORCH_PLACES, layers, strict=False):
+        np.testing.assert_array_equal(state[f"features.{place}.weight"], kernel[..., ::-1, ::-1])
+        np.testing.assert_array_equal(state[f"features.{place}.bias"], bias)
+
+
+# ---- MLNet-Pytorch -----------------------------------------------------------------------------
+def torch_state(seed=3, prior=(3, 4)):
+    layers, _ = random_weights(seed)
+    names = [*(f"features.{place}" for place in TORCH_PLACES), "int_conv", "pre_final_conv"]
+    state = {"prior": torch.rand(1, 1, *prior, generator=torch.Generator().manual_seed(0)) + 0.5}
+    for name, (kernel, bias) in zip(names, layers, strict=True):
+        state[f"{name}.weight"], state[f"{name}.bias"] = map(torch.from_numpy, (kernel, bias))
+    return state
+
+
+def mlnet_pytorch(image, state):
+    """Its forward pass without dropout: RGB (B, 3, H, W) in 0..255 -> (B, 1, H/8, W/8)."""
+
+    def conv(x, name, padding=1):
+        return F.conv2d(x, state[f"{name}.weight"], state[f"{name}.bias"], padding=padding)
+
+    mean = torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)
+    std = torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
+    x = (image / 255 - mean) / std
+    places = iter(TORCH_PLACES)
+    levels = []
+    for number, block in enumerate(BLOCKS, 1):
+        for _ in block:
+            x = F.relu(conv(x, f"features.{next(places)}"))
+        if number < 4:
+            x = F.max_pool2d(x, 2, 2)
+        if number == 4:
+            x = F.max_pool2d(x, 5, stride=1, padding=2)
+        if number >= 3:
+            levels.append(x)
+    x = conv(conv(torch.cat(levels, 1), "int_conv"), "pre_final_conv", padding=0)
+    prior = F.interpolate(state["prior"], scale_factor=10, mode="bilinear", align_corners=True)
+    return F.relu(x * prior)
+
+
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "2018's format"])
+def test_mlnet_pytorch_is_reproduced(tmp_path, zipped):
+    state = torch_state()
+    path = tmp_path / "2018-10-04_25_epochs_v3.model"
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    config = import_weights(path, tmp_path / "out.pt")
+    assert (config.preset, config.compat) == ("mlnet-pytorch", "mlnet-pytorch")
+    assert (config.height, config.width, config.prior_cells) == (240, 320, (3, 4))
+    model, _, content = load_model(tmp_path / "out.pt")
+    assert content["source"]["kind"] == "mlnet-pytorch"
+    image = random_photo(240, 320)
+    with torch.inference_mode():
+        expected = mlnet_pytorch(torch.from_numpy(image).float()[None], state)[0, 0].numpy()
+    assert (expected > 0).mean() > 0.05
+    assert relative_difference(predict(model, image), expected) < 1e-4
+    model.compat = ""  # the paper's ReLUs and corners
+    assert relative_difference(predict(model, image), expected) > 0.01
+
+
+# ---- guards ------------------------------------------------------------------------------------
+def keras_with(tmp_path, layers=None, prior=(6, 8)):
+    write_keras_mlnet(tmp_path / "w", layers or empty_layers(), prior)
+
+
+def damaged_layers():
+    layers = empty_layers()
+    layers[0] = (np.full((64, 3, 3, 3), np.nan, np.float32), (64,))
+    return layers
+
+
+def integer_layers():
+    layers = empty_layers()
+    layers[0] = (np.zeros((64, 3, 3, 3), np.int32), (64,))
+    return layers
+
+
+def misshapen_layers():
+    layers = empty_layers()
+    layers[4] = ((256, 128, 5, 5), (256,))
+    return layers
+
+
+def three_weights(tmp_path):
+    keras_with(tmp_path)
+    with h5py.File(tmp_path / "w", "a") as file:
+        group = file["eltwiseproduct_1"]
+        group.attrs["weight_names"] = [b"param_0"] * 3
+
+
+def unlisted_weight(tmp_path):
+    keras_with(tmp_path)
+    with h5py.File(tmp_path / "w", "a") as file:
+        del file["convolution2d_30"]["convolution2d_30_W"]
+
+
+def truncated_keras(tmp_path):
+    write_keras_mlnet(tmp_path / "w", [(np.zeros(s, np.float32), s[:1]) for s in SHAPES[:3]], None)
+    content = (tmp_path / "w").read_bytes()
+    (tmp_path / "w").write_bytes(content[: len(content) // 2])
+
+
+def other_hdf5(tmp_path):
+    with h5py.File(tmp_path / "w", "w") as file:
+        file["maps"] = np.zeros(3)
+
+
+def vgg_without(tmp_path):
+    write_keras_vgg(tmp_path / "w", empty_layers()[:12])
+
+
+def truncated_torch(tmp_path):
+    torch.save(torch_state(), tmp_path / "w")
+    content = (tmp_path / "w").read_bytes()
+    (tmp_path / "w").write_bytes(content[: len(content) // 2])
+
+
+def torch_with(tmp_path, drop="", **added):
+    state = {name: value for name, value in torch_state().items() if name != drop}
+    torch.save({**state, **added}, tmp_path / "w")
+
+
+GUARDS = {
+    "text": (lambda t: (t / "w").write_text("hello"), "neither an HDF5 nor a PyTorch file"),
+    "empty": (lambda t: (t / "w").write_bytes(b""), "neither an HDF5 nor a PyTorch file"),
+    "web page": (lambda t: (t / "w").write_text("\n<!DOCTYPE html><html>"), "download it again"),
+    "truncated Keras": (truncated_keras, "cut short"),
+    "other HDF5": (other_hdf5, "an HDF5 file with maps in it"),
+    "missing layer": (lambda t: keras_with(t, empty_layers()[:-1]), "holds 14 convolutions"),
+    "missing prior": (lambda t: keras_with(t, prior=None), "0 layers with a single weight"),
+    "three weights": (three_weights, "layer eltwiseproduct_1 holds 3 weights"),
+    "missing weight": (unlisted_weight, "lacks convolution2d_30_W"),
+    "wrong shape": (
+        lambda t: keras_with(t, misshapen_layers()),
+        r"convolution2d_31_W of shape \(256, 128, 5, 5\), expected \(256, 128, 3, 3\)",
+    ),
+    "not finite": (lambda t: keras_with(t, damaged_layers()), "convolution2d_27_W with values"),
+    "integers": (lambda t: keras_with(t, integer_layers()), "convolution2d_27_W with values"),
+    "wrong prior": (lambda t: keras_with(t, prior=(6,)), r"shape \(6,\), expected \(rows"),
+    "missing VGG layer": (vgg_without, "lacks param_0"),
+    "truncated PyTorch": (truncated_torch, "cannot be read"),
+    "other PyTorch": (lambda t: torch.save({"a": torch.zeros(1)}, t / "w"), "with a in it"),
+    "own checkpoint": (
+        lambda t: torch.save({"format": "mlnet-checkpoint-1"}, t / "w"),
+        "state dict of tensors",
+    ),
+    "missing tensor": (lambda t: torch_with(t, "features.24.bias"), "lacks backbone.features.24.b"),
+    "missing prior tensor": (lambda t: torch_with(t, "prior"), "lacks prior"),
+    "wrong prior tensor": (
+        lambda t: torch_with(t, prior=torch.ones(3, 4)),
+        r"shape \(3, 4\), expected \(1, 1, rows, columns\)",
+    ),
+    "unknown tensor": (lambda t: torch_with(t, extra=torch.ones(1)), "has an unknown extra"),
+}
+
+
+@pytest.mark.parametrize("name", GUARDS)
+def test_wrong_files_are_refused(tmp_path, name):
+    make, message = GUARDS[name]
+    make(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        import_weights(tmp_path / "w", tmp_path / "out.safetensors")
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        import_weights(tmp_path / "w", tmp_path / "out.pt")
+
+
+def test_many_problems_are_counted(tmp_path):
+    write_keras_mlnet(tmp_path / "w", [((1, 1, 1, 1), (1,))] * 15, (6, 8))
+    with pytest.raises(ValueError, match="and 23 more such problems"):
+        import_weights(tmp_path / "w", tmp_path / "out.pt")
+
+
+def test_backbone_needs_a_safetensors_name(tmp_path):
+    write_keras_vgg(tmp_path / "vgg16_weights.h5", empty_layers())
+    with pytest.raises(ValueError, match=r"\.safetensors file, not to out\.pt"):
+        import_weights(tmp_path / "vgg16_weights.h5", tmp_path / "out.pt")
+
+
+def test_the_file_is_not_overwritten(tmp_path):
+    write_keras_mlnet(tmp_path / "w", empty_layers(), (6, 8))
+    before = (tmp_path / "w").read_bytes()
+    with pytest.raises(ValueError, match="write the result elsewhere"):
+        import_weights(tmp_path / "w", tmp_path / "." / "w")
+    assert (tmp_path / "w").read_bytes() == before
+
+
+def test_without_h5py_the_extra_is_named(tmp_path, monkeypatch):
+    write_keras_mlnet(tmp_path / "w", empty_layers(), (6, 8))
+    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
+    with pytest.raises(ModuleNotFoundError, match=r"mlnet-utils\[legacy\]"):
+        recognise(tmp_path / "w")
+
+
+def test_recognition_ignores_the_name(tmp_path):
+    write_keras_mlnet(tmp_path / "a", empty_layers(), (6, 8))
+    write_keras_vgg(tmp_path / "b", empty_layers())
+    torch.save({"int_conv.weight": torch.zeros(1)}, tmp_path / "c")
+    assert [recognise(tmp_path / name) for name in "abc"] == list(legacy.KINDS)
+    shutil.copy(tmp_path / "a", tmp_path / "a.pth")
+    assert recognise(tmp_path / "a.pth") == "keras-mlnet"
