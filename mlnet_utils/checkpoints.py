@@ -75,8 +75,6 @@ def load_model(path: str | Path) -> tuple[MLNet, Config, dict[str, Any]]:
     content = load_checkpoint(path)
     config = from_dict(content["config"])
     model = MLNet(from_dict({**content["config"], "backbone_weights": "none"}))
-    if config.normalisation == "auto" and "normalisation" in content:
-        model.swap_to_bgr = content["normalisation"] == "caffe"
     model.load_state_dict(content["model"])
     return model.eval(), config, content
 

@@ -93,10 +93,14 @@ class TimmLevels(nn.Module):
                 f"backbone {config.backbone!r} cannot be built by timm with features at 1/8 "
                 f"resolution ({error}); see timm.list_models(), or use vgg16"
             ) from error
+        modules = dict(self.body.named_modules())
         for name in config.backbone_drop:
+            if name not in modules:
+                raise ValueError(
+                    f"config: backbone_drop names {name!r}, which {config.backbone} has not"
+                )
             parent, _, child = name.rpartition(".")
-            self.body.get_submodule(name)  # an unknown name is an error here
-            setattr(self.body.get_submodule(parent), child, nn.Identity())
+            setattr(modules[parent], child, nn.Identity())
         if config.checkpointing:
             self.body.set_grad_checkpointing(True)
         self.levels = min(3, len(self.body.feature_info.channels()))
@@ -115,8 +119,8 @@ class TimmLevels(nn.Module):
         ]
 
 
-def build_backbone(config: Config) -> tuple[nn.Module, str]:
-    """The backbone with its weights, and the name of the normalisation that it expects.
+def build_backbone(config: Config) -> tuple[nn.Module, tuple[tuple, tuple]]:
+    """The backbone with its weights, and the mean and deviation of the RGB input it expects.
 
     Raises:
         ValueError: unknown backbone, or a local file that does not match it.
@@ -131,16 +135,17 @@ def build_backbone(config: Config) -> tuple[nn.Module, str]:
 
             weights = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
             backbone.load_state_dict({k: v for k, v in weights.items() if "features" in k})
-        normalisation = "imagenet"
     else:
         backbone = TimmLevels(config, pretrained=download)
-        own = backbone.body.pretrained_cfg if hasattr(backbone.body, "pretrained_cfg") else {}
-        # Weights from a file follow torchvision's convention unless the preset says otherwise.
-        half = download and tuple(own.get("mean", ())) == (0.5, 0.5, 0.5)
-        normalisation = "half" if half else "imagenet"
     if local:
         load_backbone_file(backbone, local)
-    return backbone, normalisation if config.normalisation == "auto" else config.normalisation
+    if config.normalisation != "auto":
+        return backbone, NORMALISATIONS[config.normalisation]
+    if download and config.backbone != "vgg16":
+        own = backbone.body.pretrained_cfg
+        return backbone, (tuple(own["mean"]), tuple(own["std"]))
+    # Weights from a file follow torchvision's convention unless the preset says otherwise.
+    return backbone, NORMALISATIONS["imagenet"]
 
 
 def load_backbone_file(backbone: nn.Module, path: str | Path) -> None:
@@ -212,7 +217,7 @@ class MLNet(nn.Module):
         self.levels, self.dropout_at_test = config.levels, config.dropout_at_test
         self.freeze_norm = config.freeze_norm
         # 3.1 multi-level features
-        self.backbone, normalisation = build_backbone(config)
+        self.backbone, (mean, std) = build_backbone(config)
         if config.levels > len(self.backbone.channels):
             raise ValueError(
                 f"config: levels={config.levels}, but {config.backbone} has "
@@ -230,8 +235,7 @@ class MLNet(nn.Module):
         self.prior = (
             nn.Parameter(torch.zeros(1, 1, *config.prior_cells)) if config.prior_cells else None
         )
-        self.swap_to_bgr = normalisation == "caffe"
-        mean, std = NORMALISATIONS[normalisation]
+        self.swap_to_bgr = config.normalisation == "caffe"
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1) * 255)
         freeze(self, config.freeze)
