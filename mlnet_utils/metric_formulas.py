@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mlnet_utils import roc
 from mlnet_utils.metric_inputs import Block, ScoredImage, warn_if_8bit
+from mlnet_utils.resize import resize
 
 NAN = math.nan
 EPS_MIT300 = 2.2204e-16  # as pysaliency and the benchmark's code write it
@@ -211,6 +212,40 @@ def similarity(image: ScoredImage) -> float:
     return common
 
 
+def emd(image: ScoredImage, downsize: int = 32) -> float:
+    """Least work, mass times distance, that turns the one density into the other."""
+    if image.density.total == 0 or image.prediction.total == 0:
+        return NAN
+    try:
+        import ot
+    except ImportError as error:
+        raise ImportError(
+            "the earth mover's distance needs the package POT: pip install 'mlnet-utils[emd]'"
+        ) from error
+    size = [math.ceil(side / downsize) for side in image.shape]
+    p, g = (
+        resize(one.values.reshape(1, *image.shape).cpu(), *size, protocol="salicon").flatten()
+        for one in (image.prediction, image.density)
+    )
+    # Mass that both have in a place need not move, so only the differences do. This also makes
+    # sense of the slightly negative values that bicubic resizing gives.
+    difference = p / p.sum() - g / g.sum()
+    places = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in size))
+    surplus, lack = difference > 0, difference < 0
+    moved = difference[surplus].sum()
+    if moved <= 0:
+        return 0.0
+    work = ot.emd2(
+        (difference[surplus] / moved).numpy(),
+        (-difference[lack] / -difference[lack].sum()).numpy(),
+        torch.cdist(
+            places[surplus], places[lack], compute_mode="donot_use_mm_for_euclid_dist"
+        ).numpy(),
+        numItermax=1_000_000,
+    )
+    return float(work) * moved.item()
+
+
 def moments(image: ScoredImage, block: Block) -> tuple[float, float, float]:
     """x x, x y and y y, with x and y prediction and density minus their means (y = 0 if none)."""
     x = block.prediction - image.prediction.mean
@@ -280,6 +315,7 @@ FORMULAS = {
     "IG": Metric(information_gain, ("fixations", "baseline"), _everywhere(None, NOT_2015)),
     "NSS": Metric(nss, ("fixations",), _everywhere(moments, PROTOCOLS)),
     "SIM": Metric(similarity, ("density",), _everywhere(overlap_sum, NOT_2015)),
+    "EMD": Metric(emd, ("density",), _everywhere(None, NOT_2015)),
     "AUC-unfixated": Metric(auc_unfixated, ("fixations",), _everywhere(rank_sums, ("mit300",))),
     "AUC-Judd": Metric(auc_judd, ("fixations",), _everywhere(judd_sums, NOT_2015)),
     "AUC-Borji": Metric(auc_borji, ("fixations",), _everywhere(coarse_levels, NOT_2015)),

@@ -60,6 +60,7 @@ class ScoredImage:
     ):
         self.name = name
         self.protocol = protocol
+        self.shape = tuple(prediction.shape)
         self.prediction = FlatMap(prediction, "prediction", name)
         self.density = None if density is None else FlatMap(density, "density", name)
         self.baseline = None if baseline is None else FlatMap(baseline, "baseline", name)
@@ -83,7 +84,7 @@ class ScoredImage:
     @functools.cached_property
     def repeated(self) -> Tensor:
         """(N,) fixated pixels, one entry per fixation."""
-        return self.unique.repeat_interleave(self._fixations[self.unique])
+        return self.unique.repeat_interleave(self._fixations[self.unique].to(torch.int64))
 
     @property
     def fixated(self) -> Tensor:
@@ -94,7 +95,7 @@ class ScoredImage:
     def negatives(self) -> tuple[Tensor, Tensor]:
         """(M,) pixels that were fixated on other images, and how often."""
         where = self._negatives.nonzero().squeeze(1)
-        return where, self._negatives[where]
+        return where, self._negatives[where].to(torch.int64)
 
     @functools.cached_property
     def negative_count(self) -> int:
@@ -303,6 +304,8 @@ def _flat(values: Tensor) -> Tensor:
 def _counts(counts: Tensor, kind: str, name: str) -> Tensor:
     """(P,) integers of a (H, W) count map, checked."""
     counts = _flat(counts)
+    if counts.dtype == torch.bool:
+        return counts.to(torch.uint8)
     whole = counts.to(torch.int32) if counts.is_floating_point() else counts
     if (counts.is_floating_point() and not torch.equal(whole, counts)) or whole.min().item() < 0:
         raise ValueError(

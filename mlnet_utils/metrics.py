@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from mlnet_utils import metric_formulas as formulas
 from mlnet_utils.metric_formulas import FORMULAS, PROTOCOLS
 from mlnet_utils.metric_inputs import images
 
@@ -276,6 +277,30 @@ def similarity(
         (B,) float64 in 0..1, 1 = equal.
     """
     return _score(["SIM"], protocol, prediction, names, {"density": density})["SIM"]
+
+
+def emd(
+    prediction: Tensor, density: Tensor, *, downsize: int = 32, names: Sequence[str] | None = None
+) -> Tensor:
+    """Earth mover's distance as in the old MIT benchmark (MIT's ``EMD.m``); slow.
+
+    Both maps are shrunk with MATLAB's ``imresize``, divided by their sums, and compared with
+    Euclidean ground distance. Solved exactly by the package POT (extra ``emd``).
+
+    Args:
+        prediction: (B, H, W) density, any scale.
+        density: (B, H, W) blurred fixations, any scale.
+        downsize: factor by which the maps are shrunk.
+        names: B image names for error messages.
+
+    Returns:
+        (B,) float64 in pixels of the small maps, 0 = equal; NaN for an all-zero map.
+
+    Raises:
+        ImportError: POT is not installed.
+    """
+    found = images(prediction, "mit300", (), names, density=density)
+    return torch.tensor([formulas.emd(image, downsize) for image in found], dtype=torch.float64)
 
 
 # ---- all at once -------------------------------------------------------------------------------

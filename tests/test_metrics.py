@@ -1,0 +1,568 @@
+"""What the metrics must be by their definitions, on inputs that need no reference."""
+
+import math
+import subprocess
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from mlnet_utils import metric_inputs, metrics, roc
+from mlnet_utils.transforms import density_from_points, fixation_counts
+
+H, W = 9, 11
+ALL = [*metrics.METRICS, "AUC-unfixated", "AUC-Judd", "AUC-Borji"]
+
+
+def scene(seed=0, height=H, width=W, batch=1, points=8):
+    """Random maps of a batch, without ties in the prediction."""
+    generator = np.random.default_rng(seed)
+    fixations, densities = [], []
+    for _ in range(batch):
+        xy = np.c_[generator.integers(0, width, points), generator.integers(0, height, points)]
+        fixations.append(fixation_counts(xy, height, width))
+        densities.append(density_from_points(xy, height, width, 1.5))
+    shape = (batch, height, width)
+    return {
+        "prediction": torch.from_numpy(generator.random(shape)),
+        "fixations": torch.stack(fixations),
+        "density": torch.stack(densities),
+        "negatives": torch.from_numpy(generator.integers(0, 4, shape)),
+        "baseline": torch.from_numpy(generator.random(shape) + 0.1),
+    }
+
+
+def score(maps, names=ALL, protocol="mit300"):
+    defined = [name for name in names if protocol in metrics.FORMULAS[name].sums]
+    return metrics.score_all(**maps, protocol=protocol, metrics=defined)
+
+
+def same(first, second, tolerance=0.0, skip=()):
+    """Scores agree; a NaN agrees with a NaN."""
+    assert first.keys() == second.keys()
+    for name in first.keys() - set(skip):
+        torch.testing.assert_close(
+            first[name], second[name], atol=tolerance, rtol=0, equal_nan=True, msg=name
+        )
+
+
+# ---- identities --------------------------------------------------------------------------------
+def test_prediction_equal_to_the_truth():
+    maps = scene()
+    maps["prediction"] = 3.0 * maps["density"]
+    found = score(maps)
+    assert found["CC"].item() == pytest.approx(1, abs=1e-12)
+    assert found["SIM"].item() == pytest.approx(1, abs=1e-12)
+    assert found["KL"].item() == pytest.approx(0, abs=1e-12)
+
+
+def test_prediction_equal_to_the_baseline_gains_nothing():
+    maps = scene()
+    maps["baseline"] = 7 * maps["prediction"]
+    assert score(maps)["IG"].item() == pytest.approx(0, abs=1e-12)
+
+
+def test_information_gain_over_uniform_is_log_likelihood():
+    maps = scene(points=1)
+    maps["baseline"] = torch.ones_like(maps["prediction"])
+    p = (maps["prediction"] / maps["prediction"].sum())[maps["fixations"] > 0]
+    assert score(maps)["IG"].item() == pytest.approx(math.log2(p.item() * H * W), abs=1e-12)
+
+
+def test_nss_is_the_z_score_at_the_fixation():
+    maps = scene(points=1)
+    p = maps["prediction"]
+    z = (p[maps["fixations"] > 0] - p.mean()) / p.std(correction=0)
+    assert score(maps)["NSS"].item() == pytest.approx(z.item(), abs=1e-12)
+    z = (p[maps["fixations"] > 0] - p.mean()) / p.std(correction=1)
+    assert score(maps, protocol="salicon")["NSS"].item() == pytest.approx(z.item(), abs=1e-12)
+
+
+def test_kl_of_a_known_pair_of_distributions():
+    p = torch.tensor([[[0.5, 0.25, 0.25]]], dtype=torch.float64)
+    g = torch.tensor([[[0.25, 0.5, 0.25]]], dtype=torch.float64)
+    found = metrics.kl_divergence(p, g).item()
+    assert found == pytest.approx(0.25 * math.log(0.5) + 0.5 * math.log(2), abs=1e-12)
+    assert metrics.similarity(p, g).item() == pytest.approx(0.75, abs=1e-12)
+
+
+def test_auc_of_a_perfect_and_of_a_reversed_ranking():
+    prediction = torch.arange(100.0).reshape(1, 10, 10)
+    top = torch.zeros(1, 10, 10, dtype=torch.int64)
+    top[0, 9, 9] = 1
+    # Against all pixels the fixated one ties with itself: 1 - 0.5 / 100.
+    assert metrics.auc(prediction, top).item() == pytest.approx(0.995, abs=1e-12)
+    assert metrics.auc(-prediction, top).item() == pytest.approx(0.005, abs=1e-12)
+    found = metrics.score_all(prediction, top, metrics=["AUC-unfixated", "AUC-Judd"])
+    assert found["AUC-unfixated"].item() == found["AUC-Judd"].item() == 1.0
+
+
+def test_shuffled_auc_against_all_pixels_is_auc():
+    maps = scene()
+    maps["negatives"] = torch.full_like(maps["negatives"], 3)
+    found = score(maps)
+    assert found["sAUC"].item() == pytest.approx(found["AUC"].item(), abs=1e-12)
+
+
+def test_judd_exceeds_the_exact_area_by_its_known_bias():
+    maps = scene(points=5)
+    found = score(maps)
+    p, fixated = maps["prediction"], maps["fixations"] > 0
+    others = p[~fixated]
+    bias = (others > p[fixated].min()).double().mean().item() / (2 * fixated.sum().item())
+    assert found["AUC-Judd"].item() == pytest.approx(
+        found["AUC-unfixated"].item() + bias, abs=1e-12
+    )
+
+
+def test_emd_of_one_moved_pixel_is_its_distance():
+    pytest.importorskip("ot", reason="needs the extra emd")
+    here, there = torch.zeros(2, 1, 6, 7)
+    here[0, 1, 1], there[0, 4, 5] = 1, 1
+    assert metrics.emd(here, there, downsize=1).item() == pytest.approx(5, abs=1e-9)
+    assert metrics.emd(here, here, downsize=1).item() == 0
+
+
+def test_emd_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ot", None)
+    with pytest.raises(ImportError, match=r"mlnet-utils\[emd\]"):
+        metrics.emd(torch.rand(1, 64, 64), torch.rand(1, 64, 64))
+
+
+# ---- ranks -------------------------------------------------------------------------------------
+def pairwise_auc(positives, negatives, weights):
+    """The definition, pair by pair."""
+    above = (positives[:, None] > negatives).astype(float)
+    above += 0.5 * (positives[:, None] == negatives)
+    return (above * weights).sum() / (len(positives) * weights.sum())
+
+
+levels = st.sampled_from([0.0, 1e-300, 1e-9, 0.1, 0.1 + 1e-16, 0.3, 0.5, 1.0, 1e9])
+
+
+@given(
+    prediction=hnp.arrays(np.float64, (H, W), elements=st.one_of(levels, st.floats(-5, 5))),
+    counts=hnp.arrays(np.int64, (H, W), elements=st.integers(0, 3)),
+    negatives=hnp.arrays(np.int64, (H, W), elements=st.integers(0, 5)),
+)
+@settings(max_examples=150, deadline=None)
+def test_areas_equal_their_definition_pair_by_pair(prediction, counts, negatives):
+    maps = {"prediction": prediction, "fixations": counts, "negatives": negatives}
+    maps = {kind: torch.from_numpy(value)[None] for kind, value in maps.items()}
+    found = metrics.score_all(**maps, metrics=["AUC", "sAUC", "AUC-unfixated"])
+    if np.ptp(prediction) <= 8 * np.finfo(float).eps * abs(prediction).max():
+        prediction = np.zeros_like(prediction)
+    positives = np.repeat(prediction.ravel(), counts.ravel())
+    everywhere = np.ones_like(negatives)
+    for name, weights in (
+        ("AUC", everywhere),
+        ("sAUC", negatives),
+        ("AUC-unfixated", everywhere * (counts == 0)),
+    ):
+        if len(positives) and weights.sum():
+            expected = pairwise_auc(positives, prediction.ravel(), weights.ravel())
+            assert found[name].item() == pytest.approx(expected, abs=1e-12)
+        else:
+            assert math.isnan(found[name].item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("power", [0.2, 1, 30])
+def test_ranks_equal_a_plain_search_on_large_maps(dtype, power):
+    generator = torch.Generator().manual_seed(1)
+    values = torch.rand(100_000, generator=generator, dtype=torch.float64) ** power
+    values = torch.cat([values - 0.5, -values[:50], values[:50].round(decimals=2)]).to(dtype)
+    fixated = values[torch.randint(len(values), (300,), generator=generator)]
+    ranks = roc.Ranks(fixated, values.min().item(), values.max().item())
+    order = fixated.sort().values
+    expected = torch.searchsorted(order, values) + torch.searchsorted(order, values, right=True)
+    assert torch.equal(ranks(values).long(), expected)
+
+
+@pytest.mark.parametrize("size", [1, 63, 64, 65, 1000])
+def test_positive_finds_what_nonzero_finds(size):
+    generator = torch.Generator().manual_seed(size)
+    values = (torch.rand(size, generator=generator) < 0.1).int()
+    assert torch.equal(roc.positive(values), values.nonzero().squeeze(1))
+
+
+def test_results_do_not_depend_on_the_blocks(monkeypatch):
+    maps = scene(height=60, width=70, points=30)
+    whole = score(maps)
+    monkeypatch.setattr(metric_inputs, "BLOCK", 500)
+    blocks = score(maps)
+    same(whole, blocks, tolerance=1e-12)
+    for name in ALL:
+        if "AUC" in name:
+            assert torch.equal(whole[name], blocks[name])
+
+
+# ---- invariances -------------------------------------------------------------------------------
+seeds = st.integers(0, 2**32 - 1)
+
+
+@given(seeds, st.sampled_from([torch.exp, torch.atan, lambda x: x**3, lambda x: 5 * x - 2]))
+@settings(max_examples=30, deadline=None)
+def test_monotone_transforms_leave_exact_areas_unchanged(seed, transform):
+    maps = scene(seed)
+    changed = {**maps, "prediction": transform(maps["prediction"])}
+    names = ["AUC", "sAUC", "AUC-unfixated", "AUC-Judd"]
+    same(score(maps, names), score(changed, names))
+
+
+@given(seeds, st.floats(1e-3, 1e3), st.floats(-10, 10))
+@settings(max_examples=30, deadline=None)
+def test_affine_transforms_leave_cc_and_nss_unchanged(seed, scale, shift):
+    maps = scene(seed)
+    changed = {**maps, "prediction": scale * maps["prediction"] + shift}
+    same(score(maps, ["CC", "NSS"]), score(changed, ["CC", "NSS"]), tolerance=1e-8)
+
+
+@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
+@given(seed=seeds, scale=st.sampled_from([1e-250, 1e-20, 0.37, 1e20, 1e250]))
+@settings(max_examples=20, deadline=None)
+def test_the_scale_of_a_prediction_does_not_matter(protocol, seed, scale):
+    maps = scene(seed)
+    changed = {**maps, "prediction": scale * maps["prediction"]}
+    same(score(maps, protocol=protocol), score(changed, protocol=protocol), tolerance=1e-9)
+
+
+@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
+@given(seed=seeds)
+@settings(max_examples=10, deadline=None)
+def test_flips_change_nothing(protocol, seed):
+    maps = scene(seed)
+    for dims in ((1,), (2,), (1, 2)):
+        flipped = {kind: values.flip(dims) for kind, values in maps.items()}
+        same(score(maps, protocol=protocol), score(flipped, protocol=protocol), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
+def test_an_image_scores_the_same_wherever_it_is_in_a_batch(protocol):
+    maps = scene(3, batch=5)
+    order = torch.tensor([4, 0, 3, 1, 2])
+    whole = score(maps, protocol=protocol)
+    permuted = score({k: v[order] for k, v in maps.items()}, protocol=protocol)
+    alone = [score({k: v[i : i + 1] for k, v in maps.items()}, protocol=protocol) for i in order]
+    same({name: values[order] for name, values in whole.items()}, permuted)
+    same({name: torch.cat([one[name] for one in alone]) for name in whole}, permuted)
+
+
+def test_reversing_the_map_reverses_areas_and_correlations():
+    maps = scene(7)
+    found, reversed_ = score(maps), score({**maps, "prediction": -maps["prediction"]})
+    for name in ("AUC", "sAUC", "AUC-unfixated"):
+        assert found[name].item() + reversed_[name].item() == pytest.approx(1, abs=1e-12)
+    for name in ("CC", "NSS"):
+        assert found[name].item() == pytest.approx(-reversed_[name].item(), abs=1e-12)
+
+
+# ---- interface ---------------------------------------------------------------------------------
+@pytest.mark.parametrize("protocol", ["mit300", "salicon"])
+def test_single_functions_and_the_one_pass_agree_to_the_bit(protocol):
+    maps = scene(2, batch=3)
+    p, f, g, n, b = maps.values()
+    single = {
+        "AUC": metrics.auc(p, f, protocol=protocol),
+        "CC": metrics.cc(p, g, protocol=protocol),
+        "KL": metrics.kl_divergence(p, g, protocol=protocol),
+        "sAUC": metrics.auc_shuffled(p, f, n, protocol=protocol),
+        "IG": metrics.information_gain(p, f, b, protocol=protocol),
+        "NSS": metrics.nss(p, f, protocol=protocol),
+        "SIM": metrics.similarity(p, g, protocol=protocol),
+        "AUC-Judd": metrics.auc_judd(p, f),
+        "AUC-Borji": metrics.auc_borji(p, f),
+    }
+    same(single, score(maps, list(single), protocol))
+    for values in single.values():
+        assert values.shape == (3,)
+        assert values.dtype == torch.float64
+
+
+@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
+def test_scoring_twice_is_identical_to_the_bit(protocol):
+    maps = scene(4, batch=3, height=90, width=100, points=40)
+    same(score(maps, protocol=protocol), score(maps, protocol=protocol))
+
+
+def test_score_all_gives_what_its_inputs_allow():
+    maps = scene()
+    p, f, g, n, b = maps.values()
+    assert tuple(metrics.score_all(p, f, g, n, b)) == metrics.METRICS
+    assert set(metrics.score_all(p, f)) == {"AUC", "NSS"}
+    assert set(metrics.score_all(p, f, g, n, b, "salicon2015")) == {"AUC", "CC", "sAUC", "NSS"}
+
+
+def test_empty_batch():
+    maps = {kind: values[:0] for kind, values in scene().items()}
+    for values in score(maps).values():
+        assert values.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32])
+def test_counts_may_have_any_number_type(dtype):
+    maps = scene(5)
+    maps["fixations"], maps["negatives"] = (
+        maps[k].clamp(max=1) for k in ("fixations", "negatives")
+    )
+    counts = {kind: maps[kind].to(dtype) for kind in ("fixations", "negatives")}
+    for protocol in metrics.PROTOCOLS:
+        same(score(maps, protocol=protocol), score({**maps, **counts}, protocol=protocol))
+
+
+def test_inputs_are_left_as_they_are():
+    maps = scene(6)
+    before = {kind: values.clone() for kind, values in maps.items()}
+    for protocol in metrics.PROTOCOLS:
+        score(maps, protocol=protocol)
+    for kind, values in before.items():
+        assert torch.equal(values, maps[kind])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
+def test_the_gpu_gives_the_values_of_the_cpu(protocol):
+    maps = scene(8, batch=3, height=200, width=300, points=60)
+    maps["prediction"][2] = 0.1
+    on_gpu = score({kind: values.cuda() for kind, values in maps.items()}, protocol=protocol)
+    assert all(values.is_cuda for values in on_gpu.values())
+    on_gpu = {name: values.cpu() for name, values in on_gpu.items()}
+    on_cpu = score(maps, protocol=protocol)
+    same(on_cpu, on_gpu, tolerance=1e-12)
+    for name in on_cpu:
+        if "AUC" in name:
+            torch.testing.assert_close(on_cpu[name], on_gpu[name], atol=0, rtol=0, equal_nan=True)
+
+
+def test_metrics_do_without_torchmetrics():
+    code = (
+        "import sys; sys.modules['torchmetrics'] = None; "
+        "import mlnet_utils.metrics, mlnet_utils.bootstrap, mlnet_utils.resize"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- degenerate inputs -------------------------------------------------------------------------
+NAN = math.nan
+CONSTANT = {
+    "mit300": {"AUC": 0.5, "sAUC": 0.5, "NSS": 0.0, "CC": 0.0},
+    "salicon": {"AUC": NAN, "sAUC": 0.5, "NSS": NAN, "CC": NAN, "SIM": NAN, "IG": NAN},
+    "salicon2015": {"AUC": 0.5, "sAUC": 0.5, "NSS": 0.0, "CC": NAN},
+}
+
+
+@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("value", [0.1, 0.5, 1e-9, 3e7])
+@pytest.mark.parametrize("noise", [0, 4])
+def test_constant_predictions(protocol, dtype, value, noise):
+    maps = scene(points=8)
+    prediction = torch.full((1, H, W), value, dtype=dtype)
+    prediction[0, 0, 0] *= 1 + noise * torch.finfo(dtype).eps
+    found = score({**maps, "prediction": prediction}, protocol=protocol)
+    for name, expected in CONSTANT[protocol].items():
+        assert found[name].item() == pytest.approx(expected, abs=0, nan_ok=True), name
+
+
+def test_beyond_rounding_a_map_is_not_constant():
+    maps = scene(points=1)
+    prediction = torch.full((1, H, W), 0.1, dtype=torch.float64)
+    prediction[maps["fixations"] > 0] *= 1 + 64 * torch.finfo(torch.float64).eps
+    assert score({**maps, "prediction": prediction})["AUC"].item() > 0.99
+
+
+def test_all_zero_predictions():
+    maps = scene()
+    maps["prediction"] = torch.zeros(1, H, W, dtype=torch.float64)
+    uniform = score({**maps, "prediction": torch.ones(1, H, W, dtype=torch.float64)})
+    same(score(maps), uniform, tolerance=1e-12)
+    found = score(maps, protocol="salicon")
+    assert found["SIM"].item() == 0.0
+    assert found["KL"].item() > 20
+    assert math.isnan(found["IG"].item())
+
+
+@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
+def test_photos_nobody_looked_at_are_undefined(protocol):
+    maps = scene(batch=2)
+    for kind in ("fixations", "density"):
+        maps[kind][1] = 0
+    found = score(maps, protocol=protocol)
+    for name, values in found.items():
+        assert torch.isfinite(values[0]), name
+        assert torch.isnan(values[1]), name
+
+
+def test_no_negatives_and_single_fixations():
+    maps = scene(points=1)
+    assert math.isnan(score({**maps, "negatives": 0 * maps["negatives"]})["sAUC"].item())
+    found = score(maps, protocol="salicon")
+    assert math.isnan(found["AUC"].item())  # Borji's code needs two
+    assert torch.isfinite(found["AUC-Judd"]).all()
+    # salicon2015 takes this photo's own pixels out of the negatives: here none is left.
+    alone = {**maps, "negatives": maps["fixations"]}
+    assert math.isnan(score(alone, protocol="salicon2015")["sAUC"].item())
+
+
+def test_a_fixation_on_every_pixel_leaves_no_unfixated_negatives():
+    maps = scene()
+    maps["fixations"] = torch.ones_like(maps["fixations"])
+    found = score(maps)
+    assert found["AUC"].item() == 0.5
+    assert math.isnan(found["AUC-unfixated"].item())
+    assert math.isnan(found["AUC-Judd"].item())
+
+
+def test_zero_probability_at_a_fixation_is_minus_infinity():
+    maps = scene(points=1)
+    maps["prediction"][maps["fixations"] > 0] = 0
+    assert score(maps)["IG"].item() == -math.inf
+    assert math.isfinite(score(maps, protocol="salicon")["IG"].item())
+
+
+def test_constant_density_has_no_correlation():
+    maps = scene()
+    maps["density"] = torch.full_like(maps["density"], 0.1)
+    assert math.isnan(score(maps)["CC"].item())
+    assert math.isnan(score(maps, protocol="salicon")["SIM"].item())
+
+
+def test_repeated_fixations_count_as_the_protocol_says():
+    once = scene(points=6)
+    once["fixations"] = once["fixations"].clamp(max=1)
+    often = {**once, "fixations": once["fixations"] * torch.arange(1, W + 1)}
+    names = ["AUC", "NSS", "IG", "sAUC"]
+    same(score(once, names, "salicon"), score(often, names, "salicon"))
+    assert score(once, ["NSS"])["NSS"] != score(often, ["NSS"])["NSS"]
+    assert torch.equal(metrics.keep_repeats(torch.tensor([0, 1, 2, 5])), torch.tensor([0, 0, 1, 4]))
+
+
+# ---- refused inputs ----------------------------------------------------------------------------
+@pytest.mark.parametrize("kind", ["prediction", "density", "baseline"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_not_finite_is_an_error_that_names_the_image(kind, value):
+    maps = scene(batch=2)
+    maps[kind][1, 2, 3] = value
+    with pytest.raises(ValueError, match=f"image cat.jpg: {kind} holds NaN or infinity"):
+        metrics.score_all(**maps, names=["dog.jpg", "cat.jpg"])
+    with pytest.raises(ValueError, match="image 1 of the batch"):
+        metrics.score_all(**maps)
+
+
+@pytest.mark.parametrize("kind", ["fixations", "negatives"])
+@pytest.mark.parametrize("value", [0.5, -1.0, math.nan])
+def test_counts_must_be_whole(kind, value):
+    maps = scene()
+    maps[kind] = maps[kind].double()
+    maps[kind][0, 0, 0] = value
+    with pytest.raises(ValueError, match=f"{kind} must be whole counts"):
+        metrics.score_all(**maps)
+
+
+def test_negative_integer_counts():
+    maps = scene()
+    maps["fixations"][0, 0, 0] = -1
+    with pytest.raises(ValueError, match="must be whole counts"):
+        metrics.score_all(**maps)
+
+
+def test_a_blurred_map_is_no_fixation_map():
+    maps = scene()
+    with pytest.raises(ValueError, match="a blurred map is a density"):
+        metrics.nss(maps["prediction"], maps["density"])
+
+
+@pytest.mark.parametrize("kind", ["density", "baseline"])
+def test_a_density_is_not_negative(kind):
+    maps = scene()
+    maps[kind][0, 0, 0] = -0.1
+    with pytest.raises(ValueError, match=f"{kind} has negative values"):
+        metrics.score_all(**maps)
+
+
+@pytest.mark.parametrize("kind", ["fixations", "density", "negatives", "baseline"])
+def test_other_shapes_are_errors(kind):
+    maps = scene()
+    with pytest.raises(ValueError, match=f"{kind} must have the prediction's shape"):
+        metrics.score_all(**{**maps, kind: maps[kind][:, :-1]})
+    with pytest.raises(ValueError, match="got ndarray"):
+        metrics.score_all(**{**maps, kind: maps[kind].numpy()})
+
+
+def test_predictions_have_three_dimensions():
+    maps = scene()
+    for wrong in (maps["prediction"][0], maps["prediction"][None], maps["prediction"][:, :0], 3):
+        with pytest.raises(ValueError, match=r"prediction must be a \(B, H, W\) tensor"):
+            metrics.auc(wrong, maps["fixations"])
+    with pytest.raises(ValueError, match="2 names for 1 images"):
+        metrics.auc(maps["prediction"], maps["fixations"], names=["a", "b"])
+
+
+def test_baselines_must_be_positive_at_fixations():
+    maps = scene(points=1)
+    maps["baseline"][maps["fixations"] > 0] = 0
+    with pytest.raises(ValueError, match="image 0 of the batch: the baseline is zero"):
+        score(maps, ["IG"])
+    assert math.isfinite(score(maps, ["IG"], "salicon")["IG"].item())
+
+
+def test_unknown_names():
+    p, f, *_ = scene().values()
+    with pytest.raises(ValueError, match="protocol 'mit1003' is not one of mit300, salicon"):
+        metrics.auc(p, f, protocol="mit1003")
+    with pytest.raises(ValueError, match="metric 'auc' is not one of AUC"):
+        metrics.score_all(p, f, metrics=["auc"])
+    with pytest.raises(ValueError, match="KL is not defined in protocol 'salicon2015'"):
+        metrics.kl_divergence(p, f, protocol="salicon2015")
+    with pytest.raises(ValueError, match="sAUC needs negatives"):
+        metrics.score_all(p, f, metrics=["sAUC"])
+    with pytest.raises(ValueError, match="grid=True is a choice of protocol='salicon' only"):
+        metrics.auc_shuffled(p, f, f, grid=True)
+
+
+# ---- 8-bit maps --------------------------------------------------------------------------------
+BITS = torch.arange(H * W).reshape(1, H, W) % 97
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        BITS.to(torch.uint8),
+        BITS.double(),
+        BITS.double() / 255,
+        (BITS.float() / BITS.max() * 255).round() / 255 * 1e-6,
+        (BITS.float() / BITS.max() * 255).round() * 1e5,
+    ],
+    ids=["uint8", "0..255", "0..1", "small", "large"],
+)
+@pytest.mark.parametrize("protocol", ["mit300", "salicon"])
+def test_maps_read_back_from_8_bits_warn(prediction, protocol):
+    maps = {**scene(), "prediction": prediction}
+    maps["fixations"] = maps["fixations"] * (prediction > 0)
+    for name in ("KL", "IG"):
+        with pytest.warns(UserWarning, match="image 0 of the batch: .* 8-bit"):
+            score(maps, [name], protocol)
+
+
+@pytest.mark.parametrize(
+    "prediction",
+    [
+        torch.rand(1, H, W, generator=torch.Generator().manual_seed(0)),
+        torch.rand(1, H, W, generator=torch.Generator().manual_seed(0)) * 1e-7,
+        torch.log(BITS.double() + 1) - 9,
+        torch.full((1, H, W), 3.0),
+        (BITS > 40).double(),
+    ],
+    ids=["float", "small float", "negative", "constant", "binary"],
+)
+def test_other_maps_do_not_warn(prediction):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score({**scene(), "prediction": prediction}, ["KL"])
+        score({**scene(), "prediction": BITS.to(torch.uint8)}, ["AUC", "CC", "NSS", "SIM"])
