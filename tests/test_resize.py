@@ -1,0 +1,53 @@
+"""The resizers equal those of the reference implementations."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlnet_utils.resize import resize
+
+VECTORS = Path(__file__).parent / "vectors"
+CASES = ("up4", "up1p6", "down2")
+REFERENCES = {
+    "mit300": ("pysaliency_zoom1", "resizing_model"),
+    "salicon": ("octave_imresize", "imresize_bicubic"),
+    "salicon2015": ("scipy_zoom3", "zoom_order3"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("protocol", REFERENCES)
+def test_equals_the_reference(case, protocol):
+    file, key = REFERENCES[protocol]
+    expected = np.load(VECTORS / f"resized_{file}.npz")[f"{case}__{key}"]
+    given = np.load(VECTORS / "cases.npz")[f"{case}__pred"]
+    found = resize(torch.from_numpy(given)[None], *expected.shape, protocol=protocol)
+    assert found.dtype == torch.float64
+    np.testing.assert_allclose(found[0].numpy(), expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("protocol", REFERENCES)
+@pytest.mark.parametrize("size", [(12, 16), (7, 5), (30, 41), (1, 1)])
+def test_constants_stay_constant(protocol, size):
+    maps = torch.full((2, 12, 16), 0.3, dtype=torch.float64)
+    found = resize(maps, *size, protocol=protocol)
+    assert found.shape == (2, *size)
+    torch.testing.assert_close(found, torch.full((2, *size), 0.3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("protocol", REFERENCES)
+def test_same_size_changes_only_the_number_type(protocol):
+    maps = torch.rand(2, 5, 6)
+    assert torch.equal(resize(maps, 5, 6, protocol=protocol), maps.double())
+
+
+def test_refuses_what_it_cannot_do():
+    maps = torch.rand(1, 5, 6)
+    with pytest.raises(ValueError, match=r"maps must be \(B, H, W\)"):
+        resize(maps[0], 5, 6)
+    with pytest.raises(ValueError, match="must be positive"):
+        resize(maps, 0, 6)
+    with pytest.raises(ValueError, match="protocol 'bicubic' is not one of"):
+        resize(maps, 5, 6, protocol="bicubic")
