@@ -1,0 +1,154 @@
+"""Losses against computations by hand, and finite gradients where divisions and logarithms lurk."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+
+from mlnet_utils.losses import TERMS, Objective, cc_loss, kl_loss, mlnet_loss, parse_loss
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def maps(*values):
+    """One 2x2 map."""
+    return torch.tensor(values, dtype=torch.float32).reshape(1, 1, 2, 2)
+
+
+PREDICTION = maps(1, 2, 3, 4)
+DENSITY = maps(0.1, 0.2, 0.2, 0.5)
+FIXATIONS = maps(0, 1, 0, 3)
+
+
+def test_the_paper_s_loss_by_hand():
+    p, y = np.array([0.25, 0.5, 0.75, 1.0]), np.array([0.2, 0.4, 0.4, 1.0])
+    expected = ((p - y) ** 2 / (1.1 - y)).mean()
+    loss = mlnet_loss(PREDICTION, DENSITY, FIXATIONS, alpha=1.1)
+    assert loss.shape == (1,)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("mse", np.mean((np.array([0.25, 0.5, 0.75, 1]) - [0.2, 0.4, 0.4, 1]) ** 2)),
+        (
+            "kl",
+            0.1 * math.log(0.1 / 0.1)
+            + 0.2 * math.log(0.2 / 0.2)
+            + 0.2 * math.log(0.2 / 0.3)
+            + 0.5 * math.log(0.5 / 0.4),
+        ),
+        ("ce", -(math.log(0.2) + 3 * math.log(0.4)) / 4),
+        ("cc", 1 - np.corrcoef([1, 2, 3, 4], [0.1, 0.2, 0.2, 0.5])[0, 1]),
+        ("nss", -(-0.5 + 3 * 1.5) / math.sqrt(1.25) / 4),
+        ("sim", 1 - (0.1 + 0.2 + 0.2 + 0.4)),
+    ],
+)
+def test_the_other_terms_by_hand(name, expected):
+    loss = TERMS[name](PREDICTION, DENSITY, FIXATIONS)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_every_image_has_its_own_loss_whatever_its_scale(name):
+    prediction = torch.rand(3, 1, 6, 8)
+    density = torch.rand(3, 1, 6, 8)
+    density = density / density.sum((1, 2, 3), keepdim=True)
+    fixations = torch.randint(0, 3, (3, 1, 6, 8)).float()
+    together = TERMS[name](prediction, density, fixations)
+    scale = torch.tensor([1.0, 1e-3, 1e3]).reshape(3, 1, 1, 1)
+    for i in range(3):
+        one = slice(i, i + 1)
+        alone = TERMS[name](prediction[one] * scale[i], density[one], fixations[one])
+        assert alone.item() == pytest.approx(together[i].item(), rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", TERMS)
+def test_the_truth_is_better_than_a_uniform_map(name):
+    density = torch.softmax(3 * torch.randn(2, 1, 6, 8).flatten(1), 1).reshape(2, 1, 6, 8)
+    fixations = (density * 1000).round()
+    perfect = TERMS[name](density, density, fixations)
+    uniform = TERMS[name](torch.ones_like(density), density, fixations)
+    assert (perfect < uniform).all()
+    if name in ("mlnet", "mse", "kl", "cc", "sim"):
+        torch.testing.assert_close(perfect, torch.zeros(2), atol=1e-6, rtol=0)
+
+
+EXTREME_PREDICTIONS = {
+    "zero": torch.zeros(4, 5),
+    "constant": torch.full((4, 5), 0.3),
+    "tiny": torch.full((4, 5), 1e-30),
+    "one cell": torch.eye(4, 5)[:1].repeat(4, 1) * torch.tensor([1.0, 0, 0, 0])[:, None],
+}
+EXTREME_DENSITIES = {
+    "no fixation": torch.zeros(4, 5),
+    "one cell": torch.zeros(4, 5).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(1.0)),
+    "uniform": torch.full((4, 5), 1 / 20),
+}
+
+
+@pytest.mark.parametrize("name", TERMS)
+@pytest.mark.parametrize("prediction", EXTREME_PREDICTIONS)
+@pytest.mark.parametrize("density", EXTREME_DENSITIES)
+def test_losses_and_gradients_are_finite_at_extremes(name, prediction, density):
+    """Where the density is exactly zero, xlogy(q, q / p) once had a NaN gradient."""
+    p = EXTREME_PREDICTIONS[prediction][None, None].clone().requires_grad_()
+    q = EXTREME_DENSITIES[density][None, None]
+    loss = TERMS[name](p, q, (q * 20).round())
+    assert loss.isfinite().all()
+    loss.sum().backward()
+    assert p.grad.isfinite().all()
+
+
+def test_a_softmax_far_from_the_density_has_a_gradient_that_helps():
+    logits = torch.zeros(1, 1, 4, 5)
+    logits[..., 0, 0] = 20.0
+    logits.requires_grad_()
+    q = EXTREME_DENSITIES["one cell"][None, None]
+    kl_loss(logits.flatten(1).softmax(1).reshape(logits.shape), q, q).sum().backward()
+    assert logits.grad[0, 0, 1, 2] < 0 < logits.grad[0, 0, 0, 0]
+
+
+def test_constant_maps_correlate_with_nothing():
+    assert cc_loss(torch.ones(1, 1, 2, 2), DENSITY, FIXATIONS).item() == pytest.approx(1)
+    assert TERMS["nss"](torch.ones(1, 1, 2, 2), DENSITY, FIXATIONS).item() == pytest.approx(0)
+
+
+def test_expressions_are_sums_of_known_terms():
+    assert parse_loss("mlnet") == [(1.0, "mlnet")]
+    assert parse_loss(" kl+0.5 * cc + 2*nss ") == [(1.0, "kl"), (0.5, "cc"), (2.0, "nss")]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "kl +", "klx", "kl - cc", "cc*0.5", "-1*kl", "2**kl", "kl cc"]
+)
+def test_other_expressions_are_errors(text):
+    with pytest.raises(
+        ValueError, match=r"is not a sum such as 'kl \+ 0.5\*cc' of the terms mlnet"
+    ):
+        parse_loss(text)
+
+
+def test_objective_is_the_weighted_sum():
+    objective = Objective(tiny_config(loss="kl + 0.5*cc"))
+    total = objective.per_image(PREDICTION, DENSITY, FIXATIONS)
+    parts = [TERMS[name](PREDICTION, DENSITY, FIXATIONS).item() for name in ("kl", "cc")]
+    assert total.item() == pytest.approx(parts[0] + 0.5 * parts[1])
+    narrow = Objective(tiny_config(loss="mlnet", alpha=1.5))
+    expected = mlnet_loss(PREDICTION, DENSITY, FIXATIONS, alpha=1.5)
+    assert torch.equal(narrow.per_image(PREDICTION, DENSITY, FIXATIONS), expected)
+
+
+def test_the_penalty_on_the_prior_has_the_paper_s_weight():
+    prior = torch.full((1, 1, 6, 8), 0.5)
+    paper = Objective(tiny_config(prior_cells=(6, 8), prior_penalty=-1.0))
+    assert paper.prior_penalty(prior).item() == pytest.approx(0.25)  # 48 cells / 48
+    weighted = Objective(tiny_config(prior_cells=(6, 8), prior_penalty=2.0))
+    assert weighted.prior_penalty(prior).item() == pytest.approx(2 * 48 * 0.25)
+    assert Objective(tiny_config(prior_cells=())).prior_penalty(None) == 0.0

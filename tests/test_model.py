@@ -1,0 +1,379 @@
+"""The network: shapes, heads, prior, freezing, weights from files, memory options."""
+
+import os
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config
+from safetensors.torch import save_file
+from torch import nn
+
+from mlnet_utils.config import load_config
+from mlnet_utils.model import (
+    NORMALISATIONS,
+    MLNet,
+    build_backbone,
+    freeze,
+    load_backbone_file,
+    max_pool,
+    theano_upsampling,
+)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def vgg_config(**overrides):
+    small = {"height": 32, "width": 48, "prior_cells": (2, 3), "channels": 8}
+    return load_config("paper", **{**small, "backbone_weights": "none", **overrides})
+
+
+@pytest.fixture(scope="module")
+def vgg():
+    torch.manual_seed(0)
+    return MLNet(vgg_config()).eval()
+
+
+@pytest.fixture
+def image():
+    return torch.randint(0, 256, (2, 3, 32, 40), generator=torch.Generator().manual_seed(1))
+
+
+def build(seed=0, **overrides) -> MLNet:
+    torch.manual_seed(seed)
+    return MLNet(tiny_config(**overrides))
+
+
+# ---- shapes and outputs ------------------------------------------------------------------------
+def test_vgg_levels_are_the_paper_s(vgg):
+    levels = vgg.extract(torch.zeros(1, 3, 32, 48))
+    assert [tuple(level.shape) for level in levels] == [
+        (1, 256, 4, 6), (1, 512, 4, 6), (1, 512, 4, 6),
+    ]  # fmt: skip
+    assert vgg.encode.in_channels == 1280
+    # 13 convolutions, the two of the encoding (64 channels in the paper), the prior.
+    paper = 14_714_688 + 1280 * 64 * 9 + 64 + 64 + 1 + 48
+    with torch.device("meta"):
+        full = MLNet(load_config("paper", backbone_weights="none"))
+    assert sum(p.numel() for p in full.parameters()) == paper
+
+
+def test_the_fourth_pool_looks_one_pixel_ahead():
+    x = torch.randn(1, 2, 4, 6)
+    padded = F.pad(x, (0, 1, 0, 1), value=-1e9)
+    expected = torch.stack(
+        [padded[..., :-1, :-1], padded[..., 1:, :-1], padded[..., :-1, 1:], padded[..., 1:, 1:]]
+    ).amax(0)
+    assert torch.equal(max_pool(x, 1), expected)
+    assert torch.equal(max_pool(x, 2), F.max_pool2d(x, 2))
+
+
+def test_a_density_sums_to_one(image):
+    model = build().eval()
+    output = model(image)
+    assert output.shape == (2, 1, 4, 5)
+    assert output.dtype == torch.float32
+    assert (output > 0).all()
+    torch.testing.assert_close(output.sum((1, 2, 3)), torch.ones(2))
+
+
+def test_the_paper_s_head_is_not_negative(image):
+    model = build(head="paper").eval()
+    nn.init.normal_(model.prior)
+    output = model(image)
+    assert output.shape == (2, 1, 4, 5)
+    assert (output >= 0).all()
+    assert output.max() > 0
+
+
+@pytest.mark.parametrize("levels", [1, 2, 3])
+def test_fewer_levels_are_the_deepest(image, levels):
+    model = build(levels=levels).eval()
+    assert model.encode.in_channels == sum(model.backbone.channels[-levels:])
+    assert model(image).shape == (2, 1, 4, 5)
+
+
+def test_uint8_float_and_memory_format_do_not_matter(image):
+    model = build().eval()
+    expected = model(image.float())
+    assert torch.equal(model(image.to(torch.uint8)), expected)
+    last = model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(last(image.contiguous(memory_format=torch.channels_last)), expected)
+
+
+@pytest.mark.parametrize("shape", [(3, 32, 40), (1, 1, 32, 40), (1, 3, 33, 40), (1, 3, 32, 41)])
+def test_wrong_input_is_an_error(shape):
+    with pytest.raises(ValueError, match=r"expects \(B, 3, H, W\) with H and W multiples of 8"):
+        build()(torch.zeros(shape))
+
+
+def test_too_many_levels_and_unknown_backbones_are_errors():
+    with pytest.raises(ValueError, match="levels=4, but test_resnet has 3 levels"):
+        build(levels=4)
+    with pytest.raises(ValueError, match="backbone 'resnet_17' cannot be built by timm"):
+        build(backbone="resnet_17")
+    with pytest.raises(ValueError, match="backbone_drop names 'layer9', which test_resnet has not"):
+        build(backbone_drop=("layer9",))
+
+
+def test_normalisation():
+    for name, (mean, std) in NORMALISATIONS.items():
+        model = build(normalisation=name)
+        pixel = (torch.tensor(mean) * 255).reshape(1, 3, 1, 1) + torch.tensor(std).reshape(
+            1, 3, 1, 1
+        ) * 255
+        torch.testing.assert_close((pixel - model.mean) / model.std, torch.ones(1, 3, 1, 1))
+        assert model.swap_to_bgr == (name == "caffe")
+
+
+def test_caffe_normalisation_feeds_bgr_minus_its_mean(monkeypatch, image):
+    model = build(normalisation="caffe")
+    seen = []
+    monkeypatch.setattr(model.backbone, "forward", seen.append)
+    model.extract(image)
+    expected = image.float().flip(1) - torch.tensor([103.939, 116.779, 123.68]).reshape(1, 3, 1, 1)
+    torch.testing.assert_close(seen[0], expected, rtol=0, atol=1e-4)
+
+
+# ---- the learned prior -------------------------------------------------------------------------
+@pytest.mark.parametrize("head", ["paper", "density"])
+def test_the_prior_starts_neutral_and_receives_a_gradient(image, head):
+    model = build(head=head).eval()
+    assert not model.prior.any()
+    without = build(head=head, prior_cells=()).eval()
+    assert without.prior is None
+    without.load_state_dict(model.state_dict(), strict=False)
+    torch.testing.assert_close(model(image), without(image))
+    weights = torch.linspace(0, 1, 20).reshape(1, 1, 4, 5)
+    (model(image) * weights).sum().backward()
+    assert (model.prior.grad != 0).all()
+
+
+def test_the_prior_multiplies_in_one_head_and_adds_in_the_other(image):
+    paper, density = (build(head=head).eval() for head in ("paper", "density"))
+    for model in (paper, density):
+        model.prior.data.fill_(0.5)
+    raw = paper.encode_levels(paper.extract(image))
+    torch.testing.assert_close(paper(image), raw.relu() * 1.5)
+    density.prior.data.copy_(torch.tensor([[0.0, 3.0], [0.0, 3.0]]))
+    output = density(image)[:, 0]
+    density.prior.data.zero_()
+    assert (output / density(image)[:, 0])[..., -1].min() > 1
+
+
+def test_a_constant_prior_is_constant_whatever_the_compatibility():
+    for compat in ("", "theano", "mlnet-pytorch"):
+        model = build(compat=compat, height=64, width=96, prior_cells=(2, 3))
+        model.prior.data.fill_(0.3)
+        torch.testing.assert_close(
+            model.upsampled_prior((8, 12)), torch.full((1, 1, 8, 12), 0.3), rtol=1e-6, atol=0
+        )
+
+
+def test_theano_s_upsampling_needs_a_whole_ratio():
+    with pytest.raises(ValueError, match="needs a whole ratio, got 3 -> 8"):
+        theano_upsampling(3, 8)
+
+
+# ---- compatibility switches --------------------------------------------------------------------
+def test_theano_pools_look_one_pixel_back():
+    x = torch.randn(1, 1, 4, 6)
+    assert torch.equal(max_pool(x, 1, "theano"), max_pool(x.flip(2, 3), 1).flip(2, 3))
+    shifted = F.pad(x, (1, 0, 1, 0), value=-1e9)[..., :-1, :-1]
+    assert torch.equal(max_pool(x, 2, "theano"), F.max_pool2d(shifted, 2))
+    assert max_pool(x, 1, "mlnet-pytorch").shape == x.shape
+
+
+def test_mlnet_pytorch_has_fewer_relus(image):
+    model = build(head="paper", compat="mlnet-pytorch").eval()
+    levels = model.extract(image)
+    encoded = model.encode(torch.cat(levels, 1))
+    torch.testing.assert_close(model.encode_levels(levels), model.to_map(encoded))
+    model.compat = ""
+    torch.testing.assert_close(model.encode_levels(levels), model.to_map(encoded.relu()))
+
+
+# ---- dropout -----------------------------------------------------------------------------------
+def test_dropout_acts_in_training_only(image):
+    model = build(dropout=0.5)
+    model.eval()
+    assert torch.equal(model(image), model(image))
+    model.train()
+    assert not torch.equal(model(image), model(image))
+
+
+@pytest.mark.parametrize("channels", [False, True])
+def test_dropout_at_test_time_is_a_switch(channels):
+    model = build(dropout=0.5, dropout_at_test=True, dropout_channels=channels).eval()
+    dropped = model.drop(torch.ones(4, 8, 6, 6))
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    by_channel = dropped.flatten(2)
+    assert bool((by_channel == by_channel[..., :1]).all()) == channels
+
+
+# ---- freezing ----------------------------------------------------------------------------------
+def test_freezing_by_name_patterns():
+    model = build(freeze=("backbone.*", "prior"))
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    expected = {n for n, _ in model.named_parameters() if n.startswith("backbone.") or n == "prior"}
+    assert frozen == expected
+    assert {"encode.weight", "to_map.bias"}.isdisjoint(frozen)
+    assert freeze(model, ("to_map.bias",)) == ["to_map.bias"]
+
+
+def test_a_freeze_pattern_with_a_typo_is_an_error():
+    with pytest.raises(ValueError, match=r"freeze pattern 'backbone.features.\*' matches no"):
+        build(freeze=("backbone.features.*",))
+
+
+def test_frozen_layers_keep_no_graph(image):
+    model = build(freeze=("backbone.*",))
+    assert all(level.grad_fn is None for level in model.extract(image))
+    model(image).square().sum().backward()
+    assert all(p.grad is None for p in model.backbone.parameters())
+    assert model.encode.weight.grad.any()
+
+
+def test_the_first_convolutions_of_vgg_can_be_frozen_without_graph():
+    model = MLNet(vgg_config(freeze=tuple(f"backbone.features.{i}.*" for i in (0, 2, 5, 7))))
+    x = model.backbone.features[:10](torch.zeros(1, 3, 16, 16))
+    assert x.grad_fn is None
+    assert model.backbone.features[:11](torch.zeros(1, 3, 16, 16)).grad_fn is not None
+
+
+def test_batch_norm_statistics_can_be_frozen(image):
+    def norms(model):
+        return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    model = build(freeze_norm=True).train()
+    before = [m.running_mean.clone() for m in norms(model)]
+    model(image)
+    assert before
+    assert all(torch.equal(m.running_mean, b) for m, b in zip(norms(model), before, strict=True))
+    assert not any(m.training for m in norms(model))
+    assert all(m.weight.requires_grad for m in norms(model))
+    assert model.dropout.training
+    free = build().train()
+    before = [m.running_mean.clone() for m in norms(free)]
+    free(image)
+    changed = [not torch.equal(m.running_mean, b) for m, b in zip(norms(free), before, strict=True)]
+    assert all(changed)
+
+
+# ---- memory ------------------------------------------------------------------------------------
+@pytest.mark.parametrize("build_one", [vgg_config, tiny_config], ids=["vgg16", "timm"])
+def test_activation_checkpointing_changes_nothing_but_memory(build_one):
+    options = {"dropout": 0.0, "freeze_norm": True}
+    torch.manual_seed(0)
+    plain = MLNet(build_one(**options)).train()
+    saving = MLNet(build_one(**options, checkpointing=True)).train()
+    saving.load_state_dict(plain.state_dict())
+    x = torch.rand(1, 3, 32, 48) * 255
+    gradients = []
+    for model in (plain, saving):
+        model(x).square().sum().backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---- weights from files ------------------------------------------------------------------------
+@pytest.fixture
+def backbone():
+    torch.manual_seed(0)
+    return build_backbone(tiny_config())[0]
+
+
+def weights_of(backbone):
+    return {key: value.clone() for key, value in backbone.body.state_dict().items()}
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+def test_local_weights_are_loaded(tmp_path, backbone, suffix):
+    state = weights_of(backbone)
+    # What the feature extractor drops may be in the file.
+    state |= {"fc.weight": torch.zeros(10, 96), "fc.bias": torch.zeros(10)}
+    path = tmp_path / f"weights{suffix}"
+    save_file(state, path) if suffix == ".safetensors" else torch.save({"state_dict": state}, path)
+    torch.manual_seed(9)
+    model = MLNet(tiny_config(backbone_weights=str(path)))
+    loaded = model.backbone.body.state_dict()
+    assert all(torch.equal(loaded[key], state[key]) for key in loaded)
+
+
+def test_wrong_weights_are_listed(tmp_path, backbone):
+    state = weights_of(backbone)
+    first, *_, last = [key for key in state if key.endswith("weight")]
+    del state[first]
+    state[last] = torch.zeros(3)
+    state["extra.weight"] = torch.zeros(1)
+    path = tmp_path / "wrong.safetensors"
+    save_file(state, path)
+    with pytest.raises(ValueError, match=r"do not match the backbone") as error:
+        load_backbone_file(backbone, path)
+    message = str(error.value)
+    assert f"missing in the file (1): {first}" in message
+    assert "unknown in the file (1): extra.weight" in message
+    assert f"shape (1): {last}: file (3,)" in message
+
+
+def test_dropped_modules_may_be_absent_or_present_in_the_file(tmp_path, backbone):
+    name = next(key for key in weights_of(backbone) if "layer4" in key and "conv" in key)
+    module = name.rpartition(".")[0]
+    torch.manual_seed(0)
+    full = weights_of(backbone)
+    for state in (full, {key: value for key, value in full.items() if key != name}):
+        save_file(state, tmp_path / "w.safetensors")
+        kept = MLNet(
+            tiny_config(backbone_weights=str(tmp_path / "w.safetensors"), backbone_drop=(module,))
+        )
+        assert isinstance(kept.backbone.body.get_submodule(module), nn.Identity)
+
+
+def test_broken_and_missing_weight_files_are_errors(tmp_path, backbone):
+    with pytest.raises(FileNotFoundError, match=r"weights file .*gone.pth does not exist"):
+        load_backbone_file(backbone, tmp_path / "gone.pth")
+    for suffix in (".safetensors", ".pth"):
+        path = tmp_path / f"broken{suffix}"
+        path.write_bytes(b"not weights")
+        with pytest.raises(ValueError, match=r"broken.* cannot be read"):
+            load_backbone_file(backbone, path)
+    torch.save([1, 2], tmp_path / "list.pth")
+    with pytest.raises(ValueError, match=r"list.pth must hold a state dict of tensors"):
+        load_backbone_file(backbone, tmp_path / "list.pth")
+
+
+def test_weights_of_another_network_are_refused(tmp_path, vgg):
+    path = tmp_path / "vgg.pth"
+    torch.save(vgg.backbone.state_dict(), path)
+    with pytest.raises(
+        ValueError, match=r"missing in the file \(\d+\).*unknown in the file \(26\)"
+    ):
+        MLNet(tiny_config(backbone_weights=str(path)))
+    loaded = MLNet(vgg_config(backbone_weights=str(path)))
+    assert torch.equal(loaded.backbone.features[0].weight, vgg.backbone.features[0].weight)
+
+
+@pytest.mark.skipif(
+    not os.environ.get("BACKBONE_WEIGHTS"), reason="needs BACKBONE_WEIGHTS, the file's path"
+)
+def test_a_local_mobilenet_matches_its_preset():
+    """The OSIE preset with the file that BACKBONE_WEIGHTS names."""
+    config = load_config("osie")
+    model = MLNet(config).eval()
+    levels = model.extract(torch.zeros(1, 3, 64, 64))
+    assert [level.shape[1] for level in levels] == [256, 512, 1024]
+
+
+# ---- explanation -------------------------------------------------------------------------------
+def test_an_explanation_ends_in_the_prediction(image):
+    model = build().eval()
+    nn.init.normal_(model.prior)
+    parts = model.explain(image)
+    assert list(parts) == ["level 1", "level 2", "level 3", "raw", "prior", "saliency"]
+    torch.testing.assert_close(parts["saliency"], model(image))
+    density = (parts["raw"] + parts["prior"]).flatten(1).softmax(1)
+    torch.testing.assert_close(density, parts["saliency"].flatten(1))
