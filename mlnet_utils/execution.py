@@ -174,7 +174,10 @@ def _kernel_of_this_python(scratch: Path) -> Iterator[str]:
     The name ``python3`` may belong to another environment: a user's own kernels are searched
     before those of the interpreter.
     """
-    write_kernel_spec(scratch / "kernels" / KERNEL_NAME)
+    # At its usual level the kernel warns about local sockets and about its own shutdown.
+    write_kernel_spec(
+        scratch / "kernels" / KERNEL_NAME, extra_arguments=["--IPKernelApp.log_level=CRITICAL"]
+    )
     before = os.environ.get("JUPYTER_PATH")
     os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(scratch), before]))
     try:

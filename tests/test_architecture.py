@@ -20,8 +20,8 @@ ORDER = (
     *("model", "losses", "checkpoints", "optimization", "validation", "training"),
     *("roc", "resize", "metric_inputs", "metric_formulas", "metrics"),
     *("bootstrap", "scores"),
+    "plots",  # takes arrays: isolated below
     *("legacy", "prediction", "baselines", "evaluation"),
-    "plots",
     *("execution", "pipeline"),
     "__main__",
 )
