@@ -175,14 +175,31 @@ def read_image(path: str | Path) -> Tensor:
 def decode(image: Image.Image) -> Tensor:
     """A PIL image of any mode as (3, H, W) uint8 RGB, upright, alpha over white."""
     image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+    if image.mode.startswith("I"):  # 16-bit greyscale, which convert("RGB") would clip
+        values = np.asarray(image)
+        pixels = (values / 256).clip(0, 255).astype(np.uint8)
+        if "transparency" in image.info:  # one grey level
+            pixels[values == image.info["transparency"]] = 255
+        image = Image.fromarray(pixels)
+    elif image.mode == "F":
+        image = Image.fromarray(to_bytes(np.asarray(image)))
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image)
-    elif image.mode.startswith("I"):  # 16-bit greyscale, which convert("RGB") would clip
-        image = Image.fromarray((np.asarray(image) / 256).clip(0, 255).astype(np.uint8))
     pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def to_bytes(values: np.ndarray) -> np.ndarray:
+    """Float pixels in 0..1 or 0..255 as uint8.
+
+    Raises:
+        ValueError: values that are in neither range.
+    """
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 255):
+        raise ValueError("float pixels must be finite and in 0..1 or 0..255")
+    return np.round(values * (255 if values.max() <= 1 else 1)).astype(np.uint8)
 
 
 def read_density(path: str | Path) -> Tensor:

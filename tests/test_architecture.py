@@ -21,7 +21,7 @@ ORDER = (
     *("roc", "resize", "metric_inputs", "metric_formulas", "metrics"),
     *("bootstrap", "scores"),
     "plots",  # takes arrays: isolated below
-    *("legacy", "prediction", "baselines", "evaluation"),
+    *("legacy", "prediction", "folders", "baselines", "evaluation", "export", "submission"),
     *("execution", "pipeline"),
     "__main__",
 )
