@@ -79,6 +79,12 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--npy", action="store_true", help="also write <stem>.npy, sums to 1")
     verb.add_argument("--force", action="store_true", help="redo maps that exist")
     verb.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="photos and folders")
+
+    verb = _verb(verbs, "import-weights", import_weights, "convert weights of earlier ML-Nets",
+                 "import-weights mlnet_salicon_weights.pkl --out authors.pt",
+                 "import-weights vgg16_weights.h5 --out vgg16.safetensors")  # fmt: skip
+    verb.add_argument("file", type=Path, help="Keras HDF5 file, or MLNet-Pytorch's state dict")
+    verb.add_argument("--out", type=Path, required=True, help="checkpoint or .safetensors file")
     return top
 
 
@@ -186,9 +192,9 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def predict(options: argparse.Namespace) -> int:
-    from mlnet_utils import prediction
+    from mlnet_utils import folders
 
-    result = prediction.predict_folder(
+    result = folders.predict_folder(
         options.checkpoint,
         options.paths,
         options.out,
@@ -198,6 +204,18 @@ def predict(options: argparse.Namespace) -> int:
     )
     print(result.summary())
     return 1 if result.failed else 0
+
+
+def import_weights(options: argparse.Namespace) -> int:
+    from mlnet_utils import legacy
+
+    config = legacy.import_weights(options.file, options.out)
+    where = f"{display_path(options.out)}, normalisation {config.normalisation}"
+    if options.out.suffix == ".safetensors":
+        print(f"backbone vgg16 for backbone_weights: {where}")
+    else:
+        print(f"checkpoint: {where}, {config.width}x{config.height}, compat {config.compat}")
+    return 0
 
 
 if __name__ == "__main__":

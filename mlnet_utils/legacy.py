@@ -95,6 +95,9 @@ def import_weights(path: str | Path, out: str | Path) -> Config:
     kind = recognise(path)
     if out.resolve() == path.resolve():
         raise ValueError(f"{out} is the file to import; write the result elsewhere")
+    if (out.suffix == ".safetensors") != (kind == "keras-vgg16"):
+        suffix = ".safetensors" if kind == "keras-vgg16" else ".pt"
+        raise ValueError(f"{path} is {kind}: write it to a {suffix} file, not to {out.name}")
     source = {"kind": kind, "file": path.name, "sha256": sha256_file(path)}
     if kind == "keras-vgg16":
         return _import_backbone(path, out, source)
@@ -151,8 +154,6 @@ def _import_backbone(path: Path, out: Path, source: dict[str, str]) -> Config:
     """VGG-16 trained in Caffe (BGR, mean only), stored for Theano."""
     from safetensors.torch import save_file
 
-    if out.suffix != ".safetensors":
-        raise ValueError(f"{path} is a VGG-16: write it to a .safetensors file, not to {out.name}")
     arrays = {}
     with _open_hdf5(path) as file:
         for place in _PLACES:

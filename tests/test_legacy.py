@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F
 from scipy.signal import convolve2d
 
+import mlnet_utils
 from mlnet_utils import legacy
+from mlnet_utils.__main__ import main
 from mlnet_utils.checkpoints import load_checkpoint, load_model
 from mlnet_utils.legacy import import_weights, recognise
 from mlnet_utils.model import MLNet, read_weights
@@ -280,6 +282,41 @@ def test_input_size_follows_from_the_prior(tmp_path):
     assert (config.height, config.width, config.prior_cells) == (240, 400, (3, 5))
 
 
+def test_from_photo_to_photo(keras, tmp_path):
+    """Imported on the command line, loaded and asked: the authors' steps from end to end."""
+    layers, _, _, _ = keras
+    prior = np.array([[0.5, -0.25], [0.0, -0.5]], np.float32)
+    write_keras_mlnet(tmp_path / "w.pkl", layers, prior)
+    out = tmp_path / "authors.pt"
+    assert main(["import-weights", str(tmp_path / "w.pkl"), "--out", str(out)]) == 0
+    photo = np.random.default_rng(6).integers(0, 256, (123, 209, 3)).astype(np.uint8)
+    density = mlnet_utils.load(out, device="cpu").predict(photo)
+    # 123 x 209 into 160 x 160: resized to 94 x 160, 33 black rows above and below.
+    image = np.zeros((160, 160, 3))
+    image[33:127] = linear(photo, 94, 160).round()
+    saliency = keras_mlnet(image.transpose(2, 0, 1), layers, prior)
+    # Back: resized until it covers the photo, 43 rows cut off above and below.
+    expected = linear(saliency, 209, 209)[43:166]
+    assert expected.max() > 0
+    assert relative_difference(density, expected / expected.sum()) < 1e-3
+
+
+def linear(image, height, width):
+    """OpenCV's bilinear resize: two neighbours per axis, pixel centres aligned."""
+    for axis, size in enumerate((height, width)):
+        at = (np.arange(size) + 0.5) * image.shape[axis] / size - 0.5
+        image = np.apply_along_axis(
+            lambda line, at=at: np.interp(at, np.arange(len(line)), line), axis, image
+        )
+    return image
+
+
+def test_the_command_line_reports_a_wrong_file(tmp_path, capsys):
+    (tmp_path / "w").write_text("hello")
+    assert main(["import-weights", str(tmp_path / "w"), "--out", str(tmp_path / "out.pt")]) == 1
+    assert "neither an HDF5 nor a PyTorch file" in capsys.readouterr().err
+
+
 # ---- the authors' VGG-16 -----------------------------------------------------------------------
 def test_authors_vgg16_becomes_a_backbone(tmp_path):
     layers, _ = random_weights(seed=2)
@@ -455,9 +492,10 @@ GUARDS = {
 def test_wrong_files_are_refused(tmp_path, name):
     make, message = GUARDS[name]
     make(tmp_path)
+    out = tmp_path / ("out.safetensors" if "VGG" in name else "out.pt")
     with pytest.raises(ValueError, match=message):
-        import_weights(tmp_path / "w", tmp_path / "out.safetensors")
-    assert not (tmp_path / "out.safetensors").exists()
+        import_weights(tmp_path / "w", out)
+    assert not out.exists()
 
 
 def test_missing_file(tmp_path):
@@ -471,10 +509,13 @@ def test_many_problems_are_counted(tmp_path):
         import_weights(tmp_path / "w", tmp_path / "out.pt")
 
 
-def test_backbone_needs_a_safetensors_name(tmp_path):
+def test_the_results_name_must_say_what_it_is(tmp_path):
     write_keras_vgg(tmp_path / "vgg16_weights.h5", empty_layers())
-    with pytest.raises(ValueError, match=r"\.safetensors file, not to out\.pt"):
+    with pytest.raises(ValueError, match=r"keras-vgg16: write it to a \.safetensors file"):
         import_weights(tmp_path / "vgg16_weights.h5", tmp_path / "out.pt")
+    write_keras_mlnet(tmp_path / "w", empty_layers(), (6, 8))
+    with pytest.raises(ValueError, match=r"keras-mlnet: write it to a \.pt file"):
+        import_weights(tmp_path / "w", tmp_path / "out.safetensors")
 
 
 def test_the_file_is_not_overwritten(tmp_path):

@@ -1,0 +1,603 @@
+"""The paper and the earlier implementations, fact by fact.
+
+Every expected number is written here a second time, by hand or by an independent formula, from
+the paper (Cornia et al., ICPR 2016), the authors' code (Keras 1.1 on Theano) and MLNet-Pytorch
+(immortal3, 2018). docs/fidelity.md is the table of these facts, and names the tests.
+"""
+
+import re
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config
+from torch import nn
+
+from mlnet_utils.config import load_config
+from mlnet_utils.datasets import EpochSampler
+from mlnet_utils.losses import Objective, mlnet_loss
+from mlnet_utils.model import MLNet, freeze, max_pool
+from mlnet_utils.optimization import learning_rate, make_optimizer
+from mlnet_utils.training import fit
+from mlnet_utils.transforms import (
+    Letterbox,
+    authors_postprocess,
+    density_on_grid,
+    letterbox,
+    unletterbox,
+)
+
+PAPER = load_config("paper", backbone_weights="none")
+INTENT = load_config("mlnet-pytorch", backbone_weights="none")
+AS_IS = load_config("mlnet-pytorch-asis", backbone_weights="none")
+
+
+@pytest.fixture(scope="module")
+def network():
+    """The paper's network with random weights, as it is before training."""
+    torch.manual_seed(0)
+    return MLNet(PAPER).eval()
+
+
+@pytest.fixture(scope="module")
+def as_is():
+    torch.manual_seed(0)
+    return MLNet(AS_IS).eval()
+
+
+@pytest.fixture(scope="module")
+def photo():
+    return torch.rand(1, 3, 64, 80, generator=torch.Generator().manual_seed(1)) * 255
+
+
+@pytest.fixture(scope="module")
+def levels(network, photo):
+    with torch.inference_mode():
+        return network.extract(photo)
+
+
+def maps(*rows):
+    """One map (1, 1, h, w) from nested lists."""
+    return torch.tensor(rows, dtype=torch.float64)[None, None]
+
+
+def random_maps(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2))
+
+
+# ---- A. feature extraction ---------------------------------------------------------------------
+def test_thirteen_convolutions_of_vgg16(network):
+    layers = list(network.backbone.features)
+    convolutions = [layer for layer in layers if isinstance(layer, nn.Conv2d)]
+    widths = [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+    assert [c.out_channels for c in convolutions] == widths
+    for convolution in convolutions:
+        assert convolution.kernel_size == (3, 3)
+        assert convolution.padding == convolution.stride == convolution.dilation == (1, 1)
+        assert isinstance(layers[layers.index(convolution) + 1], nn.ReLU)
+
+
+def test_1280_channels_at_one_eighth(levels):
+    assert [tuple(level.shape) for level in levels] == [
+        (1, 256, 8, 10),  # pool3
+        (1, 512, 8, 10),  # pool4
+        (1, 512, 8, 10),  # conv5_3
+    ]
+    assert sum(level.shape[1] for level in levels) == 1280
+
+
+def test_the_output_has_one_eighth_of_the_size(network, photo):
+    assert PAPER.grid == (60, 80)
+    with torch.inference_mode():
+        assert network(photo).shape == (1, 1, 8, 10)
+
+
+def test_pool4_has_stride_1_and_the_others_2(network, levels):
+    """2x2 windows from x[i] to x[i + 1]; beyond the border there is nothing."""
+    with torch.inference_mode():
+        before = network.backbone.features[17:23](levels[0])[0]
+    below = torch.cat([before[:, 1:], before[:, -1:]], 1)
+    rows = torch.maximum(before, below)
+    right = torch.cat([rows[:, :, 1:], rows[:, :, -1:]], 2)
+    assert torch.equal(torch.maximum(rows, right), levels[1][0])
+    line = torch.tensor([5.0, 1, 2, 9, 3, 4]).reshape(1, 1, 1, 6)
+    assert max_pool(line.expand(1, 1, 6, 6), 2)[0, 0, 0].tolist() == [5, 9, 4]
+
+
+def test_conv5_runs_on_pool4(network, levels):
+    """There is no pool5, and conv5 is not dilated."""
+    with torch.inference_mode():
+        conv5 = network.backbone.features[24:](levels[1])
+    assert torch.equal(conv5, levels[2])
+    assert len(network.backbone.features) == 30
+
+
+def test_parameter_count(network):
+    channels = [3] + [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+    vgg16 = sum(9 * i * o + o for i, o in pairwise(channels))
+    encoding = 9 * 1280 * 64 + 64 + 64 + 1
+    assert vgg16 == 14_714_688
+    count = sum(parameter.numel() for parameter in network.parameters())
+    assert count == vgg16 + encoding + 6 * 8 == 15_452_145
+
+
+def test_nothing_is_frozen(network):
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    assert PAPER.backbone_lr_scale == 1
+
+
+# ---- A. encoding network -----------------------------------------------------------------------
+def test_encoding_network(network):
+    assert (network.encode.in_channels, network.encode.out_channels) == (1280, 64)
+    assert (network.encode.kernel_size, network.encode.padding) == ((3, 3), (1, 1))
+    assert (network.to_map.in_channels, network.to_map.out_channels) == (64, 1)
+    assert network.to_map.kernel_size == (1, 1)
+
+
+def test_dropout_is_element_wise_and_only_in_training(network):
+    ones = torch.ones(1, 1280, 8, 10)
+    assert network.drop(ones) is ones
+    torch.manual_seed(0)
+    try:
+        dropped = network.train().drop(ones)
+    finally:
+        network.eval()
+    assert set(dropped.unique().tolist()) == {0, 2}
+    assert dropped.mean() == pytest.approx(1, abs=0.02)
+    per_channel = dropped.flatten(2).std(2)
+    assert (per_channel > 0).float().mean() > 0.99, "single elements, not whole channels"
+
+
+def test_relu_after_the_first_encoding_convolution(network, levels):
+    x = F.conv2d(torch.cat(levels, 1), network.encode.weight, network.encode.bias, padding=1)
+    assert (x < 0).any()
+    expected = F.conv2d(F.relu(x), network.to_map.weight, network.to_map.bias)
+    with torch.inference_mode():
+        torch.testing.assert_close(network.encode_levels(levels), expected)
+
+
+def test_relu_before_and_after_the_prior(network):
+    raw = random_maps(1, 1, 12, 16)
+    with torch.no_grad():
+        network.prior.fill_(-2)  # 1 + W = -1
+        before = network.apply_prior(raw)
+        network.prior.zero_()
+    # With only the last ReLU, negative values would come out positive; with only the first,
+    # positive ones negative.
+    assert (raw < 0).any()
+    assert (raw > 0).any()
+    assert torch.equal(before, torch.zeros_like(raw))
+
+
+def test_glorot_normal_initialisation(network):
+    for layer, deviation in (
+        (network.encode, np.sqrt(2 / (9 * 1280 + 9 * 64))),
+        (network.to_map, np.sqrt(2 / (64 + 1))),
+    ):
+        n = layer.weight.numel()
+        assert layer.weight.std().item() == pytest.approx(deviation, rel=4 / np.sqrt(2 * n))
+        assert torch.equal(layer.bias, torch.zeros_like(layer.bias))
+    # Normal, not truncated: some weights lie beyond two deviations (4.6 %).
+    z = network.encode.weight.abs() / network.encode.weight.std()
+    assert (z > 2).float().mean().item() == pytest.approx(0.0455, abs=0.002)
+
+
+# ---- A. prior ----------------------------------------------------------------------------------
+def test_prior_is_6x8_and_neutral_at_the_start(network):
+    assert network.prior.shape == (1, 1, 6, 8)
+    assert torch.equal(network.prior, torch.zeros(1, 1, 6, 8))
+    raw = random_maps(2, 1, 60, 80)
+    with torch.inference_mode():
+        assert torch.equal(network.apply_prior(raw), F.relu(raw))
+
+
+@pytest.mark.parametrize(
+    ("compat", "centres"),
+    [
+        ("", 10 * np.arange(8) + 4.5),  # PyTorch's, without a shift
+        ("theano", 10 * np.arange(8) + 4),  # half a cell to the left
+        ("mlnet-pytorch", np.linspace(0, 79, 8)),  # corners aligned
+    ],
+)
+def test_prior_multiplies_bilinearly_upsampled(network, compat, centres):
+    w = random_maps(6, 8)
+    rows = centres[:6] if compat != "mlnet-pytorch" else np.linspace(0, 59, 6)
+    up = np.stack([np.interp(np.arange(80), centres, line) for line in w.numpy()])
+    up = np.stack([np.interp(np.arange(60), rows, line) for line in up.T], axis=1)
+    raw = random_maps(1, 1, 60, 80).abs()
+    with torch.no_grad():
+        network.prior.copy_(w)
+        network.compat = compat
+        found = network.apply_prior(raw)
+        network.compat = ""
+        network.prior.zero_()
+    expected = np.maximum(raw.numpy() * (1 + up), 0)
+    np.testing.assert_allclose(found.numpy(), expected, atol=2e-5)
+
+
+# ---- A. input and output -----------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("photo", "content", "corner"),
+    [
+        ((480, 640), (480, 640), (0, 0)),
+        ((240, 320), (480, 640), (0, 0)),
+        ((600, 640), (480, 512), (0, 64)),  # too tall: bars left and right
+        ((1001, 751), (480, 360), (0, 140)),  # 751 * 480 / 1001 = 360.1
+        ((500, 333), (480, 319), (0, 160)),  # 319.68; the odd column goes to the right
+        ((333, 500), (426, 640), (27, 0)),  # 426.24
+        ((33, 500), (42, 640), (219, 0)),  # 42.24
+        ((331, 501), (422, 640), (29, 0)),  # 422.8
+        ((299, 400), (478, 640), (1, 0)),  # 478.4
+    ],
+)
+def test_letterbox_arithmetic(photo, content, corner):
+    box = Letterbox(*photo, 480, 640)
+    assert (box.content_height, box.content_width) == content
+    assert (box.top, box.left) == corner
+
+
+def test_letterbox_follows_the_authors_rule_at_any_size():
+    rng = np.random.default_rng(0)
+    for height, width in rng.integers(1, 3000, (2000, 2)).tolist():
+        if height / 480 > width / 640:
+            rows, columns = 480, width * 480 // height
+        else:
+            rows, columns = height * 640 // width, 640
+        box = Letterbox(height, width, 480, 640)
+        assert (box.content_height, box.content_width) == (max(rows, 1), max(columns, 1))
+
+
+def test_the_resize_of_the_earlier_implementations():
+    """OpenCV's INTER_LINEAR: two neighbours per axis around (i + 0.5) * scale - 0.5."""
+    rng = np.random.default_rng(0)
+    image = rng.uniform(0, 255, (75, 101))
+    found = letterbox(torch.from_numpy(image)[None], 48, 64, antialias=False)[0].numpy()
+    box = Letterbox(75, 101, 48, 64)
+    inner = linear(image, box.content_height, box.content_width)
+    expected = np.zeros((48, 64))
+    expected[box.top : box.top + len(inner), box.left : box.left + inner.shape[1]] = inner
+    np.testing.assert_allclose(found, expected, atol=1e-3)
+    assert PAPER.antialias
+    assert not INTENT.antialias
+    assert not load_config("paper", compat="theano").antialias
+
+
+def linear(image, height, width):
+    """Bilinear resize without antialiasing; beyond the border the last pixel repeats."""
+    for axis, size in enumerate((height, width)):
+        length = image.shape[axis]
+        at = (np.arange(size) + 0.5) * length / size - 0.5
+        image = np.apply_along_axis(
+            lambda line, at=at, n=length: np.interp(at, np.arange(n), line), axis, image
+        )
+    return image
+
+
+@pytest.mark.parametrize("normalisation", ["caffe", "imagenet"])
+def test_padding_is_black_before_the_mean_is_subtracted(normalisation):
+    network = MLNet(load_config(PAPER.preset, backbone_weights="none", normalisation=normalisation))
+    seen = []
+    network.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    image = torch.zeros(1, 3, 32, 40, dtype=torch.uint8)
+    image[..., 5:] = torch.tensor([255, 128, 0]).reshape(3, 1, 1)  # orange
+    with torch.inference_mode():
+        network.extract(image)
+    if normalisation == "caffe":  # blue, green, red
+        mean, scale, orange = (103.939, 116.779, 123.68), (1, 1, 1), (0, 128, 255)
+    else:
+        mean, scale, orange = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), (255, 128, 0)
+    mean, scale, orange = np.array(mean), np.array(scale), np.array(orange)
+    np.testing.assert_allclose(seen[0][0, :, 0, 0], -mean / scale, rtol=1e-5)
+    np.testing.assert_allclose(seen[0][0, :, 0, 9], (orange - mean) / scale, rtol=1e-5)
+
+
+def test_maps_are_letterboxed_to_60x80():
+    """A square photo fills the middle 60 of the 80 columns."""
+    points = np.array([[0, 0], [99, 99], [50, 50]])
+    density = density_on_grid(points, Letterbox(100, 100, 480, 640), PAPER.grid, sigma=3.0)
+    assert density.shape == (60, 80)
+    assert density.sum().item() == pytest.approx(1)
+    assert density[:, :10].sum() == density[:, 70:].sum() == 0
+    assert (density[:, 10].sum() > 0, density[:, 69].sum() > 0) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("size", "covering"),
+    [
+        ((480, 640), (480, 640)),
+        ((333, 500), (375, 500)),  # 42 rows of padding are cut off, 21 above
+        ((1001, 751), (1001, 1334)),  # 583 columns, 291 on the left
+        ((37, 91), (68, 91)),
+        ((60, 80), (60, 80)),
+    ],
+)
+def test_authors_postprocess(size, covering):
+    height, width = size
+    prediction = np.random.default_rng(0).random((60, 80))
+    whole = linear(prediction, *covering)
+    top, left = (covering[0] - height) // 2, (covering[1] - width) // 2
+    expected = whole[top : top + height, left : left + width]
+    found = authors_postprocess(torch.from_numpy(prediction)[None], height, width)[0]
+    np.testing.assert_allclose(found, expected / expected.max(), atol=1e-12)
+    assert found.max() == 1
+
+
+def test_our_inverse_equals_the_authors_without_padding():
+    prediction = torch.rand(1, 60, 80, dtype=torch.float64)
+    ours = unletterbox(prediction, Letterbox(600, 800, 480, 640))
+    theirs = authors_postprocess(prediction, 600, 800)
+    torch.testing.assert_close(ours / ours.max(), theirs)
+
+
+def test_a_dead_map_stays_zero_in_the_authors_postprocess():
+    assert authors_postprocess(torch.zeros(1, 60, 80), 333, 500).abs().max() == 0
+
+
+# ---- A. loss -----------------------------------------------------------------------------------
+def test_loss_by_hand():
+    """pred / max = [1, 1/2, 1/4, 0], y = [1/2, 1, 0, 1/4]: four terms by hand."""
+    prediction, density = maps([8, 4], [2, 0]), maps([0.2, 0.4], [0, 0.1])
+    terms = (
+        0.5**2 / (1.1 - 0.5),
+        0.5**2 / (1.1 - 1),
+        0.25**2 / (1.1 - 0),
+        0.25**2 / (1.1 - 0.25),
+    )
+    loss = mlnet_loss(prediction, density, density)
+    assert loss.item() == pytest.approx(sum(terms) / 4, rel=1e-12)
+    assert PAPER.alpha == 1.1
+    assert PAPER.loss == "mlnet"
+
+
+def test_the_maximum_is_each_maps_own():
+    prediction, density = random_maps(2, 1, 6, 8).abs(), random_maps(2, 1, 6, 8).abs()
+    scale = torch.tensor([1.0, 100.0]).reshape(2, 1, 1, 1)
+    expected = [mlnet_loss(prediction[i, None], density[i, None], density[i, None]) for i in (0, 1)]
+    found = Objective(PAPER).per_image(prediction * scale, density, density)
+    torch.testing.assert_close(found, torch.cat(expected))
+
+
+def test_a_dead_map_has_a_finite_loss():
+    """The released code divides 0 by 0 here (marcellacornia/mlnet, issue 21)."""
+    zero = torch.zeros(1, 1, 6, 8, requires_grad=True)
+    density = random_maps(1, 1, 6, 8).abs()
+    loss = mlnet_loss(zero, density, density)
+    loss.sum().backward()
+    assert loss.isfinite().all()
+    assert zero.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("config", "weight"),
+    [(PAPER, 1 / 48), (INTENT, 1 / 12), (AS_IS, 1.0)],
+    ids=["paper", "mlnet-pytorch", "mlnet-pytorch-asis"],
+)
+def test_weight_of_the_priors_penalty(config, weight):
+    """Paper: lambda * ||1 - U||^2, lambda = 1 / number of cells; MLNet-Pytorch divides by 1."""
+    u = 1 + random_maps(1, 1, *config.prior_cells)
+    expected = weight * ((1 - u) ** 2).sum()
+    torch.testing.assert_close(Objective(config).prior_penalty(u - 1), expected)
+
+
+def test_the_validation_loss_has_no_penalty():
+    """Keras 1 adds regularisers in the training phase only; the loss of an image has none."""
+    prediction, density = random_maps(2, 1, 6, 8).abs(), random_maps(2, 1, 6, 8).abs()
+    heavy = Objective(load_config("paper", prior_penalty=1e6))
+    found = heavy.per_image(prediction, density, density)
+    assert torch.equal(found, mlnet_loss(prediction, density, density))
+
+
+# ---- A. training -------------------------------------------------------------------------------
+def test_the_papers_recipe():
+    recipe = {
+        "dataset": "salicon-2015",
+        "height": 480,
+        "width": 640,
+        "backbone": "vgg16",
+        "backbone_weights": "imagenet",
+        "head": "paper",
+        "optimizer": "sgd",
+        "lr": 1e-3,
+        "lr_decay": 5e-4,
+        "schedule": "keras1",
+        "momentum": 0.9,
+        "batch_size": 10,
+        "epochs": 20,
+        "patience": 5,
+        "weight_decay": 0,
+        "clip_norm": 0,
+        "ema_decay": 0,
+        "precision": "fp32",
+    }
+    config = load_config("paper")
+    assert {key: getattr(config, key) for key in recipe} == recipe
+    assert config.dropout == 0.5
+    assert not config.dropout_channels
+    assert not config.dropout_at_test
+    assert config.freeze == ()
+
+
+def test_no_augmentation():
+    assert (PAPER.flip, PAPER.jitter, PAPER.crop, PAPER.test_flip) == (0, 0, 0, False)
+
+
+@pytest.mark.parametrize("update", [0, 1, 2, 999, 1000, 19_999])
+def test_schedule_is_keras_1s_decay_per_update(update):
+    expected = 1e-3 * (1 / (1 + 5e-4 * update))
+    assert learning_rate(PAPER, update, 20_000) == pytest.approx(expected, rel=1e-15)
+
+
+def keras1_sgd(gradients, rates, momentum=0.9):
+    """Keras 1: v = m*v - lr*g; p += m*v - lr*g (Nesterov). Returns the displacement."""
+    velocity, place = 0.0, 0.0
+    for gradient, rate in zip(gradients, rates, strict=True):
+        velocity = momentum * velocity - rate * gradient
+        place += momentum * velocity - rate * gradient
+    return place
+
+
+@pytest.mark.parametrize(
+    ("decay", "tolerance"), [(0.0, 1e-12), (5e-4, 5e-3)], ids=["constant rate", "decaying rate"]
+)
+def test_nesterov_momentum_is_kerass(network, decay, tolerance):
+    """Equal at a constant rate. Keras keeps the rate inside the velocity, PyTorch does not.
+
+    With the authors' decay, the velocity remembers rates that were larger, by 0.05 % a step:
+    the way gone differs by 0.4 % in the first 300 updates, and by less later.
+    """
+    optimizer = make_optimizer(PAPER, network)
+    assert all(group["nesterov"] and group["momentum"] == 0.9 for group in optimizer.param_groups)
+    gradients = np.random.default_rng(0).standard_normal(300) + 0.5
+    rates = [learning_rate(load_config("paper", lr_decay=decay), t, 0) for t in range(300)]
+    parameter = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    options = {key: optimizer.defaults[key] for key in ("momentum", "nesterov", "weight_decay")}
+    plain = torch.optim.SGD([parameter], lr=1.0, **options)
+    for gradient, rate in zip(gradients, rates, strict=True):
+        plain.param_groups[0]["lr"] = rate
+        parameter.grad = torch.full_like(parameter, gradient)
+        plain.step()
+    assert parameter.item() == pytest.approx(keras1_sgd(gradients, rates), rel=tolerance)
+
+
+def test_photos_are_shuffled_anew_every_epoch():
+    """And every photo is seen once; the order is a function of the seed and the epoch."""
+    sampler = EpochSampler(95, batch_size=10, seed=0, shuffle=True)
+    orders = []
+    for sampler.epoch in (0, 1, 0):
+        batches = list(sampler)
+        assert [len(batch) for batch in batches] == [10] * 9 + [5]
+        orders.append([index for batch in batches for _, index in batch])
+    assert orders[0] == orders[2] != orders[1]
+    assert all(sorted(order) == list(range(95)) for order in orders)
+    assert orders[0] != sorted(orders[0])
+
+
+def test_early_stopping(run_folder):
+    """A run that cannot improve stops after the first epoch and ``patience`` bad ones."""
+    config = tiny_config(lr=1e-30, freeze_norm=True, epochs=20, patience=5)
+    assert len(fit(config, run_folder).history) == 1 + 5
+
+
+# ---- B. MLNet-Pytorch --------------------------------------------------------------------------
+def mlnet_pytorch_parameters():
+    """Its ``model.parameters()`` by name: a module's own parameters come before its children's."""
+    places = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+    layers = [*(f"features.{place}" for place in places), "int_conv", "pre_final_conv"]
+    return ["prior", *(f"{layer}.{part}" for layer in layers for part in ("weight", "bias"))]
+
+
+def test_the_first_23_parameters_are_the_prior_and_eleven_convolutions(as_is):
+    class Theirs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.ModuleList([nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Conv2d(1, 1, 1)])
+            self.int_conv = nn.Conv2d(1, 1, 1)
+            self.prior = nn.Parameter(torch.ones(1))  # made last, and still the first
+
+    assert [name for name, _ in Theirs().named_parameters()][:3] == [
+        "prior",
+        "features.0.weight",
+        "features.0.bias",
+    ]
+    first_23 = mlnet_pytorch_parameters()[:23]
+    assert first_23[-1] == "features.24.bias"  # conv5_1
+    expected = {name.replace("features", "backbone.features") for name in first_23}
+    frozen = {name for name, parameter in as_is.named_parameters() if not parameter.requires_grad}
+    assert frozen == expected
+    assert len(frozen) == 23
+
+
+def test_the_intent_freezes_the_same_but_trains_the_prior(as_is):
+    network = MLNet(INTENT)
+    frozen = {name for name, parameter in as_is.named_parameters() if not parameter.requires_grad}
+    assert set(freeze(network, INTENT.freeze)) == frozen - {"prior"}
+    assert network.prior.requires_grad
+    trained = {id(p) for g in make_optimizer(INTENT, network).param_groups for p in g["params"]}
+    assert id(network.prior) in trained
+    trained = {id(p) for g in make_optimizer(AS_IS, as_is).param_groups for p in g["params"]}
+    assert id(as_is.prior) not in trained
+
+
+@pytest.mark.parametrize("config", [INTENT, AS_IS], ids=lambda config: config.preset)
+def test_mlnet_pytorchs_recipe(config):
+    recipe = {
+        "dataset": "salicon-2017",
+        "height": 240,
+        "width": 320,
+        "grid": (30, 40),
+        "prior_cells": (3, 4),
+        "compat": "mlnet-pytorch",
+        "optimizer": "adam",
+        "lr": 1e-3,
+        "schedule": "constant",
+        "weight_decay": 1e-4,
+        "batch_size": 16,
+        "epochs": 10,
+        "patience": 0,
+        "loss": "mlnet",
+        "alpha": 1.1,
+        "dropout": 0.5,
+        "dropout_channels": True,
+        "flip": 0,
+    }
+    assert {key: getattr(config, key) for key in recipe} == recipe
+
+
+def test_mlnet_pytorchs_weight_decay_is_adams_l2(as_is):
+    """Not AdamW: the decay is added to the gradient."""
+    optimizer = make_optimizer(AS_IS, as_is)
+    assert type(optimizer) is torch.optim.Adam
+    assert not optimizer.defaults.get("decoupled_weight_decay", False)
+    assert all(group["weight_decay"] == 1e-4 for group in optimizer.param_groups)
+
+
+def test_mlnet_pytorchs_pool4_is_5x5(as_is, photo):
+    with torch.inference_mode():
+        levels = as_is.extract(photo)
+        before = as_is.backbone.features[17:23](levels[0])
+    expected = F.pad(before, (2,) * 4, value=-torch.inf).unfold(2, 5, 1).unfold(3, 5, 1)
+    assert torch.equal(levels[1], expected.amax((-1, -2)))
+
+
+def test_mlnet_pytorchs_head_has_one_relu(as_is):
+    """None after the 1280 -> 64 convolution, none before the prior, one at the end."""
+    levels = [random_maps(1, channels, 8, 10) for channels in (256, 512, 512)]
+    x = F.conv2d(torch.cat(levels, 1), as_is.encode.weight, as_is.encode.bias, padding=1)
+    expected = F.conv2d(x, as_is.to_map.weight, as_is.to_map.bias)
+    as_is.dropout_at_test = False
+    with torch.no_grad():
+        raw = as_is.encode_levels(levels)
+        as_is.prior.fill_(-2)  # a prior of -1 in its terms
+        negated = as_is.apply_prior(raw)
+        as_is.prior.zero_()
+    as_is.dropout_at_test = True
+    torch.testing.assert_close(raw, expected)
+    torch.testing.assert_close(negated, F.relu(-raw))
+
+
+def test_mlnet_pytorchs_dropout_stays_on_at_test_time(as_is):
+    """As it is: whole channels vanish at random, in eval mode too. As it was meant: not."""
+    ones = torch.ones(1, 1280, 8, 10)
+    torch.manual_seed(0)
+    dropped = as_is.drop(ones)
+    assert not as_is.training
+    assert set(dropped.unique().tolist()) == {0, 2}
+    assert torch.equal(dropped.amin((2, 3)), dropped.amax((2, 3))), "whole channels"
+    assert not torch.equal(dropped, as_is.drop(ones))
+    meant = MLNet(INTENT).eval()
+    assert torch.equal(meant.drop(ones), ones)
+
+
+# ---- the table ---------------------------------------------------------------------------------
+def test_the_table_names_tests_that_exist():
+    here = Path(__file__).parent
+    table = (here.parent / "docs" / "fidelity.md").read_text("utf-8")
+    named = set(re.findall(r"`(test_\w+)`", table))
+    exist = set()
+    for path in here.glob("test_*.py"):
+        exist |= {path.stem, *re.findall(r"^def (test_\w+)", path.read_text("utf-8"), re.M)}
+    assert len(named) > 40
+    assert named <= exist, named - exist
