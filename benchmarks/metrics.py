@@ -1,0 +1,332 @@
+"""Time and memory of the metrics, beside pysaliency, on maps of OSIE's size.
+
+    python benchmarks/metrics.py                # table, results/benchmarks/metrics.json, figure
+    python benchmarks/metrics.py --images 20    # a quick look
+
+Both sides score the same maps in the same run, turn by turn, so that whatever else the machine
+does hits both. pysaliency is called as its documentation shows, with all maps in memory. Real
+fixations are used where ``MLNET_DATA`` holds OSIE, simulated ones elsewhere.
+
+Needs the extra ``parity`` (pysaliency). Both use the same processor cores; pysaliency's metrics
+run on one of them.
+"""
+
+import argparse
+import resource
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from torch import Tensor
+
+from mlnet_utils import baselines, metrics
+from mlnet_utils.formats import OSIE_HEIGHT, OSIE_WIDTH, read_osie
+from mlnet_utils.photos import Photo
+from mlnet_utils.runtime import atomic_path, cpu_count, data_root, versions, write_json
+from mlnet_utils.transforms import density_from_points, fixation_counts
+
+ROOT = Path(__file__).resolve().parent.parent
+SIGMA = 24.0  # pixels: one degree, OSIE's own ground truth
+BATCH = 10  # images per call; more would only cost memory
+EPS = 2.2204e-16
+
+
+# ---- inputs ------------------------------------------------------------------------------------
+def photos(count: int) -> tuple[list[Photo], str]:
+    """OSIE's photos where the data are, else simulated viewers of photos of that size."""
+    root = data_root() / "osie"
+    if (root / "data" / "eye" / "fixations.mat").is_file():
+        return read_osie(root)[:count], "OSIE"
+    return [simulated(index) for index in range(count)], "simulated"
+
+
+def simulated(index: int, height: int = OSIE_HEIGHT, width: int = OSIE_WIDTH) -> Photo:
+    """About 140 fixations of 15 observers around four places and the centre."""
+    generator = np.random.default_rng(index)
+    places = np.vstack([generator.uniform(0.15, 0.85, (4, 2)), [[0.5, 0.5]]])
+    observers = np.repeat(np.arange(15, dtype=np.int16), generator.integers(8, 12, 15))
+    centre = places[generator.integers(0, 5, len(observers))]
+    points = (centre + generator.normal(0, 0.07, centre.shape)).clip(0, 0.999)
+    fixations = (points * (width, height) - 0.5).astype(np.float32)
+    return Photo(f"{index:04d}", "", width, height, "", fixations, observers)
+
+
+def prediction(photo: Photo, centre: Tensor) -> Tensor:
+    """A plausible model: what half of the observers looked at, and the centre bias."""
+    half = photo.fixations[photo.observers < 8]
+    blurred = density_from_points(half, photo.height, photo.width, 1.5 * SIGMA)
+    return 0.8 * blurred + 0.2 * centre
+
+
+def inputs(chosen: list[Photo], others: baselines.LeaveOneOut, centre: Tensor) -> dict[str, Tensor]:
+    """The maps of some photos, as the metrics take them."""
+    size = (chosen[0].height, chosen[0].width)
+    return {
+        "prediction": torch.stack([prediction(photo, centre) for photo in chosen]),
+        "fixations": torch.stack([fixation_counts(p.fixations, *size) for p in chosen]),
+        "density": torch.stack([density_from_points(p.fixations, *size, SIGMA) for p in chosen]),
+        "negatives": torch.stack([others(photo) for photo in chosen]),
+        "baseline": centre.expand(len(chosen), *size),
+    }
+
+
+# ---- the two sides -----------------------------------------------------------------------------
+def our_calls(maps: dict[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
+    """Each metric over all the images, batch by batch; ``total`` is the one pass."""
+    count = len(maps["prediction"])
+    starts = range(0, count, BATCH)
+
+    def batches(function: Callable, *kinds: str) -> Callable[[], Tensor]:
+        needed = ("prediction", *kinds)
+        return lambda: torch.cat(
+            [function(*(maps[kind][s : s + BATCH] for kind in needed)) for s in starts]
+        )
+
+    def everything() -> dict[str, Tensor]:
+        parts = [
+            metrics.score_all(**{kind: value[s : s + BATCH] for kind, value in maps.items()})
+            for s in starts
+        ]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    return {
+        "AUC": batches(metrics.auc, "fixations"),
+        "CC": batches(metrics.cc, "density"),
+        "KL": batches(metrics.kl_divergence, "density"),
+        "sAUC": batches(metrics.auc_shuffled, "fixations", "negatives"),
+        "IG": batches(metrics.information_gain, "fixations", "baseline"),
+        "NSS": batches(metrics.nss, "fixations"),
+        "SIM": batches(metrics.similarity, "density"),
+        "total": everything,
+    }
+
+
+def pysaliency_calls(chosen: list[Photo], maps: dict[str, Tensor]) -> dict[str, Callable]:
+    """The same metrics from pysaliency: per image, as the MIT/Tuebingen benchmark uses it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of its own deprecated imports
+        import pysaliency
+        from pysaliency.models import SaliencyMapNormalizingModel
+
+    generator = np.random.default_rng(0)
+    size = maps["prediction"].shape[1:]
+    stimuli = pysaliency.Stimuli([generator.integers(0, 255, size, np.uint8) for _ in chosen])
+    n = np.repeat(np.arange(len(chosen)), [len(photo.fixations) for photo in chosen])
+    x, y = np.floor(np.concatenate([p.fixations for p in chosen]) + 0.5).astype(int).T
+    fixations = pysaliency.Fixations.create_without_history(x, y, n)
+
+    class Given(pysaliency.SaliencyMapModel):
+        """A model whose maps are in memory: no time is spent on making or caching them."""
+
+        def __init__(self, values: Tensor):
+            super().__init__(caching=False)
+            self.values = dict(zip(stimuli.stimulus_ids, values.numpy(), strict=True))
+
+        def saliency_map(self, stimulus):
+            identity = pysaliency.datasets.as_stimulus(stimulus).stimulus_id
+            return self.values[identity]
+
+        def _saliency_map(self, stimulus):
+            raise NotImplementedError("saliency_map is overridden")
+
+    model, truth, centre = (Given(maps[k]) for k in ("prediction", "density", "baseline"))
+
+    def by_image(values: np.ndarray) -> np.ndarray:
+        return np.bincount(n, values) / np.bincount(n)
+
+    def density(one: Given) -> SaliencyMapNormalizingModel:
+        return SaliencyMapNormalizingModel(one, minimum_value=0)
+
+    regular = {"log_regularization": EPS, "quotient_regularization": EPS, "minimum_value": 0}
+    return {
+        "AUC": lambda: model.AUC_per_image(stimuli, fixations),
+        "CC": lambda: model.CCs(stimuli, truth),
+        "KL": lambda: model.image_based_kl_divergences(stimuli, truth, **regular),
+        "sAUC": lambda: model.AUC_per_image(stimuli, fixations, nonfixations="shuffled"),
+        "IG": lambda: by_image(
+            density(model).information_gains(stimuli, fixations, baseline_model=density(centre))
+        ),
+        "NSS": lambda: by_image(model.NSSs(stimuli, fixations)),
+        "SIM": lambda: model.SIMs(stimuli, truth),
+        # A second way to the AUC, one sort instead of two and no integration.
+        "AUC (AUCs)": lambda: by_image(model.AUCs(stimuli, fixations)),
+    }
+
+
+# ---- measurements ------------------------------------------------------------------------------
+def timed(call: Callable) -> tuple[float, object]:
+    """Seconds and the result."""
+    started = time.perf_counter()
+    result = call()
+    return time.perf_counter() - started, result
+
+
+def compare(chosen: list[Photo], repeats: int) -> dict:
+    """Median seconds per image of both sides, metric by metric, and how well they agree."""
+    centre = baselines.CentreBias.fit(chosen)(chosen[0].height, chosen[0].width)
+    maps = inputs(chosen, baselines.LeaveOneOut(chosen), centre)
+    ours, theirs = our_calls(maps), pysaliency_calls(chosen, maps)
+    seconds = {"ours": {}, "pysaliency": {}}
+    difference = {}
+    with np.errstate(divide="ignore"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # np.trapz inside pysaliency
+        for call in (*ours.values(), *theirs.values()):  # pysaliency compiles at the first call
+            call()
+        for _ in range(repeats):
+            for name in (*ours, "AUC (AUCs)"):
+                for side, calls in (("pysaliency", theirs), ("ours", ours)):
+                    if name in calls:
+                        took, values = timed(calls[name])
+                        seconds[side].setdefault(name, []).append(took / len(chosen))
+                        difference.setdefault(name, {})[side] = values
+    median = {
+        side: {name: statistics.median(times) for name, times in by_name.items()}
+        for side, by_name in seconds.items()
+    }
+    rows = {}
+    for name in metrics.METRICS:
+        found = difference[name]
+        gap = np.abs(found["ours"].numpy() - np.asarray(found["pysaliency"])).max()
+        rows[name] = {
+            "pysaliency_ms": 1e3 * median["pysaliency"][name],
+            "ours_ms": 1e3 * median["ours"][name],
+            "ratio": median["pysaliency"][name] / median["ours"][name],
+            "largest_difference": float(gap),
+        }
+    total = sum(median["pysaliency"][name] for name in metrics.METRICS)
+    rows["all seven"] = {
+        "pysaliency_ms": 1e3 * total,
+        "ours_ms": 1e3 * median["ours"]["total"],
+        "ratio": total / median["ours"]["total"],
+    }
+    faster = total - median["pysaliency"]["AUC"] + median["pysaliency"]["AUC (AUCs)"]
+    rows["all seven, pysaliency's AUC by AUCs()"] = {
+        "pysaliency_ms": 1e3 * faster,
+        "ours_ms": 1e3 * median["ours"]["total"],
+        "ratio": faster / median["ours"]["total"],
+    }
+    return rows
+
+
+def scaling(repeats: int) -> dict[str, list[dict]]:
+    """Seconds of the one pass against the number of images and of pixels."""
+    result: dict[str, list[dict]] = {"images": [], "pixels": []}
+    few = [simulated(index) for index in range(80)]
+    centre = baselines.CentreBias.fit(few)(OSIE_HEIGHT, OSIE_WIDTH)
+    maps = inputs(few, baselines.LeaveOneOut(few), centre)
+    for count in (5, 10, 20, 40, 80):
+        part = {kind: value[:count] for kind, value in maps.items()}
+        call = our_calls(part)["total"]
+        result["images"].append(
+            {"images": count, "seconds": min(timed(call)[0] for _ in range(repeats))}
+        )
+    for scale in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2):
+        height, width = round(OSIE_HEIGHT * scale), round(OSIE_WIDTH * scale)
+        few = [simulated(index, height, width) for index in range(4)]
+        centre = baselines.CentreBias.fit(few)(height, width)
+        call = our_calls(inputs(few, baselines.LeaveOneOut(few), centre))["total"]
+        seconds = min(timed(call)[0] for _ in range(repeats)) / len(few)
+        result["pixels"].append({"pixels": height * width, "seconds_per_image": seconds})
+    return result
+
+
+def plot(measured: dict[str, list[dict]], path: Path) -> None:
+    """Both scalings, on doubly logarithmic axes, with the slope of proportionality."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
+    for ax, (rows, x, y, xlabel, ylabel) in zip(
+        axes,
+        (
+            (measured["images"], "images", "seconds", "images of 600 x 800", "seconds"),
+            (measured["pixels"], "pixels", "seconds_per_image", "pixels", "seconds per image"),
+        ),
+        strict=True,
+    ):
+        xs, ys = [row[x] for row in rows], [row[y] for row in rows]
+        ax.loglog(xs, ys, "o-", label="all seven metrics")
+        ax.loglog(xs, [ys[-1] * value / xs[-1] for value in xs], "k:", label="proportional")
+        ax.set(xlabel=xlabel, ylabel=ylabel)
+        ax.legend()
+    figure.suptitle(f"Scoring time on {cpu_count()} CPU cores")
+    figure.tight_layout()
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=120, metadata={"Software": None})
+
+
+def peak_memory(count: int) -> float:
+    """Peak resident memory, in MB, of a process that scores ``count`` images batch by batch."""
+    command = [sys.executable, __file__, "--only-ours", "--images", str(count)]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def only_ours(count: int) -> None:
+    """Score images that are made batch by batch; print this process's peak memory in MB."""
+    chosen, _ = photos(count)
+    centre = baselines.CentreBias.fit(chosen)(chosen[0].height, chosen[0].width)
+    others = baselines.LeaveOneOut(chosen)
+    for start in range(0, len(chosen), BATCH):
+        metrics.score_all(**inputs(chosen[start : start + BATCH], others, centre))
+    scale = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KB elsewhere
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6)
+
+
+def main() -> None:
+    """Measure, print a table, write the record and the figure."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=150)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--only-ours", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--no-write", action="store_true", help="print only")
+    arguments = parser.parse_args()
+    if arguments.only_ours:
+        only_ours(arguments.images)
+        return
+    chosen, source = photos(arguments.images)
+    rows = compare(chosen, arguments.repeats)
+    memory = peak_memory(arguments.images)
+    print(
+        f"{len(chosen)} images of 600 x 800 ({source} fixations), {torch.get_num_threads()} threads"
+    )
+    print(
+        f"{'metric':40s} {'pysaliency ms':>14s} {'here ms':>9s} {'ratio':>7s} {'difference':>11s}"
+    )
+    for name, row in rows.items():
+        gap = f"{row['largest_difference']:11.1e}" if "largest_difference" in row else ""
+        milliseconds = f"{row['pysaliency_ms']:14.2f} {row['ours_ms']:9.2f}"
+        print(f"{name:40s} {milliseconds} {row['ratio']:7.1f} {gap}")
+    print(f"peak memory of scoring {len(chosen)} images here: {memory:.0f} MB")
+    if arguments.no_write:
+        return
+    measured = scaling(arguments.repeats)
+    plot(measured, ROOT / "figures" / "metrics_scaling.png")
+    write_json(
+        ROOT / "results" / "benchmarks" / "metrics.json",
+        {
+            "command": "python benchmarks/metrics.py " + " ".join(sys.argv[1:]),
+            "fixations": source,
+            "images": len(chosen),
+            "repeats": arguments.repeats,
+            "threads": torch.get_num_threads(),
+            "milliseconds_per_image": rows,
+            "peak_memory_mb": memory,
+            "scaling": measured,
+            "versions": {**versions(), "pysaliency": pysaliency_version()},
+        },
+    )
+
+
+def pysaliency_version() -> str:
+    """Version of the reference."""
+    from importlib.metadata import version
+
+    return version("pysaliency")
+
+
+if __name__ == "__main__":
+    main()
