@@ -4,6 +4,7 @@ Nothing here knows about saliency; nothing here imports torch until it must.
 """
 
 import contextlib
+import functools
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -181,8 +182,8 @@ def pick_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def versions() -> dict[str, str]:
-    """Python, the packages that decide the numbers, and the hardware, for run records."""
+@functools.cache  # every checkpoint stores it
+def _versions() -> dict[str, str]:
     import torch
 
     found = {"python": platform.python_version()}
@@ -194,6 +195,11 @@ def versions() -> dict[str, str]:
     else:
         found["device"] = f"{os.cpu_count()} CPU cores ({platform.machine()})"
     return found
+
+
+def versions() -> dict[str, str]:
+    """Python, the packages that decide the numbers, and the hardware, for run records."""
+    return dict(_versions())
 
 
 def cpu_count() -> int:

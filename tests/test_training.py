@@ -1,0 +1,382 @@
+"""Training on tiny photos: what it writes, when it stops, what must not change what is learned."""
+
+import csv
+import dataclasses
+import functools
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import prepare_run, tiny_config
+
+from mlnet_utils import checkpoints, optimization
+from mlnet_utils.model import MLNet
+from mlnet_utils.optimization import choose_precision, learning_rate, make_optimizer
+from mlnet_utils.photos import read_prepared, write_prepared
+from mlnet_utils.training import LOG_FIELDS, TIME_FIELDS, Trainer, fit, trainable
+from mlnet_utils.validation import TrainingDied
+
+# Nothing that depends on how the batch is divided (batch-norm's statistics, dropout), and an
+# optimiser that does not blow up rounding errors where gradients are almost zero, as Adam does.
+INDIVISIBLE = {"freeze_norm": True, "dropout": 0.0, "optimizer": "sgd", "lr": 0.02}
+
+
+def rows_of(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def weights_after(run_folder, **overrides):
+    fit(tiny_config(**overrides), run_folder)
+    return checkpoints.load_checkpoint(run_folder / "checkpoints" / "last.pt")["model"]
+
+
+def assert_close(a, b, **tolerance):
+    assert a.keys() == b.keys()
+    for key in a:
+        torch.testing.assert_close(a[key], b[key], **tolerance, msg=lambda m, k=key: f"{k}: {m}")
+
+
+# ---- what a training leaves behind -------------------------------------------------------------
+def test_a_training_writes_log_times_and_checkpoints(run_folder, capsys):
+    config = tiny_config(epochs=3)
+    result = fit(config, run_folder)
+
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [["epoch", f"{n}/3"] for n in (1, 2, 3)]
+    log = rows_of(run_folder / "log.csv")
+    assert tuple(log[0]) == LOG_FIELDS
+    assert [(row["epoch"], row["updates"]) for row in log] == [("1", "3"), ("2", "6"), ("3", "9")]
+    assert [float(row["train_loss"]) for row in log] == [r["train_loss"] for r in result.history]
+    assert float(log[2]["train_loss"]) < float(log[0]["train_loss"])
+    times = rows_of(run_folder / "times.csv")
+    assert tuple(times[0]) == TIME_FIELDS
+    assert [(row["epoch"], row["updates"]) for row in times] == [("1", "3"), ("2", "3"), ("3", "3")]
+    assert float(times[0]["images_per_second"]) > 0
+
+    folder = run_folder / "checkpoints"
+    assert {path.name for path in folder.iterdir()} == {"best.pt", "last.pt", "previous.pt"}
+    content = torch.load(result.best, weights_only=True)
+    assert content["config"] == config.to_dict()
+    assert content["versions"]["torch"]
+    best = min(result.history, key=lambda row: row["val_loss"])
+    assert content["scores"] == best
+    assert result.best == folder / "best.pt"
+
+
+def test_the_best_checkpoint_gives_the_logged_scores(run_folder):
+    fit(tiny_config(), run_folder)
+    model, config, content = checkpoints.load_model(run_folder / "checkpoints" / "best.pt")
+    assert not model.training
+    trainer = Trainer(config, run_folder, Accelerator())
+    trainer.model.load_state_dict(model.state_dict())
+    trainer.epoch = content["scores"]["epoch"] - 1
+    for name, value in trainer.validate().items():
+        assert value == content["scores"][name]
+
+
+def test_a_finished_training_returns_at_once(run_folder, capsys):
+    first = fit(tiny_config(), run_folder)
+    before = {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()}
+    capsys.readouterr()
+    second = fit(tiny_config(), run_folder)
+    assert second.history == first.history
+    assert capsys.readouterr().out == ""
+    assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
+
+
+def test_the_same_seed_gives_the_same_log_and_another_seed_another(run_folder):
+    logs = []
+    for seed in (0, 0, 1):
+        checkpoint = weights_after(run_folder, seed=seed, flip=0.5, jitter=0.1)
+        logs.append((run_folder / "log.csv").read_text())
+        for path in (run_folder / "checkpoints").iterdir():
+            path.unlink()
+    assert checkpoint
+    assert logs[0] == logs[1] != logs[2]
+
+
+def test_what_training_needs_must_be_there(tmp_path, run_folder, tiny_photos):
+    with pytest.raises(FileNotFoundError, match=r"meta.json is missing.*01_data_preparation"):
+        fit(tiny_config(), tmp_path / "nothing")
+    photos, meta = read_prepared(run_folder / "data")
+    write_prepared(run_folder / "data", [p for p in photos if p.split != "val"], meta)
+    with pytest.raises(ValueError, match="have no val photos"):
+        fit(tiny_config(), run_folder)
+    with pytest.raises(ValueError, match=r"freeze=\('\*',\) leaves no parameter to train"):
+        fit(tiny_config(freeze=("*",)), prepare_run(tmp_path / "frozen", *tiny_photos))
+
+
+# ---- when to stop ------------------------------------------------------------------------------
+def test_early_stopping_counts_epochs_without_a_better_validation_loss(run_folder):
+    result = fit(tiny_config(lr=0.0, epochs=20, patience=3, freeze_norm=True), run_folder)
+    assert len(result.history) == 4  # the first is the best, then three that are not better
+    again = fit(tiny_config(lr=0.0, epochs=20, patience=3, freeze_norm=True), run_folder)
+    assert again.history == result.history
+
+
+def test_a_dead_output_is_noticed(run_folder):
+    config = tiny_config(head="paper", loss="mlnet", **INDIVISIBLE)
+    trainer = Trainer(config, run_folder, Accelerator())
+    torch.nn.init.constant_(trainer.model.to_map.bias, -1e6)
+    with pytest.raises(TrainingDied, match=r"constant map for every validation photo.*smaller lr"):
+        trainer.run()
+    assert not (run_folder / "checkpoints" / "best.pt").exists()
+
+
+def test_the_paper_s_head_dies_of_a_huge_learning_rate(run_folder):
+    config = tiny_config(
+        head="paper", loss="mlnet", optimizer="adamw", lr=30.0, schedule="constant", epochs=10
+    )
+    with pytest.raises(TrainingDied, match=r"authors use SGD at 1e-3.*head='density'"):
+        fit(config, run_folder)
+
+
+def test_a_loss_that_is_not_finite_is_noticed(run_folder):
+    config = tiny_config(optimizer="sgd", lr=1e30, momentum=0.0, schedule="constant", epochs=3)
+    with pytest.raises(TrainingDied, match=r"loss became nan by update \d+.*clip_norm=1"):
+        fit(config, run_folder)
+
+
+def test_a_validation_loss_that_is_not_finite_is_noticed(run_folder, monkeypatch):
+    trainer = Trainer(tiny_config(ema_decay=0.9), run_folder, Accelerator())
+    trainer.train_epoch()
+    next(trainer.average.module.parameters()).data[0] = float("nan")
+    original = trainer.average.module.forward
+    first = []
+
+    def one_photo_is_fine(image):
+        maps = original(image)
+        if not first:
+            maps = maps.clone()
+            maps[0] = torch.rand_like(maps[0])
+            first.append(True)
+        return maps
+
+    monkeypatch.setattr(trainer.average.module, "forward", one_photo_is_fine)
+    with pytest.raises(TrainingDied, match="validation loss is nan"):
+        trainer.validate()
+
+
+# ---- schedules, optimisers, precision ----------------------------------------------------------
+def test_keras_1_decays_by_update():
+    config = tiny_config(schedule="keras1", lr=1e-3, lr_decay=5e-4)
+    rates = [learning_rate(config, t, 10**6) for t in (0, 1, 2000, 20000)]
+    assert rates == pytest.approx([1e-3, 1e-3 / 1.0005, 5e-4, 1e-3 / 11])
+
+
+def test_one_cycle_warms_up_and_falls_to_zero():
+    config = tiny_config(schedule="onecycle", lr=1.0, warmup=0.25)
+    rates = [learning_rate(config, t, 100) for t in range(100)]
+    assert np.argmax(rates) == 25
+    assert rates[25] == 1.0
+    assert np.allclose(np.diff(rates[:25]), 1 / 26)
+    assert (np.diff(rates[25:]) < 0).all()
+    assert rates[99] < 1e-3
+    flat = tiny_config(schedule="constant", lr=0.3)
+    assert {learning_rate(flat, t, 9) for t in range(9)} == {0.3}
+
+
+def test_the_logged_rate_is_the_schedule_s(run_folder):
+    config = tiny_config(schedule="keras1", optimizer="sgd", lr=1e-2, lr_decay=0.5)
+    history = fit(config, run_folder).history
+    assert [row["lr"] for row in history] == [1e-2 / (1 + 0.5 * t) for t in (2, 5)]
+
+
+def test_the_backbone_has_its_own_rate(run_folder):
+    config = tiny_config(optimizer="sgd", momentum=0.0, backbone_lr_scale=0.0, epochs=1)
+    before = MLNet(config).state_dict()
+    trainer = Trainer(config, run_folder, Accelerator())
+    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+    trainer.run()
+    after = trainer.model.state_dict()
+    for name, _ in trainer.model.named_parameters():
+        assert torch.equal(before[name], after[name]) == name.startswith("backbone.")
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_fused_optimisers_compute_what_the_plain_ones_do(name):
+    config = tiny_config(optimizer=name, lr=0.1, weight_decay=0.01, momentum=0.9)
+    plain_kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    models = [MLNet(config) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    extra = {"momentum": 0.9, "nesterov": True} if name == "sgd" else {}
+    plain = plain_kind[name](models[1].parameters(), lr=0.1, weight_decay=0.01, **extra)
+    for step in range(3):
+        for model, optimizer in zip(
+            models, (make_optimizer(config, models[0]), plain), strict=True
+        ):
+            if step == 0 and optimizer is not plain:
+                fused = optimizer
+            optimizer = fused if optimizer is not plain else plain
+            torch.manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn_like(parameter)
+            optimizer.step()
+    assert_close(models[0].state_dict(), models[1].state_dict())
+
+
+def test_precision_is_chosen_from_the_hardware(monkeypatch):
+    assert choose_precision(tiny_config(precision="fp32")) == "no"
+    assert choose_precision(tiny_config(precision="bf16")) == "bf16"
+    auto = tiny_config(precision="auto")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
+    assert choose_precision(auto) == "bf16"
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    assert choose_precision(auto) == "fp16"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert choose_precision(auto) == "no"
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for avx, amx, expected in ((False, False, "no"), (True, False, "bf16"), (False, True, "bf16")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda v=avx: v)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda v=amx: v)
+        assert choose_precision(auto) == expected
+
+
+def test_two_precisions_in_one_process(run_folder):
+    """accelerate's state is one per process; a notebook may train twice."""
+    fit(tiny_config(precision="fp32", epochs=1), run_folder)
+    assert optimization.make_accelerator(tiny_config(precision="bf16")).mixed_precision == "bf16"
+    with pytest.raises(ValueError, match="comes from another configuration"):
+        fit(tiny_config(precision="bf16", epochs=1), run_folder)
+
+
+# ---- techniques that must not change what is learned ---------------------------------------------
+@pytest.fixture
+def reference(run_folder):
+    return weights_after(run_folder, **INDIVISIBLE)
+
+
+@pytest.fixture
+def fresh(tmp_path, tiny_photos):
+    return prepare_run(tmp_path / "second", *tiny_photos)
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [
+        {"micro_batch": 2},
+        {"micro_batch": 3},
+        {"checkpointing": True},
+        {"channels_last": False},
+        {"cache": True},
+        {"workers": 1},
+        {"checkpoint_every": 1},
+    ],
+    ids=str,
+)
+def test_a_technique_changes_nothing_beyond_rounding(reference, fresh, technique):
+    weights = weights_after(fresh, **INDIVISIBLE, **technique)
+    exact = not technique.keys() & {"micro_batch", "checkpointing", "channels_last"}
+    assert_close(
+        weights, reference, **({"rtol": 0, "atol": 0} if exact else {"rtol": 1e-3, "atol": 2e-5})
+    )
+
+
+def test_micro_batches_keep_the_prior_s_penalty(fresh, run_folder):
+    options = {**INDIVISIBLE, "prior_penalty": 5.0}
+    whole = weights_after(run_folder, **options)
+    assert_close(weights_after(fresh, **options, micro_batch=1), whole, rtol=1e-3, atol=2e-5)
+
+
+def test_bf16_trains_as_fp32_within_its_precision(fresh, run_folder):
+    full = fit(tiny_config(**INDIVISIBLE, epochs=3), run_folder).history
+    half = fit(tiny_config(**INDIVISIBLE, epochs=3, precision="bf16"), fresh).history
+    for a, b in zip(full, half, strict=True):
+        assert b["train_loss"] == pytest.approx(a["train_loss"], rel=0.05)
+        assert b["train_loss"] != a["train_loss"]
+
+
+def test_compile_changes_nothing_beyond_rounding(reference, fresh, monkeypatch):
+    """Tracing is what can break our code; generating the kernels takes minutes on a CPU."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    weights = weights_after(fresh, **INDIVISIBLE, compile=True)
+    assert_close(weights, reference, rtol=1e-3, atol=2e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_compile_on_a_gpu(run_folder, fresh):
+    plain = fit(tiny_config(**INDIVISIBLE), run_folder).history
+    compiled = fit(tiny_config(**INDIVISIBLE, compile=True), fresh).history
+    assert compiled[-1]["train_loss"] == pytest.approx(plain[-1]["train_loss"], rel=1e-3)
+
+
+def test_clipping_limits_the_step(fresh, run_folder):
+    plain = {**INDIVISIBLE, "momentum": 0.0, "schedule": "constant",
+             "lr": 1.0, "epochs": 1, "batch_size": 10}  # fmt: skip
+    start = Trainer(tiny_config(**plain), run_folder, Accelerator()).model.state_dict()
+    start = {key: value.clone() for key, value in start.items()}
+    clipped = weights_after(fresh, **plain, clip_norm=1e-3)
+    moved = sum((clipped[k].double() - start[k]).square().sum() for k in start if "num_b" not in k)
+    assert moved.sqrt().item() == pytest.approx(1e-3, rel=0.01)
+
+
+# ---- the moving average of the weights -----------------------------------------------------------
+def test_the_average_is_what_is_kept(run_folder):
+    config = tiny_config(ema_decay=0.5, epochs=1, batch_size=5, freeze_norm=True)
+    trainer = Trainer(config, run_folder, Accelerator())
+    seen = []
+    original = trainer.step
+
+    def step(batch):
+        original(batch)
+        seen.append({k: v.clone() for k, v in trainer.model.state_dict().items()})
+
+    trainer.step = step
+    trainer.run()
+    best = checkpoints.load_checkpoint(run_folder / "checkpoints" / "best.pt")["model"]
+    name = "encode.weight"
+    torch.testing.assert_close(best[name], (seen[0][name] + seen[1][name]) / 2)
+    last = checkpoints.load_checkpoint(run_folder / "checkpoints" / "last.pt")["model"]
+    assert torch.equal(last[name], seen[1][name])
+
+
+# ---- checkpoints -------------------------------------------------------------------------------
+def test_foreign_and_broken_checkpoints_are_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone.pt does not exist; notebook 02_training"):
+        checkpoints.load_checkpoint(tmp_path / "gone.pt")
+    (tmp_path / "text.pt").write_text("not a checkpoint")
+    with pytest.raises(ValueError, match=r"text.pt cannot be read"):
+        checkpoints.load_checkpoint(tmp_path / "text.pt")
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match=r"foreign.pt is not a checkpoint of this project.*import"):
+        checkpoints.load_checkpoint(tmp_path / "foreign.pt")
+
+
+def test_a_model_is_loaded_without_its_backbone_s_file(tmp_path):
+    config = dataclasses.replace(tiny_config(), backbone_weights="/long/gone.safetensors")
+    model = MLNet(tiny_config())
+    checkpoints.save_checkpoint(tmp_path / "x.pt", config, model.state_dict())
+    loaded, loaded_config, _ = checkpoints.load_model(tmp_path / "x.pt")
+    assert loaded_config == config
+    assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_continuing_in_another_precision_warns(run_folder, capsys):
+    config = tiny_config(precision="auto", epochs=2)
+    trainer = Trainer(config, run_folder, Accelerator())
+    trainer.train_epoch()
+    trainer.end_epoch(trainer.validate())
+    path = run_folder / "checkpoints" / "last.pt"
+    content = torch.load(path, weights_only=True)
+    torch.save({**content, "precision": "fp16"}, path)
+    with pytest.warns(UserWarning, match="precision 'fp16' so far, continuing in"):
+        fit(config, run_folder)
+    assert "resuming at epoch 2, batch 1" in capsys.readouterr().out
+
+
+def test_trainable_counts_parameters():
+    model = MLNet(tiny_config(freeze=("backbone.*",)))
+    own = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("backbone."))
+    assert trainable(model) == (own, sum(p.numel() for p in model.parameters()))
+
+
+def test_training_raises_no_warnings(run_folder):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        fit(tiny_config(ema_decay=0.9, flip=0.5), run_folder)
