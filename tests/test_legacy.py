@@ -6,6 +6,7 @@ an interpolated prior; MLNet-Pytorch as plain functions. Weights are random, at 
 2015) at which activations neither vanish nor explode, in files of the original layout.
 """
 
+import functools
 import shutil
 
 import numpy as np
@@ -18,6 +19,7 @@ import mlnet_utils
 from mlnet_utils import legacy
 from mlnet_utils.__main__ import main
 from mlnet_utils.checkpoints import load_checkpoint, load_model
+from mlnet_utils.evaluation import evaluate
 from mlnet_utils.legacy import import_weights, recognise
 from mlnet_utils.model import MLNet, read_weights
 
@@ -36,14 +38,15 @@ KERAS_VGG_LAYERS = (1, 3, 6, 8, 11, 13, 15, 18, 20, 22, 25, 27, 29)
 TORCH_PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 
 
-def random_weights(seed):
+@functools.cache
+def random_weights():
     """Kernel and bias of the 15 convolutions, and a prior (6, 8)."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(1)
     layers = []
     for shape in SHAPES:
         kernel = rng.standard_normal(shape, dtype=np.float32) * np.sqrt(2 / np.prod(shape[1:]))
         layers.append((kernel.astype(np.float32), rng.normal(0, 1, shape[0]).astype(np.float32)))
-    return layers, rng.uniform(-0.5, 0.5, (6, 8)).astype(np.float32)
+    return tuple(layers), rng.uniform(-0.5, 0.5, (6, 8)).astype(np.float32)
 
 
 def relative_difference(a, b):
@@ -180,9 +183,9 @@ def correlate(x, kernel, bias):
 def keras(tmp_path_factory):
     """Random weights, their file, and the checkpoint imported from it."""
     folder = tmp_path_factory.mktemp("keras")
-    layers, prior = random_weights(seed=1)
+    layers, prior = random_weights()
     # The last map is rectified: make it positive in places, and only in places.
-    layers[-1] = (np.abs(layers[-1][0]), np.array([-600], np.float32))
+    layers = [*layers[:-1], (np.abs(layers[-1][0]), np.array([-600], np.float32))]
     write_keras_mlnet(folder / "mlnet_salicon_weights.pkl", layers, prior)
     config = import_weights(folder / "mlnet_salicon_weights.pkl", folder / "mlnet.pt")
     return layers, prior, folder, config
@@ -301,6 +304,17 @@ def test_from_photo_to_photo(keras, tmp_path):
     assert relative_difference(density, expected / expected.sum()) < 1e-3
 
 
+def test_an_imported_checkpoint_is_evaluated(keras, run_folder):
+    """Like any other, on the photos of any run."""
+    layers = [*keras[0][:-1], (keras[0][-1][0], np.zeros(1, np.float32))]
+    write_keras_mlnet(run_folder / "w.pkl", layers, np.zeros((1, 1), np.float32))
+    import_weights(run_folder / "w.pkl", run_folder / "authors.pt")
+    report = evaluate(run_folder, run_folder / "authors.pt")
+    scores = next(row for row in report["rows"] if row["model"] == "ML-Net")["metrics"]
+    assert -1 <= scores["CC"]["mean"] <= 1
+    assert scores["CC"]["n"] == 4
+
+
 def linear(image, height, width):
     """OpenCV's bilinear resize: two neighbours per axis, pixel centres aligned."""
     for axis, size in enumerate((height, width)):
@@ -319,7 +333,7 @@ def test_the_command_line_reports_a_wrong_file(tmp_path, capsys):
 
 # ---- the authors' VGG-16 -----------------------------------------------------------------------
 def test_authors_vgg16_becomes_a_backbone(tmp_path):
-    layers, _ = random_weights(seed=2)
+    layers, _ = random_weights()
     write_keras_vgg(tmp_path / "vgg16_weights.h5", layers)
     config = import_weights(tmp_path / "vgg16_weights.h5", tmp_path / "vgg16.safetensors")
     assert config.normalisation == "caffe"
@@ -339,12 +353,14 @@ def test_authors_vgg16_becomes_a_backbone(tmp_path):
 
 
 # ---- MLNet-Pytorch -----------------------------------------------------------------------------
-def torch_state(seed=3, prior=(3, 4)):
-    layers, _ = random_weights(seed)
+def torch_state(prior=(3, 4)):
+    layers, _ = random_weights()
     names = [*(f"features.{place}" for place in TORCH_PLACES), "int_conv", "pre_final_conv"]
     state = {"prior": torch.rand(1, 1, *prior, generator=torch.Generator().manual_seed(0)) + 0.5}
     for name, (kernel, bias) in zip(names, layers, strict=True):
         state[f"{name}.weight"], state[f"{name}.bias"] = map(torch.from_numpy, (kernel, bias))
+    # Without ReLUs in between, the last bias moves the map: to where half of it is positive.
+    state["pre_final_conv.bias"] = torch.tensor([11.0])
     return state
 
 
@@ -386,7 +402,7 @@ def test_mlnet_pytorch_is_reproduced(tmp_path, zipped):
     image = random_photo(240, 320)
     with torch.inference_mode():
         expected = mlnet_pytorch(torch.from_numpy(image).float()[None], state)[0, 0].numpy()
-    assert (expected > 0).mean() > 0.05
+    assert 0.2 < (expected > 0).mean() < 0.95, "the map should be rectified, but alive"
     assert relative_difference(predict(model, image), expected) < 1e-4
     model.compat = ""  # the paper's ReLUs and corners
     assert relative_difference(predict(model, image), expected) > 0.01
