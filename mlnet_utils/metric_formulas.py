@@ -43,7 +43,7 @@ def auc_unfixated(image: ScoredImage) -> float:
     if count == 0 or others == 0:
         return NAN
     below, _ = image.pixel_sum(rank_sums)
-    below -= image.fixated_ranks(image.prediction.values[image.unique]).sum().item()
+    below -= image.ranks(image.prediction.values[image.unique]).sum().item()
     return roc.area(below, count, others)
 
 
@@ -52,14 +52,14 @@ def auc_judd(image: ScoredImage) -> float:
     count, others = len(image.unique), image.prediction.pixels - len(image.unique)
     if count == 0 or others == 0:
         return NAN
-    fixated = image.prediction.values[image.unique]
-    pixels = image.pixel_sum(judd_sums)
-    below, above, ties = (
-        everywhere - here
-        for everywhere, here in zip(pixels, _judd_counts(image, fixated), strict=True)
-    )
-    tied = (fixated == fixated.min()).sum().item()
-    return roc.area(below, count, others) + roc.judd_bias(count, others, above, tied, ties)
+    values, where = image.prediction.values, image.unique
+    ranks = roc.Ranks(values[where], image.prediction.low, image.prediction.high)(values)
+    below = ranks.sum().item() - ranks[where].sum().item()
+    lowest = values[where].min()
+    tied = (values[where] == lowest).sum().item()
+    tied_others = (values == lowest).sum().item() - tied
+    above = (values > lowest).sum().item() - (count - tied)
+    return roc.area(below, count, others) + roc.judd_bias(count, others, above, tied, tied_others)
 
 
 def auc_borji(image: ScoredImage) -> float:
@@ -100,15 +100,13 @@ def auc_shuffled_grid(image: ScoredImage) -> float:
 
 def rank_sums(image: ScoredImage, block: Block) -> tuple[int, int]:
     """Twice how many (fixation, pixel) and (fixation, negative) pairs have the fixation lower."""
-    below = image.fixated_ranks(block.values)
+    largest = 2 * len(image.fixated) * max(image.prediction.pixels, image.negative_count)
+    integer = torch.int32 if largest < 2**31 else torch.int64  # 32 bits are three times as fast
+    below = image.ranks(block.values).to(integer)
+    over_pixels = below.sum(dtype=integer).item()
     if block.negatives is None:
-        return _total(below, image), 0
-    return _total(below, image), _total(below.to(_integer(image)).mul_(block.negatives), image)
-
-
-def judd_sums(image: ScoredImage, block: Block) -> tuple[int, int, int]:
-    """Sums of :func:`_judd_counts` over a block."""
-    return _judd_counts(image, block.values)
+        return over_pixels, 0
+    return over_pixels, below.mul_(block.negatives).sum(dtype=integer).item()
 
 
 def coarse_levels(image: ScoredImage, block: Block) -> tuple[Tensor]:
@@ -123,27 +121,6 @@ def fine_levels(image: ScoredImage, block: Block) -> tuple[Tensor]:
 
 def _levels(image: ScoredImage, where: Tensor, thresholds: Sequence[float]) -> Tensor:
     return roc.levels(image.prediction.unit(image.prediction.at(where)), thresholds)
-
-
-def _judd_counts(image: ScoredImage, values: Tensor) -> tuple[int, int, int]:
-    """Twice the lower fixations; values above and at the lowest fixated value."""
-    ranks = image.unique_ranks
-    lowest = ranks.fixated[0]
-    return (
-        ranks(values).sum().item(),
-        (values > lowest).sum().item(),
-        (values == lowest).sum().item(),
-    )
-
-
-def _integer(image: ScoredImage) -> torch.dtype:
-    """The integer type that holds every sum of ranks: 32 bits are three times as fast."""
-    largest = 2 * len(image.fixated) * max(image.prediction.pixels, image.negative_count)
-    return torch.int32 if largest < 2**31 else torch.int64
-
-
-def _total(ranks: Tensor, image: ScoredImage) -> int:
-    return ranks.sum(dtype=_integer(image)).item()
 
 
 # ---- at fixations, by value --------------------------------------------------------------------
@@ -317,7 +294,7 @@ FORMULAS = {
     "SIM": Metric(similarity, ("density",), _everywhere(overlap_sum, NOT_2015)),
     "EMD": Metric(emd, ("density",), _everywhere(None, NOT_2015)),
     "AUC-unfixated": Metric(auc_unfixated, ("fixations",), _everywhere(rank_sums, ("mit300",))),
-    "AUC-Judd": Metric(auc_judd, ("fixations",), _everywhere(judd_sums, NOT_2015)),
+    "AUC-Judd": Metric(auc_judd, ("fixations",), _everywhere(None, NOT_2015)),
     "AUC-Borji": Metric(auc_borji, ("fixations",), _everywhere(coarse_levels, NOT_2015)),
     "sAUC-grid": Metric(
         auc_shuffled_grid, ("fixations", "negatives"), _everywhere(None, ("salicon",))

@@ -1,8 +1,9 @@
 """What the metrics are given: checked, one image at a time, added up in float64.
 
 A batch is scored image by image, because images have different numbers of fixations, and an image
-block by block, because the work on a 600 x 800 map is memory traffic: every metric's share of a
-block is computed while the block is in the processor's cache, and the maps are read only once.
+block by block: every metric's share of a block is computed while the block is in the processor's
+cache, the maps are read only once, and no map-sized intermediate result is made, for which the
+operating system would have to find memory each time.
 """
 
 import functools
@@ -102,20 +103,11 @@ class ScoredImage:
         """How many negatives there are, repeats included; 0 if none were given."""
         return 0 if self._negatives is None else self._negatives.total
 
-    def ranks(self, where: Tensor) -> roc.Ranks:
-        """Ranks of values among the prediction's values at the pixels ``where``."""
+    @functools.cached_property
+    def ranks(self) -> roc.Ranks:
+        """Ranks of values among the predictions at :attr:`fixated`."""
         values = self.prediction
-        return roc.Ranks(values.values[where], values.low, values.high)
-
-    @functools.cached_property
-    def fixated_ranks(self) -> roc.Ranks:
-        """Ranks among the values at :attr:`fixated`."""
-        return self.ranks(self.fixated)
-
-    @functools.cached_property
-    def unique_ranks(self) -> roc.Ranks:
-        """Ranks among the values at :attr:`unique`."""
-        return self.ranks(self.unique)
+        return roc.Ranks(values.values[self.fixated], values.low, values.high)
 
     # ---- sums over the pixels -------------------------------------------------------------------
     def pixel_sum(self, function: Callable[["ScoredImage", Block], tuple]) -> tuple:

@@ -35,7 +35,10 @@ class Ranks:
     """
 
     def __init__(self, fixated: Tensor, low: float, high: float):
-        self.fixated = fixated.sort().values
+        # As many of these are at or below a value as twice the fixated values below it: each
+        # fixated value counts once from itself on, and once more from the next number on.
+        after = torch.nextafter(fixated, torch.full_like(fixated, torch.inf))
+        self.steps = torch.cat([fixated, after]).sort().values
         low, high = torch.tensor([low, high], dtype=torch.float32)
         self.low = low.item()
         self.first = ((high - low).view(torch.int32).item() >> (23 - FRACTION_BITS)) - TABLE + 1
@@ -48,9 +51,7 @@ class Ranks:
         answer = self.table.index_select(0, self._bins(values))
         open_cases = (answer >> 30).nonzero().squeeze(1)
         close = values[open_cases]
-        left = torch.searchsorted(self.fixated, close)
-        right = torch.searchsorted(self.fixated, close, right=True)
-        answer[open_cases] = (left + right).to(torch.int32)
+        answer[open_cases] = torch.searchsorted(self.steps, close, right=True, out_int32=True)
         return answer
 
     def _bins(self, values: Tensor) -> Tensor:
