@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mlnet_utils import formats, synthetic
 from mlnet_utils.config import Config
+from mlnet_utils.images import read_image
 from mlnet_utils.photos import SPLITS, Photo, write_prepared
 from mlnet_utils.runtime import cpu_count, progress, sha256_file, versions
 from mlnet_utils.transforms import Letterbox, density_on_grid, inside, letterbox, pixel_indices
@@ -155,53 +156,6 @@ def _limit(photos: list[Photo], limit: int) -> list[Photo]:
 
 
 # ---- photos to tensors -------------------------------------------------------------------------
-def read_image(path: str | Path) -> Tensor:
-    """Decode a photo: (3, H, W) uint8 RGB, EXIF rotation applied, alpha over white.
-
-    Raises:
-        ValueError: the file is not a readable image.
-        FileNotFoundError: there is no such file.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"photo {path} does not exist")
-    try:
-        with Image.open(path) as image:
-            return decode(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"photo {path} cannot be decoded ({error})") from error
-
-
-def decode(image: Image.Image) -> Tensor:
-    """A PIL image of any mode as (3, H, W) uint8 RGB, upright, alpha over white."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16-bit greyscale, which convert("RGB") would clip
-        values = np.asarray(image)
-        pixels = (values / 256).clip(0, 255).astype(np.uint8)
-        if "transparency" in image.info:  # one grey level
-            pixels[values == image.info["transparency"]] = 255
-        image = Image.fromarray(pixels)
-    elif image.mode == "F":
-        image = Image.fromarray(to_bytes(np.asarray(image)))
-    elif image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
-    pixels = np.array(image.convert("RGB"))
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
-
-
-def to_bytes(values: np.ndarray) -> np.ndarray:
-    """Float pixels in 0..1 or 0..255 as uint8.
-
-    Raises:
-        ValueError: values that are in neither range.
-    """
-    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 255):
-        raise ValueError("float pixels must be finite and in 0..1 or 0..255")
-    return np.round(values * (255 if values.max() <= 1 else 1)).astype(np.uint8)
-
-
 def read_density(path: str | Path) -> Tensor:
     """A density map of a dataset: ``.npz`` (array ``density``) or a greyscale picture.
 

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
-from mlnet_utils.datasets import read_image
+from mlnet_utils.images import read_image
 from mlnet_utils.plots import overlay as paint_overlay
 from mlnet_utils.prediction import Predictor, load, predict_maps, to_density
 from mlnet_utils.runtime import (

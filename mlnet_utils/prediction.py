@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mlnet_utils.checkpoints import load_model
 from mlnet_utils.config import Config
-from mlnet_utils.datasets import decode, read_image, to_bytes
+from mlnet_utils.images import decode, read_image, to_bytes
 from mlnet_utils.runtime import pick_device
 from mlnet_utils.transforms import Letterbox, authors_postprocess, letterbox, unletterbox
 

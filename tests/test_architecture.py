@@ -15,7 +15,7 @@ ORDER = (
     *("config", "runtime"),
     "transforms",
     "photos",
-    *("synthetic", "download", "formats"),
+    *("synthetic", "download", "formats", "images"),
     "datasets",
     *("model", "losses", "checkpoints", "optimization", "validation", "training"),
     *("roc", "resize", "metric_inputs", "metric_formulas", "metrics"),

@@ -1,0 +1,61 @@
+"""Photos of any kind to pixels: colour modes, transparency, 16 bits, rotation."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+
+def read_image(path: str | Path, upright: bool = True) -> Tensor:
+    """Decode a photo: (3, H, W) uint8 RGB, alpha over white.
+
+    Args:
+        path: JPEG, PNG, WebP or whatever else Pillow reads.
+        upright: apply the rotation that the camera noted (EXIF); False keeps the pixels as they
+            are stored, which is what the evaluators of benchmarks read.
+
+    Raises:
+        ValueError: the file is not a readable image.
+        FileNotFoundError: there is no such file.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"photo {path} does not exist")
+    try:
+        with Image.open(path) as image:
+            return decode(image, upright)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"photo {path} cannot be decoded ({error})") from error
+
+
+def decode(image: Image.Image, upright: bool = True) -> Tensor:
+    """A PIL image of any mode as (3, H, W) uint8 RGB, see :func:`read_image`."""
+    if upright:
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16-bit greyscale, which convert("RGB") would clip
+        values = np.asarray(image)
+        pixels = (values / 256).clip(0, 255).astype(np.uint8)
+        if "transparency" in image.info:  # one grey level
+            pixels[values == image.info["transparency"]] = 255
+        image = Image.fromarray(pixels)
+    elif image.mode == "F":
+        image = Image.fromarray(to_bytes(np.asarray(image)))
+    elif image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def to_bytes(values: np.ndarray) -> np.ndarray:
+    """Float pixels in 0..1 or 0..255 as uint8.
+
+    Raises:
+        ValueError: values that are in neither range.
+    """
+    if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 255):
+        raise ValueError("float pixels must be finite and in 0..1 or 0..255")
+    return np.round(values * (255 if values.max() <= 1 else 1)).astype(np.uint8)
