@@ -1,6 +1,7 @@
 """Saliency maps for files and folders of photos: decoding ahead, batches, resuming, reporting."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -99,6 +100,7 @@ def predict_folder(
     batch_size: int = 8,
     workers: int = -1,
     device: str | None = None,
+    upright: bool = True,
 ) -> FolderResult:
     """Write the saliency maps of photos and of folders of photos.
 
@@ -118,6 +120,7 @@ def predict_folder(
         batch_size: photos per forward pass; twice as many are held in memory.
         workers: threads that decode photos and write maps; -1 = chosen from the machine.
         device: default: a GPU if there is one.
+        upright: turn photos as their EXIF data say; benchmarks want False.
 
     Returns:
         Which photos were done, skipped, or failed and why; a broken photo stops nothing.
@@ -147,7 +150,8 @@ def predict_folder(
     share = todo[processes.process_index :: processes.num_processes]
     batches = range(0, len(share), batch_size)
     with ThreadPoolExecutor(workers if workers > 0 else min(8, cpu_count() + 1)) as pool:
-        stream = _prepared(pool, predictor, share, batch_size, overlay, result)
+        decode = functools.partial(_decode, predictor, upright, overlay)
+        stream = _batches(pool, decode, share, batch_size, result)
         if processes.is_main_process:
             stream = progress(stream, "predicting", len(batches), unit="batch")
         writing: dict[Path, Future] = {}
@@ -245,25 +249,24 @@ class _Prepared:
     pixels: Tensor | None  # (3, H, W) uint8, where the overlay needs them
 
 
-def _prepared(
+def _decode(predictor: Predictor, upright: bool, keep_pixels: bool, photo: Path) -> _Prepared:
+    pixels = read_image(photo, upright)
+    image, box = predictor.prepare(pixels)
+    return _Prepared(photo, image, box, pixels if keep_pixels else None)
+
+
+def _batches(
     pool: ThreadPoolExecutor,
-    predictor: Predictor,
+    decode: Callable[[Path], _Prepared],
     photos: Sequence[Path],
     batch_size: int,
-    keep_pixels: bool,
     result: FolderResult,
 ) -> Iterator[list[_Prepared]]:
     """Batches of decoded photos, the next one being decoded while this one is used."""
-
-    def prepare(photo: Path) -> _Prepared:
-        pixels = read_image(photo)
-        image, box = predictor.prepare(pixels)
-        return _Prepared(photo, image, box, pixels if keep_pixels else None)
-
     waiting = iter(photos)
 
     def submit() -> dict[Path, Future]:
-        return {photo: pool.submit(prepare, photo) for photo in islice(waiting, batch_size)}
+        return {photo: pool.submit(decode, photo) for photo in islice(waiting, batch_size)}
 
     current = submit()
     while current:

@@ -1,0 +1,210 @@
+"""Decoding: every kind of photo that people have, and every kind of broken file."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageFile
+
+from mlnet_utils.images import decode, read_image, to_bytes
+
+ROTATION = 0x0112  # EXIF tag
+RAMP = np.linspace(0, 65535, 40 * 50).reshape(40, 50)  # 16 bits
+
+
+def colourful() -> Image.Image:
+    """A smooth photo without two equal rows or columns; (40, 50)."""
+    y, x = np.mgrid[:40, :50]
+    pixels = np.stack([x * 5, y * 6, 255 - x * 2 - y * 3], axis=-1)
+    return Image.fromarray(pixels.astype(np.uint8))
+
+
+def saved(tmp_path, image, name, **options) -> torch.Tensor:
+    image.save(tmp_path / name, **options)
+    pixels = read_image(tmp_path / name)
+    assert pixels.dtype == torch.uint8
+    assert pixels.is_contiguous()
+    return pixels
+
+
+def reference() -> torch.Tensor:
+    return torch.from_numpy(np.array(colourful())).permute(2, 0, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "tolerance"),
+    [
+        ("x.jpg", "RGB", 12),
+        ("x.jpeg", "CMYK", 16),
+        ("x.png", "RGB", 0),
+        ("x.png", "RGBA", 0),
+        ("x.webp", "RGB", 24),
+        ("x.webp", "RGBA", 24),
+        ("x.bmp", "RGB", 0),
+        ("x.tif", "RGB", 0),
+        ("x.tif", "CMYK", 1),
+        ("x.tif", "RGBA", 0),
+        ("x.tif", "YCbCr", 4),
+        ("x.gif", "P", 60),
+        ("x.png", "P", 60),
+    ],
+)
+def test_every_format_and_mode_gives_the_same_colours(tmp_path, name, mode, tolerance):
+    options = {"quality": 95} if name.endswith(("jpg", "jpeg", "webp")) else {}
+    pixels = saved(tmp_path, colourful().convert(mode), name, **options)
+    assert pixels.shape == (3, 40, 50)
+    assert (pixels.int() - reference().int()).abs().max() <= tolerance
+
+
+@pytest.mark.parametrize(("name", "mode"), [("x.jpg", "L"), ("x.png", "LA"), ("x.png", "1")])
+def test_greyscale_has_three_equal_channels(tmp_path, name, mode):
+    pixels = saved(tmp_path, colourful().convert(mode), name)
+    assert pixels.float().std() > 10
+    assert torch.equal(pixels[0], pixels[1])
+    assert torch.equal(pixels[0], pixels[2])
+
+
+@pytest.mark.parametrize("name", ["x.png", "x.tif"])
+@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
+def test_16_bits_keep_their_range(tmp_path, name, dtype):
+    pixels = saved(tmp_path, Image.fromarray(RAMP.astype(dtype)), name)
+    assert np.abs(pixels[1].numpy() - RAMP / 257).max() <= 1
+
+
+@pytest.mark.parametrize("top", [1, 255])
+def test_float_photos_in_either_range(tmp_path, top):
+    pixels = saved(tmp_path, Image.fromarray((RAMP / 65535 * top).astype(np.float32)), "x.tif")
+    assert np.abs(pixels[0].numpy() - RAMP / 257).max() <= 1
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -0.5, 300])
+def test_float_values_that_are_no_pixels_are_errors(tmp_path, bad):
+    values = np.full((4, 4), 0.5, np.float32)
+    values[1, 1] = bad
+    with pytest.raises(ValueError, match="finite and in 0..1 or 0..255"):
+        to_bytes(values)
+    Image.fromarray(values).save(tmp_path / "x.tif")
+    with pytest.raises(ValueError, match=r"x.tif cannot be decoded \(float pixels"):
+        read_image(tmp_path / "x.tif")
+
+
+@pytest.mark.parametrize(
+    ("image", "options"),
+    [
+        (Image.new("RGBA", (8, 8), (10, 20, 30, 0)), {}),
+        (Image.new("LA", (8, 8), (10, 0)), {}),
+        (Image.new("RGB", (8, 8), (10, 20, 30)), {"transparency": (10, 20, 30)}),
+        (Image.new("L", (8, 8), 10), {"transparency": 10}),
+        (Image.new("P", (8, 8), 0), {"transparency": 0}),
+        (Image.fromarray(np.full((8, 8), 7000, np.uint16)), {"transparency": 7000}),
+    ],
+    ids=["RGBA", "LA", "RGB", "L", "P", "16 bits"],
+)
+def test_transparent_parts_are_white(tmp_path, image, options):
+    assert saved(tmp_path, image, "x.png", **options).min() == 255
+
+
+def test_half_transparent_parts_are_mixed_with_white(tmp_path):
+    pixels = saved(tmp_path, Image.new("RGBA", (8, 8), (0, 100, 200, 128)), "x.png")
+    assert pixels[:, 0, 0].tolist() == pytest.approx([127, 177, 227], abs=1)
+
+
+def test_premultiplied_alpha():
+    image = Image.new("RGBA", (4, 4), (0, 100, 200, 128)).convert("RGBa")
+    assert decode(image)[:, 0, 0].tolist() == pytest.approx([127, 177, 227], abs=2)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp"])
+def test_all_eight_orientations(tmp_path, orientation, name):
+    upright = colourful()
+    inverse = {  # how a camera that is held so stores the upright scene
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }.get(orientation)
+    stored = upright if inverse is None else upright.transpose(inverse)
+    exif = Image.Exif()
+    exif[ROTATION] = orientation
+    pixels = saved(tmp_path, stored, name, exif=exif, quality=98)
+    assert pixels.shape == (3, 40, 50)
+    assert (pixels.int() - reference().int()).abs().float().mean() < 4
+    as_stored = read_image(tmp_path / name, upright=False)
+    assert as_stored.shape[1:] == (stored.height, stored.width)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_unreadable_exif_does_not_cost_the_photo(tmp_path):
+    colourful().save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*garbage that is no table")
+    assert read_image(tmp_path / "x.jpg").shape == (3, 40, 50)
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    frames = [Image.new("RGB", (40, 40), "black")] * 2
+    pixels = saved(
+        tmp_path, Image.new("RGB", (40, 40), "white"), "x.webp", save_all=True, append_images=frames
+    )
+    assert pixels.shape == (3, 40, 40)
+    assert pixels.min() > 240
+
+
+def test_the_suffix_does_not_matter(tmp_path):
+    colourful().save(tmp_path / "x.png")
+    (tmp_path / "x.png").rename(tmp_path / "x.jpg")
+    assert torch.equal(read_image(tmp_path / "x.jpg"), reference())
+
+
+def test_a_bomb_is_refused(tmp_path, monkeypatch):
+    colourful().save(tmp_path / "x.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
+    with pytest.raises(ValueError, match=r"x.png cannot be decoded \(Image size"):
+        read_image(tmp_path / "x.png")
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
+def test_files_that_are_no_photos(tmp_path, content):
+    (tmp_path / "x.jpg").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x.jpg cannot be decoded"):
+        read_image(tmp_path / "x.jpg")
+
+
+def test_a_folder_is_not_a_photo(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        read_image(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [("x.jpg", "RGB"), ("x.jpg", "CMYK"), ("x.png", "RGB"), ("x.png", "P"), ("x.webp", "RGBA"),
+     ("x.tif", "RGB"), ("x.gif", "P"), ("x.bmp", "RGB")],
+)  # fmt: skip
+def test_damage_anywhere_is_a_photo_or_a_value_error(tmp_path, name, mode):
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    exif = Image.Exif()
+    exif[ROTATION] = 6
+    options = {"exif": exif} if name.endswith(("jpg", "png", "webp")) else {}
+    colourful().convert(mode).save(tmp_path / name, **options)
+    whole = (tmp_path / name).read_bytes()
+    rng = random.Random(0)
+    broken = tmp_path / f"broken_{name}"
+    errors = 0
+    for attempt in range(60):
+        content = bytearray(whole)
+        for _ in range(rng.randrange(1, 12)):  # mostly in the header, where it hurts most
+            end = len(content) if attempt % 3 else min(200, len(content))
+            content[rng.randrange(end)] = rng.randrange(256)
+        if attempt % 4 == 0:
+            del content[rng.randrange(1, len(content)) :]
+        broken.write_bytes(content)
+        try:
+            assert read_image(broken).shape[0] == 3
+        except ValueError as error:
+            errors += 1
+            assert broken.name in str(error)
+    assert errors > 5
