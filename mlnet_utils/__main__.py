@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -202,7 +203,8 @@ def predict(options: argparse.Namespace) -> int:
         npy=options.npy,
         force=options.force,
     )
-    print(result.summary())
+    if os.environ.get("RANK", "0") == "0":  # of several processes one reports
+        print(result.summary())
     return 1 if result.failed else 0
 
 

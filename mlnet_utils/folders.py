@@ -141,7 +141,7 @@ def predict_folder(
     todo = [
         photo
         for photo, target in targets.items()
-        if force or not all(path.exists() for path in outputs.paths(target))
+        if force or not all(path.is_file() for path in outputs.paths(target))
     ]
     result = FolderResult(skipped=sorted(set(targets) - set(todo)))
     processes.wait_for_everyone()  # all have the same list before the first one writes

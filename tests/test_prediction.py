@@ -1,0 +1,293 @@
+"""One photo in any form gives one density at its own size."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import tiny_config
+from PIL import Image
+from torch import nn
+
+import mlnet_utils
+from mlnet_utils.checkpoints import save_checkpoint
+from mlnet_utils.model import MLNet
+from mlnet_utils.prediction import Predictor, load, predict_densities, predict_maps, to_density
+from mlnet_utils.transforms import Letterbox, authors_postprocess, unletterbox
+
+SIZES = [(60, 80), (32, 32), (33, 200), (200, 33), (61, 75), (400, 300)]  # (height, width)
+
+
+def random_network(**overrides) -> Predictor:
+    """Random weights; biases that keep the paper head alive."""
+    config = tiny_config(**overrides)
+    torch.manual_seed(0)
+    model = MLNet(config).eval()
+    with torch.no_grad():
+        model.to_map.bias.fill_(0.5)
+        model.prior.normal_(0, 0.5)
+    return Predictor(model, config)
+
+
+@pytest.fixture(scope="module")
+def predictor() -> Predictor:
+    return random_network()
+
+
+@pytest.fixture(scope="module")
+def pixels() -> np.ndarray:
+    """(60, 80, 3) uint8, smooth and without symmetry."""
+    y, x = np.mgrid[:60, :80]
+    return np.stack([x * 3, y * 4, 255 - x - y], axis=-1).astype(np.uint8)
+
+
+class Brightness(nn.Module):
+    """Saliency = brightness: a network whose right answer is known."""
+
+    def forward(self, image):
+        return F.avg_pool2d(image.float().mean(1, keepdim=True), 8)
+
+
+# ---- the forms of a photo ----------------------------------------------------------------------
+def test_every_form_of_a_photo_gives_the_same_density(predictor, pixels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "x.png")
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    read_only = pixels.copy()
+    read_only.flags.writeable = False
+    forms = {
+        "path": tmp_path / "x.png",
+        "text": str(tmp_path / "x.png"),
+        "PIL": Image.fromarray(pixels),
+        "uint8 array": pixels,
+        "read-only array": read_only,
+        "mirrored twice": pixels[:, ::-1].copy()[:, ::-1],
+        "float array 0..1": pixels / 255,
+        "float32 array 0..255": pixels.astype(np.float32),
+        "uint8 tensor": tensor,
+        "contiguous tensor": tensor.contiguous(),
+        "float tensor 0..1": tensor / 255,
+        "tensor with gradient": (tensor / 255).requires_grad_(),
+        "opaque RGBA": np.dstack([pixels, np.full((60, 80), 255, np.uint8)]),
+    }
+    expected = predictor.predict(pixels)
+    for name, form in forms.items():
+        np.testing.assert_array_equal(predictor.predict(form), expected, err_msg=name)
+
+
+def test_every_form_of_a_grey_photo_gives_the_same_density(predictor, pixels):
+    grey = pixels[..., 0]
+    expected = predictor.predict(np.dstack([grey] * 3))
+    forms = (
+        grey, grey[..., None], grey / 255, Image.fromarray(grey),
+        torch.from_numpy(grey), torch.from_numpy(grey)[None],
+    )  # fmt: skip
+    for form in forms:
+        np.testing.assert_array_equal(predictor.predict(form), expected)
+
+
+def test_half_precision_tensors_are_taken(predictor, pixels):
+    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
+    expected = predictor.predict(tensor)
+    assert np.abs(predictor.predict(tensor.bfloat16()) - expected).max() < 0.01 * expected.max()
+
+
+def test_transparent_arrays_are_put_over_white(predictor, pixels):
+    transparent = np.dstack([pixels, np.zeros((60, 80), np.uint8)])
+    white = np.full((60, 80, 3), 255, np.uint8)
+    np.testing.assert_array_equal(predictor.predict(transparent), predictor.predict(white))
+    as_tensor = torch.from_numpy(transparent).permute(2, 0, 1)
+    np.testing.assert_array_equal(predictor.predict(as_tensor), predictor.predict(white))
+
+
+@pytest.mark.parametrize(
+    ("image", "message"),
+    [
+        (np.zeros((60, 80, 2), np.uint8), r"got ndarray of shape \(60, 80, 2\)"),
+        (np.zeros((3, 60, 80), np.uint8), r"got ndarray of shape \(3, 60, 80\)"),
+        (torch.zeros(60, 80, 3), r"got Tensor of shape \(60, 80, 3\)"),
+        (np.zeros((1, 60, 80, 3), np.uint8), r"of shape \(1, 60, 80, 3\)"),
+        (np.zeros((0, 80, 3), np.uint8), r"of shape \(0, 80, 3\)"),
+        (None, "got NoneType of shape"),
+        (np.zeros((60, 80, 3), np.int64), "must be uint8 or float, got int64"),
+        (np.zeros((60, 80), bool), "must be uint8 or float, got bool"),
+        (np.full((60, 80), -0.1), "finite and in"),
+        (np.full((60, 80), 256.0), "finite and in"),
+        (np.full((60, 80), np.nan), "finite and in"),
+        (np.zeros((31, 80, 3), np.uint8), "80x31 pixels; both sides must be at least 32"),
+        (np.zeros((80, 31), np.uint8), "31x80 pixels; both sides must be at least 32"),
+    ],
+)
+def test_what_is_no_photo_is_an_error(predictor, image, message):
+    with pytest.raises(ValueError, match=message):
+        predictor.predict(image)
+
+
+def test_a_missing_photo_is_an_error(predictor, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.jpg does not exist"):
+        predictor.predict(tmp_path / "gone.jpg")
+
+
+# ---- the density -------------------------------------------------------------------------------
+@pytest.mark.parametrize("head", ["density", "paper"])
+@pytest.mark.parametrize("size", SIZES)
+def test_a_density_at_the_size_of_the_photo(head, size):
+    rng = np.random.default_rng(0)
+    density = random_network(head=head).predict(rng.integers(0, 256, (*size, 3), np.uint8))
+    assert density.shape == size
+    assert density.dtype == np.float32
+    assert density.min() >= 0
+    assert density.sum(dtype=np.float64) == pytest.approx(1, abs=1e-6)
+    assert density.std() > 0
+
+
+@pytest.mark.parametrize("size", [(60, 80), (60, 200), (200, 60), (75, 61)])
+@pytest.mark.parametrize("place", [(0.25, 0.25), (0.3, 0.8), (0.75, 0.6)])
+def test_the_peak_is_where_the_photo_has_it(size, place):
+    photo = np.zeros(size, np.uint8)
+    y, x = (int(share * side) for share, side in zip(place, size, strict=True))
+    ry, rx = (max(3, side // 10) for side in size)
+    photo[y - ry : y + ry, x - rx : x + rx] = 255
+    predictor = Predictor(Brightness(), tiny_config(head="paper", height=192, width=256))
+    density = predictor.predict(photo).astype(np.float64)
+    rows, columns = np.arange(size[0]), np.arange(size[1])
+    cell = 8 * max(size[0] / 192, size[1] / 256)  # in pixels of the photo
+    # The centre of mass of the square.
+    assert density.sum(1) @ rows == pytest.approx(y - 0.5, abs=cell / 4)
+    assert density.sum(0) @ columns == pytest.approx(x - 0.5, abs=cell / 4)
+
+
+def test_the_exif_rotation_decides_the_size(predictor, pixels, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
+    np.testing.assert_array_equal(
+        predictor.predict(tmp_path / "x.png"), predictor.predict(np.rot90(pixels, -1))
+    )
+
+
+def test_the_density_head_is_interpolated_as_a_log_density():
+    box = Letterbox(64, 80, 32, 40)
+    single = torch.tensor([[0.1, 0.2, 0.1, 0.05, 0.05]] * 4).double() / 2
+    density = to_density(single, tiny_config(), box)
+    expected = unletterbox(single.log()[None], box)[0].exp()
+    torch.testing.assert_close(density, expected / expected.sum())
+    # Halfway between two cells stands their geometric mean, not their arithmetic one.
+    assert density[0, 15] * density[0, 16] == pytest.approx(density[0, 8] * density[0, 23])
+
+
+def test_the_paper_head_is_interpolated_as_it_is():
+    box = Letterbox(64, 80, 32, 40)
+    single = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)).double()
+    density = to_density(single, tiny_config(head="paper"), box)
+    expected = unletterbox(single[None], box)[0]
+    torch.testing.assert_close(density, expected / expected.sum())
+    # Its scale does not matter.
+    torch.testing.assert_close(to_density(single * 1e-7, tiny_config(head="paper"), box), density)
+
+
+def test_imported_networks_of_the_authors_are_postprocessed_as_theirs():
+    box = Letterbox(50, 90, 32, 40)
+    single = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)).double()
+    theirs = authors_postprocess(single[None], 50, 90)[0]
+    density = to_density(single, tiny_config(head="paper", compat="theano"), box)
+    torch.testing.assert_close(density, theirs / theirs.sum())
+    ours = to_density(single, tiny_config(head="paper"), box)
+    assert (ours - density).abs().max() > 1e-3 * density.max()
+
+
+@pytest.mark.parametrize("head", ["density", "paper"])
+def test_a_zero_probability_stays_positive_with_the_density_head(head):
+    single = torch.tensor([[0.0, 1.0, 0.0, 0.0, 0.0]] * 4).double()
+    density = to_density(single, tiny_config(head=head), Letterbox(32, 40, 32, 40)).float()
+    assert (density.min() > 0) == (head == "density")
+
+
+@pytest.mark.parametrize("value", [0.0, float("nan"), float("inf")])
+def test_a_dead_map_becomes_uniform_with_a_warning(value):
+    single = torch.full((4, 5), value).double()
+    with pytest.warns(UserWarning, match="zero everywhere or not a number"):
+        density = to_density(single, tiny_config(head="paper"), Letterbox(33, 44, 32, 40))
+    torch.testing.assert_close(density, torch.full((33, 44), 1 / (33 * 44)).double())
+
+
+def test_a_dead_network_predicts_uniform_maps(pixels):
+    predictor = random_network(head="paper")
+    torch.nn.init.constant_(predictor.model.to_map.bias, -1e6)
+    with pytest.warns(UserWarning, match="zero everywhere"):
+        density = predictor.predict(pixels)
+    np.testing.assert_allclose(density, 1 / 4800, rtol=1e-6)
+
+
+# ---- several at once, mirrored -----------------------------------------------------------------
+def test_a_batch_of_any_sizes_equals_one_by_one(predictor):
+    rng = np.random.default_rng(0)
+    photos = [rng.integers(0, 256, (*size, 3), np.uint8) for size in SIZES]
+    for together, photo in zip(predictor.predict_batch(photos), photos, strict=True):
+        np.testing.assert_allclose(together, predictor.predict(photo), rtol=1e-4)
+    assert predictor.predict_batch([]) == []
+
+
+@pytest.mark.parametrize("head", ["density", "paper"])
+def test_averaging_with_the_mirrored_photo(head, pixels):
+    plain, averaging = random_network(head=head), random_network(head=head, test_flip=True)
+    density, mirrored = (averaging.predict(photo) for photo in (pixels, pixels[:, ::-1]))
+    np.testing.assert_allclose(density, mirrored[:, ::-1], rtol=1e-4)
+    assert np.abs(density - plain.predict(pixels)).max() > 1e-3 * density.max()
+    image, _ = plain.prepare(torch.from_numpy(pixels).permute(2, 0, 1))
+    one, other = (predict_maps(plain.model, plain.config, x[None]) for x in (image, image.flip(-1)))
+    expected = (one * other.flip(-1)).sqrt() if head == "density" else (one + other.flip(-1)) / 2
+    torch.testing.assert_close(
+        predict_maps(averaging.model, averaging.config, image[None]), expected, rtol=1e-5, atol=0
+    )
+
+
+def test_the_core_function_needs_a_box_per_photo(predictor):
+    images = torch.zeros(2, 3, 32, 40)
+    with pytest.raises(ValueError, match="zip"):
+        predict_densities(predictor.model, predictor.config, images, [Letterbox(60, 80, 32, 40)])
+
+
+def test_prediction_leaves_no_gradient_and_no_randomness(predictor, pixels):
+    np.testing.assert_array_equal(predictor.predict(pixels), predictor.predict(pixels))
+    assert all(p.grad is None for p in predictor.model.parameters())
+
+
+# ---- loading -----------------------------------------------------------------------------------
+def test_load_from_the_package(predictor, pixels, tmp_path):
+    save_checkpoint(tmp_path / "x.pt", predictor.config, predictor.model.state_dict())
+    loaded = mlnet_utils.load(tmp_path / "x.pt", device="cpu")
+    assert not loaded.model.training
+    np.testing.assert_array_equal(loaded.predict(pixels), predictor.predict(pixels))
+    assert load(tmp_path / "x.pt").device in ("cpu", "cuda", "mps")
+
+
+def test_load_of_nothing_or_of_anything_is_an_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.pt does not exist"):
+        load(tmp_path / "gone.pt")
+    (tmp_path / "x.pt").write_bytes(b"no checkpoint")
+    with pytest.raises(ValueError, match=r"x\.pt cannot be read"):
+        load(tmp_path / "x.pt")
+    with pytest.raises(AttributeError, match="no attribute 'laod'"):
+        _ = mlnet_utils.laod
+
+
+# ---- looking inside ----------------------------------------------------------------------------
+def test_explanations_have_the_size_of_the_photo(predictor, pixels):
+    parts = predictor.explain(pixels)
+    assert list(parts) == ["level 1", "level 2", "level 3", "raw", "prior", "saliency"]
+    assert {part.shape for part in parts.values()} == {(60, 80)}
+    assert all(np.isfinite(part).all() for part in parts.values())
+
+
+def test_feature_maps_are_the_most_varied_channels(predictor, pixels):
+    chosen = predictor.feature_maps(pixels, per_level=2)
+    assert len(chosen) == 6
+    assert {channel.shape for channel in chosen.values()} == {(4, 5)}
+    deviations = [channel.std() for title, channel in chosen.items() if "level 3" in title]
+    assert deviations == sorted(deviations, reverse=True)
+
+
+@pytest.mark.gpu
+def test_a_gpu_predicts_the_same(predictor, pixels, tmp_path):
+    save_checkpoint(tmp_path / "x.pt", predictor.config, predictor.model.state_dict())
+    on_gpu = load(tmp_path / "x.pt", device="cuda").predict(pixels)
+    np.testing.assert_allclose(on_gpu, predictor.predict(pixels), rtol=1e-2)
