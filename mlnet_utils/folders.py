@@ -22,6 +22,7 @@ from mlnet_utils.runtime import (
     atomic_path,
     cpu_count,
     display_path,
+    pick_device,
     progress,
     read_json,
     sha256_file,
@@ -134,7 +135,7 @@ def predict_folder(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     out, outputs = Path(out), Outputs(overlay, npy)
     # One process may take hours longer than another, and then nobody should give up on it.
-    processes = PartialState(timeout=timedelta(days=7))
+    processes = PartialState(cpu=pick_device() == "cpu", timeout=timedelta(days=7))
     predictor = load(checkpoint, device or str(processes.device))
     targets = list_photos(paths, out, outputs)
     record = _check_record(out, checkpoint, force)

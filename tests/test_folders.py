@@ -1,0 +1,297 @@
+"""Folders of photos: what is written, what is skipped, and what can go wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from PIL import Image
+
+from mlnet_utils.__main__ import main
+from mlnet_utils.checkpoints import save_checkpoint
+from mlnet_utils.folders import Outputs, list_photos, predict_folder, to_8_bits
+from mlnet_utils.images import read_image
+from mlnet_utils.model import MLNet
+from mlnet_utils.plots import overlay
+from mlnet_utils.prediction import load
+
+
+def make_checkpoint(path: Path, seed: int = 0) -> Path:
+    config = tiny_config()
+    torch.manual_seed(seed)
+    save_checkpoint(path, config, MLNet(config).state_dict())
+    return path
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("network") / "best.pt")
+
+
+def photo(path: Path, size=(80, 60), mode="RGB", **options) -> Path:
+    """Write a photo with (width, height) ``size``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    y, x = np.mgrid[: size[1], : size[0]]
+    pixels = np.stack([x % 256, y * 3 % 256, (x + 2 * y) % 256], axis=-1).astype(np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path, **options)
+    return path
+
+
+@pytest.fixture
+def album(tmp_path) -> Path:
+    """Seven good photos of all kinds."""
+    folder = tmp_path / "album"
+    rotated = Image.Exif()
+    rotated[0x0112] = 6
+    photo(folder / "plain.jpg")
+    photo(folder / "grey.jpeg", (50, 90), "L")
+    photo(folder / "alpha.png", (33, 200), "RGBA")
+    photo(folder / "print.JPG", (64, 64), "CMYK")
+    photo(folder / "sub" / "plain.webp", (90, 50))
+    photo(folder / "sub" / "turned.v2.jpg", (100, 40), exif=rotated)
+    deep = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
+    Image.fromarray(deep).save(folder / "small.png")
+    return folder
+
+
+SIZES = {"plain": (80, 60), "grey": (50, 90), "alpha": (33, 200), "print": (64, 64),
+         "sub/plain": (90, 50), "sub/turned.v2": (40, 100), "small": (32, 32)}  # fmt: skip
+
+
+def files(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+def stamps(folder: Path) -> dict[str, int]:
+    return {name: (folder / name).stat().st_mtime_ns for name in files(folder)}
+
+
+# ---- what is written ---------------------------------------------------------------------------
+def test_every_photo_gets_its_maps_at_its_own_size(album, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    result = predict_folder(checkpoint, [album], out, overlay=True, npy=True, batch_size=3)
+    assert len(result.done) == 7
+    assert (result.skipped, result.failed) == ([], {})
+    expected = {f"{stem}{suffix}" for stem in SIZES for suffix in (".png", "_overlay.png", ".npy")}
+    assert files(out) == expected | {"prediction.json"}
+    predictor = load(checkpoint)
+    for path in result.done:
+        stem = path.relative_to(album).with_name(path.stem).as_posix()
+        density = np.load(out / f"{stem}.npy")
+        assert density.dtype == np.float32
+        assert density.shape[::-1] == SIZES[stem]
+        assert density.sum(dtype=np.float64) == pytest.approx(1, abs=1e-6)
+        np.testing.assert_allclose(density, predictor.predict(path), rtol=1e-4)
+        with Image.open(out / f"{stem}.png") as image:
+            assert image.mode == "L"
+            np.testing.assert_array_equal(np.asarray(image), to_8_bits(density))
+            assert np.asarray(image).max() == 255
+        with Image.open(out / f"{stem}_overlay.png") as image:
+            pixels = read_image(path).permute(1, 2, 0).numpy()
+            np.testing.assert_array_equal(np.asarray(image), overlay(pixels, density))
+
+
+def test_maps_alone_by_default_and_from_single_files(album, checkpoint, tmp_path):
+    paths = [album / "plain.jpg", album / "sub" / "turned.v2.jpg"]
+    predict_folder(checkpoint, paths, tmp_path / "out")
+    assert files(tmp_path / "out") == {"plain.png", "turned.v2.png", "prediction.json"}
+
+
+def test_batches_and_workers_change_nothing(album, checkpoint, tmp_path):
+    predict_folder(checkpoint, [album], tmp_path / "one", batch_size=1, workers=1)
+    predict_folder(checkpoint, [album], tmp_path / "all", batch_size=16, workers=4)
+    for stem in SIZES:
+        one, other = (np.asarray(Image.open(tmp_path / d / f"{stem}.png")) for d in ("one", "all"))
+        assert np.abs(one.astype(int) - other).max() <= 1  # rounding of another batch's kernels
+
+
+def test_stored_orientation_on_request(album, checkpoint, tmp_path):
+    predict_folder(checkpoint, [album / "sub"], tmp_path / "out", upright=False)
+    with Image.open(tmp_path / "out" / "turned.v2.png") as image:
+        assert image.size == (100, 40)
+
+
+def test_the_record_names_the_checkpoint(album, checkpoint, tmp_path):
+    predict_folder(checkpoint, [album / "plain.jpg"], tmp_path / "out")
+    record = json.loads((tmp_path / "out" / "prediction.json").read_text())
+    assert record["checkpoint"].endswith("best.pt")
+    assert len(record["sha256"]) == 64
+
+
+# ---- resuming ----------------------------------------------------------------------------------
+def test_a_second_call_does_only_what_is_missing(album, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    predict_folder(checkpoint, [album], out, overlay=True)
+    before = stamps(out)
+    (out / "sub" / "plain.png").unlink()
+    (out / "grey_overlay.png").unlink()
+    photo(album / "new.jpg")
+    result = predict_folder(checkpoint, [album], out, overlay=True)
+    assert [path.name for path in result.done] == ["grey.jpeg", "new.jpg", "plain.webp"]
+    assert len(result.skipped) == 5
+    after = stamps(out)
+    kept = set(before) - {
+        f"{s}{x}" for s in ("sub/plain", "grey") for x in (".png", "_overlay.png")
+    }
+    assert {name for name in before if after[name] == before[name]} == kept - {"prediction.json"}
+    assert predict_folder(checkpoint, [album], out, overlay=True).done == []
+
+
+def test_force_redoes_everything(album, checkpoint, tmp_path):
+    out = tmp_path / "out"
+    predict_folder(checkpoint, [album], out)
+    before = stamps(out)
+    result = predict_folder(checkpoint, [album], out, force=True)
+    assert len(result.done) == 7
+    assert not [name for name, stamp in stamps(out).items() if stamp == before[name]]
+
+
+def test_maps_of_two_checkpoints_are_not_mixed(album, checkpoint, tmp_path):
+    other = make_checkpoint(tmp_path / "other.pt", seed=1)
+    predict_folder(checkpoint, [album], tmp_path / "out")
+    with pytest.raises(ValueError, match=r"made by another checkpoint \(.*best\.pt\)"):
+        predict_folder(other, [album], tmp_path / "out")
+    assert len(predict_folder(other, [album], tmp_path / "out", force=True).done) == 7
+    assert predict_folder(other, [album], tmp_path / "out").done == []
+
+
+# ---- what fails --------------------------------------------------------------------------------
+def test_a_broken_photo_stops_nothing(album, checkpoint, tmp_path):
+    (album / "broken.jpg").write_bytes((album / "plain.jpg").read_bytes()[:300])
+    (album / "empty.png").touch()
+    photo(album / "icon.png", (31, 80))
+    for batch_size in (1, 4):
+        out = tmp_path / f"out{batch_size}"
+        result = predict_folder(checkpoint, [album], out, batch_size=batch_size)
+        assert len(result.done) == 7
+        assert {path.name for path in result.failed} == {"broken.jpg", "empty.png", "icon.png"}
+        assert "cannot be decoded" in result.failed[album / "broken.jpg"]
+        assert "31x80 pixels; both sides" in result.failed[album / "icon.png"]
+        assert result.summary().startswith("7 photos done, 0 were done before\nfailed: ")
+        assert not [name for name in files(out) if "broken" in name or name.endswith(".tmp.png")]
+
+
+def test_a_map_that_cannot_be_written_is_a_failure_of_its_photo(album, checkpoint, tmp_path):
+    (tmp_path / "out" / "plain.png").mkdir(parents=True)
+    result = predict_folder(checkpoint, [album], tmp_path / "out")
+    assert len(result.done) == 6
+    assert "map cannot be written" in result.failed[album / "plain.jpg"]
+
+
+def test_command_line_reports_and_ends_with_1(album, checkpoint, tmp_path, capsys):
+    call = ["predict", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), str(album)]
+    assert main(call) == 0
+    assert "7 photos done, 0 were done before" in capsys.readouterr().out
+    (album / "broken.jpg").write_text("not a photo")
+    assert main(call) == 1
+    output = capsys.readouterr().out
+    assert "0 photos done, 7 were done before" in output
+    assert "broken.jpg cannot be decoded" in output
+
+
+# ---- names -------------------------------------------------------------------------------------
+def listed(paths, out, **outputs):
+    return list_photos(paths, out, Outputs(**outputs))
+
+
+def test_two_photos_never_write_the_same_file(tmp_path):
+    a, b = photo(tmp_path / "1" / "x.jpg"), photo(tmp_path / "2" / "x.jpg")
+    out = tmp_path / "out"
+    with pytest.raises(
+        ValueError, match=r"1/x\.jpg and .*2/x\.jpg would both be written to .*x\.png"
+    ):
+        listed([a, b], out)
+    with pytest.raises(ValueError, match="would both be written"):
+        listed([tmp_path / "1", tmp_path / "2"], out)
+    assert listed([tmp_path], out) == {a: out / "1" / "x", b: out / "2" / "x"}
+
+
+@pytest.mark.parametrize("names", [("x.jpg", "x.png"), ("x.jpg", "X.jpeg")])
+def test_stems_that_some_file_systems_take_for_equal(tmp_path, names):
+    for name in names:
+        photo(tmp_path / "album" / name)
+    with pytest.raises(ValueError, match="would both be written"):
+        listed([tmp_path / "album"], tmp_path / "out")
+
+
+def test_an_overlay_may_collide_with_a_map(tmp_path):
+    for name in ("x.jpg", "x_overlay.jpg"):
+        photo(tmp_path / "album" / name)
+    assert len(listed([tmp_path / "album"], tmp_path / "out")) == 2
+    with pytest.raises(ValueError, match=r"would both be written to .*x_overlay\.png"):
+        listed([tmp_path / "album"], tmp_path / "out", overlay=True)
+
+
+def test_a_photo_given_twice_is_one_photo(tmp_path):
+    path = photo(tmp_path / "album" / "x.jpg")
+    assert list(listed([tmp_path / "album", path, path], tmp_path / "out")) == [path]
+
+
+def test_a_photo_is_never_overwritten(tmp_path):
+    path = photo(tmp_path / "album" / "x.png")
+    with pytest.raises(ValueError, match=r"x\.png is a photo and would be overwritten"):
+        listed([path], tmp_path / "album")
+    with pytest.raises(ValueError, match="cannot be written into it"):
+        listed([tmp_path / "album"], tmp_path / "album")
+
+
+def test_maps_and_hidden_files_are_not_taken_for_photos(tmp_path, checkpoint):
+    album = tmp_path / "album"
+    photo(album / "x.jpg")
+    photo(album / ".hidden.jpg")
+    photo(album / ".thumbnails" / "y.jpg")
+    (album / "notes.txt").touch()
+    for _ in range(2):  # the second time, the maps are below the album
+        assert list(listed([album], album / "maps")) == [album / "x.jpg"]
+        predict_folder(checkpoint, [album], album / "maps")
+
+
+def test_nothing_to_do_is_an_error(tmp_path, checkpoint):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"no photos \(\.jpg, .*\) in .*empty"):
+        predict_folder(checkpoint, [tmp_path / "empty"], tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"gone\.jpg does not exist"):
+        predict_folder(checkpoint, [tmp_path / "gone.jpg"], tmp_path / "out")
+    with pytest.raises(FileNotFoundError, match=r"no\.pt does not exist"):
+        predict_folder(tmp_path / "no.pt", [tmp_path], tmp_path / "out")
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        predict_folder(checkpoint, [tmp_path], tmp_path / "out", batch_size=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_to_8_bits_spans_the_range():
+    density = np.array([[0, 1e-9], [5e-10, 2e-10]], np.float32)
+    np.testing.assert_array_equal(to_8_bits(density), [[0, 255], [128, 51]])
+
+
+# ---- several processes -------------------------------------------------------------------------
+SHARE = """
+import os, sys
+from pathlib import Path
+from mlnet_utils.folders import predict_folder
+checkpoint, album, out = sys.argv[1:]
+result = predict_folder(checkpoint, [album], out, batch_size=2)
+names = [path.name for path in [*result.done, *result.failed]]
+Path(out + os.environ["RANK"]).write_text(" ".join(names))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_share_the_photos(album, checkpoint, tmp_path):
+    (album / "broken.jpg").write_text("not a photo")
+    launcher = tmp_path / "launch.py"
+    launcher.write_text(SHARE)
+    out = tmp_path / "out"
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
+         launcher, checkpoint, album, out],
+        check=True, capture_output=True, timeout=120, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    reports = [Path(f"{out}{rank}").read_text() for rank in (0, 1)]
+    assert reports[0] == reports[1]
+    assert len(reports[0].split()) == 8
+    assert len(files(out)) == 8  # seven maps and the record
