@@ -136,7 +136,7 @@ def prepare(config: Config, data_root: Path, folder: Path) -> tuple[list[Photo],
 
 def sample_counts(config: Config) -> dict[str, int]:
     """How many stimuli the synthetic sample has per split."""
-    counts = {"train": 480, "val": 60, "test": 100}
+    counts = {"train": 960, "val": 60, "test": 100}
     return {k: min(v, config.limit) for k, v in counts.items()} if config.limit else counts
 
 

@@ -3,6 +3,7 @@
 import csv
 import io
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -285,7 +286,9 @@ def compare_changes(
 ) -> pd.DataFrame:
     """Mean scores of the prediction and of changed copies of it; KL negated: larger is better."""
     changes = {name: (change, "mit300") for name, change in CHANGES.items()}
-    means = _mean_scores(run_dir, checkpoint, split, changes)
+    with warnings.catch_warnings():  # one of the changes is the rounding that is warned of
+        warnings.filterwarnings("ignore", "image .* 8-bit", UserWarning)
+        means = _mean_scores(run_dir, checkpoint, split, changes)
     means["KL"] *= -1
     return means.rename(columns={"KL": "-KL"}).rename_axis("prediction")
 

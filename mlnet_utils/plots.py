@@ -1,5 +1,6 @@
 """Figures. Every function takes arrays and returns a Figure; none shows or computes scores."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -21,12 +22,16 @@ def use_style() -> None:
     sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE)
     plt.rcParams.update(
         {
-            "figure.dpi": 80,
+            "figure.dpi": 84,
             "savefig.dpi": 120,
             "axes.titlesize": "medium",
-            "figure.autolayout": False,
         }
     )
+    if "ipykernel" in sys.modules:
+        # Photos as PNG would make the saved notebooks several MB; nbviewer and git dislike that.
+        from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 88})
 
 
 def overlay(photo: np.ndarray, density: np.ndarray, strength: float = 0.65) -> np.ndarray:

@@ -47,7 +47,8 @@ def test_display_path_hides_where_the_machine_keeps_things(monkeypatch, tmp_path
     monkeypatch.setattr(Path, "home", lambda: tmp_path / "home")
     assert runtime.display_path(runtime.checkout_root() / "runs" / "x") == "runs/x"
     assert runtime.display_path(tmp_path / "home" / "data") == "~/data"
-    assert runtime.display_path(tmp_path / "secret" / "file.txt") == "file.txt"
+    elsewhere = tmp_path / "elsewhere" / "file.txt"
+    assert runtime.display_path(elsewhere) == elsewhere.resolve().as_posix()
 
 
 def test_colab_is_recognised_by_its_package(monkeypatch):
