@@ -172,14 +172,17 @@ def prepare(options: argparse.Namespace) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    from mlnet_utils import datasets, training
+    from mlnet_utils import datasets, optimization, training
 
     config = load_config(options.preset, **overrides(options.overrides))
     folder = run_dir(options.run_dir, options.preset)
-    if not (folder / "data" / "meta.json").is_file():
-        datasets.prepare(config, data_root(options.data_root), folder / "data")
-    result = training.fit(config, folder)
-    print(f"trained {len(result.history)} epochs; best checkpoint: {display_path(result.best)}")
+    accelerator = optimization.make_accelerator(config)  # one of several processes, if launched so
+    with accelerator.main_process_first():
+        if not (folder / "data" / "meta.json").is_file():
+            datasets.prepare(config, data_root(options.data_root), folder / "data")
+    result = training.fit(config, folder, accelerator)
+    if accelerator.is_main_process:
+        print(f"trained {len(result.history)} epochs; best checkpoint: {display_path(result.best)}")
     return 0
 
 
