@@ -40,7 +40,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--debug", action="store_true", help="show tracebacks")
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
-    verb = _verb(verbs, "reproduce", reproduce, "run all notebooks: data, training, scores, figures",
+    verb = _verb(verbs, "reproduce", reproduce, "run all notebooks, data to figures",
                  "reproduce", "reproduce --preset osie --data-root ~/data",
                  "reproduce --preset my.yaml --force")  # fmt: skip
     _run_options(verb)

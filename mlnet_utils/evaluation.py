@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mlnet_utils import baselines
 from mlnet_utils.bootstrap import bootstrap_interval
-from mlnet_utils.datasets import photo_root, read_density, read_image
+from mlnet_utils.datasets import photo_root
+from mlnet_utils.images import read_density, read_image
 from mlnet_utils.metrics import METRICS, score_all
 from mlnet_utils.photos import Photo, read_prepared
 from mlnet_utils.prediction import Predictor, load

@@ -1,4 +1,4 @@
-"""Readers of the datasets' own layouts: files in, :class:`~mlnet_utils.photos.Photo` records out."""
+"""Readers of the datasets' own layouts: files in, ``photos.Photo`` records out."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ def _need(path: Path, dataset: str) -> Path:
     """The path, or an error that says what was expected where."""
     if not path.exists():
         raise FileNotFoundError(
-            f"{dataset}: {path} is missing; `python -m mlnet_utils download {dataset}` puts it "
-            "there, or set MLNET_DATA to the folder that holds the dataset (layouts: data/README.md)"
+            f"{dataset}: {path} is missing; set MLNET_DATA (or --data-root) to the folder that "
+            f"holds {dataset}/ in its original layout, which data/README.md describes"
         )
     return path
 

@@ -59,3 +59,35 @@ def to_bytes(values: np.ndarray) -> np.ndarray:
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 255):
         raise ValueError("float pixels must be finite and in 0..1 or 0..255")
     return np.round(values * (255 if values.max() <= 1 else 1)).astype(np.uint8)
+
+
+def read_density(path: str | Path) -> Tensor:
+    """A density map of a dataset: ``.npz`` (array ``density``) or a greyscale picture.
+
+    Returns:
+        (H, W) float64 that sums to 1.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unreadable, negative, or zero everywhere.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"density map {path} does not exist")
+    try:
+        if path.suffix == ".npz":
+            with np.load(path, allow_pickle=False) as arrays:
+                values = arrays["density"].astype(np.float64)
+        else:
+            with Image.open(path) as image:
+                values = np.asarray(image.convert("F"), dtype=np.float64)
+    except (OSError, ValueError, KeyError, SyntaxError) as error:
+        raise ValueError(f"density map {path} cannot be read ({error})") from error
+    if (
+        values.ndim != 2
+        or not np.isfinite(values).all()
+        or values.min() < 0
+        or not values.sum() > 0
+    ):
+        raise ValueError(f"density map {path} must be 2-D, non-negative and not zero everywhere")
+    return torch.from_numpy(values / values.sum())

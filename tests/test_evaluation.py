@@ -1,0 +1,150 @@
+"""Scores of a run: the tables, the baselines beside the model, and what was left out."""
+
+import json
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from mlnet_utils import checkpoints, datasets, evaluation
+from mlnet_utils.config import load_config
+from mlnet_utils.metrics import METRICS
+from mlnet_utils.model import MLNet
+from mlnet_utils.photos import read_prepared, write_prepared
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A prepared sample of a few photos and an untrained network."""
+    folder = tmp_path_factory.mktemp("run")
+    config = load_config("tiny", limit=4)
+    datasets.prepare(config, folder, folder / "data")
+    torch.manual_seed(0)
+    model = MLNet(config)
+    checkpoints.save_checkpoint(folder / "checkpoints" / "best.pt", config, model.state_dict())
+    return folder
+
+
+@pytest.fixture(scope="module")
+def report(run):
+    return evaluation.evaluate(run)
+
+
+def test_every_model_is_scored_on_every_photo(run, report):
+    scores = pd.read_csv(run / "per_image.csv")
+    assert list(dict.fromkeys(scores["model"])) == list(evaluation.MODELS)
+    assert (scores.groupby("model").size() == 4).all()
+    assert report["photos"] == 4
+    assert report["split"] == "test"
+    assert report["negatives"] == "fixations of the other 3 photos of the split"
+
+
+def test_means_are_those_of_the_table(run, report):
+    scores = pd.read_csv(run / "per_image.csv")
+    for row in report["rows"]:
+        own = scores[scores["model"] == row["model"]]
+        for metric in METRICS:
+            found = row["metrics"][metric]
+            finite = own[metric][np.isfinite(own[metric])]
+            assert found["n"] == len(finite)
+            if len(finite):
+                assert found["mean"] == pytest.approx(finite.mean())
+                assert found["low"] <= found["mean"] <= found["high"]
+            else:
+                assert found["mean"] is None
+
+
+def test_floors_and_ceilings_are_where_they_belong(report):
+    means = {
+        row["model"]: {name: value["mean"] for name, value in row["metrics"].items()}
+        for row in report["rows"]
+    }
+    assert means["uniform"]["AUC"] == means["uniform"]["sAUC"] == 0.5
+    assert means["uniform"]["NSS"] == means["uniform"]["CC"] == 0
+    assert means["centre bias"]["IG"] == pytest.approx(0, abs=1e-12)
+    for metric in ("AUC", "sAUC", "NSS", "IG", "CC"):
+        assert means["gold standard"][metric] > means["ML-Net"][metric]
+    # One observer's fixations are no density to compare with.
+    assert all(means["inter-observer"][name] is None for name in ("CC", "KL", "SIM"))
+    assert 0 < means["inter-observer"]["IG"] < means["gold standard"]["IG"]
+
+
+def test_the_gold_standard_of_the_sample_is_the_true_density(run):
+    data = evaluation.TestSet(run, "test")
+    photo = data.photos[0]
+    with np.load(data.root / photo.density) as arrays:
+        truth = arrays["density"].astype(float)
+    np.testing.assert_allclose(data.gold(photo).numpy(), truth / truth.sum())
+
+
+def test_scoring_twice_gives_the_same_bytes(run, report):
+    before = (run / "per_image.csv").read_bytes(), (run / "metrics.json").read_bytes()
+    evaluation.evaluate(run)
+    assert before == ((run / "per_image.csv").read_bytes(), (run / "metrics.json").read_bytes())
+
+
+def test_explained_information_is_a_share_of_the_gold_standard(report):
+    shares = evaluation.explained_information(report)
+    assert shares["gold standard"] == 1
+    assert shares["centre bias"] == pytest.approx(0, abs=1e-12)
+    assert evaluation.explained_information({"rows": []}) == {}
+
+
+def test_undefined_and_infinite_values_are_counted_and_named():
+    rows = [
+        {"model": "a", "stem": str(i), **dict.fromkeys(METRICS, value)}
+        for i, value in enumerate((1.0, 3.0, math.nan, -math.inf))
+    ]
+    summary = evaluation.summarise(rows, resamples=50)
+    values = summary[0]["metrics"]["IG"]
+    assert (values["mean"], values["n"], values["skipped"], values["infinite"]) == (2.0, 2, 1, 1)
+    text = evaluation.format_table({"rows": summary})
+    assert "a, IG: 1 photos skipped" in text
+    assert "a, IG: 1 photos infinite" in text
+    nothing = [{"model": "b", "stem": "0", **dict.fromkeys(METRICS, math.nan)}]
+    summary = evaluation.summarise(nothing, resamples=50)
+    assert summary[0]["metrics"]["CC"]["mean"] is None
+    assert json.loads(json.dumps(summary)) == summary
+    assert "| b | –" in evaluation.format_table({"rows": summary})
+
+
+def test_the_long_table_has_a_row_per_model_and_metric(report):
+    table = evaluation.long_table(report)
+    assert len(table) == len(report["rows"]) * len(METRICS)
+    assert table["mean"].dtype == float
+
+
+def test_protocols_change_the_numbers_but_not_the_correlation(run):
+    table = evaluation.compare_protocols(run)
+    assert list(table.index) == ["mit300", "salicon", "salicon2015"]
+    assert table.loc["mit300", "CC"] == pytest.approx(table.loc["salicon", "CC"])
+    assert table.loc["mit300", "AUC"] != table.loc["salicon", "AUC"]
+    assert math.isnan(table.loc["salicon2015", "KL"])
+
+
+@pytest.mark.filterwarnings("error")
+def test_changes_move_the_metrics_that_should_move(run):
+    table = evaluation.compare_changes(run)
+    same = table.loc["unchanged"]
+    for power in ("peaky (squared)", "flat (square root)"):
+        assert table.loc[power, "AUC"] == pytest.approx(same["AUC"], abs=1e-9)
+        assert table.loc[power, "sAUC"] == pytest.approx(same["sAUC"], abs=1e-9)
+        assert table.loc[power, "-KL"] != pytest.approx(same["-KL"], abs=1e-3)
+    assert table.loc["half centre bias", "sAUC"] != same["sAUC"]
+
+
+def test_missing_inputs_name_what_makes_them(tmp_path, run):
+    with pytest.raises(FileNotFoundError, match="02_training"):
+        evaluation.evaluate(tmp_path)
+    with pytest.raises(FileNotFoundError, match="01_data_preparation"):
+        evaluation.evaluate(tmp_path, run / "checkpoints" / "best.pt")
+
+
+def test_an_empty_split_is_an_error(tmp_path, run):
+    photos, meta = read_prepared(run / "data")
+    train = [photo for photo in photos if photo.split == "train"]
+    write_prepared(tmp_path / "data", train, {**meta, "root": str(run / "data")})
+    with pytest.raises(ValueError, match="no test photos"):
+        evaluation.TestSet(tmp_path, "test")

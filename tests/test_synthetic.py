@@ -1,0 +1,122 @@
+"""The sample's density is known: exactly the distribution that the fixations are drawn from."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mlnet_utils import synthetic
+from mlnet_utils.images import read_density
+from mlnet_utils.runtime import sha256_file
+from mlnet_utils.transforms import inside, pixel_indices
+
+
+def stimulus(seed=0, **options):
+    return synthetic.make_stimulus(np.random.default_rng(seed), **options)
+
+
+@pytest.mark.parametrize("kind", synthetic.KINDS)
+def test_the_density_is_a_positive_probability(kind):
+    scene = stimulus(kind=kind)
+    assert scene.kind == kind
+    assert scene.image.shape == (240, 320, 3)
+    assert scene.image.dtype == np.uint8
+    assert scene.density.shape == (240, 320)
+    assert scene.density.min() > 0
+    assert scene.density.sum() == pytest.approx(1, abs=1e-12)
+
+
+def test_the_same_seed_gives_the_same_scene_and_another_another():
+    first, again, other = stimulus(1), stimulus(1), stimulus(2)
+    assert (first.image == again.image).all()
+    assert (first.density == again.density).all()
+    assert (first.image != other.image).any()
+
+
+def test_fixations_follow_the_density_also_at_the_border():
+    # An odd item in the corner: a third of its fixations would leave the photo.
+    scene = stimulus(3, height=96, width=128)
+    centres = scene.centres.copy()
+    centres[0] = (1.0, 2.0)
+    density = synthetic._density(centres, scene.salience, 96, 128)
+    scene = synthetic.Stimulus(
+        scene.image, density, scene.kind, centres, scene.salience, scene.n_odd
+    )
+    points, _ = synthetic.draw_fixations(scene, np.random.default_rng(4), observers=20_000)
+    assert inside(points, 96, 128).all()
+    x, y = pixel_indices(points).T
+    counts = np.bincount((y // 8) * 16 + x // 8, minlength=192)  # cells of 8x8 pixels
+    expected = density.reshape(12, 8, 16, 8).sum((1, 3)).ravel() * len(points)
+    # Fixations of one observer share an offset, so the spread is a little above Poisson's.
+    z = (counts - expected) / np.sqrt(expected)
+    assert np.abs(z).max() < 7
+    assert z.std() < 2
+    assert abs(z.mean()) < 0.3
+
+
+def test_the_mean_log_likelihood_is_the_negative_entropy():
+    scene = stimulus(5)
+    points, _ = synthetic.draw_fixations(scene, np.random.default_rng(6), observers=3000)
+    x, y = pixel_indices(points).T
+    entropy = -(scene.density * np.log(scene.density)).sum()
+    assert -np.log(scene.density[y, x]).mean() == pytest.approx(entropy, rel=0.01)
+
+
+def test_odd_items_attract_more_than_the_others():
+    scene = stimulus(7)
+    odd, others = scene.salience[: scene.n_odd], scene.salience[scene.n_odd :]
+    assert odd.min() > 3 * others.max()
+    x, y = pixel_indices(scene.centres).clip(0).T
+    at_items = scene.density[y.clip(max=239), x.clip(max=319)]
+    assert at_items[: scene.n_odd].mean() > 2 * at_items[scene.n_odd :].mean()
+
+
+def test_observers_differ_more_than_chance_allows():
+    scene = stimulus(8)
+    points, observers = synthetic.draw_fixations(scene, np.random.default_rng(9), observers=400)
+    on_odd = np.zeros(len(points), bool)
+    for centre in scene.centres[: scene.n_odd]:
+        on_odd |= np.hypot(*(points - centre).T) < 2 * synthetic.ITEM_SPREAD
+    counts = np.bincount(observers)
+    shares = np.bincount(observers, on_odd) / counts
+    binomial = (shares.mean() * (1 - shares.mean()) / counts).mean()
+    assert shares.var() > 1.15 * binomial
+
+
+def test_folding_keeps_points_inside_and_leaves_inner_ones_alone():
+    points = np.array([[-1.0, 5.0], [10.2, 239.6], [319.4999999, 0.0], [320.0, -0.5]])
+    folded = synthetic._fold(points, 320, 240)
+    assert inside(folded, 240, 320).all()
+    np.testing.assert_allclose(folded[0], [0.0, 5.0])
+    np.testing.assert_allclose(folded[1], [10.2, 239.4], rtol=1e-6)
+
+
+def test_write_sample_makes_records_that_can_be_read_back(tmp_path):
+    photos = synthetic.write_sample(tmp_path, {"train": 2, "test": 1}, seed=11)
+    assert [photo.stem for photo in photos] == ["train_0000", "train_0001", "test_0000"]
+    for photo in photos:
+        assert sha256_file(tmp_path / photo.image) == photo.sha256
+        with Image.open(tmp_path / photo.image) as image:
+            assert image.size == (photo.width, photo.height) == (320, 240)
+        assert len(np.unique(photo.observers)) == synthetic.OBSERVERS
+        assert inside(photo.fixations, photo.height, photo.width).all()
+        density = read_density(tmp_path / photo.density)
+        assert density.shape == (240, 320)
+    x, y = pixel_indices(photos[0].fixations).T
+    density = read_density(tmp_path / photos[0].density)
+    assert density[y, x].mean() > 3 / density.numel()
+
+
+def test_a_scene_does_not_depend_on_how_many_others_are_made(tmp_path):
+    few = synthetic.write_sample(tmp_path / "few", {"train": 1, "val": 1}, seed=12)
+    many = synthetic.write_sample(tmp_path / "many", {"train": 2, "val": 1}, seed=12)
+    by_stem = {photo.stem: photo for photo in many}
+    for photo in few:
+        assert by_stem[photo.stem].sha256 == photo.sha256
+        assert (by_stem[photo.stem].fixations == photo.fixations).all()
+
+
+def test_guards():
+    with pytest.raises(ValueError, match="kind 'smell' is not one of colour"):
+        stimulus(kind="smell")
+    with pytest.raises(ValueError, match="at least 96x96"):
+        stimulus(height=64)
