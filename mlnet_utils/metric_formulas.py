@@ -235,13 +235,14 @@ def moments(image: ScoredImage, block: Block) -> tuple[float, float, float]:
 def divergence_sum(image: ScoredImage, block: Block) -> tuple[float]:
     """g ln(eps + g / (p + eps)), with both maps at the density's own scale."""
     total = image.density.total
+    eps = EPS_MIT300 if image.protocol == "mit300" else EPS_MATLAB
+    floor, eps = block.density.new_tensor([eps * total, eps])
     if image.protocol == "mit300":
-        p, eps = image.normalised(block.prediction, total), EPS_MIT300
+        p = image.normalised(block.prediction, total, add=floor)
     else:  # MATLAB's code leaves an all-zero map as it is
-        p, eps = block.prediction * (total / (image.prediction.total or 1.0)), EPS_MATLAB
-    # In place: a third of the time would be spent on making room for intermediate results.
-    ratio = torch.div(block.density, p.add_(eps * total), out=p)
-    return (ratio.add_(eps).log_().mul_(block.density).sum().item(),)
+        p = floor.add(block.prediction, alpha=total / (image.prediction.total or 1.0))
+    ratio = torch.addcdiv(eps, block.density, p, out=p)  # in place, in one pass over the memory
+    return (ratio.log_().mul_(block.density).sum().item(),)
 
 
 def overlap_sum(image: ScoredImage, block: Block) -> tuple[float]:

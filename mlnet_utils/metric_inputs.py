@@ -85,6 +85,8 @@ class ScoredImage:
     @functools.cached_property
     def repeated(self) -> Tensor:
         """(N,) fixated pixels, one entry per fixation."""
+        if self._fixations.total == len(self.unique):
+            return self.unique
         return self.unique.repeat_interleave(self._fixations.values[self.unique])
 
     @property
@@ -113,7 +115,7 @@ class ScoredImage:
     def pixel_sum(self, function: Callable[["ScoredImage", Block], tuple]) -> tuple:
         """Sums over all pixels of what ``function`` returns for a block: a tuple of numbers."""
         if function not in self._sums:
-            functions = {function, *self._wanted}
+            functions = {function, *self._wanted} - self._sums.keys()
             for block in self._blocks():
                 for one in functions:
                     parts = one(self, block)
@@ -147,12 +149,16 @@ class ScoredImage:
         low = self.prediction.low
         return low, (self.prediction.values - low).sum(dtype=torch.float64).item()
 
-    def normalised(self, values: Tensor, total: float = 1.0) -> Tensor:
-        """Some of the prediction's values, as those of a density that sums to ``total``."""
+    def normalised(self, values: Tensor, total: float = 1.0, add: Tensor | None = None) -> Tensor:
+        """Some of the prediction's values, as those of a density that sums to ``total``.
+
+        The number ``add`` is added to all of them.
+        """
         shift, given = self.lift
+        add = values.new_zeros(()) if add is None else add
         if given == 0:
-            return torch.full_like(values, total / self.prediction.pixels)
-        return (values - shift if shift else values) * (total / given)
+            return torch.full_like(values, total / self.prediction.pixels) + add
+        return add.add(values - shift if shift else values, alpha=total / given)
 
 
 class FlatMap:

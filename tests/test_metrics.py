@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mlnet_utils import metric_inputs, metrics, roc
+from mlnet_utils import metric_formulas, metric_inputs, metrics, roc
 from mlnet_utils.transforms import density_from_points, fixation_counts
 
 H, W = 9, 11
@@ -200,6 +200,17 @@ def test_results_do_not_depend_on_the_blocks(monkeypatch):
     for name in ALL:
         if "AUC" in name:
             assert torch.equal(whole[name], blocks[name])
+
+
+def test_sums_asked_for_later_leave_earlier_ones_alone():
+    maps = scene()
+    image = metric_inputs.ScoredImage(
+        "x", "mit300", maps["prediction"][0], maps["fixations"][0], maps["density"][0],
+        sums=[metric_formulas.moments],
+    )  # fmt: skip
+    first = image.pixel_sum(metric_formulas.moments)
+    image.pixel_sum(metric_formulas.overlap_sum)
+    assert image.pixel_sum(metric_formulas.moments) == first
 
 
 # ---- invariances -------------------------------------------------------------------------------
