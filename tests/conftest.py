@@ -1,6 +1,7 @@
 """Shared fixtures: a tiny dataset made on the spot, and the conditions for the special markers."""
 
 import os
+import sys
 from pathlib import Path
 
 # Before torch is imported, for this process and those that tests start: the networks are tiny, and
@@ -33,6 +34,15 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def device(request, monkeypatch):
+    """Tests run on the CPU, whose results are the same to the bit, unless marked ``gpu``."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "false" if "gpu" in request.keywords else "true")
+    if state := sys.modules.get("accelerate.state"):  # one per process, and it keeps its device
+        state.AcceleratorState._reset_state()
+        state.PartialState._reset_state()
 
 
 @pytest.fixture(scope="session")
