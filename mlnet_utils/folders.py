@@ -184,7 +184,7 @@ def list_photos(paths: Sequence[str | Path], out: Path, outputs: Outputs) -> dic
                     f"the maps of {path} cannot be written into it, or the next call would take "
                     "them for photos; choose another output folder"
                 )
-            for file in _photos_below(path, out):
+            for file in photos_below(path, out):
                 found[file] = out / file.relative_to(path).with_name(file.stem)
         elif path.is_file():
             found[path] = out / path.stem
@@ -196,10 +196,14 @@ def list_photos(paths: Sequence[str | Path], out: Path, outputs: Outputs) -> dic
     return found
 
 
-def _photos_below(folder: Path, out: Path) -> Iterator[Path]:
+def photos_below(folder: Path, out: Path | None = None) -> Iterator[Path]:
+    """Photos in a folder and its sub-folders, by suffix, in alphabetical order.
+
+    Hidden files, and what lies in ``out``, are left out.
+    """
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        made_here = file.resolve().is_relative_to(out.resolve())
+        made_here = out is not None and file.resolve().is_relative_to(out.resolve())
         if file.suffix.lower() in PHOTO_SUFFIXES and not hidden and not made_here:
             yield file
 

@@ -21,7 +21,8 @@ ORDER = (
     *("roc", "resize", "metric_inputs", "metric_formulas", "metrics"),
     *("bootstrap", "scores"),
     "plots",  # takes arrays: isolated below
-    *("legacy", "prediction", "folders", "baselines", "evaluation", "export", "submission"),
+    *("legacy", "prediction", "folders", "baselines", "evaluation"),
+    *("exported", "export", "submission"),
     *("execution", "pipeline"),
     "__main__",
 )

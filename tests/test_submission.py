@@ -1,0 +1,353 @@
+"""Submissions: complete, in the wanted form, and a validator that notices every mistake."""
+
+import base64
+import io
+import json
+import sys
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+from PIL import Image
+from scipy.special import logsumexp
+
+from mlnet_utils import submission
+from mlnet_utils.checkpoints import save_checkpoint
+from mlnet_utils.model import MLNet
+from mlnet_utils.prediction import load
+from mlnet_utils.submission import benchmark_photos, validate_submission, write_submission
+
+NAMES = [f"COCO_test2014_{number:012d}" for number in (42, 7, 523957)]
+SIZES = {f"{name}.jpg": (64, 48) for name in NAMES}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("network") / "best.pt"
+    config = tiny_config(head="paper")  # whose zeros are the harder case
+    torch.manual_seed(0)
+    model = MLNet(config)
+    torch.nn.init.constant_(model.to_map.bias, 0.2)
+    save_checkpoint(path, config, model.state_dict())
+    return path
+
+
+@pytest.fixture(autouse=True)
+def small_benchmarks(monkeypatch):
+    for name, benchmark in submission.BENCHMARKS.items():
+        monkeypatch.setitem(submission.BENCHMARKS, name, replace(benchmark, count=3))
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """Three photos where SALICON has its test photos; one with a rotation to be ignored."""
+    folder = tmp_path / "data" / "salicon" / "images" / "test"
+    folder.mkdir(parents=True)
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    for number, name in enumerate(NAMES):
+        pixels = np.random.default_rng(number).integers(0, 256, (48, 64, 3), np.uint8)
+        options = {"exif": turned} if number == 0 else {}
+        Image.fromarray(pixels).save(folder / f"{name}.jpg", **options)
+    return folder
+
+
+def png(size=(64, 48), mode="L", format="PNG", constant=False) -> bytes:
+    values = np.zeros(size[::-1]) if constant else np.linspace(0, 255, size[0] * size[1])
+    image = Image.fromarray(values.reshape(size[::-1]).astype(np.uint8)).convert(mode)
+    content = io.BytesIO()
+    image.save(content, format)
+    return content.getvalue()
+
+
+# ---- the photos of a benchmark -----------------------------------------------------------------
+def test_photos_are_found_in_the_raw_data_or_where_one_says(photos, tmp_path, monkeypatch):
+    assert benchmark_photos("salicon-2017", root=tmp_path / "data") == (photos, SIZES)
+    assert benchmark_photos("salicon-2015", photos=photos) == (photos, SIZES)
+    monkeypatch.setenv("MLNET_DATA", str(tmp_path / "data"))
+    assert benchmark_photos("salicon-2017") == (photos, SIZES)
+
+
+def test_impossible_requests_are_errors(photos, checkpoint, tmp_path):
+    with pytest.raises(ValueError, match="unknown benchmark 'salicon': use one of salicon-2017, "):
+        benchmark_photos("salicon")
+    with pytest.raises(ValueError, match="takes the split val or test, not train"):
+        benchmark_photos("salicon-2017", "train")
+    with pytest.raises(FileNotFoundError, match=r"images/val does not exist; it should hold the 3"):
+        benchmark_photos("salicon-2017", "val", root=tmp_path / "data")
+    with pytest.raises(ValueError, match=r"takes a file ending in \.zip, not out\.json"):
+        write_submission(checkpoint, "salicon-2017", tmp_path / "out.json", photos=photos)
+    (photos / f"{NAMES[1]}.jpg").unlink()
+    with pytest.raises(ValueError, match=r"holds 2 photos, but salicon-2017 \(test\) has 3"):
+        benchmark_photos("salicon-2017", photos=photos)
+
+
+# ---- writing -----------------------------------------------------------------------------------
+def test_salicon_2017(photos, checkpoint, tmp_path):
+    out = write_submission(checkpoint, "salicon-2017", tmp_path / "out.zip", photos=photos)
+    assert validate_submission(out, SIZES) == []
+    with zipfile.ZipFile(out) as archive:
+        assert sorted(archive.namelist()) == sorted(f"{name}.png" for name in NAMES)
+        with Image.open(io.BytesIO(archive.read(f"{NAMES[1]}.png"))) as image:
+            assert (image.mode, image.size) == ("L", (64, 48))
+            density = load(checkpoint).predict(photos / f"{NAMES[1]}.jpg")
+            expected = 255 * density / density.max()
+            assert np.abs(np.asarray(image) - expected).max() <= 1
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "out.zip"}
+    again = write_submission(checkpoint, "salicon-2017", tmp_path / "again.zip", photos=photos)
+    assert again.read_bytes() == out.read_bytes()
+
+
+def test_salicon_2015(photos, checkpoint, tmp_path):
+    name = "fixations_test2014_mlnet_results.json"
+    out = write_submission(checkpoint, "salicon-2015", tmp_path / name, photos=photos)
+    assert validate_submission(out, SIZES) == []
+    entries = json.loads(out.read_text())
+    assert sorted(entry["image_id"] for entry in entries) == [7, 42, 523957]
+    content = base64.b64decode(entries[0]["saliency_map"])
+    with Image.open(io.BytesIO(content)) as image:
+        assert image.size == (64, 48)
+
+
+def test_photos_without_a_coco_id_are_an_error(photos, checkpoint, tmp_path):
+    (photos / f"{NAMES[0]}.jpg").rename(photos / "holiday.jpg")
+    with pytest.raises(ValueError, match=r"holiday\.jpg has no COCO image id"):
+        write_submission(checkpoint, "salicon-2015", tmp_path / "out.json", photos=photos)
+
+
+@pytest.fixture
+def categories(photos, tmp_path) -> Path:
+    """As CAT2000: the same file names in several folders."""
+    folder = tmp_path / "Stimuli"
+    for category, name in zip(("Action", "Action", "Pattern"), ("001", "002", "001"), strict=True):
+        (folder / category).mkdir(parents=True, exist_ok=True)
+        source = next(photos.iterdir())
+        source.rename(folder / category / f"{name}.jpg")
+    return folder
+
+
+def test_log_densities_for_tuebingen(categories, checkpoint, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    out = write_submission(checkpoint, "cat2000", tmp_path / "out.hdf5", photos=categories)
+    _, sizes = benchmark_photos("cat2000", photos=categories)
+    assert sorted(sizes) == ["Action/001.jpg", "Action/002.jpg", "Pattern/001.jpg"]
+    assert validate_submission(out, sizes) == []
+    with h5py.File(out) as file:
+        for name in sizes:
+            values = file[name][()]
+            assert values.dtype == np.float32
+            assert values.shape == (48, 64)
+            assert np.isfinite(values).all()
+            assert logsumexp(values.astype(float)) == pytest.approx(0, abs=1e-4)
+
+
+def test_pysaliency_reads_the_log_densities(categories, checkpoint, tmp_path):
+    pytest.importorskip("h5py")
+    pysaliency = pytest.importorskip("pysaliency")
+    out = write_submission(checkpoint, "cat2000", tmp_path / "out.hdf5", photos=categories)
+    files = sorted(str(path) for path in categories.rglob("*.jpg"))
+    model = pysaliency.HDF5Model(pysaliency.FileStimuli(files), str(out))
+    predictor = load(checkpoint)
+    for file, stimulus in zip(files, model.parent_model.stimuli, strict=True):
+        found = np.exp(model.log_density(stimulus).astype(float))
+        with Image.open(file) as image:
+            expected = predictor.predict(np.asarray(image.convert("RGB")))  # as stored
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-9)
+
+
+def test_an_interrupted_submission_continues(photos, checkpoint, tmp_path, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(submission, "_pack", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_submission(checkpoint, "salicon-2017", tmp_path / "out.zip", photos=photos)
+    maps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out_maps").glob("*.png")}
+    assert len(maps) == 3
+    with monkeypatch.context() as patched:
+        patched.setattr(submission.shutil, "rmtree", lambda folder: None)
+        write_submission(checkpoint, "salicon-2017", tmp_path / "out.zip", photos=photos)
+    assert {path: path.stat().st_mtime_ns for path in maps} == maps
+
+
+def test_an_incomplete_submission_is_not_written(photos, checkpoint, tmp_path):
+    broken = photos / f"{NAMES[2]}.jpg"
+    broken.write_bytes(broken.read_bytes()[:700])  # the size is still readable
+    with pytest.raises(RuntimeError, match=r"would not be complete: 2 photos done(.|\n)*523957"):
+        write_submission(checkpoint, "salicon-2017", tmp_path / "out.zip", photos=photos)
+    assert not (tmp_path / "out.zip").exists()
+
+
+def test_a_submission_that_would_be_refused_is_not_written(photos, tmp_path):
+    dead = tmp_path / "dead.pt"
+    config = tiny_config(head="paper")
+    model = MLNet(config)
+    torch.nn.init.constant_(model.to_map.bias, -1e6)
+    save_checkpoint(dead, config, model.state_dict())
+    with (
+        pytest.warns(UserWarning, match="zero everywhere"),
+        pytest.raises(RuntimeError, match="would be refused: the same value everywhere"),
+    ):
+        write_submission(dead, "salicon-2017", tmp_path / "out.zip", photos=photos)
+    assert not (tmp_path / "out.zip").exists()
+
+
+def test_hdf5_without_h5py_is_an_error_before_the_work(
+    categories, checkpoint, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(
+        ModuleNotFoundError, match=r"need h5py: pip install 'mlnet-utils\[legacy\]'"
+    ):
+        write_submission(checkpoint, "cat2000", tmp_path / "out.hdf5", photos=categories)
+    assert not (tmp_path / "out_maps").exists()
+
+
+# ---- the validator: zip ------------------------------------------------------------------------
+GOOD = {f"{name}.png": png() for name in NAMES}
+
+
+def zipped(path: Path, entries: dict[str, bytes]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in entries.items():
+            archive.writestr(name, content)
+    return path
+
+
+def test_a_good_zip_of_anybody_passes(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in GOOD.items():
+            archive.writestr(name, content)
+    assert validate_submission(tmp_path / "x.zip", SIZES) == []
+
+
+ONE = f"{NAMES[0]}.png"
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({ONE: None}, ["missing (1): " + ONE]),
+        ({"x.png": png()}, ["not asked for (1): x.png"]),
+        ({"__MACOSX/._x": b""}, ["not asked for (1): __MACOSX/._x"]),
+        ({ONE: None, f"maps/{ONE}": png()},
+         [f"missing (1): {ONE}", f"not asked for (1): maps/{ONE}"]),
+        ({ONE: png((48, 64))}, [f"not of the photo's size (1): {ONE} (48x64 instead of 64x48)"]),
+        ({ONE: png(mode="RGB")}, [f"not 8-bit greyscale (1): {ONE} (RGB)"]),
+        ({ONE: png(mode="I;16")}, [f"not 8-bit greyscale (1): {ONE} (I;16)"]),
+        ({ONE: png(format="JPEG")}, [f"not a PNG (1): {ONE} (JPEG)"]),
+        ({ONE: png(constant=True)},
+         [f"the same value everywhere, which no metric can score (1): {ONE}"]),
+        ({ONE: png()[:100]}, [f"not a readable image (1): {ONE} "]),
+        ({ONE: b"text"}, [f"not a readable image (1): {ONE} "]),
+        (dict.fromkeys(GOOD), [f"missing (3): {', '.join(GOOD)}"]),
+    ],
+)  # fmt: skip
+def test_every_mistake_in_a_zip_is_noticed(tmp_path, change, expected):
+    entries = {name: content for name, content in {**GOOD, **change}.items() if content is not None}
+    problems = validate_submission(zipped(tmp_path / "x.zip", entries), SIZES)
+    assert len(problems) == len(expected)
+    for problem, start in zip(problems, expected, strict=True):
+        assert problem.startswith(start)
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_a_name_that_occurs_twice(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        for name in (*GOOD, ONE):
+            archive.writestr(name, png())
+    assert validate_submission(tmp_path / "x.zip", SIZES) == [f"more than once (1): {ONE}"]
+
+
+def test_damaged_archives(tmp_path):
+    path = zipped(tmp_path / "x.zip", GOOD)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"IDAT") + 20] ^= 255
+    path.write_bytes(content)
+    (problem,) = validate_submission(path, SIZES)
+    assert problem.startswith(f"cannot be unpacked (1): {ONE} (Bad CRC-32")
+    path.write_bytes(content[:300])
+    (problem,) = validate_submission(path, SIZES)
+    assert problem.startswith("not a zip file (1): x.zip")
+
+
+def test_long_lists_are_cut(tmp_path):
+    sizes = {f"COCO_test2014_{number:012d}.jpg": (64, 48) for number in range(12)}
+    (problem,) = validate_submission(zipped(tmp_path / "x.zip", {}), sizes)
+    assert problem.startswith("missing (12): COCO_test2014_000000000000.png, ")
+    assert problem.endswith("000000000004.png ...")
+
+
+def test_what_is_no_submission(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"x\.zip does not exist"):
+        validate_submission(tmp_path / "x.zip", SIZES)
+    (tmp_path / "x.rar").touch()
+    with pytest.raises(ValueError, match=r"ends in \.zip, \.json, \.hdf5, \.h5, not x\.rar"):
+        validate_submission(tmp_path / "x.rar", SIZES)
+
+
+# ---- the validator: JSON -----------------------------------------------------------------------
+def entry(number: int, content: bytes | None = None) -> dict:
+    encoded = base64.b64encode(content or png()).decode()
+    return {"image_id": number, "saliency_map": encoded}
+
+
+@pytest.mark.parametrize(
+    ("entries", "start"),
+    [
+        ([entry(42), entry(7)], "missing (1): 523957"),
+        ([entry(42), entry(7), entry(523957), entry(1)], "not asked for (1): 1"),
+        ([entry(42), entry(7), entry(523957), entry(7)], "more than once (1): 7"),
+        ([entry(42), entry(7, png((9, 9))), entry(523957)], "not of the photo's size (1): 7 (9x9"),
+        ([{**entry(42), "saliency_map": "?"}, entry(7), entry(523957)], "not base64 (1): 42"),
+        ([{"image_id": "42", "saliency_map": ""}], "not a list of {image_id: number"),
+        ({"annotations": []}, "not a list of {image_id: number"),
+    ],
+)
+def test_every_mistake_in_json_is_noticed(tmp_path, entries, start):
+    (tmp_path / "x.json").write_text(json.dumps(entries))
+    (problem,) = validate_submission(tmp_path / "x.json", SIZES)
+    assert problem.startswith(start)
+
+
+def test_damaged_json(tmp_path):
+    (tmp_path / "x.json").write_text('[{"image_id": 4')
+    (problem,) = validate_submission(tmp_path / "x.json", SIZES)
+    assert problem.startswith("not a JSON file (1): x.json")
+
+
+# ---- the validator: HDF5 -----------------------------------------------------------------------
+UNIFORM = np.full((48, 64), -np.log(48 * 64))
+
+
+@pytest.mark.parametrize(
+    ("change", "start"),
+    [
+        ({"a.jpg": None}, "missing (1): a.jpg"),
+        ({"c/a.jpg": UNIFORM}, "not asked for (1): c/a.jpg"),
+        ({"a.jpg": UNIFORM.T}, "not of the photo's size (1): a.jpg (64, 48) instead of (48, 64)"),
+        ({"a.jpg": np.exp(UNIFORM)}, "not a log-density that sums to 1 (1): a.jpg"),
+        ({"a.jpg": np.where(np.eye(48, 64) > 0, -np.inf, UNIFORM)}, "values that are not finite"),
+    ],
+)
+def test_every_mistake_in_hdf5_is_noticed(tmp_path, change, start):
+    h5py = pytest.importorskip("h5py")
+    sizes = {"a.jpg": (64, 48), "b/a.jpg": (64, 48)}
+    with h5py.File(tmp_path / "x.hdf5", "w") as file:
+        for name, values in {**dict.fromkeys(sizes, UNIFORM), **change}.items():
+            if values is not None:
+                file[name] = values
+    (problem,) = validate_submission(tmp_path / "x.hdf5", sizes)
+    assert problem.startswith(start)
+
+
+def test_damaged_hdf5(tmp_path):
+    pytest.importorskip("h5py")
+    (tmp_path / "x.h5").write_bytes(b"no HDF5")
+    (problem,) = validate_submission(tmp_path / "x.h5", SIZES)
+    assert problem.startswith("not a readable HDF5 file (1): x.h5")
