@@ -206,7 +206,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "dropout": 0.2,
         "lr": 4e-3,
         "batch_size": 16,
-        "epochs": 10,
+        "epochs": 12,
         "patience": 0,
         "precision": "fp32",
         "workers": 0,
