@@ -26,7 +26,7 @@ class Block(NamedTuple):
     values: Tensor  # the prediction, in float32 or float64
     prediction: Tensor  # the prediction, in float64
     density: Tensor | None  # float64
-    negatives: Tensor | None  # int32
+    negatives: Tensor | None  # whole counts
 
 
 class ScoredImage:
@@ -85,7 +85,7 @@ class ScoredImage:
     @functools.cached_property
     def repeated(self) -> Tensor:
         """(N,) fixated pixels, one entry per fixation."""
-        if self._fixations.total == len(self.unique):
+        if self._fixations.high <= 1:
             return self.unique
         return self.unique.repeat_interleave(self._fixations.values[self.unique])
 
@@ -240,22 +240,27 @@ class CountMap:
     """One count map of an image, flat and checked.
 
     Attributes:
-        values: (P,) int32.
-        total: sum of the counts.
+        values: (P,) int32 or int64.
+        high: the largest count.
     """
 
     def __init__(self, counts: Tensor, kind: str, name: str):
         counts = _flat(counts)
-        self.values = counts.to(torch.int32)
+        keep = counts.dtype in (torch.int32, torch.int64)
+        self.values = counts if keep else counts.to(torch.int32)
         lossy = counts.is_floating_point() and not torch.equal(self.values, counts)
-        low, high = (bound.item() for bound in self.values.aminmax())
+        low, self.high = (bound.item() for bound in self.values.aminmax())
         if lossy or low < 0:
             raise ValueError(
                 f"{name}: {kind} must be whole counts per pixel, not negative; a blurred map is a "
                 "density, and metrics at fixations are wrong on it"
             )
-        small = high * len(counts) < 2**31
-        self.total = self.values.sum(dtype=torch.int32 if small else torch.int64).item()
+
+    @functools.cached_property
+    def total(self) -> int:
+        """Sum of the counts."""
+        small = self.high * len(self.values) < 2**31  # 32-bit sums are three times as fast
+        return self.values.sum(dtype=torch.int32 if small else torch.int64).item()
 
 
 def images(

@@ -63,7 +63,7 @@ class Ranks:
 
 
 def positive(values: Tensor) -> Tensor:
-    """(K,) indices of the positive ones among (M,) int32 values, none of which is negative.
+    """(K,) indices of the positive ones among (M,) whole numbers, none of which is negative.
 
     Looks for rows of 64 with a positive maximum first: ``nonzero`` alone takes 1 ns per value,
     which is ten times what the maximum takes, and positives are few or lie together.
