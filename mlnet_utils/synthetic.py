@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from scipy.special import ndtr
 
-from mlnet_utils.photos import Photo
+from mlnet_utils.photos import SPLITS, Photo
 from mlnet_utils.runtime import progress, sha256_file
 from mlnet_utils.transforms import pixel_indices
 
@@ -166,7 +166,7 @@ def write_sample(
 ) -> list[Photo]:
     """Make the sample: ``folder/images/*.png`` and the true ``folder/densities/*.npz``.
 
-    The scene with a given number is the same whatever the counts of the others.
+    The scene with a given split and number is the same whatever else is made.
 
     Args:
         folder: written to; files that exist are replaced.
@@ -177,13 +177,19 @@ def write_sample(
 
     Returns:
         One record per photo, with fixations, observers and the path of the true density.
+
+    Raises:
+        ValueError: a split that is not one of :data:`mlnet_utils.photos.SPLITS`.
     """
+    unknown = [split for split in counts if split not in SPLITS]
+    if unknown:
+        raise ValueError(f"unknown splits {', '.join(unknown)}: use {', '.join(SPLITS)}")
     folder = Path(folder)
     for name in ("images", "densities"):
         (folder / name).mkdir(parents=True, exist_ok=True)
     jobs = [
-        (split, number, seed + 1000 * which)
-        for which, split in enumerate(counts)
+        (split, number, seed + 1000 * SPLITS.index(split))
+        for split in counts
         for number in range(counts[split])
     ]
     photos = []

@@ -70,16 +70,34 @@ def test_odd_items_attract_more_than_the_others():
     assert at_items[: scene.n_odd].mean() > 2 * at_items[scene.n_odd :].mean()
 
 
-def test_observers_differ_more_than_chance_allows():
+def gaze_of_many_observers():
+    """Fixations on a scene, who made them, and the distance (N, 2) to the nearest odd item."""
     scene = stimulus(8)
-    points, observers = synthetic.draw_fixations(scene, np.random.default_rng(9), observers=400)
-    on_odd = np.zeros(len(points), bool)
-    for centre in scene.centres[: scene.n_odd]:
-        on_odd |= np.hypot(*(points - centre).T) < 2 * synthetic.ITEM_SPREAD
-    counts = np.bincount(observers)
-    shares = np.bincount(observers, on_odd) / counts
-    binomial = (shares.mean() * (1 - shares.mean()) / counts).mean()
-    assert shares.var() > 1.15 * binomial
+    points, observers = synthetic.draw_fixations(scene, np.random.default_rng(9), observers=4000)
+    away = points[:, None] - scene.centres[None, : scene.n_odd]
+    nearest = np.hypot(away[..., 0], away[..., 1]).argmin(1)
+    return points, observers, away[np.arange(len(points)), nearest]
+
+
+def test_observers_differ_in_what_attracts_them():
+    _, observers, away = gaze_of_many_observers()
+    on_odd = np.hypot(*away.T) < 2 * synthetic.ITEM_SPREAD
+    counts, hits = np.bincount(observers), np.bincount(observers, on_odd)
+    share = on_odd.mean()
+    # 1 +- 0.022 if all observers were alike (chi-square over its degrees of freedom).
+    dispersion = ((hits - counts * share) ** 2 / (counts * share * (1 - share))).mean()
+    assert 1.1 < dispersion < 1.5
+
+
+def test_observers_differ_in_where_their_gaze_lands():
+    _, observers, away = gaze_of_many_observers()
+    near = np.hypot(*away.T) < 3 * synthetic.ITEM_SPREAD
+    observers, away = observers[near], away[near] - away[near].mean(0)
+    starts = np.flatnonzero(np.diff(observers, prepend=-1))
+    starts = starts[np.diff(np.append(starts, len(observers))) > 1]
+    # Two fixations of one observer share an offset; 0 +- 2.2 if there were none.
+    covariance = (away[starts] * away[starts + 1]).mean()
+    assert 0.4 < covariance / synthetic.OFFSET**2 < 1.6
 
 
 def test_folding_keeps_points_inside_and_leaves_inner_ones_alone():
@@ -107,16 +125,19 @@ def test_write_sample_makes_records_that_can_be_read_back(tmp_path):
 
 
 def test_a_scene_does_not_depend_on_how_many_others_are_made(tmp_path):
-    few = synthetic.write_sample(tmp_path / "few", {"train": 1, "val": 1}, seed=12)
-    many = synthetic.write_sample(tmp_path / "many", {"train": 2, "val": 1}, seed=12)
+    few = synthetic.write_sample(tmp_path / "few", {"test": 1, "train": 1}, seed=12)
+    many = synthetic.write_sample(tmp_path / "many", {"train": 2, "val": 1, "test": 1}, seed=12)
+    assert len({photo.sha256 for photo in many}) == 4
     by_stem = {photo.stem: photo for photo in many}
     for photo in few:
         assert by_stem[photo.stem].sha256 == photo.sha256
         assert (by_stem[photo.stem].fixations == photo.fixations).all()
 
 
-def test_guards():
+def test_guards(tmp_path):
     with pytest.raises(ValueError, match="kind 'smell' is not one of colour"):
         stimulus(kind="smell")
     with pytest.raises(ValueError, match="at least 96x96"):
         stimulus(height=64)
+    with pytest.raises(ValueError, match="unknown splits dev: use train, val, test"):
+        synthetic.write_sample(tmp_path, {"train": 1, "dev": 1})
