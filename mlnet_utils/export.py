@@ -1,0 +1,287 @@
+"""Trained networks for other runtimes: ONNX, ``torch.export``, and ONNX in 8 bits.
+
+The exported network takes the letterboxed photo as it is (uint8 RGB) and returns the map on its
+own grid: normalisation is inside; letterbox and postprocessing are not. What they need is in the
+file's metadata, so that ``exported.load_exported`` predicts at any photo's size.
+"""
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mlnet_utils.checkpoints import load_model
+from mlnet_utils.config import Config
+from mlnet_utils.datasets import hash_order, photo_root
+from mlnet_utils.evaluation import MODEL
+from mlnet_utils.exported import load_exported, require
+from mlnet_utils.folders import photos_below
+from mlnet_utils.images import read_image
+from mlnet_utils.photos import read_prepared
+from mlnet_utils.prediction import Predictor
+from mlnet_utils.runtime import atomic_path, display_path, read_json, sha256_file, versions
+
+FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}
+TOLERANCE = 1e-4  # largest difference from PyTorch, as a share of the map's maximum
+LOWEST_CORRELATION = 0.9  # of an 8-bit network's maps with the 32-bit ones
+CHECKED, CALIBRATED, FEWEST_CALIBRATED = 8, 64, 16  # photos
+OPSET = 18
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how it compares with PyTorch on photos."""
+
+    path: Path
+    metadata: dict[str, str]
+    deviation: float  # largest difference of a map's cell, as a share of the map's maximum
+    correlation: float  # lowest correlation of a map with PyTorch's
+
+    def summary(self) -> str:
+        """One sentence."""
+        size = self.path.stat().st_size / 1e6
+        return (
+            f"{display_path(self.path)}: {size:.1f} MB, {self.metadata['precision']}; against "
+            f"PyTorch: deviation {self.deviation:.1e} of the maximum, CC {self.correlation:.4f}"
+        )
+
+
+def export(
+    checkpoint: str | Path,
+    out: str | Path,
+    format: str = "onnx",
+    int8: bool = False,
+    photos: Sequence[str | Path] = (),
+) -> ExportReport:
+    """Write a trained network for another runtime, verified against PyTorch on photos.
+
+    Args:
+        checkpoint: a trained or imported network.
+        out: the file to write, ``.onnx`` or ``.pt2``.
+        format: ``"onnx"`` or ``"torch-export"``; the batch is dynamic in both.
+        int8: weights and activations in 8 bits (ONNX only), calibrated on photos.
+        photos: photos and folders to verify and calibrate with; default: the training photos of
+            the run that the checkpoint lies in.
+
+    Returns:
+        What was written and how it compares.
+
+    Raises:
+        ModuleNotFoundError: the extra ``export`` is not installed.
+        FileNotFoundError: the checkpoint or a photo does not exist.
+        ValueError: a wrong format or suffix, too few photos, or a network that is random.
+        RuntimeError: the result differs too much from PyTorch; nothing is written.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    _check_request(out, format, int8)
+    model, config, content = load_model(checkpoint)
+    if config.dropout_at_test:
+        raise ValueError(
+            "the network draws random numbers at test time (dropout_at_test), so that no export "
+            "can be verified; import or train it without that defect (preset mlnet-pytorch)"
+        )
+    predictor = Predictor(model, config)
+    images = _inputs(predictor, _photo_files(checkpoint, photos, int8))
+    metadata = {
+        **_describe(config, "int8" if int8 else "float32"),
+        "scores": json.dumps(_scores(checkpoint, content)),
+        "scores_measured_with": "PyTorch, float32",
+        "config": json.dumps(config.to_dict()),
+        "versions": json.dumps(versions()),
+        "checkpoint_sha256": sha256_file(checkpoint),
+    }
+    with atomic_path(out) as temporary:
+        if format == "torch-export":
+            _write_torch_export(model, images, metadata, temporary)
+        elif int8:
+            with tempfile.TemporaryDirectory() as folder:
+                full = Path(folder) / "float.onnx"
+                _write_onnx(model, images, metadata, full)
+                _compare(predictor, full, images[:CHECKED])
+                _write_int8(full, images[CHECKED:], metadata, temporary)
+        else:
+            _write_onnx(model, images, metadata, temporary)
+        deviation, correlation = _compare(predictor, temporary, images[:CHECKED], int8)
+    return ExportReport(out, metadata, deviation, correlation)
+
+
+# ---- what goes in ------------------------------------------------------------------------------
+def _check_request(out: Path, format: str, int8: bool) -> None:
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+    if out.suffix != FORMATS[format]:
+        raise ValueError(f"{format} is written to a file ending in {FORMATS[format]}, not {out}")
+    if int8 and format != "onnx":
+        raise ValueError("8 bits are made by onnxruntime: use the format onnx")
+    if format == "onnx":
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            require(name)
+
+
+def _photo_files(checkpoint: Path, photos: Sequence[str | Path], int8: bool) -> list[Path]:
+    """Photos to verify with, and after those the ones to calibrate with."""
+    if photos:
+        nested = [photos_below(p) if p.is_dir() else [p] for p in map(Path, photos)]
+        files = [file for inner in nested for file in inner]
+    elif (data := checkpoint.absolute().parents[1] / "data" / "meta.json").is_file():
+        prepared, meta = read_prepared(data.parent)
+        root = photo_root(data.parent, meta)
+        train = [photo for photo in prepared if photo.split == "train"]
+        files = [root / photo.image for photo in hash_order(train)]
+    else:
+        raise ValueError(
+            f"an export is verified on photos, and {checkpoint} does not lie in the checkpoints/ "
+            "of a run with prepared data; name some photos or a folder of photos"
+        )
+    fewest = CHECKED + FEWEST_CALIBRATED if int8 else 1
+    if len(files) < fewest:
+        raise ValueError(
+            f"found {len(files)} photos; {'8 bits need' if int8 else 'an export needs'} at least "
+            f"{fewest}"
+        )
+    return files[: CHECKED + CALIBRATED] if int8 else files[:CHECKED]
+
+
+def _inputs(predictor: Predictor, files: Sequence[Path]) -> Tensor:
+    """(N, 3, height, width) uint8."""
+    return torch.stack([predictor.prepare(read_image(file))[0] for file in files])
+
+
+def _describe(config: Config, precision: str) -> dict[str, str]:
+    size, grid = (config.height, config.width), config.grid
+    what = "probability density" if config.head == "density" else "non-negative, unnormalised"
+    return {
+        "title": "ML-Net, a deep multi-level network for saliency prediction",
+        "input": f"image: (batch, 3, {size[0]}, {size[1]}) uint8 RGB, the photo resized with its "
+        "aspect ratio kept and centred on black",
+        "output": f"saliency: (batch, 1, {grid[0]}, {grid[1]}) float32, {what}",
+        "input_height": str(config.height),
+        "input_width": str(config.width),
+        "backbone": config.backbone,
+        "dataset": config.dataset,
+        "precision": precision,
+    }
+
+
+def _scores(checkpoint: Path, content: dict) -> dict:
+    """The validation scores in the checkpoint, and the run's test scores if they are of it."""
+    scores = {"validation": content.get("scores", {})}
+    path = checkpoint.absolute().parents[1] / "metrics.json"
+    if path.is_file() and path.stat().st_mtime >= checkpoint.stat().st_mtime:
+        report = read_json(path, "evaluate")
+        if report.get("checkpoint") == display_path(checkpoint):
+            keys = ("dataset", "split", "photos", "protocol")
+            means = {
+                metric: value["mean"]
+                for row in report["rows"]
+                if row["model"] == MODEL
+                for metric, value in row["metrics"].items()
+            }
+            scores[report["split"]] = {**{key: report[key] for key in keys}, **means}
+    return scores
+
+
+# ---- what comes out ----------------------------------------------------------------------------
+def _example(images: Tensor) -> tuple[tuple[Tensor], dict]:
+    """An example input and its dynamic shape: a batch of 1 would be taken for a constant."""
+    return (images[:1].repeat(2, 1, 1, 1),), {"image": {0: torch.export.Dim("batch")}}
+
+
+def _write_torch_export(model: nn.Module, images: Tensor, metadata: dict, path: Path) -> None:
+    example, shapes = _example(images)
+    program = torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
+    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+
+
+def _write_onnx(model: nn.Module, images: Tensor, metadata: dict, path: Path) -> None:
+    example, shapes = _example(images)
+    program = torch.onnx.export(
+        model,
+        example,
+        dynamo=True,
+        dynamic_shapes=shapes,
+        input_names=["image"],
+        output_names=["saliency"],
+        opset_version=OPSET,
+        verbose=False,
+    )
+    _save_onnx(program.model_proto, metadata, path)
+
+
+def _save_onnx(proto, metadata: dict, path: Path) -> None:
+    onnx = require("onnx")
+    onnx.helper.set_model_props(proto, metadata)
+    onnx.save(proto, path)
+
+
+def _write_int8(full: Path, images: Tensor, metadata: dict, path: Path) -> None:
+    """Quantise a float ONNX file: 8-bit weights per channel, 8-bit activations."""
+    onnx, tools = require("onnx"), require("onnxruntime.quantization")
+    preparation = require("onnxruntime.quantization.shape_inference")
+    prepared, result = full.with_name("prepared.onnx"), full.with_name("int8.onnx")
+    preparation.quant_pre_process(full, prepared, skip_symbolic_shape=True)
+    nodes = onnx.load(prepared).graph.node
+    tools.quantize_static(
+        prepared,
+        result,
+        _Calibration(images),
+        quant_format=tools.QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=tools.QuantType.QUInt8,
+        weight_type=tools.QuantType.QInt8,
+        # 7-bit weights: processors without VNNI instructions overflow with 8.
+        reduce_range=True,
+        op_types_to_quantize=["Conv", "Relu", "Clip", "Concat", "Add", "AveragePool", "MaxPool"],
+        nodes_to_exclude=_kept_in_float(nodes),
+    )
+    _save_onnx(onnx.load(result), metadata, path)
+
+
+def _kept_in_float(nodes) -> list[str]:
+    """The last convolution, whose output is the map itself, and pools of what holds -infinity."""
+    padded = {output for node in nodes if node.op_type == "Pad" for output in node.output}
+    pools = [n.name for n in nodes if n.op_type == "MaxPool" and padded & set(n.input)]
+    return [[n.name for n in nodes if n.op_type == "Conv"][-1], *pools]
+
+
+class _Calibration:
+    """The photos that onnxruntime looks at to choose the ranges of activations."""
+
+    def __init__(self, images: Tensor):
+        self.images = iter(images)
+
+    def get_next(self) -> dict[str, np.ndarray] | None:
+        image = next(self.images, None)
+        return None if image is None else {"image": image[None].numpy()}
+
+
+@torch.inference_mode()
+def _compare(
+    predictor: Predictor, path: Path, images: Tensor, int8: bool = False
+) -> tuple[float, float]:
+    """(largest deviation, lowest correlation) of an exported file's maps, alone and in a batch.
+
+    Raises:
+        RuntimeError: more than rounding explains.
+    """
+    expected = predictor.model(images).flatten(1).double()
+    network = load_exported(path).model
+    deviation, correlation = 0.0, 1.0
+    for batch in ([images], images.split(1)):
+        found = torch.cat([network(part) for part in batch]).flatten(1).double()
+        difference = (found - expected).abs().amax(1) / expected.amax(1).clamp_min(1e-12)
+        deviation = max(deviation, float(difference.max()))
+        pairs = torch.stack([found, expected], dim=1)
+        correlation = min(correlation, *(float(torch.corrcoef(pair)[0, 1]) for pair in pairs))
+    good = correlation >= LOWEST_CORRELATION if int8 else deviation <= TOLERANCE
+    if not good:
+        raise RuntimeError(
+            f"the exported network differs from PyTorch: by {deviation:.1e} of the map's maximum, "
+            f"with a correlation of {correlation:.3f}; nothing was written"
+        )
+    return deviation, correlation

@@ -1,0 +1,310 @@
+"""Exported networks compute what PyTorch computes, and say what they are."""
+
+import importlib.util
+import json
+import os
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_photo, tiny_config
+from PIL import Image
+
+from mlnet_utils import export as export_module
+from mlnet_utils.checkpoints import save_checkpoint
+from mlnet_utils.export import CHECKED, FEWEST_CALIBRATED, export
+from mlnet_utils.exported import load_exported, measure
+from mlnet_utils.model import MLNet
+from mlnet_utils.prediction import load
+from mlnet_utils.runtime import display_path, sha256_file
+
+ROOT = Path(__file__).resolve().parent.parent
+SCORES = {"epoch": 3, "val_cc": 0.5}
+
+
+def save_network(path: Path, seed: int = 0, **overrides) -> Path:
+    """A random network whose maps vary from photo to photo."""
+    config = tiny_config(**overrides)
+    torch.manual_seed(seed)
+    model = MLNet(config).eval()
+    with torch.no_grad():
+        model.to_map.weight.mul_(20)
+        model.to_map.bias.fill_(0.5)
+        if model.prior is not None:
+            model.prior.normal_(0, 0.3)
+    save_checkpoint(path, config, model.state_dict(), scores=SCORES)
+    return path
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("photos")
+    for number in range(CHECKED + FEWEST_CALIBRATED):
+        make_photo(folder, f"{number:02}", "train", number)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return save_network(tmp_path_factory.mktemp("network") / "best.pt")
+
+
+@pytest.fixture(scope="module")
+def onnx_report(checkpoint, photos):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    return export(checkpoint, checkpoint.with_name("float.onnx"), photos=[photos])
+
+
+@pytest.fixture(scope="module")
+def int8_report(checkpoint, photos, onnx_report):
+    return export(checkpoint, checkpoint.with_name("int8.onnx"), int8=True, photos=[photos])
+
+
+@pytest.fixture(scope="module")
+def torch_report(checkpoint, photos):
+    return export(checkpoint, checkpoint.with_name("x.pt2"), "torch-export", photos=[photos])
+
+
+REPORTS = ("onnx_report", "torch_report", "int8_report")
+
+
+# ---- the same predictions ----------------------------------------------------------------------
+@pytest.mark.parametrize("name", REPORTS[:2])
+def test_predictions_equal_those_of_pytorch(name, checkpoint, request):
+    report = request.getfixturevalue(name)
+    assert report.deviation < 1e-5
+    assert report.correlation == pytest.approx(1)
+    ours, theirs = load(checkpoint, "cpu"), load_exported(report.path, threads=1)
+    rng = np.random.default_rng(5)
+    batch = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((40, 90), (77, 33), (64, 64))]
+    for photo, density in zip(batch, theirs.predict_batch(batch), strict=True):
+        assert density.shape == photo.shape[:2]
+        np.testing.assert_allclose(density, ours.predict(photo), rtol=1e-3)
+
+
+def test_8_bits_are_close_and_small(checkpoint, int8_report, onnx_report, photos):
+    assert 0.95 < int8_report.correlation < 1
+    assert int8_report.deviation > onnx_report.deviation
+    assert int8_report.path.stat().st_size < 0.5 * onnx_report.path.stat().st_size
+    ours, theirs = load(checkpoint, "cpu"), load_exported(int8_report.path, threads=1)
+    photo = next(photos.iterdir())
+    pair = np.stack([ours.predict(photo).ravel(), theirs.predict(photo).ravel()])
+    assert np.corrcoef(pair)[0, 1] > 0.95
+    assert int8_report.summary().startswith(f"{display_path(int8_report.path)}: 0.")
+
+
+@pytest.mark.parametrize("name", REPORTS)
+def test_the_file_says_what_it_is(name, checkpoint, request):
+    report = request.getfixturevalue(name)
+    if name == "torch_report":
+        extra = {"metadata.json": ""}
+        torch.export.load(report.path, extra_files=extra)
+        found = json.loads(extra["metadata.json"])
+    else:
+        found = load_exported(report.path).model.metadata
+    assert found == report.metadata
+    assert found["input"].startswith("image: (batch, 3, 32, 40) uint8 RGB")
+    assert found["output"] == "saliency: (batch, 1, 4, 5) float32, probability density"
+    assert (found["input_height"], found["input_width"]) == ("32", "40")
+    assert (found["backbone"], found["dataset"]) == ("test_resnet", "synthetic")
+    assert found["precision"] == ("int8" if name == "int8_report" else "float32")
+    assert json.loads(found["scores"]) == {"validation": SCORES}
+    assert found["checkpoint_sha256"] == sha256_file(checkpoint)
+
+
+def test_the_graph_has_a_dynamic_batch_and_takes_bytes(onnx_report):
+    (argument,) = load_exported(onnx_report.path).model.session.get_inputs()
+    assert argument.name == "image"
+    assert argument.type == "tensor(uint8)"
+    assert isinstance(argument.shape[0], str)
+    assert argument.shape[1:] == [3, 32, 40]
+    (result,) = load_exported(onnx_report.path).model.session.get_outputs()
+    assert result.name == "saliency"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"compat": "theano", "normalisation": "caffe"},
+        {"compat": "mlnet-pytorch", "dropout_channels": True},
+    ],
+    ids=["authors", "MLNet-Pytorch"],
+)
+def test_networks_of_the_earlier_implementations(tmp_path, photos, options):
+    """VGG-16 with its padded pools, BGR input, both other kinds of upsampling, ReLU head."""
+    pytest.importorskip("onnxscript")
+    path = save_network(tmp_path / "x.pt", head="paper", backbone="vgg16", **options)
+    report = export(path, tmp_path / "x.onnx", photos=[photos])
+    assert report.deviation < 1e-4
+    assert report.metadata["output"].endswith("non-negative, unnormalised")
+    small = export(path, tmp_path / "x8.onnx", int8=True, photos=[photos])
+    assert small.correlation > 0.9
+
+
+# ---- photos and scores of the run --------------------------------------------------------------
+def test_the_run_gives_photos_and_scores(run_folder, tmp_path):
+    path = save_network(run_folder / "checkpoints" / "best.pt")
+    report = {
+        "checkpoint": display_path(path), "dataset": "tiny", "split": "test", "photos": 4,
+        "protocol": "mit300",
+        "rows": [{"model": "uniform", "metrics": {"CC": {"mean": 0.0}}},
+                 {"model": "ML-Net", "metrics": {"CC": {"mean": 0.25}, "IG": {"mean": None}}}],
+    }  # fmt: skip
+    (run_folder / "metrics.json").write_text(json.dumps(report))
+    scores = json.loads(export(path, tmp_path / "x.pt2", "torch-export").metadata["scores"])
+    expected = {"dataset": "tiny", "split": "test", "photos": 4, "protocol": "mit300",
+                "CC": 0.25, "IG": None}  # fmt: skip
+    assert scores == {"validation": SCORES, "test": expected}
+
+
+@pytest.mark.parametrize("reason", ["older", "another checkpoint"])
+def test_scores_of_another_network_are_not_taken(run_folder, reason):
+    path = save_network(run_folder / "checkpoints" / "best.pt")
+    named = display_path(path if reason == "older" else path.with_name("last.pt"))
+    (run_folder / "metrics.json").write_text(json.dumps({"checkpoint": named, "rows": []}))
+    if reason == "older":
+        os.utime(run_folder / "metrics.json", (0, 0))
+    assert export_module._scores(path, {"scores": SCORES}) == {"validation": SCORES}
+
+
+# ---- measuring ---------------------------------------------------------------------------------
+def test_measure_gives_size_speed_and_scores(run_folder, onnx_report, int8_report, checkpoint):
+    files = {
+        "PyTorch": checkpoint,
+        "ONNX": onnx_report.path,
+        "int8": int8_report.path,
+    }
+    threads = torch.get_num_threads()
+    rows = measure(files, run_folder, limit=2, repeats=2)
+    assert torch.get_num_threads() == threads
+    assert [row["variant"] for row in rows] == list(files)
+    for row, path in zip(rows, files.values(), strict=True):
+        assert row["megabytes"] == path.stat().st_size / 1e6
+        assert row["milliseconds"] > 0
+    assert rows[0]["CC"] == pytest.approx(rows[1]["CC"], abs=1e-4)
+    assert rows[0]["IG"] == pytest.approx(rows[1]["IG"], abs=1e-4)
+    assert rows[0]["CC"] != rows[2]["CC"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_prints_and_writes_a_table(run_folder, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    save_network(run_folder / "checkpoints" / "best.pt")
+    # The prepared photos are too few to calibrate with: repeat them.
+    index = run_folder / "photos"
+    index.mkdir()
+    for number in range(CHECKED + FEWEST_CALIBRATED):
+        make_photo(index, f"{number:02}", "train", number)
+    spec = importlib.util.spec_from_file_location("bench", ROOT / "benchmarks" / "export.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    out = tmp_path / "export.json"
+    benchmark.main(
+        ["--run-dir", str(run_folder), "--photos", str(index), "--limit", "2", "--repeats", "2",
+         "--out", str(out)]
+    )  # fmt: skip
+    table = capsys.readouterr().out
+    assert "| ONNX, 8 bits |" in table
+    record = json.loads(out.read_text())
+    assert [row["variant"] for row in record["rows"]] == benchmark.VARIANTS
+    assert record["threads"] == 1
+
+
+# ---- guards ------------------------------------------------------------------------------------
+def test_wrong_requests_are_errors(checkpoint, photos, tmp_path):
+    with pytest.raises(ValueError, match="unknown format 'tflite': use one of onnx, torch-export"):
+        export(checkpoint, tmp_path / "x.onnx", "tflite", photos=[photos])
+    with pytest.raises(ValueError, match=r"torch-export is written to a file ending in \.pt2, not"):
+        export(checkpoint, tmp_path / "x.onnx", "torch-export", photos=[photos])
+    with pytest.raises(ValueError, match="use the format onnx"):
+        export(checkpoint, tmp_path / "x.pt2", "torch-export", int8=True, photos=[photos])
+    with pytest.raises(FileNotFoundError, match=r"gone\.pt does not exist"):
+        export(tmp_path / "gone.pt", tmp_path / "x.pt2", "torch-export", photos=[photos])
+    with pytest.raises(FileNotFoundError, match=r"gone\.jpg does not exist"):
+        export(checkpoint, tmp_path / "x.pt2", "torch-export", photos=[tmp_path / "gone.jpg"])
+
+
+def test_photos_are_needed(checkpoint, photos, tmp_path):
+    with pytest.raises(ValueError, match=r"does not lie in the checkpoints/ of a run .* name some"):
+        export(checkpoint, tmp_path / "x.pt2", "torch-export")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="found 0 photos; an export needs at least 1"):
+        export(checkpoint, tmp_path / "x.pt2", "torch-export", photos=[tmp_path / "empty"])
+    with pytest.raises(ValueError, match="found 1 photos; 8 bits need at least 24"):
+        export(checkpoint, tmp_path / "x.onnx", int8=True, photos=[next(photos.iterdir())])
+
+
+def test_a_random_network_cannot_be_exported(tmp_path, photos):
+    path = save_network(tmp_path / "x.pt", dropout_at_test=True)
+    with pytest.raises(ValueError, match="draws random numbers at test time"):
+        export(path, tmp_path / "x.pt2", "torch-export", photos=[photos])
+
+
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_file_that_differs_is_not_written(checkpoint, photos, tmp_path, monkeypatch, int8):
+    pytest.importorskip("onnxscript")
+    other = load(save_network(tmp_path / "other.pt", seed=1), "cpu").model
+    original = export_module._write_int8 if int8 else export_module._write_onnx
+
+    def sabotaged(first, *rest):
+        if int8:  # calibrated for photos that are all black
+            return original(first, torch.zeros_like(rest[0]), *rest[1:])
+        return original(other, *rest)
+
+    monkeypatch.setattr(export_module, original.__name__, sabotaged)
+    with pytest.raises(RuntimeError, match=r"differs from PyTorch: by .* nothing was written"):
+        export(checkpoint, tmp_path / "x.onnx", int8=int8, photos=[photos])
+    assert {path.name for path in tmp_path.iterdir()} == {"other.pt"}
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
+def test_a_missing_extra_is_an_error_before_the_work(checkpoint, tmp_path, monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ModuleNotFoundError, match=rf"ONNX needs {missing}: pip install .*\[export"):
+        export(checkpoint, tmp_path / "x.onnx", photos=[])
+
+
+def test_loading_without_onnxruntime_is_an_error(onnx_report, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ModuleNotFoundError, match="ONNX needs onnxruntime"):
+        load_exported(onnx_report.path)
+
+
+def test_torch_export_needs_no_extra(torch_report, monkeypatch):
+    for name in ("onnx", "onnxscript", "onnxruntime"):
+        monkeypatch.setitem(sys.modules, name, None)
+    black = Image.new("RGB", (50, 40))
+    assert load_exported(torch_report.path).predict(black).shape == (40, 50)
+
+
+@pytest.mark.parametrize("name", ["x.onnx", "x.pt2"])
+def test_foreign_files_are_errors(tmp_path, name):
+    if name == "x.onnx":
+        pytest.importorskip("onnxruntime")
+    with pytest.raises(FileNotFoundError, match=rf"{name} does not exist"):
+        load_exported(tmp_path / name)
+    (tmp_path / name).write_bytes(b"something else")
+    with pytest.raises(ValueError, match=rf"{name} is not an exported network of this project"):
+        load_exported(tmp_path / name)
+
+
+def test_a_foreign_onnx_network_is_an_error(onnx_report, tmp_path):
+    onnx = pytest.importorskip("onnx")
+    proto = onnx.load(onnx_report.path)
+    del proto.metadata_props[:]
+    onnx.save(proto, tmp_path / "x.onnx")
+    with pytest.raises(ValueError, match=r"not an exported network of this project \('config'\)"):
+        load_exported(tmp_path / "x.onnx")
+
+
+def test_a_cut_file_is_an_error(torch_report, tmp_path):
+    content = torch_report.path.read_bytes()
+    (tmp_path / "x.pt2").write_bytes(content[: len(content) // 2])
+    assert not zipfile.is_zipfile(tmp_path / "x.pt2")
+    with pytest.raises(ValueError, match="is not an exported network of this project"):
+        load_exported(tmp_path / "x.pt2")
