@@ -1,0 +1,114 @@
+"""A web server on this machine that serves bytes, with the faults of real ones on request."""
+
+import contextlib
+import re
+import socket
+import struct
+import threading
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+PAGE = b"<!DOCTYPE html>\n<html><body>Too many users have viewed this file</body></html>"
+
+
+@dataclass
+class Served:
+    """A file and how it is served."""
+
+    content: bytes
+    ranges: bool = True  # answer Range with 206
+    etag: str = '"1"'
+    modified: str = ""
+    kind: str = "application/octet-stream"
+    cuts: list[int] = field(default_factory=list)  # bytes after which each request is cut off
+    reset: bool = False  # cut off with a reset instead of an end
+    announce: int | None = None  # a false Content-Length
+    chunked: bool = False  # no Content-Length at all
+    errors: list[int] = field(default_factory=list)  # status codes answered first
+    retry_after: str = ""
+    span: str = ""  # a false Content-Range
+    requests: list[dict] = field(default_factory=list)  # headers of every request
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self):
+        served = self.server.files.get(self.path.lstrip("/"))
+        if served is None:
+            self.send_error(404)
+            return
+        served.requests.append(dict(self.headers))
+        if served.errors:
+            self._error(served)
+            return
+        start = self._start(served)
+        if start > len(served.content) or (start and start == len(served.content)):
+            self.send_error(416)
+            return
+        body = served.content[start:]
+        self.send_response(206 if start else 200)
+        if start:
+            whole = f"bytes {start}-{len(served.content) - 1}/{len(served.content)}"
+            self.send_header("Content-Range", served.span or whole)
+        self.send_header("Content-Type", served.kind)
+        if served.etag:
+            self.send_header("ETag", served.etag)
+        if served.modified:
+            self.send_header("Last-Modified", served.modified)
+        if served.chunked:
+            self.send_header("Connection", "close")
+        else:
+            length = len(body) if served.announce is None else served.announce - start
+            self.send_header("Content-Length", str(length))
+        self.end_headers()
+        cut = served.cuts.pop(0) if served.cuts else None
+        with contextlib.suppress(ConnectionError):  # clients may refuse a file by its headers
+            self.wfile.write(body if cut is None else body[:cut])
+        if cut is not None or served.announce is not None or served.chunked:
+            self._hang_up(served.reset)
+
+    def _error(self, served):
+        self.send_response(served.errors.pop(0))
+        if served.retry_after:
+            self.send_header("Retry-After", served.retry_after)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _start(self, served) -> int:
+        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        unchanged = self.headers.get("If-Range", served.etag) in (served.etag, served.modified)
+        return int(asked[1]) if asked and served.ranges and unchanged else 0
+
+    def _hang_up(self, reset: bool):
+        self.close_connection = True
+        self.wfile.flush()
+        if reset:  # linger 0: the kernel answers with RST
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+
+    def log_message(self, *_):
+        """Silence: tests print nothing."""
+
+
+class FaultyServer:
+    """Use as a context manager; set ``files[name] = Served(...)`` and fetch ``url(name)``."""
+
+    def __init__(self):
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self.server.daemon_threads = True
+        self.server.files = self.files = {}
+        self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
+
+    def url(self, name: str) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}/{name}"
+
+    def __enter__(self):
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_):
+        with contextlib.suppress(OSError):
+            self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
