@@ -31,6 +31,7 @@ TOLERANCE = 1e-4  # largest difference from PyTorch, as a share of the map's max
 LOWEST_CORRELATION = 0.9  # of an 8-bit network's maps with the 32-bit ones
 CHECKED, CALIBRATED, FEWEST_CALIBRATED = 8, 64, 16  # photos
 OPSET = 18
+IN_8_BITS = ("Conv", "Relu", "Clip", "Concat", "Add", "AveragePool", "MaxPool")
 
 
 @dataclass(frozen=True)
@@ -226,19 +227,21 @@ def _write_int8(full: Path, images: Tensor, metadata: dict, path: Path) -> None:
     prepared, result = full.with_name("prepared.onnx"), full.with_name("int8.onnx")
     preparation.quant_pre_process(full, prepared, skip_symbolic_shape=True)
     nodes = onnx.load(prepared).graph.node
-    tools.quantize_static(
-        prepared,
-        result,
-        _Calibration(images),
-        quant_format=tools.QuantFormat.QDQ,
-        per_channel=True,
-        activation_type=tools.QuantType.QUInt8,
-        weight_type=tools.QuantType.QInt8,
-        # 7-bit weights: processors without VNNI instructions overflow with 8.
-        reduce_range=True,
-        op_types_to_quantize=["Conv", "Relu", "Clip", "Concat", "Add", "AveragePool", "MaxPool"],
-        nodes_to_exclude=_kept_in_float(nodes),
-    )
+    # Ranges are computed of what pools pad with -infinity too, though it is kept in float.
+    with np.errstate(invalid="ignore"):
+        tools.quantize_static(
+            prepared,
+            result,
+            _Calibration(images),
+            quant_format=tools.QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=tools.QuantType.QUInt8,
+            weight_type=tools.QuantType.QInt8,
+            # 7-bit weights: processors without VNNI instructions overflow with 8.
+            reduce_range=True,
+            op_types_to_quantize=list(IN_8_BITS),
+            nodes_to_exclude=_kept_in_float(nodes),
+        )
     _save_onnx(onnx.load(result), metadata, path)
 
 
