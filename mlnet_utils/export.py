@@ -129,7 +129,7 @@ def _photo_files(checkpoint: Path, photos: Sequence[str | Path], int8: bool) -> 
     if photos:
         nested = [photos_below(p) if p.is_dir() else [p] for p in map(Path, photos)]
         files = [file for inner in nested for file in inner]
-    elif (data := checkpoint.absolute().parents[1] / "data" / "meta.json").is_file():
+    elif (data := checkpoint.absolute().parent.parent / "data" / "meta.json").is_file():
         prepared, meta = read_prepared(data.parent)
         root = photo_root(data.parent, meta)
         train = [photo for photo in prepared if photo.split == "train"]
@@ -172,7 +172,7 @@ def _describe(config: Config, precision: str) -> dict[str, str]:
 def _scores(checkpoint: Path, content: dict) -> dict:
     """The validation scores in the checkpoint, and the run's test scores if they are of it."""
     scores = {"validation": content.get("scores", {})}
-    path = checkpoint.absolute().parents[1] / "metrics.json"
+    path = checkpoint.absolute().parent.parent / "metrics.json"
     if path.is_file() and path.stat().st_mtime >= checkpoint.stat().st_mtime:
         report = read_json(path, "evaluate")
         if report.get("checkpoint") == display_path(checkpoint):
