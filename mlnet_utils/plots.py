@@ -53,11 +53,17 @@ def plot_panels(rows: Sequence[Mapping[str, object]], width: float = 10.0) -> Fi
     """Rows of pictures: each row maps a title to a photo (H, W, 3), a map (H, W) or
     ``(photo, points)`` for fixations on a photo. A key ``"label"`` names the row."""
     titles = [title for title in rows[0] if title != "label"]
-    first = np.asarray(rows[0][titles[0]])
     cell = width / len(titles)
-    height = cell * first.shape[0] / first.shape[1] + 0.25
+    heights = []  # rows may hold photos of different shapes
+    for row in rows:
+        picture = np.asarray(row[titles[0]])
+        heights.append(cell * picture.shape[0] / picture.shape[1] + 0.2)
     figure, axes = plt.subplots(
-        len(rows), len(titles), figsize=(width, height * len(rows)), squeeze=False
+        len(rows),
+        len(titles),
+        figsize=(width, sum(heights)),
+        squeeze=False,
+        height_ratios=heights,
     )
     for r, row in enumerate(rows):
         for c, title in enumerate(titles):
