@@ -10,9 +10,9 @@ from mlnet_utils import checkpoints
 from mlnet_utils.config import load_config
 from mlnet_utils.model import MLNet
 
-VERBS = [
+VERBS = next(
     action.choices for action in cli.parser()._actions if getattr(action, "choices", None)
-][0]  # fmt: skip
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("verb", sorted(VERBS))
