@@ -23,6 +23,7 @@ from conftest import prepare_run, tiny_config
 
 from mlnet_utils import checkpoints, runtime, training, validation
 from mlnet_utils.checkpoints import load_checkpoint
+from mlnet_utils.optimization import make_accelerator
 from mlnet_utils.training import fit
 
 # The same mathematics whatever the share of each process: no dropout, no batch-norm statistics.
@@ -182,13 +183,16 @@ def results(folder: Path) -> tuple[dict, list[dict]]:
 
 
 # ---- the same training -------------------------------------------------------------------------
-@pytest.mark.parametrize("micro_batch", [0, 1])
-def test_any_number_of_processes_trains_to_the_same_weights(train, micro_batch):
-    """To 1e-5: the processes add up the gradients of a batch in another order."""
+@pytest.mark.parametrize(("micro_batch", "worlds"), [(0, (2, 4)), (1, (3,))])
+def test_any_number_of_processes_trains_to_the_same_weights(train, micro_batch, worlds):
+    """To 1e-5: the processes add up the gradients of a batch in another order.
+
+    Of 3 processes, the first has 2 micro-batches of every batch and the others 1.
+    """
     folder, codes = train(1, **DIVISIBLE)
     assert codes == [0]
     expected, expected_history = results(folder)
-    for world in (2, 4):
+    for world in worlds:
         folder, codes = train(world, **DIVISIBLE, micro_batch=micro_batch)
         assert codes == [0] * world
         weights, history = results(folder)
@@ -207,6 +211,19 @@ def test_validation_gives_exactly_the_same_numbers(train):
         assert codes == [0] * world
         rows.append({k: v for k, v in results(folder)[1][0].items() if k.startswith("val_")})
     assert rows[0] == rows[1] == rows[2]
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.8])
+def test_the_logged_scores_are_those_of_the_saved_weights(train, monkeypatch, ema_decay):
+    """Batch-norm statistics are each process's own until the first one's are given to all."""
+    folder, codes = train(2, **{**EVERYTHING, "ema_decay": ema_decay, "flip": 0.0})
+    assert codes == [0, 0]
+    monkeypatch.setattr(validation, "BATCH", 2)
+    model, config, content = checkpoints.load_model(folder / "checkpoints" / "best.pt")
+    trainer = training.Trainer(config, folder, make_accelerator(config))
+    trainer.judged.load_state_dict(model.state_dict())
+    trainer.epoch = content["scores"]["epoch"] - 1
+    assert trainer.validate().items() <= content["scores"].items()
 
 
 def test_processes_draw_different_dropout(train):
