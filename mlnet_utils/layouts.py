@@ -1,0 +1,209 @@
+"""What the readers of all datasets share: pairing by stem, files that are damaged, fixation maps.
+
+Every mismatch is one error with the number of files and the first names. Fixations outside the
+photo are dropped and counted, never an error: trackers and web pages record them.
+"""
+
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from struct import error as StructError
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mlnet_utils.photos import Photo
+from mlnet_utils.transforms import inside
+
+NOBODY = -1  # observer of fixations that are published without theirs, and without an order
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+_ROTATION = 0x0112  # EXIF tag; from 5 on, width and height are swapped
+_NAMED = 5  # files that an error names
+
+
+def need(path: Path, dataset: str) -> Path:
+    """The path, or an error that says what was expected where."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{dataset}: {path} is missing; `python -m mlnet_utils download {dataset}` puts it "
+            "there, or set MLNET_DATA to the folder that holds the datasets (see data/README.md)"
+        )
+    return path
+
+
+# ---- pairing -----------------------------------------------------------------------------------
+def by_stem(paths: Iterable[Path], dataset: str, strip: str = "") -> dict[str, Path]:
+    """Files by their stem, in the stems' order.
+
+    Args:
+        paths: files whose stems must differ.
+        dataset: for the message.
+        strip: an ending that is not part of the stem, such as ``_fixPts``.
+
+    Raises:
+        ValueError: two files share a stem; names both.
+    """
+    found = defaultdict(list)
+    for path in paths:
+        found[path.stem.removesuffix(strip)].append(path)
+    twice = [sorted(map(str, same)) for same in found.values() if len(same) > 1]
+    if twice:
+        raise ValueError(
+            f"{dataset}: {len(twice)} stems belong to several files, such as "
+            f"{' and '.join(twice[0])}; pairing is by stem, so rename or remove one of them"
+        )
+    return {stem: found[stem][0] for stem in sorted(found)}
+
+
+def check_pairs(dataset: str, first: str, ours: Iterable[str], second: str, theirs: Iterable[str]):
+    """Check that two sets of stems are the same.
+
+    Raises:
+        ValueError: they are not; counts and names what lacks a partner, either way.
+    """
+    ours, theirs = set(ours), set(theirs)
+    parts = [
+        f"{len(lone)} {kind} without {other}: {named(sorted(lone))}"
+        for lone, kind, other in ((ours - theirs, first, second), (theirs - ours, second, first))
+        if lone
+    ]
+    if parts:
+        raise ValueError(
+            f"{dataset}: {'; '.join(parts)}. Files are paired by name; complete or remove these"
+        )
+
+
+def check_looked_at(dataset: str, photos: list[Photo]) -> list[Photo]:
+    """The photos, if each has a fixation on it or a density map.
+
+    Raises:
+        ValueError: some have neither; counts and names them.
+    """
+    empty = [photo for photo in photos if not len(photo.fixations) and not photo.density]
+    if empty:
+        outside = sum(photo.dropped for photo in empty)
+        raise ValueError(
+            f"{dataset}: {len(empty)} photos have no fixation on them "
+            f"({outside} fixations lie outside): {named([photo.stem for photo in empty])}. "
+            "Correct their coordinates or remove them"
+        )
+    return photos
+
+
+def named(names: Sequence[str]) -> str:
+    """The first few names."""
+    rest = len(names) - _NAMED
+    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def keep_inside(points: np.ndarray, height: int, width: int, *others: np.ndarray):
+    """Drop fixations outside the photo: (points, *others, number dropped)."""
+    keep = inside(points, height, width)
+    return (points[keep], *(other[keep] for other in others), int((~keep).sum()))
+
+
+# ---- files -------------------------------------------------------------------------------------
+def photo_size(path: Path) -> tuple[int, int]:
+    """Width and height of a photo as it is shown, after decoding all of it.
+
+    Raises:
+        ValueError: the file is cut off or no image.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if image.getexif().get(_ROTATION, 1) >= 5:
+                width, height = height, width
+            image.draft("L", (1, 1))  # the cheapest way through all of a JPEG
+            image.load()
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"photo {path} cannot be decoded ({error}): get it again") from error
+    return width, height
+
+
+def load_mat(path: Path, *names: str) -> dict[str, Any]:
+    """The variables of a MATLAB file (to version 7), structs as objects.
+
+    Raises:
+        ValueError: the file is empty, damaged, of version 7.3, or lacks a variable.
+    """
+    from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
+
+    damage = (OSError, ValueError, TypeError, KeyError, IndexError, NotImplementedError)
+    try:
+        values = loadmat(path, struct_as_record=False)
+    except (*damage, MatReadError, zlib.error, StructError) as error:
+        raise ValueError(
+            f"{path} is empty, damaged or not MATLAB's ({error}): get it again"
+        ) from error
+    values = {name: value for name, value in values.items() if not name.startswith("__")}
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ValueError(
+            f"{path} holds {', '.join(sorted(values)) or 'nothing'} instead of "
+            f"{', '.join(missing)}: it belongs to another dataset or edition"
+        )
+    return values
+
+
+def read_map(path: Path) -> np.ndarray:
+    """A fixation map: (H, W) float64 from a picture, ``.npy``, or the only matrix of a ``.mat``.
+
+    Raises:
+        ValueError: the file cannot be read or is not one matrix.
+    """
+    try:
+        if path.suffix == ".npy":
+            values = np.load(path, allow_pickle=False)
+        elif path.suffix == ".mat":
+            (values,) = load_mat(path).values()
+        else:
+            with Image.open(path) as image:
+                values = np.asarray(image.convert("F"))
+        values = np.asarray(values, np.float64)
+    except (OSError, ValueError, TypeError, SyntaxError) as error:
+        raise ValueError(f"map {path} cannot be read ({error})") from error
+    if values.ndim != 2:
+        raise ValueError(f"map {path} must be one matrix, got shape {values.shape}")
+    return values
+
+
+def marked_points(values: np.ndarray, path: Path, size: tuple[int, int]) -> np.ndarray:
+    """The marked pixels of a fixation map: (N, 2) float32 x, y, 0-based.
+
+    A pixel is marked if it exceeds half of the map's maximum, which undoes what JPEG does to
+    single white pixels.
+
+    Args:
+        values: (H, W) the map.
+        path: its file, for messages.
+        size: width and height of the photo.
+
+    Raises:
+        ValueError: the map is of another size than the photo, or blurred, which would make every
+            metric that needs fixations wrong without a sign.
+    """
+    width, height = size
+    if values.shape != (height, width):
+        raise ValueError(
+            f"map {path} is {'x'.join(map(str, values.shape[::-1]))}, but its photo is "
+            f"{width}x{height}"
+        )
+    top = values.max()
+    marked = (values > top / 2) & (top > 0)
+    between = (values > top / 4) & (values <= 3 * top / 4)
+    if between.sum() > marked.sum():
+        raise ValueError(
+            f"map {path} is a blurred density map, not a map of fixated pixels: give it as one"
+        )
+    y, x = np.nonzero(marked)
+    return np.stack([x, y], axis=1).astype(np.float32)
+
+
+def pooled(stem: str, image: str, size: tuple[int, int], points: np.ndarray, **rest: Any) -> Photo:
+    """A photo whose fixations are published without observers."""
+    observers = np.full(len(points), NOBODY, np.int16)
+    return Photo(stem, image, *size, fixations=points, observers=observers, **rest)

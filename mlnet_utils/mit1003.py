@@ -1,0 +1,209 @@
+"""Reader of MIT1003 (Judd, Ehinger, Durand, Torralba; ICCV 2009), with its fixation detector.
+
+The authors publish eye positions at 240 Hz and MATLAB code that finds the fixations in them. This
+is that detector in NumPy, so that no MATLAB is needed; it was compared with the original, run in
+GNU Octave, on generated recordings (``tests/vectors/mit1003_fixations.npz``).
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from mlnet_utils.layouts import (
+    by_stem,
+    check_looked_at,
+    check_pairs,
+    keep_inside,
+    load_mat,
+    marked_points,
+    named,
+    need,
+    photo_size,
+    pooled,
+    read_map,
+)
+from mlnet_utils.photos import Photo
+from mlnet_utils.runtime import progress
+
+# Parameters of the authors' checkFixations.m.
+RATE = 240  # samples per second
+THRESHOLD = 34 * 6  # pixels per degree times degrees per second
+WINDOW = 4  # samples that are averaged
+SHORTEST_RUN = 3  # samples above the threshold that make a saccade
+SEARCH = 25  # samples after a run within which a saccade must slow down
+SHORTEST_FIXATION = 12  # samples (50 ms) that must be exceeded, or the saccades around it are one
+
+
+def read_mit1003(root: str | Path) -> list[Photo]:
+    """MIT1003: ``ALLSTIMULI/*.jpeg`` with ``DATA/<observer>/*.mat`` or ``ALLFIXATIONMAPS``.
+
+    1003 photos with a longest side of 1024, 15 observers, 3 s. With ``DATA`` the fixations come
+    with observers, order and durations, and the first of each, which the fixation cross caused,
+    is left out as the authors do; otherwise the pixels marked in ``*_fixPts.jpg`` are taken.
+
+    Raises:
+        FileNotFoundError: a part of the layout is missing.
+        ValueError: files that do not pair, are damaged, or have another structure or size.
+    """
+    root = Path(root)
+    photos = by_stem(need(root / "ALLSTIMULI", "mit1003").glob("*.jpeg"), "mit1003")
+    read = (_from_recordings if (root / "DATA").is_dir() else _from_maps)(root, photos)
+    return check_looked_at("mit1003", list(progress(read, "reading mit1003", len(photos), "photo")))
+
+
+def _from_maps(root: Path, photos: dict[str, Path]) -> Iterator[Photo]:
+    folder = need(root / "ALLFIXATIONMAPS", "mit1003")
+    # The pattern passes over a stray copy, ...p1010764fixPts.jpg, that the archive contains.
+    maps = by_stem(folder.glob("*_fixPts.jpg"), "mit1003", strip="_fixPts")
+    check_pairs("mit1003", "photos", photos, "*_fixPts.jpg", maps)
+    for stem, path in photos.items():
+        size = photo_size(path)
+        points = marked_points(read_map(maps[stem]), maps[stem], size)
+        yield pooled(stem, path.relative_to(root).as_posix(), size, points)
+
+
+def _from_recordings(root: Path, photos: dict[str, Path]) -> Iterator[Photo]:
+    folders = sorted(path for path in (root / "DATA").iterdir() if path.is_dir())
+    if not folders:
+        raise ValueError(f"mit1003: {root / 'DATA'} holds no observers; download it again")
+    recordings = []
+    for folder in folders:
+        recordings.append(by_stem(folder.glob("*.mat"), "mit1003"))
+        lacking = sorted(set(photos) - set(recordings[-1]))
+        if lacking:
+            raise ValueError(
+                f"mit1003: {len(lacking)} photos without a recording in {folder}: {named(lacking)}"
+            )
+    for stem, path in photos.items():
+        yield _photo(stem, path, root, [files[stem] for files in recordings])
+
+
+def _photo(stem: str, path: Path, root: Path, recordings: list[Path]) -> Photo:
+    width, height = photo_size(path)
+    points, durations, observers = [], [], []
+    for observer, recording in enumerate(recordings):
+        found, lasting = detect_fixations(_eye_positions(recording))
+        # The authors take floor() of a fixation as the 1-based pixel.
+        points.append(np.floor(found[1:]) - 1)
+        durations.append(lasting[1:])
+        observers.append(np.full(len(found) - 1, observer))
+    kept, observer, duration, dropped = keep_inside(
+        np.concatenate(points).astype(np.float32),
+        height,
+        width,
+        np.concatenate(observers).astype(np.int16),
+        np.concatenate(durations).astype(np.float32),
+    )
+    return Photo(
+        stem=stem,
+        image=path.relative_to(root).as_posix(),
+        width=width,
+        height=height,
+        fixations=kept,
+        observers=observer,
+        durations=duration,
+        dropped=dropped,
+    )
+
+
+def _eye_positions(path: Path) -> np.ndarray:
+    """(N, 2) x, y in 1-based pixels, one every 1/240 s; negative during blinks."""
+    values = list(load_mat(path).values())
+    try:
+        # The variable is named after the photo, cut to MATLAB's 63 characters: take the only one.
+        ((record,),) = values
+        positions = np.asarray(record[0].DATA[0, 0].eyeData, np.float64)
+        if positions.ndim != 2 or positions.shape[1] < 2 or not len(positions):
+            raise ValueError(f"eyeData has shape {positions.shape}")
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not MIT1003's: expected one struct with DATA(1).eyeData ({error}); "
+            "download DATA.zip again"
+        ) from error
+    return positions[:, :2]
+
+
+# ---- fixation detection ------------------------------------------------------------------------
+def detect_fixations(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Find the fixations in a recording as the authors' ``checkFixations.m`` does.
+
+    A saccade starts where the smoothed speed grows faster than a threshold for three samples, and
+    ends where it stops falling that fast; what lies between saccades is a fixation. Saccades
+    that at most 50 ms part are one.
+
+    Args:
+        positions: (N, 2) x, y in pixels at 240 Hz, NaN where the eye was lost.
+
+    Returns:
+        (M, 2) median position and (M,) duration in ms of each fixation, in order.
+    """
+    n = len(positions)
+    change = _speed_change(positions)
+    saccades = _merged(_saccades(change, n), n)
+    starts = [0, *(last + 1 for _, last in saccades if last + 1 < n)]
+    ends = [*(first for first, _ in saccades)]
+    if len(ends) < len(starts):  # it does not end in a saccade
+        ends.append(n)
+    medians = [
+        [_median(positions[start:end, axis]) for axis in (0, 1)]
+        for start, end in zip(starts, ends, strict=True)
+    ]
+    durations = [1000 * (end - start) / RATE for start, end in zip(starts, ends, strict=True)]
+    return np.array(medians), np.array(durations)
+
+
+def _median(values: np.ndarray) -> float:
+    values = values[~np.isnan(values)]
+    return float(np.median(values)) if len(values) else float("nan")
+
+
+def _speed_change(positions: np.ndarray) -> np.ndarray:
+    """(N,) how much the speed grows from each sample to the next window, zero near both ends."""
+    n = len(positions)
+    steps = np.concatenate([[0.0], np.hypot(*np.diff(positions, axis=0).T)])
+    speed = np.convolve(steps, np.full(WINDOW, 1 / WINDOW))[:n]
+    change = np.zeros(n)
+    if n > WINDOW + 2:
+        # Sums over [k, k + 4] and [k + 1, k + 5] differ by their ends.
+        inner = slice(1, n - WINDOW - 1)
+        change[inner] = (speed[WINDOW + 2 :] - speed[1 : n - WINDOW - 1]) * RATE / WINDOW
+    return change
+
+
+def _saccades(change: np.ndarray, n: int) -> list[tuple[int, int]]:
+    """First and last sample of every saccade, in order; they may still overlap."""
+    fast, slowing = change > THRESHOLD, change < -THRESHOLD
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], fast, [False]])))
+    runs = [(a, b - 1) for a, b in edges.reshape(-1, 2) if b - a >= SHORTEST_RUN]
+    found = []
+    for first, last in runs:
+        end = _end_of_slowing(slowing, last + 1, n)
+        if end is None and len(runs) == 1 and last == np.flatnonzero(change != 0)[-1]:
+            end = n - 1  # the recording ends in its only saccade
+        if end is not None:
+            found.append((int(first), int(end)))
+    return found
+
+
+def _end_of_slowing(slowing: np.ndarray, at: int, n: int) -> int | None:
+    """The last sample of the first stretch of slowing down from ``at`` on, within the search."""
+    for place in range(at, at + SEARCH):
+        if place + 2 > n - 1 and place > at:
+            return None
+        if slowing[place] and not slowing[place + 1]:
+            return place
+    return None
+
+
+def _merged(saccades: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
+    """Saccades without the fixations between them that are too short to be ones."""
+    merged = []
+    for first, last in saccades:
+        if merged and first - merged[-1][1] <= SHORTEST_FIXATION:
+            merged[-1] = (merged[-1][0], last)
+        else:
+            merged.append((first, last))
+    if merged and n - 1 - merged[-1][1] <= SHORTEST_FIXATION:
+        merged[-1] = (merged[-1][0], n - 1)
+    return merged

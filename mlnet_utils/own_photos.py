@@ -1,0 +1,144 @@
+"""Reader of the user's own data: photos, with fixation lists, fixation maps or density maps."""
+
+import csv
+import math
+import os
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from mlnet_utils.layouts import (
+    NOBODY,
+    PHOTO_SUFFIXES,
+    by_stem,
+    check_looked_at,
+    check_pairs,
+    keep_inside,
+    marked_points,
+    photo_size,
+    read_map,
+)
+from mlnet_utils.photos import SPLITS, Photo
+from mlnet_utils.runtime import progress
+
+COLUMNS = ("image", "x", "y")  # and optionally observer, duration (ms)
+FIXATION_SUFFIXES = (*PHOTO_SUFFIXES, ".npy", ".mat")
+DENSITY_SUFFIXES = (*PHOTO_SUFFIXES, ".npz")
+
+
+def read_folder(
+    images: str | Path,
+    fixations_csv: str | Path = "",
+    fixation_maps: str | Path = "",
+    density_maps: str | Path = "",
+    first_pixel: int = 0,
+) -> list[Photo]:
+    """Read photos and whatever is known of who looked where; files pair by stem.
+
+    Subfolders named train, val and test decide the split; other subfolders are only read. Of
+    fixation lists and fixation maps only one is needed; density maps may come on their own, and
+    then metrics that need fixations cannot be computed.
+
+    Args:
+        images: folder of photos, which their paths are relative to.
+        fixations_csv: rows of ``image, x, y`` and optionally ``observer`` (any name) and
+            ``duration`` (ms), in viewing order; ``image`` is a file name or stem, x and y are in
+            pixels of the photo, with pixel centres at integers.
+        fixation_maps: folder of maps of fixated pixels (pictures, ``.npy`` or ``.mat``).
+        density_maps: folder of density maps (pictures, or ``.npz`` with ``density``).
+        first_pixel: what the CSV calls the centre of the first pixel: 0, or 1 as in MATLAB.
+
+    Raises:
+        FileNotFoundError: a folder or file that does not exist.
+        ValueError: nothing to learn from, files or rows that do not pair, or damaged files.
+    """
+    images = Path(images)
+    for path in filter(str, (images, fixations_csv, fixation_maps, density_maps)):
+        if not Path(path).exists():
+            raise FileNotFoundError(f"own photos: {path} does not exist")
+    if fixations_csv and fixation_maps:
+        raise ValueError("own photos: give a fixation list or fixation maps, not both")
+    if not (fixations_csv or fixation_maps or density_maps):
+        raise ValueError("own photos: give a fixation list, fixation maps or density maps")
+    files = by_stem(_files(images, PHOTO_SUFFIXES), "own photos")
+    if not files:
+        raise ValueError(f"own photos: {images} holds none of {', '.join(PHOTO_SUFFIXES)}")
+    marked = _maps(fixation_maps, files, "fixation maps", FIXATION_SUFFIXES)
+    drawn = _maps(density_maps, files, "density maps", DENSITY_SUFFIXES)
+    rows = _read_csv(Path(fixations_csv), set(files), first_pixel) if fixations_csv else {}
+    photos = []
+    for stem, path in progress(files.items(), "reading photos", len(files), "photo"):
+        photo = Photo(stem, path.relative_to(images).as_posix(), *photo_size(path))
+        parts = path.relative_to(images).parts
+        photo.split = parts[0] if parts[0] in SPLITS and len(parts) > 1 else ""
+        if stem in drawn:
+            _check_size(drawn[stem], photo)
+            photo.density = Path(os.path.relpath(drawn[stem], images)).as_posix()
+        if stem in marked:
+            size = (photo.width, photo.height)
+            points = marked_points(read_map(marked[stem]), marked[stem], size)
+            _look(photo, points, np.full(len(points), NOBODY), np.full(len(points), np.nan))
+        elif rows:
+            _look(photo, *rows[stem])
+        photos.append(photo)
+    return check_looked_at("own photos", photos)
+
+
+def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.suffix.lower() in suffixes]
+
+
+def _maps(
+    folder: str | Path, files: dict[str, Path], kind: str, suffixes: tuple[str, ...]
+) -> dict[str, Path]:
+    if not folder:
+        return {}
+    maps = by_stem(_files(Path(folder), suffixes), "own photos")
+    check_pairs("own photos", "photos", files, kind, maps)
+    return maps
+
+
+def _check_size(path: Path, photo: Photo) -> None:
+    """Pictures of densities must be of the photo's size; ``.npz`` is checked where it is read."""
+    if path.suffix.lower() in PHOTO_SUFFIXES and photo_size(path) != (photo.width, photo.height):
+        raise ValueError(
+            f"density map {path} is {'x'.join(map(str, photo_size(path)))}, but its photo is "
+            f"{photo.width}x{photo.height}"
+        )
+
+
+def _look(photo: Photo, points: np.ndarray, observers: np.ndarray, durations: np.ndarray) -> None:
+    photo.fixations, photo.observers, photo.durations, photo.dropped = keep_inside(
+        points.astype(np.float32),
+        photo.height,
+        photo.width,
+        observers.astype(np.int16),
+        durations.astype(np.float32),
+    )
+
+
+def _read_csv(
+    path: Path, stems: set[str], first_pixel: int
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Points, observers and durations by stem."""
+    rows, names, line = defaultdict(list), {"": NOBODY}, 1
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as file:
+            reader = csv.DictReader(file, skipinitialspace=True)
+            columns = reader.fieldnames or []
+            lacking = [name for name in COLUMNS if name not in columns]
+            if lacking:
+                raise ValueError(f"columns {columns}, but {', '.join(lacking)} is needed")
+            for row in reader:
+                line = reader.line_num
+                x, y = (float(row[name]) - first_pixel for name in ("x", "y"))
+                duration = float(row.get("duration") or math.nan)
+                observer = names.setdefault((row.get("observer") or "").strip(), len(names) - 1)
+                stem = row["image"] if row["image"] in stems else Path(row["image"]).stem
+                rows[stem].append((x, y, observer, duration))
+    except (ValueError, TypeError, csv.Error) as error:
+        raise ValueError(f"{path}, line {line}: {error}") from error
+    check_pairs("own photos", "photos", stems, f"rows of {path.name}", rows)
+    arrays = {stem: np.array(values, np.float64) for stem, values in rows.items()}
+    return {stem: (values[:, :2], values[:, 2], values[:, 3]) for stem, values in arrays.items()}

@@ -1,0 +1,178 @@
+"""Between this project and pysaliency (github.com/matthias-k/pysaliency): datasets both ways,
+and a predictor as one of its models, so that its evaluation can be used.
+
+pysaliency is imported only when a function here is called: ``pip install 'mlnet-utils[parity]'``.
+Its pixel is ``int(x)``; here it is ``floor(x + 0.5)``. Coordinates therefore differ by one half,
+and the pixels are the same.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from mlnet_utils.layouts import check_looked_at, keep_inside
+from mlnet_utils.photos import Photo
+from mlnet_utils.runtime import progress
+
+LOWEST = 1e-20  # density of a pixel that a model thinks impossible
+
+
+def from_pysaliency(stimuli: Any, fixations: Any, folder: str | Path) -> list[Photo]:
+    """A pysaliency dataset as photos.
+
+    Args:
+        stimuli: ``Stimuli`` (written as PNG) or ``FileStimuli`` (copied, so that the folder is
+            complete by itself).
+        fixations: ``Fixations`` or ``FixationTrains`` on them; a ``duration`` is in seconds.
+        folder: where ``images/`` is made; what the photos' paths are relative to.
+
+    Returns:
+        One photo per stimulus, in their order, without a split.
+
+    Raises:
+        ValueError: no stimuli, fixations on stimuli that do not exist, or stimuli without any.
+        FileExistsError: ``images/`` exists.
+    """
+    folder = Path(folder)
+    if not len(stimuli):
+        raise ValueError("pysaliency: there are no stimuli")
+    owners = np.asarray(fixations.n)
+    if len(owners) and not 0 <= owners.min() <= owners.max() < len(stimuli):
+        raise ValueError(
+            f"pysaliency: fixations are on stimuli {owners.min()} to {owners.max()}, but there "
+            f"are {len(stimuli)}: stimuli and fixations do not belong together"
+        )
+    (folder / "images").mkdir(parents=True)
+    stems = _stems(stimuli)
+    points = _half_a_pixel_less(np.stack([fixations.x, fixations.y], axis=1).reshape(-1, 2))
+    _, observers = np.unique(np.asarray(fixations.subjects), return_inverse=True)
+    seconds = np.asarray(getattr(fixations, "duration", np.full(len(owners), np.nan)), np.float64)
+    photos = []
+    for number, stem in enumerate(progress(stems, "reading stimuli", unit="photo")):
+        path = _write_image(stimuli, number, folder / "images" / stem)
+        height, width = (int(side) for side in stimuli.sizes[number])
+        own = owners == number
+        kept, observer, duration, dropped = keep_inside(
+            points[own], height, width, observers[own].astype(np.int16), 1000 * seconds[own]
+        )
+        photos.append(
+            Photo(
+                stem=stem,
+                image=path.relative_to(folder).as_posix(),
+                width=width,
+                height=height,
+                fixations=kept,
+                observers=observer,
+                durations=duration.astype(np.float32),
+                dropped=dropped,
+            )
+        )
+    return check_looked_at("pysaliency", photos)
+
+
+def to_pysaliency(photos: list[Photo], root: str | Path) -> tuple[Any, Any]:
+    """Photos as ``(FileStimuli, Fixations)``, for pysaliency's evaluation.
+
+    Args:
+        photos: records with fixations.
+        root: what their paths are relative to.
+    """
+    pysaliency = _pysaliency()
+    counts = [len(photo.fixations) for photo in photos]
+    points = np.concatenate([photo.fixations for photo in photos]).astype(np.float64) + 0.5
+    fixations = pysaliency.Fixations.create_without_history(
+        points[:, 0],
+        points[:, 1],
+        np.repeat(np.arange(len(photos)), counts),
+        subjects=np.concatenate([photo.observers for photo in photos]).astype(int),
+    )
+    files = [str(Path(root) / photo.image) for photo in photos]
+    return pysaliency.FileStimuli(files, cached=False), fixations
+
+
+def as_pysaliency_model(predict: Callable[[np.ndarray], np.ndarray]) -> Any:
+    """A predictor as a ``pysaliency.Model``.
+
+    Example::
+
+        model = as_pysaliency_model(mlnet_utils.load("best.pt").predict)
+        model.information_gain(stimuli, fixations, baseline)
+
+    Args:
+        predict: (H, W, 3) uint8 RGB -> (H, W) density: non-negative, of any sum.
+
+    Returns:
+        A model whose log-densities are natural logarithms; densities are at least
+        :data:`LOWEST`, so that one fixation on a zero does not make a score infinite.
+    """
+
+    class Predicted(_pysaliency().Model):
+        def _log_density(self, stimulus: np.ndarray) -> np.ndarray:
+            image = _as_rgb(stimulus)
+            return _log_density(predict(image), image.shape[:2])
+
+    return Predicted(memory_cache_size=32)  # by default every map would be kept
+
+
+def _log_density(density: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    density = np.asarray(density, np.float64)
+    if density.shape != size:
+        raise ValueError(f"the predictor returned {density.shape} for a photo of {size}")
+    if not (np.isfinite(density).all() and density.min() >= 0 and density.sum() > 0):
+        raise ValueError("the predictor's density must be finite, non-negative and not all zero")
+    density = np.maximum(density / density.sum(), LOWEST)
+    return np.log(density) - np.log(density.sum())
+
+
+def _as_rgb(stimulus: np.ndarray) -> np.ndarray:
+    """(H, W) or (H, W, 1, 3 or 4) stimulus as (H, W, 3) uint8."""
+    stimulus = np.asarray(stimulus)
+    if stimulus.dtype != np.uint8:
+        raise ValueError(f"pysaliency: stimuli must be uint8, got {stimulus.dtype}")
+    if stimulus.ndim == 2:
+        stimulus = stimulus[:, :, None]
+    return np.ascontiguousarray(
+        np.repeat(stimulus, 3, axis=2) if stimulus.shape[2] == 1 else stimulus[:, :, :3]
+    )
+
+
+def _half_a_pixel_less(points: np.ndarray) -> np.ndarray:
+    """(N, 2) float32 coordinates whose pixel here is pysaliency's, whatever the rounding."""
+    # int() rounds towards zero: what is just above and left of a photo counts as its first pixel.
+    whole = np.trunc(np.where(np.isfinite(points), points, -1))
+    moved = (points - 0.5).astype(np.float32)
+    return np.where(np.floor(moved + np.float32(0.5)) == whole, moved, whole).astype(np.float32)
+
+
+def _stems(stimuli: Any) -> list[str]:
+    """File names where they are unique, numbers otherwise."""
+    names = [Path(name).stem for name in getattr(stimuli, "filenames", ())]
+    if names and len(set(names)) == len(names):
+        return names
+    return [f"stimulus_{number:05d}" for number in range(len(stimuli))]
+
+
+def _write_image(stimuli: Any, number: int, path: Path) -> Path:
+    files = getattr(stimuli, "filenames", None)
+    if files is not None:
+        path = path.with_name(path.name + Path(files[number]).suffix.lower())
+        shutil.copyfile(files[number], path)
+    else:
+        path = path.with_name(path.name + ".png")
+        Image.fromarray(_as_rgb(stimuli.stimuli[number])).save(path)
+    return path
+
+
+def _pysaliency() -> ModuleType:
+    try:
+        import pysaliency
+    except ImportError as error:
+        raise ImportError(
+            f"pysaliency cannot be imported ({error}): pip install 'mlnet-utils[parity]'"
+        ) from error
+    return pysaliency

@@ -1,0 +1,150 @@
+"""MIT1003: recordings with its fixation detector, and fixation maps without MATLAB."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from miniatures import save_mat, save_photo, save_recording, truncate
+from PIL import Image
+
+from mlnet_utils.layouts import NOBODY
+from mlnet_utils.mit1003 import detect_fixations, read_mit1003
+
+LONG = "i1" * 40  # MATLAB cuts names of variables to 63 characters, SciPy's writer to 31
+VECTORS = Path(__file__).parent / "vectors" / "mit1003_fixations.npz"
+PLACES = ((400, 300), (100.5, 80.25), (700, 500), (1500, 90))  # the last is outside
+
+
+def recording(places, samples=70):
+    """Fixations of 70 samples with saccades of 8 samples between them."""
+    pieces = []
+    for place, following in zip(places, [*places[1:], None], strict=True):
+        pieces.append(np.tile(place, (samples, 1)))
+        if following is not None:
+            share = (1 - np.cos(np.linspace(0, np.pi, 10)[1:-1])) / 2
+            pieces.append(np.array(place) + share[:, None] * np.subtract(following, place))
+    return np.concatenate(pieces).astype(float)
+
+
+@pytest.fixture
+def root(tmp_path):
+    """Two photos, two observers, maps of both photos, and the stray file of the original."""
+    for seed, stem in enumerate(("i1", LONG)):
+        save_photo(tmp_path / f"ALLSTIMULI/{stem}.jpeg", 1024, 768, seed)
+        for observer in ("zb", "ajs"):
+            places = PLACES if observer == "zb" else PLACES[:2]
+            save_recording(tmp_path / f"DATA/{observer}/{stem}.mat", recording(places))
+        marks = np.zeros((768, 1024), np.uint8)
+        marks[5, 7] = marks[767, 1023] = 255
+        (tmp_path / "ALLFIXATIONMAPS").mkdir(exist_ok=True)
+        for name in (f"{stem}_fixPts", f"{stem}fixPts", f"{stem}_fixMap"):
+            Image.fromarray(marks).save(tmp_path / f"ALLFIXATIONMAPS/{name}.jpg", quality=75)
+    return tmp_path
+
+
+def only_maps(root):
+    (root / "DATA").rename(root / "unused")
+    return root
+
+
+def test_recordings_give_observers_order_and_durations(root):
+    photo, long = read_mit1003(root)
+    assert (photo.stem, photo.image) == ("i1", "ALLSTIMULI/i1.jpeg")
+    assert long.stem == LONG
+    # ajs, then zb; the fixation on the cross is left out; floor() of 1-based coordinates.
+    assert photo.fixations.tolist() == [[99, 79], [99, 79], [699, 499]]
+    assert photo.observers.tolist() == [0, 1, 1]
+    assert photo.dropped == 1
+    assert photo.durations == pytest.approx([280, 260, 255], abs=10)
+
+
+def test_maps_give_fixations_without_observers(root):
+    photo, _ = read_mit1003(only_maps(root))
+    assert photo.fixations.tolist() == [[7, 5], [1023, 767]]
+    assert set(photo.observers) == {NOBODY}
+    assert np.isnan(photo.durations).all()
+
+
+def test_missing_parts(root, tmp_path):
+    (root / "DATA/zb/i1.mat").unlink()
+    with pytest.raises(ValueError, match=r"1 photos without a recording in .*zb: i1"):
+        read_mit1003(root)
+    only_maps(root)
+    (root / "ALLFIXATIONMAPS/i1_fixPts.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1 photos without \*_fixPts.jpg: i1"):
+        read_mit1003(root)
+    (root / "ALLFIXATIONMAPS").rename(root / "elsewhere")
+    with pytest.raises(FileNotFoundError, match=r"ALLFIXATIONMAPS is missing; .*download mit1003"):
+        read_mit1003(root)
+    (root / "DATA").mkdir()
+    with pytest.raises(ValueError, match="DATA holds no observers"):
+        read_mit1003(root)
+
+
+def test_faulty_files(root):
+    path = root / "DATA/zb/i1.mat"
+    for spoil in (
+        lambda: save_mat(path, i1={"other": 1}),
+        lambda: save_mat(path, i1=np.zeros((2, 2))),
+        lambda: save_mat(path, a=1, b=2),
+        lambda: save_recording(path, np.zeros((0, 2))),
+        lambda: save_recording(path, np.zeros((9, 1))),
+    ):
+        spoil()
+        with pytest.raises(ValueError, match=r"i1.mat is not MIT1003's: expected one struct"):
+            read_mit1003(root)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError, match=r"i1.mat is empty, damaged"):
+        read_mit1003(root)
+    truncate(root / "ALLSTIMULI/i1.jpeg", 0.9)
+    with pytest.raises(ValueError, match=r"i1.jpeg cannot be decoded"):
+        read_mit1003(root)
+
+
+def test_maps_of_another_size_or_kind(root):
+    only_maps(root)
+    save_photo(root / "ALLSTIMULI/i1.jpeg", 768, 1024)
+    with pytest.raises(ValueError, match=r"i1_fixPts.jpg is 1024x768, but its photo is 768x1024"):
+        read_mit1003(root)
+    save_photo(root / "ALLSTIMULI/i1.jpeg", 1024, 768)
+    ramp = np.tile(np.linspace(0, 255, 1024).astype(np.uint8), (768, 1))
+    Image.fromarray(ramp).save(root / "ALLFIXATIONMAPS/i1_fixPts.jpg")
+    with pytest.raises(ValueError, match=r"i1_fixPts.jpg is a blurred density map"):
+        read_mit1003(root)
+
+
+# ---- the detector ------------------------------------------------------------------------------
+def test_the_detector_equals_the_authors():
+    """40 generated recordings with blinks, lost samples, hasty and missing saccades.
+
+    The expected values are those of the authors' checkFixations.m in GNU Octave 7.3.
+    """
+    with np.load(VECTORS) as vectors:
+        samples = vectors["samples"].astype(float)
+        samples[vectors["samples"] == -32768] = np.nan
+        recordings = np.split(samples / 10, np.cumsum(vectors["lengths"])[:-1])
+        ends = np.cumsum(vectors["counts"])[:-1]
+        medians = np.split(vectors["medians"], ends)
+        durations = np.split(vectors["durations"], ends)
+    assert len(recordings) == 40
+    for positions, median, duration in zip(recordings, medians, durations, strict=True):
+        found, lasting = detect_fixations(positions)
+        np.testing.assert_allclose(found, median, equal_nan=True)
+        np.testing.assert_allclose(lasting, duration)
+
+
+def test_a_still_eye_is_one_fixation():
+    found, lasting = detect_fixations(np.full((240, 2), 7.0))
+    assert (found.tolist(), lasting.tolist()) == ([[7.0, 7.0]], [1000.0])
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_short_recordings_are_one_fixation(n):
+    found, lasting = detect_fixations(np.random.default_rng(n).uniform(0, 1000, (n, 2)))
+    assert len(found) == 1
+    assert lasting[0] == pytest.approx(1000 * n / 240)
+
+
+def test_a_lost_eye_has_no_place():
+    found, _ = detect_fixations(np.full((240, 2), np.nan))
+    assert np.isnan(found).all()

@@ -1,0 +1,275 @@
+"""SALICON in its two editions, which must never be taken for each other, and as JSON."""
+
+import json
+
+import numpy as np
+import pytest
+from miniatures import save_mat, save_photo, save_salicon_mat, truncate
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from mlnet_utils.salicon import read_salicon_json, read_salicon_mat
+from mlnet_utils.transforms import density_from_points
+
+STEMS = {
+    "train": ("COCO_train2014_000000000001", "COCO_train2014_000000000002"),
+    "val": ("COCO_val2014_000000000003",),
+    "test": ("COCO_test2014_000000000004",),
+}
+WORKERS = [[(1, 1), (640, 480)], [(0, 7), (320, 240), (900, 2)], []]
+
+
+def make(root, edition):
+    for split, stems in STEMS.items():
+        for stem in stems:
+            save_photo(root / f"images/{split}/{stem}.jpg", 640, 480)
+            if split != "test":
+                path = root / f"fixations-{edition}/{split}/{stem}.mat"
+                save_salicon_mat(path, WORKERS, edition)
+    return root
+
+
+@pytest.fixture(params=["2015", "2017"])
+def edition(request):
+    return request.param
+
+
+@pytest.fixture
+def root(tmp_path, edition):
+    return make(tmp_path, edition)
+
+
+@pytest.fixture
+def first(root, edition):
+    """The first photo's fixation file."""
+    return root / f"fixations-{edition}/train/{STEMS['train'][0]}.mat"
+
+
+def test_both_editions_are_read(root, edition):
+    photos = read_salicon_mat(root, edition)
+    assert [photo.split for photo in photos] == ["train", "train", "val", "test"]
+    one, test = photos[0], photos[-1]
+    assert one.image == f"images/train/{STEMS['train'][0]}.jpg"
+    # 1-based x, y; an x of 0 is outside and must not wrap around in the files' unsigned integers.
+    assert one.fixations.tolist() == [[0, 0], [639, 479], [319, 239]]
+    assert one.observers.tolist() == [0, 0, 1]
+    assert one.dropped == 2
+    assert np.isnan(one.durations).all()
+    assert len(test.fixations) == 0
+    assert one.density == ""
+    samples = read_salicon_mat(root, edition, points="location")[0]
+    assert (len(samples.fixations), samples.dropped) == (9, 6)
+
+
+def test_maps_are_noted_where_they_are(root, edition):
+    for split in ("train", "val"):
+        for stem in STEMS[split]:
+            save_photo(root / f"maps-{edition}/{split}/{stem}.png", 640, 480)
+    photos = read_salicon_mat(root, edition)
+    assert photos[2].density == f"maps-{edition}/val/{STEMS['val'][0]}.png"
+    assert photos[3].density == ""
+    (root / photos[0].density).unlink()
+    with pytest.raises(ValueError, match=r"train: 1 photos without density maps: COCO_train2014"):
+        read_salicon_mat(root, edition)
+
+
+def test_an_edition_is_not_taken_for_the_other(root, edition):
+    other = {"2015": "2017", "2017": "2015"}[edition]
+    (root / f"fixations-{edition}").rename(root / f"fixations-{other}")
+    with pytest.raises(ValueError, match=rf"is not of SALICON's {other} edition.*not be mixed"):
+        read_salicon_mat(root, other)
+
+
+def test_names_of_editions_and_points_are_checked(root):
+    with pytest.raises(ValueError, match="'2016' is not one of 2015, 2017"):
+        read_salicon_mat(root, "2016")
+    with pytest.raises(ValueError, match="'gaze' is not one of fixations, location"):
+        read_salicon_mat(root, "2017", points="gaze")
+
+
+def test_missing_parts(root, edition, first, tmp_path):
+    first.unlink()
+    with pytest.raises(ValueError, match=r"train: 1 photos without fixation files: COCO_train2014"):
+        read_salicon_mat(root, edition)
+    with pytest.raises(
+        FileNotFoundError, match=rf"images is missing; .*download salicon-{edition}"
+    ):
+        read_salicon_mat(tmp_path / "nowhere", edition)
+    (tmp_path / "x/images").mkdir(parents=True)
+    (tmp_path / f"x/fixations-{edition}").mkdir()
+    with pytest.raises(ValueError, match="images holds no photos in train, val or test"):
+        read_salicon_mat(tmp_path / "x", edition)
+
+
+def spoil_by_emptying(path, edition):
+    path.write_bytes(b"")
+
+
+def spoil_structure(path, edition):
+    save_mat(path, gaze=np.zeros((1, 1)), resolution=np.array([[480, 640]]))
+
+
+def spoil_fields(path, edition):
+    gaze = np.array([[{"location": 1}]], object)
+    save_mat(path, gaze=gaze, resolution=np.array([[480, 640]]))
+
+
+def spoil_variables(path, edition):
+    save_mat(path, I=np.zeros((480, 640)))  # as the older packages of LSUN'15
+
+
+def spoil_size(path, edition):
+    save_salicon_mat(path, WORKERS, edition, resolution=(240, 320))
+
+
+def spoil_points(path, edition):
+    save_salicon_mat(path, [[], [(641, 1)]], edition)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (spoil_by_emptying, r"0001.mat is empty, damaged"),
+        (spoil_structure, r"0001.mat is not SALICON's: expected `gaze` structs"),
+        (spoil_fields, r"0001.mat is not SALICON's: expected `gaze` structs"),
+        (spoil_variables, r"0001.mat holds I instead of gaze, resolution: it belongs to another"),
+        (spoil_size, r"0001.mat is of a photo of 320x240, but the photo is 640x480"),
+        (spoil_points, r"1 photos have no fixation on them \(1 .*COCO_train2014_000000000001"),
+        (truncate, r"0001.mat is empty, damaged"),
+    ],
+)
+def test_faulty_files(root, edition, first, spoil, message):
+    spoil(first, edition) if spoil is not truncate else truncate(first)
+    with pytest.raises(ValueError, match=message):
+        read_salicon_mat(root, edition)
+
+
+def test_truncated_photo(root, edition):
+    truncate(root / f"images/val/{STEMS['val'][0]}.jpg", 0.9)
+    with pytest.raises(ValueError, match=r"COCO_val2014_000000000003.jpg cannot be decoded"):
+        read_salicon_mat(root, edition)
+
+
+# ---- JSON --------------------------------------------------------------------------------------
+def annotations(**changes):
+    image = {"file_name": "a.jpg", "id": 7, "width": 64, "height": 48}
+    notes = [
+        {"id": 1, "image_id": 7, "worker_id": 30, "fixations": [[1, 1], [48, 64]]},
+        {"id": 2, "image_id": 7, "worker_id": 20, "fixations": [[49, 5], [10, 20]]},
+        {"id": 3, "image_id": 7, "worker_id": 30, "fixations": []},
+    ]
+    return {"images": [{**image, **changes}], "annotations": notes}
+
+
+@pytest.fixture
+def example(tmp_path):
+    save_photo(tmp_path / "images/train2014examples/a.jpg")
+    write_json(tmp_path, annotations())
+    return tmp_path
+
+
+def write_json(root, content, name="fixations_train2014examples.json"):
+    (root / "annotations").mkdir(exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (root / "annotations" / name).write_text(text)
+
+
+def test_json_is_read(example):
+    (photo,) = read_salicon_json(example)
+    assert (photo.image, photo.split) == ("images/train2014examples/a.jpg", "train")
+    assert photo.fixations.tolist() == [[0, 0], [63, 47], [19, 9]]  # from 1-based (row, column)
+    assert photo.observers.tolist() == [0, 0, 1]
+    assert photo.dropped == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"is not SALICON's JSON: expected `images`"),
+        ({"images": []}, r"is not SALICON's JSON: .*KeyError\('annotations'\)"),
+        (annotations(width=None), r"a.jpg is 64x48, but .* says Nonex48"),
+        (annotations(width=640), r"a.jpg is 64x48, but .*json says 640x48: get the original"),
+        (annotations(file_name="b.jpg"), r"1 photos of .*json are missing in .*images: b"),
+        (annotations(id=8), r"annotations of unknown images 7"),
+        ({**annotations(), "annotations": []}, r"1 photos have no fixation on them .*: a\."),
+    ],
+)
+def test_faulty_json(example, content, message):
+    write_json(example, content)
+    with pytest.raises(ValueError, match=message):
+        read_salicon_json(example)
+
+
+def test_json_that_does_not_cover_the_photos(example):
+    save_photo(example / "images/c.jpg")
+    with pytest.raises(ValueError, match=r"1 photos in .*images without annotations: c"):
+        read_salicon_json(example)
+    (example / "images/c.jpg").unlink()
+    write_json(example, annotations(), "fixations_val.json")
+    with pytest.raises(ValueError, match="share photos"):
+        read_salicon_json(example)
+    write_json(example, annotations(), "fixations_other.json")
+    with pytest.raises(ValueError, match="must start with fixations_train, _val or _test"):
+        read_salicon_json(example)
+    for path in (example / "annotations").iterdir():
+        path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"no fixations_<split>.json in"):
+        read_salicon_json(example)
+
+
+# ---- the real example --------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def real(real_data):
+    root = real_data / "salicon_examples"
+    return read_salicon_json(root), root
+
+
+@pytest.mark.realdata
+def test_the_real_example_is_what_was_counted(real):
+    photos, _ = real
+    assert len(photos) == 10
+    assert {photo.split for photo in photos} == {"train"}
+    assert {(photo.width, photo.height) for photo in photos} == {(640, 480)}
+    workers = [len(np.unique(photo.observers)) for photo in photos]
+    assert (sum(workers), min(workers), max(workers)) == (610, 55, 67)
+    points = np.concatenate([photo.fixations for photo in photos])
+    assert len(points) == 73630
+    assert sum(photo.dropped for photo in photos) == 0
+    # 1-based rows 1..480 and columns 1..640: as 0-based x, y they span the photo exactly.
+    assert points.min(0).tolist() == [0, 0]
+    assert points.max(0).tolist() == [639, 479]
+
+
+@pytest.mark.realdata
+def test_the_real_densities_agree_with_scipy(real):
+    photos, root = real
+    content = json.loads((root / "annotations/fixations_train2014examples.json").read_text())
+    ids = {image["file_name"]: image["id"] for image in content["images"]}
+    for photo in photos[:3]:
+        counts = np.zeros((480, 640))
+        for note in content["annotations"]:
+            if note["image_id"] == ids[photo.stem + ".jpg"]:
+                for row, column in note["fixations"]:
+                    counts[row - 1, column - 1] += 1
+        expected = gaussian_filter(counts / counts.sum(), 19.0, mode="reflect", truncate=4)
+        ours = density_from_points(photo.fixations, 480, 640, 19.0).numpy()
+        assert np.abs(ours - expected).max() < 1e-6 * expected.max()
+
+
+@pytest.mark.realdata
+def test_people_look_at_what_differs_from_its_surround(real):
+    """Coordinates that were swapped, flipped or shifted would not find contrast.
+
+    The share of local contrast under the fixations is compared with that under the same
+    fixations mirrored: on all but a few photos the true ones win.
+    """
+    photos, root = real
+    wins = 0
+    for photo in photos:
+        with Image.open(root / photo.image) as image:
+            grey = np.asarray(image.convert("L"), np.float64)
+        mean = gaussian_filter(grey, 8)
+        contrast = np.sqrt(np.maximum(gaussian_filter(grey**2, 8) - mean**2, 0))
+        x, y = photo.fixations.astype(int).T
+        wins += contrast[y, x].mean() > contrast[479 - y, 639 - x].mean()
+    assert wins >= 8
