@@ -1,0 +1,132 @@
+"""What the benchmarks share: the machine they ran on, a run to train, timing, table and record."""
+
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from mlnet_utils.config import Config
+from mlnet_utils.optimization import make_accelerator
+from mlnet_utils.photos import Photo, write_prepared
+from mlnet_utils.runtime import cpu_count, versions, write_json
+from mlnet_utils.training import Trainer
+
+RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
+
+
+def hardware() -> dict:
+    """The machine, as far as it decides speed and memory."""
+    found = {
+        "cpu": cpu_name(),
+        "cores": cpu_count(),
+        "threads": torch.get_num_threads(),
+        "bf16_instructions": torch.cpu._is_avx512_bf16_supported()
+        or torch.cpu._is_amx_tile_supported(),
+        "gpu": "none",
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        found["gpu"] = f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB"
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def cpu_name() -> str:
+    """The processor's name where the system tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def make_trainer(config: Config, folder: Path) -> Trainer:
+    """A trainer on as many random photos as two batches need."""
+    photos, rng = [], np.random.default_rng(0)
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in range(2 * config.batch_size):
+        name = f"{number}.jpg"
+        noise = rng.integers(0, 256, (config.height // 8, config.width // 8, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((config.width, config.height)).save(folder / name)
+        points = rng.uniform(0, (config.width - 1, config.height - 1), (100, 2))
+        split = "train" if number < 2 * config.batch_size - 1 else "val"
+        photos.append(
+            Photo(
+                str(number),
+                name,
+                config.width,
+                config.height,
+                split,
+                points.astype(np.float32),
+                np.zeros(100, np.int16),
+            )
+        )
+    write_prepared(folder / "run" / "data", photos, {"root": str(folder), "sigma_px": 20.0})
+    trainer = Trainer(config, folder / "run", make_accelerator(config))
+    trainer.wrapped.train()
+    return trainer
+
+
+def one_update(trainer: Trainer) -> Callable[[], None]:
+    """A function that makes one update on a batch that is already loaded, to its very end."""
+    batch = next(iter(trainer.train_loader))
+
+    def update() -> None:
+        trainer.batch = 0
+        trainer.step(batch)
+        trainer.read_losses()  # waits for the device
+
+    return update
+
+
+def seconds(functions: dict[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+    """Wall-clock seconds of every function, in turns, so that a busy moment hits all alike.
+
+    Each is called once before the measurement.
+    """
+    times = {name: [] for name in functions}
+    for number in range(rounds + 1):
+        for name, function in functions.items():
+            if sys.stderr.isatty():
+                print(f"\rround {number}/{rounds}: {name:<60}", end="", file=sys.stderr, flush=True)
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if number:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def median(values: list[float]) -> float:
+    """The middle of the measurements."""
+    return statistics.median(values)
+
+
+def print_table(rows: list[dict]) -> None:
+    """Rows as aligned text; the keys of the first are the columns."""
+    columns = list(rows[0])
+    cells = [columns] + [[show(row[column]) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(columns))]
+    for line in cells:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)))
+
+
+def show(value: object) -> str:
+    """A number as a reader wants it."""
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def save(name: str, content: dict, out: Path | None = None) -> Path:
+    """Write the record: what was measured, on what, with which command."""
+    path = out or RESULTS / f"{name}.json"
+    command = " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+    record = {"command": command, "hardware": hardware(), "versions": versions(), **content}
+    write_json(path, record)
+    print(f"\n{path}")
+    return path
