@@ -26,6 +26,8 @@ from mlnet_utils.checkpoints import load_checkpoint
 from mlnet_utils.optimization import make_accelerator
 from mlnet_utils.training import fit
 
+pytestmark = pytest.mark.slow
+
 # The same mathematics whatever the share of each process: no dropout, no batch-norm statistics.
 # Everything else that could depend on the division is on. 10 photos in batches of 4: the last
 # batch has 2, fewer than 4 processes.
@@ -333,7 +335,6 @@ def launch(command: list[str], *options: str) -> subprocess.Popen:
     )
 
 
-@pytest.mark.slow
 def test_torchrun_reports_a_killed_worker_and_its_job_resumes(preset, run_folder):
     options = ("--nproc_per_node=2", f"--master_port={free_port()}")
     job = launch(preset, *options)
@@ -356,7 +357,6 @@ def test_torchrun_reports_a_killed_worker_and_its_job_resumes(preset, run_folder
     assert load_checkpoint(run_folder / "checkpoints" / "last.pt")["progress"]["finished"]
 
 
-@pytest.mark.slow
 def test_two_nodes_find_each_other(preset, run_folder):
     """Two launchers, as on two machines; the run folder is what they share."""
     place = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1")

@@ -24,6 +24,8 @@ from mlnet_utils.checkpoints import load_checkpoint
 from mlnet_utils.photos import read_prepared, write_prepared
 from mlnet_utils.training import fit
 
+pytestmark = pytest.mark.slow
+
 # Everything that could go out of step: dropout, augmentation, batch-norm, averaging, momentum.
 OPTIONS = {"epochs": 3, "dropout": 0.5, "flip": 0.5, "jitter": 0.2, "ema_decay": 0.8,
            "patience": 2, "checkpoint_every": 2}  # fmt: skip
