@@ -54,6 +54,16 @@ def parser() -> argparse.ArgumentParser:
                  "publish --preset sample")  # fmt: skip
     _run_options(verb)
 
+    verb = _verb(verbs, "download", download, "fetch, verify and unpack a dataset",
+                 "download osie", "download salicon-2017 --root ~/data --from images.zip maps.zip",
+                 )  # fmt: skip
+    verb.add_argument("name", help="a dataset; an unknown name lists them all")
+    verb.add_argument("--root", default="", help="raw datasets (default: $MLNET_DATA, data/)")
+    verb.add_argument(
+        "--from", nargs="+", default=[], type=Path, metavar="ARCHIVE", dest="archives",
+        help="archives that you have already",
+    )  # fmt: skip
+
     verb = _verb(verbs, "prepare", prepare, "index a dataset (notebook 01 without the pictures)",
                  "prepare --preset osie", "prepare --preset osie --check")  # fmt: skip
     _run_options(verb)
@@ -154,6 +164,14 @@ def publish(options: argparse.Namespace) -> int:
 
     for path in pipeline.publish(run_dir(options.run_dir, options.preset)):
         print(display_path(path))
+    return 0
+
+
+def download(options: argparse.Namespace) -> int:
+    from mlnet_utils.download import acquire
+
+    folder = acquire(options.name, data_root(options.root), options.archives)
+    print(f"{options.name} is complete in {display_path(folder)}")
     return 0
 
 

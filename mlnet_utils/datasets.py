@@ -4,6 +4,7 @@ import hashlib
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mlnet_utils import formats, synthetic
+from mlnet_utils import formats, mit1003, own_photos, salicon, synthetic
 from mlnet_utils.config import Config
 from mlnet_utils.images import read_image
 from mlnet_utils.photos import SPLITS, Photo, write_prepared
@@ -64,15 +65,43 @@ class DatasetSpec:
     px_per_degree: float  # NaN where it is not published
     read: Callable[[Path], list[Photo]] | None
     folder: str
-    val: int = 0  # photos of the published split rule; 0 = the files have their own split
-    test: int = 0
+    val: float = 0  # photos of the published split rule, below 1 a share of them;
+    test: float = 0  # 0 = the files have their own split
 
 
+_NAN = float("nan")
 DATASETS = {
     spec.name: spec
     for spec in (
-        DatasetSpec("synthetic", "Synthetic stimuli", 8.0, float("nan"), None, "synthetic"),
+        DatasetSpec("synthetic", "Synthetic stimuli", 8.0, _NAN, None, "synthetic"),
         DatasetSpec("osie", "OSIE", 24.0, 24.0, formats.read_osie, "osie", val=50, test=150),
+        # The evaluators of 2015 blur with 19 px; for 2017 it is not stated: salicon.fit_sigma.
+        *(
+            DatasetSpec(
+                f"salicon-{edition}",
+                f"SALICON {edition}",
+                19.0,
+                _NAN,
+                partial(salicon.read_salicon_mat, edition=edition),
+                "salicon",
+            )
+            for edition in salicon.EDITIONS
+        ),
+        DatasetSpec(
+            "salicon-json",
+            "SALICON 2014 (JSON, mouse samples)",
+            19.0,
+            _NAN,
+            salicon.read_salicon_json,
+            "salicon_examples",
+        ),
+        DatasetSpec(
+            "mit1003", "MIT1003", 24.0, 35.0, mit1003.read_mit1003, "mit1003", val=103, test=200
+        ),
+        DatasetSpec(
+            "cat2000", "CAT2000", 40.0, _NAN, formats.read_cat2000, "cat2000", val=200, test=400
+        ),
+        DatasetSpec("folder", "Own photos", _NAN, _NAN, own_photos.read_own, "folder", 0.1, 0.2),
     )
 }
 
@@ -99,8 +128,18 @@ def prepare(config: Config, data_root: Path, folder: Path) -> tuple[list[Photo],
 
     Returns:
         The photos and the contents of ``meta.json``.
+
+    Raises:
+        FileNotFoundError: a part of the dataset is missing; says how to get it.
+        ValueError: the dataset is damaged, or the configuration does not fit it.
     """
     spec = dataset_spec(config.dataset)
+    sigma = config.sigma or spec.sigma
+    if np.isnan(sigma):
+        raise ValueError(
+            f"dataset {spec.name!r} has no sigma of its own: set `sigma` in the preset, the "
+            "pixels of one degree of visual angle"
+        )
     if spec.read is None:
         root = folder
         photos = synthetic.write_sample(folder, sample_counts(config))
@@ -108,11 +147,20 @@ def prepare(config: Config, data_root: Path, folder: Path) -> tuple[list[Photo],
         root = data_root / spec.folder
         photos = spec.read(root)
         if config.fold >= 0:
+            if not spec.test:
+                raise ValueError(f"config: fold={config.fold}, but {spec.name} has its own split")
             photos = fold_split(photos, config.fold)
-        elif spec.test:
-            photos = hash_split(photos, spec.val, spec.test)
+        elif spec.test and not all(photo.split for photo in photos):
+            counts = (round(n * len(photos)) if n < 1 else int(n) for n in (spec.val, spec.test))
+            photos = hash_split(photos, *counts)
         if config.limit:
             photos = _limit(photos, config.limit)
+        unseen = [p.stem for p in photos if p.split != "test" and not len(p.fixations)]
+        if unseen:
+            raise ValueError(
+                f"{spec.name}: {len(unseen)} photos to learn from have density maps but no "
+                f"fixations, e.g. {unseen[0]}: training needs fixations"
+            )
         photos = [
             replace(photo, sha256=sha256_file(root / photo.image))
             for photo in progress(photos, f"indexing {spec.name}", unit="photo")
@@ -121,7 +169,7 @@ def prepare(config: Config, data_root: Path, folder: Path) -> tuple[list[Photo],
         "dataset": spec.name,
         "title": spec.title,
         "root": "." if spec.read is None else str(root.resolve()),
-        "sigma_px": config.sigma or spec.sigma,
+        "sigma_px": sigma,
         "px_per_degree": None if np.isnan(spec.px_per_degree) else spec.px_per_degree,
         "fold": config.fold,
         "photos": {split: sum(p.split == split for p in photos) for split in SPLITS},

@@ -27,6 +27,29 @@ FIXATION_SUFFIXES = (*PHOTO_SUFFIXES, ".npy", ".mat")
 DENSITY_SUFFIXES = (*PHOTO_SUFFIXES, ".npz")
 
 
+def read_own(root: str | Path) -> list[Photo]:
+    """The dataset ``folder``: ``images/`` and what there is beside it.
+
+    That is ``fixations.csv`` or ``fixation_maps/``, and ``density_maps/``: see
+    :func:`read_folder`. Paths in the photos are relative to ``root``.
+    """
+    root = Path(root)
+    there = {
+        key: root / name
+        for key, name in (
+            ("fixations_csv", "fixations.csv"),
+            ("fixation_maps", "fixation_maps"),
+            ("density_maps", "density_maps"),
+        )
+        if (root / name).exists()
+    }
+    photos = read_folder(root / "images", **there)
+    for photo in photos:
+        photo.image = f"images/{photo.image}"
+        photo.density = photo.density.removeprefix("../")
+    return photos
+
+
 def read_folder(
     images: str | Path,
     fixations_csv: str | Path = "",

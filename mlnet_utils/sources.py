@@ -103,6 +103,10 @@ SOURCES = {
         "salicon_examples",
         instructions="place annotations/fixations_<split>.json and the photos below images/",
     ),
+    "folder": Source(
+        "folder",
+        instructions="place images/ and fixations.csv, fixation_maps/ or density_maps/",
+    ),
     "osie": Source(
         "osie",
         (

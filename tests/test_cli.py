@@ -1,6 +1,7 @@
 """The command line: thin, with examples, clear errors and exit codes."""
 
 import json
+import zipfile
 
 import pytest
 import torch
@@ -50,6 +51,17 @@ def test_mistakes_are_one_sentence_and_exit_code_1(arguments, words, capsys, tmp
     assert error.startswith("error: ")
     assert words in error
     assert "Traceback" not in error
+
+
+def test_download_takes_archives_and_names_mistakes(tmp_path, capsys):
+    root = ["--root", str(tmp_path)]
+    assert cli.main(["download", "osy", *root]) == 1
+    assert "use one of salicon-2017" in capsys.readouterr().err
+    with zipfile.ZipFile(tmp_path / "trainSet.zip", "w") as file:
+        file.writestr("trainSet/Stimuli/x", b"")
+    given = ["--from", str(tmp_path / "trainSet.zip")]
+    assert cli.main(["download", "cat2000", *root, *given]) == 1
+    assert "trainSet.zip is not trainSet.zip: its MD5 is" in capsys.readouterr().err
 
 
 def test_debug_shows_where_it_happened(tmp_path):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import SIGMA, tiny_config
+from miniatures import save_photo, save_salicon_mat
 from PIL import Image
 
 from mlnet_utils import datasets
@@ -24,7 +25,7 @@ from mlnet_utils.datasets import (
     prepare,
     read_image,
 )
-from mlnet_utils.photos import Photo, check_prepared, read_prepared
+from mlnet_utils.photos import SPLITS, Photo, check_prepared, read_prepared
 from mlnet_utils.transforms import Letterbox, density_on_grid
 
 OSIE_LIKE = [Photo(str(number), f"{number}.jpg", 800, 600) for number in range(1001, 1701)]
@@ -105,6 +106,60 @@ def test_limit_fold_and_sigma_are_respected(registered, tmp_path):
     _, meta = prepare(tiny_config(dataset="osie", fold=1), registered, tmp_path / "c")
     assert meta["fold"] == 1
     assert meta["photos"] == {"train": 11, "val": 4, "test": 4}
+
+
+def own_photos(tmp_path, rows, names="abcdefghij"):
+    """A dataset ``folder`` with ten photos; returns the folder of the raw datasets."""
+    for number, name in enumerate(names):
+        save_photo(tmp_path / f"folder/images/{name}.png", seed=number)
+    text = "image,x,y\n" + "".join(f"{name},{row}\n" for name in names for row in rows)
+    (tmp_path / "folder/fixations.csv").write_text(text)
+    return tmp_path
+
+
+def test_own_photos_are_split_by_shares(tmp_path):
+    root = own_photos(tmp_path, ["3,4", "70,4"])
+    _, meta = prepare(tiny_config(dataset="folder", sigma=5.0), root, tmp_path / "run")
+    assert meta["photos"] == {"train": 7, "val": 1, "test": 2}
+    assert (meta["sigma_px"], meta["fixations"], meta["dropped_outside"]) == (5.0, 10, 10)
+    with pytest.raises(ValueError, match="'folder' has no sigma of its own: set `sigma`"):
+        prepare(tiny_config(dataset="folder"), root, tmp_path / "run")
+
+
+def test_a_split_of_the_files_own_is_kept(tmp_path):
+    for split in SPLITS:
+        save_photo(tmp_path / f"folder/images/{split}/{split}.png")
+    (tmp_path / "folder/fixations.csv").write_text("image,x,y\ntrain,1,1\nval,1,1\ntest,1,1\n")
+    _, meta = prepare(tiny_config(dataset="folder", sigma=5.0), tmp_path, tmp_path / "run")
+    assert meta["photos"] == {"train": 1, "val": 1, "test": 1}
+
+
+def test_maps_alone_are_not_enough_to_learn_from(tmp_path):
+    save_photo(tmp_path / "folder/images/train/a.png")
+    save_photo(tmp_path / "folder/density_maps/a.png")
+    with pytest.raises(ValueError, match=r"1 photos .* no fixations, e.g. a: training needs"):
+        prepare(tiny_config(dataset="folder", sigma=5.0), tmp_path, tmp_path / "run")
+
+
+@pytest.mark.parametrize("edition", ["2015", "2017"])
+def test_the_edition_is_in_the_record(tmp_path, edition):
+    for split in SPLITS:
+        save_photo(tmp_path / f"salicon/images/{split}/{split}.jpg", 640, 480)
+        path = tmp_path / f"salicon/fixations-{edition}/{split}/{split}.mat"
+        if split != "test":
+            save_salicon_mat(path, [[(1, 1)], [(640, 480)]], edition)
+    config = tiny_config(dataset=f"salicon-{edition}")
+    _, meta = prepare(config, tmp_path, tmp_path / "run")
+    assert (meta["dataset"], meta["title"]) == (f"salicon-{edition}", f"SALICON {edition}")
+    assert (meta["photos"], meta["fixations"]) == ({"train": 1, "val": 1, "test": 1}, 4)
+    with pytest.raises(ValueError, match=rf"fold=0, but salicon-{edition} has its own split"):
+        prepare(replace(config, fold=0), tmp_path, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", sorted(set(datasets.DATASETS) - {"synthetic"}))
+def test_a_dataset_that_is_absent_says_how_to_get_it(name, tmp_path):
+    with pytest.raises(FileNotFoundError, match=rf"download {name}|own photos: .*does not exist"):
+        prepare(tiny_config(dataset=name, sigma=5.0), tmp_path, tmp_path / "run")
 
 
 @pytest.mark.realdata

@@ -7,7 +7,7 @@ from PIL import Image
 
 from mlnet_utils.images import read_density
 from mlnet_utils.layouts import NOBODY
-from mlnet_utils.own_photos import read_folder
+from mlnet_utils.own_photos import read_folder, read_own
 
 
 @pytest.fixture
@@ -153,3 +153,11 @@ def test_faulty_folders(images, tmp_path):
     save_photo(images / "more/a.png")
     with pytest.raises(ValueError, match=r"1 stems belong to several files.*a.jpg and .*a.png"):
         read_folder(images, density_maps=images)
+
+
+def test_the_dataset_called_folder(images, tmp_path):
+    write(tmp_path / "fixations.csv", CSV)
+    make_maps(tmp_path / "density_maps")
+    photo = read_own(tmp_path)[0]
+    assert (photo.image, photo.density) == ("images/a.jpg", "density_maps/a.png")
+    assert len(photo.fixations) == 2

@@ -8,7 +8,8 @@ from miniatures import save_mat, save_photo, save_salicon_mat, truncate
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from mlnet_utils.salicon import read_salicon_json, read_salicon_mat
+from mlnet_utils.photos import Photo
+from mlnet_utils.salicon import fit_sigma, read_salicon_json, read_salicon_mat
 from mlnet_utils.transforms import density_from_points
 
 STEMS = {
@@ -148,6 +149,24 @@ def test_truncated_photo(root, edition):
     truncate(root / f"images/val/{STEMS['val'][0]}.jpg", 0.9)
     with pytest.raises(ValueError, match=r"COCO_val2014_000000000003.jpg cannot be decoded"):
         read_salicon_mat(root, edition)
+
+
+@pytest.mark.parametrize("sigma", [6.0, 19.0])
+def test_the_blur_of_published_maps_is_found(tmp_path, sigma):
+    """Maps of 8 bits, scaled to their maximum, as SALICON publishes them."""
+    rng, photos = np.random.default_rng(0), []
+    for number in range(3):
+        points = rng.uniform(20, 100, (40, 2)).astype(np.float32)
+        density = density_from_points(points, 120, 160, sigma).numpy()
+        pixels = np.round(255 * density / density.max()).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.png")
+        observers = np.zeros(40, np.int16)
+        photo = Photo(str(number), "", 160, 120, fixations=points, observers=observers)
+        photo.density = f"{number}.png"
+        photos.append(photo)
+    assert fit_sigma(photos, tmp_path) == pytest.approx(sigma, abs=0.15)
+    with pytest.raises(ValueError, match="needs photos with both fixations and density maps"):
+        fit_sigma([Photo("a", "a.jpg", 160, 120)], tmp_path)
 
 
 # ---- JSON --------------------------------------------------------------------------------------
