@@ -224,7 +224,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         # The last pointwise layer is left out: the third level is its 1024-channel input.
         "backbone_drop": ("blocks.4.1.conv_pw", "blocks.4.1.bn2"),
         "freeze_norm": True,
-        "dropout_channels": True,  # 10 % faster on a CPU, no difference in the scores
+        "dropout_channels": True,  # element-wise masks take a tenth of a step on a CPU
         "precision": "auto",
         "channels_last": False,  # depthwise convolutions are slower in it on a CPU
         "lr": 1e-3,
