@@ -131,7 +131,7 @@ def nss(image: ScoredImage) -> float:
         return NAN
     if prediction.constant:
         return NAN if image.protocol == "salicon" else 0.0
-    squares, _, _ = image.pixel_sum(moments)
+    squares, _, _ = _moments(image)
     deviation = math.sqrt(squares / (prediction.pixels - (image.protocol == "salicon")))
     return (prediction.at(where) - prediction.mean).mean().item() / deviation
 
@@ -163,7 +163,7 @@ def cc(image: ScoredImage) -> float:
         return NAN
     if image.prediction.constant:
         return 0.0 if image.protocol == "mit300" else NAN
-    predicted, both, true = image.pixel_sum(moments)
+    predicted, both, true = _moments(image)
     return both / math.sqrt(predicted * true)
 
 
@@ -223,13 +223,29 @@ def emd(image: ScoredImage, downsize: int = 32) -> float:
     return float(work) * moved.item()
 
 
-def moments(image: ScoredImage, block: Block) -> tuple[float, float, float]:
-    """x x, x y and y y, with x and y prediction and density minus their means (y = 0 if none)."""
-    x = block.prediction - image.prediction.mean
-    if block.density is None:
-        return torch.dot(x, x).item(), 0.0, 0.0
-    y = block.density - image.density.mean
-    return torch.dot(x, x).item(), torch.dot(x, y).item(), torch.dot(y, y).item()
+def _moments(image: ScoredImage) -> tuple[float, float, float]:
+    """Sums of x x, x y and y y, with x and y prediction and density minus their means."""
+    x, y = image.prediction, image.density or image.prediction
+    xx, xy, yy = image.pixel_sum(products)
+    mean_xx, mean_xy, mean_yy = (x.pixels * a.mean * b.mean for a, b in ((x, x), (x, y), (y, y)))
+    # Subtracting the means from the sums is faster than from every pixel, but where a map hardly
+    # varies around a large mean it costs digits.
+    if mean_xx > 1e3 * (xx - mean_xx) or mean_yy > 1e3 * (yy - mean_yy):
+        return image.pixel_sum(centred_products)
+    return xx - mean_xx, xy - mean_xy, yy - mean_yy
+
+
+def products(image: ScoredImage, block: Block) -> tuple[float, float, float]:
+    """p p, p g and g g (g is p where no density was given)."""
+    p, g = block.prediction, block.prediction if block.density is None else block.density
+    return torch.dot(p, p).item(), torch.dot(p, g).item(), torch.dot(g, g).item()
+
+
+def centred_products(image: ScoredImage, block: Block) -> tuple[float, float, float]:
+    """The same of prediction and density minus their means."""
+    p = block.prediction - image.prediction.mean
+    g = None if block.density is None else block.density - image.density.mean
+    return products(image, block._replace(prediction=p, density=g))
 
 
 def divergence_sum(image: ScoredImage, block: Block) -> tuple[float]:
@@ -242,7 +258,7 @@ def divergence_sum(image: ScoredImage, block: Block) -> tuple[float]:
     else:  # MATLAB's code leaves an all-zero map as it is
         p = floor.add(block.prediction, alpha=total / (image.prediction.total or 1.0))
     ratio = torch.addcdiv(eps, block.density, p, out=p)  # in place, in one pass over the memory
-    return (ratio.log_().mul_(block.density).sum().item(),)
+    return (torch.dot(ratio.log_(), block.density).item(),)
 
 
 def overlap_sum(image: ScoredImage, block: Block) -> tuple[float]:
@@ -283,7 +299,7 @@ FORMULAS = {
         ("fixations",),
         {"mit300": rank_sums, "salicon": coarse_levels, "salicon2015": fine_levels},
     ),
-    "CC": Metric(cc, ("density",), _everywhere(moments, PROTOCOLS)),
+    "CC": Metric(cc, ("density",), _everywhere(products, PROTOCOLS)),
     "KL": Metric(kl_divergence, ("density",), _everywhere(divergence_sum, NOT_2015)),
     "sAUC": Metric(
         auc_shuffled,
@@ -291,7 +307,7 @@ FORMULAS = {
         {"mit300": rank_sums, "salicon": rank_sums, "salicon2015": None},
     ),
     "IG": Metric(information_gain, ("fixations", "baseline"), _everywhere(None, NOT_2015)),
-    "NSS": Metric(nss, ("fixations",), _everywhere(moments, PROTOCOLS)),
+    "NSS": Metric(nss, ("fixations",), _everywhere(products, PROTOCOLS)),
     "SIM": Metric(similarity, ("density",), _everywhere(overlap_sum, NOT_2015)),
     "EMD": Metric(emd, ("density",), _everywhere(None, NOT_2015)),
     "AUC-unfixated": Metric(auc_unfixated, ("fixations",), _everywhere(rank_sums, ("mit300",))),

@@ -49,7 +49,7 @@ class Ranks:
     def __call__(self, values: Tensor) -> Tensor:
         """(M,) int32, twice the number of fixated values below each of (M,) values."""
         answer = self.table.index_select(0, self._bins(values))
-        open_cases = (answer >> 30).nonzero().squeeze(1)
+        open_cases = at_least(UNDECIDED, answer)
         close = values[open_cases]
         answer[open_cases] = torch.searchsorted(self.steps, close, right=True, out_int32=True)
         return answer
@@ -62,18 +62,18 @@ class Ranks:
         return (bits >> (23 - FRACTION_BITS)).sub_(self.first).clamp_(min=0)
 
 
-def positive(values: Tensor) -> Tensor:
-    """(K,) indices of the positive ones among (M,) whole numbers, none of which is negative.
+def at_least(bound: int, values: Tensor) -> Tensor:
+    """(K,) indices of those of (M,) whole numbers that are at least ``bound``.
 
-    Looks for rows of 64 with a positive maximum first: ``nonzero`` alone takes 1 ns per value,
-    which is ten times what the maximum takes, and positives are few or lie together.
+    Looks for rows of 64 with such a maximum first: ``nonzero`` alone takes 1 ns per value, ten
+    times what the maximum takes, and what is looked for is rare or lies together.
     """
     whole = len(values) - len(values) % 64
     rows = values[:whole].view(-1, 64)
-    some = rows.amax(1).nonzero().squeeze(1)
-    at, offset = rows.index_select(0, some).nonzero().unbind(1)
-    rest = values[whole:].nonzero().squeeze(1) + whole
-    return torch.cat([some[at] * 64 + offset, rest])
+    some = (rows.amax(1) >= bound).nonzero().squeeze(1)
+    row, column = (rows.index_select(0, some) >= bound).nonzero().unbind(1)
+    rest = (values[whole:] >= bound).nonzero().squeeze(1) + whole
+    return torch.cat([some[row] * 64 + column, rest])
 
 
 def area(twice_below: int, positives: int, negatives: int) -> float:

@@ -185,10 +185,11 @@ def test_ranks_equal_a_plain_search_on_large_maps(dtype, power):
 
 
 @pytest.mark.parametrize("size", [1, 63, 64, 65, 1000])
-def test_positive_finds_what_nonzero_finds(size):
+def test_at_least_finds_what_nonzero_finds(size):
     generator = torch.Generator().manual_seed(size)
-    values = (torch.rand(size, generator=generator) < 0.1).int()
-    assert torch.equal(roc.positive(values), values.nonzero().squeeze(1))
+    values = torch.randint(10, (size,), generator=generator)
+    for bound in (1, 8, 10):
+        assert torch.equal(roc.at_least(bound, values), (values >= bound).nonzero().squeeze(1))
 
 
 def test_results_do_not_depend_on_the_blocks(monkeypatch):
@@ -206,11 +207,11 @@ def test_sums_asked_for_later_leave_earlier_ones_alone():
     maps = scene()
     image = metric_inputs.ScoredImage(
         "x", "mit300", maps["prediction"][0], maps["fixations"][0], maps["density"][0],
-        sums=[metric_formulas.moments],
+        sums=[metric_formulas.products],
     )  # fmt: skip
-    first = image.pixel_sum(metric_formulas.moments)
+    first = image.pixel_sum(metric_formulas.products)
     image.pixel_sum(metric_formulas.overlap_sum)
-    assert image.pixel_sum(metric_formulas.moments) == first
+    assert image.pixel_sum(metric_formulas.products) == first
 
 
 # ---- invariances -------------------------------------------------------------------------------
