@@ -254,7 +254,7 @@ class SaliencyDataset(Dataset):
                 f"{photo.width}x{photo.height} when the dataset was prepared; prepare it again"
             )
         image = letterbox(image, self.config.height, self.config.width, self.config.antialias)
-        image = image.round().clamp(0, 255).to(torch.uint8)
+        image = image.round_().clamp_(0, 255).to(torch.uint8)
         if self.config.cache:
             self.cached[index] = image
         return image
