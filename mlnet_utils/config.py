@@ -25,6 +25,7 @@ class Config:
     # ---- data
     dataset: str = "salicon-2015"  # paper 4.1: SALICON, 10,000 train and 5,000 validation photos
     limit: int = 0  # photos per split, 0 = all
+    train_limit: int = 0  # training photos, 0 = all; the other splits stay whole
     height: int = 480  # paper 3.4: input 480 x 640
     width: int = 640
     sigma: float = 0.0  # blur of the fixations in photo pixels; 0 = the dataset's own
@@ -78,6 +79,7 @@ class Config:
     compile: bool = False
     workers: int = -1  # loader processes; -1 = chosen from the machine
     cache: bool = False  # keep letterboxed photos in memory after the first epoch
+    cache_features: bool = False  # keep a frozen backbone's features on disk, see features.py
     checkpoint_every: int = 200  # updates between step checkpoints
     deterministic: bool = False  # bit-reproducible GPU kernels, slower (the CPU always is)
     seed: int = 0
@@ -140,7 +142,7 @@ class Config:
 
 
 _NOT_NEGATIVE = (
-    *("limit", "patience", "micro_batch", "seed", "bootstrap"),
+    *("limit", "train_limit", "patience", "micro_batch", "seed", "bootstrap"),
     *("sigma", "lr", "backbone_lr_scale", "lr_decay", "momentum", "weight_decay"),
     *("clip_norm", "jitter"),
 )

@@ -154,7 +154,7 @@ def prepare(config: Config, data_root: Path, folder: Path) -> tuple[list[Photo],
             counts = (round(n * len(photos)) if n < 1 else int(n) for n in (spec.val, spec.test))
             photos = hash_split(photos, *counts)
         if config.limit:
-            photos = _limit(photos, config.limit)
+            photos = _limit(photos, config.limit, SPLITS)
         unseen = [p.stem for p in photos if p.split != "test" and not len(p.fixations)]
         if unseen:
             raise ValueError(
@@ -165,6 +165,8 @@ def prepare(config: Config, data_root: Path, folder: Path) -> tuple[list[Photo],
             replace(photo, sha256=sha256_file(root / photo.image))
             for photo in progress(photos, f"indexing {spec.name}", unit="photo")
         ]
+    if config.train_limit:
+        photos = _limit(photos, config.train_limit, ("train",))
     meta = {
         "dataset": spec.name,
         "title": spec.title,
@@ -192,14 +194,14 @@ def photo_root(folder: Path, meta: dict) -> Path:
     return folder if meta["root"] == "." else Path(meta["root"])
 
 
-def _limit(photos: list[Photo], limit: int) -> list[Photo]:
-    """The first ``limit`` photos of every split, in hash order."""
-    kept = {
+def _limit(photos: list[Photo], limit: int, splits: Iterable[str]) -> list[Photo]:
+    """At most the first ``limit`` photos, in hash order, of each of the ``splits``."""
+    left_out = {
         p.stem
-        for split in SPLITS
-        for p in hash_order([q for q in photos if q.split == split])[:limit]
+        for split in splits
+        for p in hash_order([q for q in photos if q.split == split])[limit:]
     }
-    return [photo for photo in photos if photo.stem in kept]
+    return [photo for photo in photos if photo.stem not in left_out]
 
 
 # ---- photos to tensors -------------------------------------------------------------------------
@@ -217,6 +219,8 @@ class SaliencyDataset(Dataset):
         self.photos, self.root, self.config, self.sigma = photos, root, config, sigma
         self.augment = augment
         self.cached: dict[int, Tensor] = {}
+        # (photo, mirrored) -> features to give instead of the photo, see features.FeatureCache
+        self.features: Callable[[Photo, bool], Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.photos)
@@ -225,25 +229,36 @@ class SaliencyDataset(Dataset):
         epoch, index = key if isinstance(key, tuple) else (0, key)
         photo = self.photos[index]
         box = Letterbox(photo.height, photo.width, self.config.height, self.config.width)
-        image = self._image(index)
+        image = None if self.features else self.image(index)
         points, zoom = photo.fixations, 1.0
         rng = np.random.default_rng([self.config.seed, epoch, index])
         if self.augment and self.config.crop:
             image, points, zoom = _crop(image, points, box, self.config.crop, rng)
         density = density_on_grid(points, box, self.config.grid, self.sigma * zoom).float()
         counts = _counts_on_grid(points, box, self.config.grid)
-        if self.augment and rng.random() < self.config.flip:
-            image, density, counts = image.flip(-1), density.flip(-1), counts.flip(-1)
-        if self.augment and self.config.jitter:
-            image = _jitter(image, self.config.jitter, rng)
+        mirrored = bool(self.augment and rng.random() < self.config.flip)
+        if mirrored:
+            density, counts = density.flip(-1), counts.flip(-1)
+        if self.features:
+            seen = {"features": self.features(photo, mirrored)}
+        else:
+            image = image.flip(-1) if mirrored else image
+            if self.augment and self.config.jitter:
+                image = _jitter(image, self.config.jitter, rng)
+            seen = {"image": image}
         return {
-            "image": image,
+            **seen,
             "density": density[None],
             "fixations": counts[None],
             "index": torch.tensor(index),
         }
 
-    def _image(self, index: int) -> Tensor:
+    def image(self, index: int) -> Tensor:
+        """(3, height, width) uint8: a photo, letterboxed.
+
+        Raises:
+            ValueError: the photo's size is not that of the index.
+        """
         if index in self.cached:
             return self.cached[index]
         photo = self.photos[index]

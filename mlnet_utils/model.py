@@ -206,7 +206,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 class MLNet(nn.Module):
     """ML-Net: levels of a CNN -> encoding -> learned prior -> saliency.
 
-    Input: (B, 3, H, W) RGB in 0..255 (uint8 or float), H and W multiples of 8.
+    Input: (B, 3, H, W) RGB in 0..255 (uint8 or float), H and W multiples of 8; or, for a frozen
+    backbone, the (B, C, H/8, W/8) ``features`` of its levels, concatenated (features.py).
     Output: (B, 1, H/8, W/8) float32; ``head="paper"``: non-negative, unnormalised;
     ``head="density"``: a probability density, each map sums to 1.
     """
@@ -240,8 +241,8 @@ class MLNet(nn.Module):
         self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1) * 255)
         freeze(self, config.freeze)
 
-    def forward(self, image: Tensor) -> Tensor:
-        levels = self.extract(image)[-self.levels :]  # 3.1
+    def forward(self, image: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        levels = self.extract(image)[-self.levels :] if features is None else [features]  # 3.1
         x = self.encode_levels(levels)  # 3.2
         return self.apply_prior(x)  # 3.3
 
@@ -325,6 +326,13 @@ class MLNet(nn.Module):
         return self
 
 
+def network_input(batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What :meth:`MLNet.forward` takes of a batch: photos, or features where they are cached."""
+    if "features" in batch:
+        return {"features": batch["features"].float()}
+    return {"image": batch["image"]}
+
+
 def theano_upsampling(cells: int, size: int) -> Tensor:
     """(size, cells) weights of Theano's bilinear_upsampling for the ratio r = size / cells.
 
@@ -360,3 +368,9 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
             parameter.requires_grad_(False)
             frozen.append(name)
     return frozen
+
+
+def trainable(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all) parameters."""
+    counts = [(p.numel() * p.requires_grad, p.numel()) for p in model.parameters()]
+    return sum(c[0] for c in counts), sum(c[1] for c in counts)

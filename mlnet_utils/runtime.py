@@ -52,9 +52,17 @@ def run_dir(value: str | Path = "", preset: str = "sample") -> Path:
     """Folder of one run: ``value``, else ``$MLNET_RUNS/<preset>``, else ``runs/<preset>``."""
     if str(value):
         return Path(value).expanduser()
+    return _runs() / Path(preset).stem  # a preset may be the path of a YAML file
+
+
+def feature_root() -> Path:
+    """Folder of cached features, shared by all runs: ``$MLNET_RUNS/features``, else ``runs/``."""
+    return _runs() / "features"
+
+
+def _runs() -> Path:
     base = os.environ.get("MLNET_RUNS", "")
-    name = Path(preset).stem  # a preset may be the path of a YAML file
-    return (Path(base).expanduser() if base else (checkout_root() or Path.cwd()) / "runs") / name
+    return Path(base).expanduser() if base else (checkout_root() or Path.cwd()) / "runs"
 
 
 def display_path(path: str | Path) -> str:

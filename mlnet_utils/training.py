@@ -13,18 +13,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mlnet_utils import checkpoints
 from mlnet_utils.config import Config
 from mlnet_utils.datasets import EpochSampler, SaliencyDataset, make_loader, photo_root
+from mlnet_utils.features import FeatureCache
 from mlnet_utils.losses import Objective
-from mlnet_utils.model import MLNet
+from mlnet_utils.model import MLNet, network_input
 from mlnet_utils.optimization import learning_rate, make_accelerator, make_optimizer
 from mlnet_utils.photos import prepared_digest, read_prepared
 from mlnet_utils.runtime import (
     StopSignals,
+    feature_root,
     keyed_seed,
     progress,
     remove_temporaries,
@@ -115,6 +117,7 @@ class Trainer:
         self.sampler = EpochSampler(
             len(data["train"]), config.batch_size, config.seed, True, self.rank, self.world
         )
+        self.data = data
         self.train_loader = make_loader(data["train"], self.sampler, config.workers)
         self.val_loader = validation_loader(data["val"], config.workers, self.rank, self.world)
 
@@ -128,6 +131,12 @@ class Trainer:
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.model.to(self.device)
+        if config.cache_features:
+            precision = self.accelerator.mixed_precision
+            cache = FeatureCache(self.model, config, precision, feature_root())
+            for data in self.data.values():
+                cache.fill(self.model, data, self.accelerator)
+                data.features = cache
         optimizer = make_optimizer(config, self.model)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
@@ -187,8 +196,8 @@ class Trainer:
         rate = learning_rate(self.config, self.updates, self.total_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        micro = self.config.micro_batch or len(batch["image"])
-        starts = range(0, len(batch["image"]), micro)
+        micro = self.config.micro_batch or len(batch["index"])
+        starts = range(0, len(batch["index"]), micro)
         loss_sum = torch.zeros((), device=self.device)
         for start in starts:
             # Dropout is drawn anew from this key: a resumed run draws what the first one drew.
@@ -219,10 +228,10 @@ class Trainer:
     def losses(self, batch: dict[str, Tensor]) -> Tensor:
         """(B,) training loss of each photo."""
         batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
-        image = batch["image"]
+        seen = network_input(batch)
         if self.config.channels_last:
-            image = image.contiguous(memory_format=torch.channels_last)
-        prediction = self.forward(image).float()
+            seen = {k: v.contiguous(memory_format=torch.channels_last) for k, v in seen.items()}
+        prediction = self.forward(**seen).float()
         return self.objective.per_image(prediction, batch["density"], batch["fixations"])
 
     def read_losses(self) -> None:
@@ -383,9 +392,3 @@ def format_log(history: list[dict[str, float]]) -> str:
     writer.writeheader()
     writer.writerows(history)
     return text.getvalue()
-
-
-def trainable(model: nn.Module) -> tuple[int, int]:
-    """(trainable, all) parameters."""
-    counts = [(p.numel() * p.requires_grad, p.numel()) for p in model.parameters()]
-    return sum(c[0] for c in counts), sum(c[1] for c in counts)

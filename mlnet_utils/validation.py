@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from mlnet_utils.config import Config
 from mlnet_utils.datasets import SaliencyDataset, make_loader
 from mlnet_utils.losses import Objective, cc_loss, kl_loss, nss_loss
-from mlnet_utils.model import MLNet
+from mlnet_utils.model import MLNet, network_input
 from mlnet_utils.runtime import keyed_seed
 
 BATCH = 16
@@ -77,7 +77,7 @@ def validate(
         torch.manual_seed(keyed_seed(config.seed, epoch, int(batch["index"][0])))
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
         with accelerator.autocast():
-            maps = network(batch["image"]).float()
+            maps = network(**network_input(batch)).float()
         density, fixations = batch["density"], batch["fixations"]
         spread = maps.amax((1, 2, 3)) - maps.amin((1, 2, 3))
         columns = (

@@ -14,6 +14,7 @@ from PIL import Image
 
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.photos import Photo, write_prepared
+from mlnet_utils.runtime import sha256_file
 
 SPLIT_SIZES = {"train": 10, "val": 5, "test": 4}
 SIGMA = 6.0
@@ -61,6 +62,7 @@ def make_photo(folder: Path, stem: str, split: str, number: int) -> Photo:
     pixels = rng.integers(60, 120, (height, width, 3))
     pixels[disc] += np.array([120, 40, 0])
     Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{stem}.png")
+    sha256 = sha256_file(folder / f"{stem}.png")
     points = (centre + rng.normal(0, 3, (12, 2))).clip(0, (width - 1, height - 1))
     return Photo(
         stem=stem,
@@ -71,6 +73,7 @@ def make_photo(folder: Path, stem: str, split: str, number: int) -> Photo:
         fixations=points.astype(np.float32),
         observers=np.repeat(np.arange(3, dtype=np.int16), 4),
         durations=np.full(12, 200, np.float32),
+        sha256=sha256,
     )
 
 

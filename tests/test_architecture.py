@@ -19,7 +19,7 @@ ORDER = (
     *("synthetic", "images"),
     *("layouts", "formats", "salicon", "mit1003", "own_photos", "pysaliency_bridge"),
     "datasets",
-    *("model", "losses", "checkpoints", "optimization", "validation", "training"),
+    *("model", "features", "losses", "checkpoints", "optimization", "validation", "training"),
     *("roc", "resize", "metric_inputs", "metric_formulas", "metrics"),
     *("bootstrap", "scores"),
     "plots",  # takes arrays: isolated below
@@ -41,7 +41,7 @@ MAX_LINES = 400
 
 TRAINING_PATH = (
     *("config", "runtime", "transforms", "photos", "formats", "datasets"),
-    *("model", "losses", "checkpoints", "optimization", "validation", "training"),
+    *("model", "features", "losses", "checkpoints", "optimization", "validation", "training"),
     *("metrics", "evaluation"),
 )
 NOT_FOR_TRAINING = (

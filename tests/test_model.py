@@ -18,6 +18,7 @@ from mlnet_utils.model import (
     load_backbone_file,
     max_pool,
     theano_upsampling,
+    trainable,
 )
 
 
@@ -377,3 +378,9 @@ def test_an_explanation_ends_in_the_prediction(image):
     torch.testing.assert_close(parts["saliency"], model(image))
     density = (parts["raw"] + parts["prior"]).flatten(1).softmax(1)
     torch.testing.assert_close(density, parts["saliency"].flatten(1))
+
+
+def test_trainable_counts_parameters():
+    model = MLNet(tiny_config(freeze=("backbone.*",)))
+    own = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("backbone."))
+    assert trainable(model) == (own, sum(p.numel() for p in model.parameters()))

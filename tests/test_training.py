@@ -15,7 +15,7 @@ from mlnet_utils import checkpoints, optimization
 from mlnet_utils.model import MLNet
 from mlnet_utils.optimization import choose_precision, learning_rate, make_optimizer
 from mlnet_utils.photos import read_prepared, write_prepared
-from mlnet_utils.training import LOG_FIELDS, TIME_FIELDS, Trainer, fit, trainable
+from mlnet_utils.training import LOG_FIELDS, TIME_FIELDS, Trainer, fit
 from mlnet_utils.validation import TrainingDied
 
 # Nothing that depends on how the batch is divided (batch-norm's statistics, dropout), and an
@@ -369,12 +369,6 @@ def test_continuing_in_another_precision_warns(run_folder, capsys):
     with pytest.warns(UserWarning, match="precision 'fp16' so far, continuing in"):
         fit(config, run_folder)
     assert "resuming at epoch 2, batch 1" in capsys.readouterr().out
-
-
-def test_trainable_counts_parameters():
-    model = MLNet(tiny_config(freeze=("backbone.*",)))
-    own = sum(p.numel() for n, p in model.named_parameters() if not n.startswith("backbone."))
-    assert trainable(model) == (own, sum(p.numel() for p in model.parameters()))
 
 
 def test_training_raises_no_warnings(run_folder):

@@ -1,0 +1,136 @@
+"""Cached features of a frozen backbone: the same training, and never features of something else."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import tiny_config
+
+from mlnet_utils import features
+from mlnet_utils.features import FeatureCache, backbone_key
+from mlnet_utils.model import MLNet
+from mlnet_utils.training import Trainer, fit
+
+FROZEN = {"freeze": ("backbone.*",), "freeze_norm": True}
+
+
+@pytest.fixture(autouse=True)
+def cache_root(tmp_path, monkeypatch):
+    """Caches go into a folder of the test's own."""
+    monkeypatch.setenv("MLNET_RUNS", str(tmp_path / "runs"))
+    return tmp_path / "runs" / "features"
+
+
+def files(root):
+    return sorted(root.rglob("*.npy"))
+
+
+def test_training_on_cached_features_learns_the_same(run_folder, tmp_path, cache_root):
+    other = shutil.copytree(run_folder, tmp_path / "other")
+    plain = fit(tiny_config(**FROZEN), run_folder)
+    cached = fit(tiny_config(**FROZEN, cache_features=True), other)
+    # 10 training photos in both orientations and 5 validation photos in one
+    assert len(files(cache_root)) == 25
+    for a, b in zip(plain.history, cached.history, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-3)
+
+
+def test_a_second_run_reads_what_the_first_one_wrote(run_folder, tmp_path, cache_root):
+    other = shutil.copytree(run_folder, tmp_path / "other")
+    fit(tiny_config(**FROZEN, cache_features=True), run_folder)
+    before = {path: path.stat().st_mtime_ns for path in files(cache_root)}
+    # Fewer levels and another seed of the encoding are another run on the same features; the seed
+    # of a random backbone is not.
+    trainer = Trainer(
+        tiny_config(**FROZEN, cache_features=True, levels=1, lr=1e-3), other, Accelerator()
+    )
+    assert {path: path.stat().st_mtime_ns for path in files(cache_root)} == before
+    batch = next(iter(trainer.train_loader))
+    assert batch["features"].shape[1] == trainer.model.backbone.channels[-1]
+    fit(tiny_config(**FROZEN, cache_features=True, seed=1), shutil.copytree(run_folder / "data",
+        tmp_path / "third" / "data").parent)  # fmt: skip
+    assert len(files(cache_root)) == 50
+
+
+def test_features_are_those_of_the_photo_and_of_its_mirror_image(run_folder):
+    trainer = Trainer(tiny_config(**FROZEN, cache_features=True), run_folder, Accelerator())
+    data, model = trainer.data["train"], trainer.model.eval()
+    for mirrored in (False, True):
+        image = data.image(3).flip(-1) if mirrored else data.image(3)
+        with torch.inference_mode():
+            expected = torch.cat(model.extract(image[None]), dim=1)[0]
+        found = data.features(data.photos[3], mirrored)
+        torch.testing.assert_close(found.float(), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_the_key_changes_with_all_that_changes_features():
+    def key(precision="no", **changes):
+        torch.manual_seed(changes.pop("weights", 0))
+        config = tiny_config(**{**FROZEN, **changes})
+        return backbone_key(MLNet(config), config, precision)
+
+    assert key() == key() == key(levels=1, head="paper", lr=1e-4, dropout=0.0)
+    different = [
+        key(weights=1), key("bf16"), key(height=40), key(width=48), key(normalisation="half"),
+    ]  # fmt: skip
+    assert len({key(), *different}) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"freeze": ()}, r"parameters train, e.g. backbone\.\S+: set freeze to \['backbone"),
+        ({"freeze_norm": False}, "needs freeze_norm"),
+        ({"crop": 0.1}, "crop=0.1 exclude each other"),
+        ({"jitter": 0.1}, "jitter=0.1 exclude each other"),
+    ],
+)
+def test_what_changes_from_epoch_to_epoch_is_not_cached(changes, words, run_folder):
+    with pytest.raises(ValueError, match=words):
+        fit(tiny_config(**{**FROZEN, "cache_features": True, **changes}), run_folder)
+
+
+def test_photos_without_a_hash_are_refused(run_folder):
+    trainer = Trainer(tiny_config(**FROZEN, cache_features=True), run_folder, Accelerator())
+    data = trainer.data["val"]
+    with pytest.raises(ValueError, match="val0 was indexed without its SHA-256"):
+        data.features(dataclasses.replace(data.photos[0], sha256=""), False)
+
+
+def test_damaged_files_are_named(run_folder, cache_root):
+    trainer = Trainer(tiny_config(**FROZEN, cache_features=True), run_folder, Accelerator())
+    data = trainer.data["val"]
+    path = data.features.path(data.photos[0], False)
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=rf"{path.name} cannot be read .*; delete it"):
+        data.features(data.photos[0], False)
+    np.save(path, np.zeros((3, 4, 5), np.float16))
+    with pytest.raises(ValueError, match=r"the shape \(3, 4, 5\), expected"):
+        data.features(data.photos[0], False)
+
+
+def test_a_disk_without_room_is_an_error_before_the_work(run_folder, monkeypatch):
+    usage = shutil.disk_usage(run_folder)
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OSError, match=r"features of 20 photos need .* GB left: make room"):
+        fit(tiny_config(**FROZEN, cache_features=True), run_folder)
+
+
+def test_values_beyond_half_precision_stay_single(run_folder):
+    config = tiny_config(**FROZEN, cache_features=True)
+    trainer = Trainer(config, run_folder, Accelerator())
+    data = trainer.data["val"]
+    path = data.features.path(data.photos[0], False)
+    large = torch.full(data.features.shape, 1e5)
+    data.features._write(path, large)
+    torch.testing.assert_close(data.features(data.photos[0], False), large)
+
+
+def test_the_cache_travels_to_loader_processes(run_folder):
+    config = tiny_config(**FROZEN, cache_features=True, workers=1, epochs=1)
+    assert isinstance(Trainer(config, run_folder, Accelerator()).data["val"].features, FeatureCache)
+    assert len(fit(config, run_folder).history) == 1
