@@ -81,6 +81,21 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--checkpoint", type=Path, help="default: the run's checkpoints/best.pt")
     verb.add_argument("--split", choices=("val", "test"), default="test")
 
+    verb = _verb(verbs, "sweep", sweep, "train a grid of configurations and seeds, in one table",
+                 "sweep grid.yaml", "sweep grid.yaml --workers 2 --plain",
+                 "sweep grid.yaml --cluster slurm --option slurm_partition=gpu",
+                 )  # fmt: skip
+    verb.add_argument("grid", type=Path, help="YAML: preset, seeds, split, common, cells")
+    verb.add_argument("--out", type=Path, help="default: runs/<grid>")
+    verb.add_argument("--data-root", default="", help="raw datasets (default: $MLNET_DATA, data/)")
+    verb.add_argument("--workers", type=int, default=1, help="trainings at a time on this machine")
+    verb.add_argument("--plain", action="store_true", help="train without executing notebooks")
+    verb.add_argument("--cluster", default="", help="executor of submitit: slurm, local")
+    verb.add_argument(
+        "--option", action="append", default=[], metavar="KEY=VALUE", dest="options",
+        help="parameter of submitit, e.g. timeout_min=60 (repeatable)",
+    )  # fmt: skip
+
     verb = _verb(verbs, "predict", predict, "saliency maps for photos and folders of photos",
                  "predict --checkpoint runs/osie/checkpoints/best.pt --out maps photo.jpg holiday/",
                  )  # fmt: skip
@@ -137,7 +152,7 @@ def overrides(pairs: list[str]) -> dict:
     for pair in pairs:
         key, equals, text = pair.partition("=")
         if not equals:
-            raise ValueError(f"--set expects KEY=VALUE, got {pair!r}")
+            raise ValueError(f"expected KEY=VALUE, got {pair!r}")
         try:
             result[key] = json.loads(text)
         except ValueError:
@@ -211,6 +226,26 @@ def evaluate(options: argparse.Namespace) -> int:
     report = evaluation.evaluate(folder, options.checkpoint, split=options.split)
     print(evaluation.format_table(report))
     return 0
+
+
+def sweep(options: argparse.Namespace) -> int:
+    from mlnet_utils import sweep as sweeps
+
+    grid = sweeps.read_grid(options.grid)
+    folder = options.out or run_dir("", grid.name)
+    failed = sweeps.run_sweep(
+        grid,
+        folder,
+        data_root(options.data_root),
+        workers=options.workers,
+        notebooks=not options.plain,
+        cluster=options.cluster,
+        options=overrides(options.options),
+    )
+    print(sweeps.summary(folder))
+    for job, error in failed.items():
+        print(f"failed: {job}: {error}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def predict(options: argparse.Namespace) -> int:

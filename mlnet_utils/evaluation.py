@@ -4,7 +4,7 @@ import csv
 import io
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -103,6 +103,7 @@ def evaluate(
     checkpoint: str | Path | None = None,
     split: str = "test",
     protocol: str = "mit300",
+    models: Sequence[str] = MODELS,
 ) -> dict:
     """Score the network and the baselines; write ``metrics.json`` and ``per_image.csv``.
 
@@ -111,6 +112,7 @@ def evaluate(
         checkpoint: default ``checkpoints/best.pt`` of the run.
         split: ``"test"``, or ``"val"`` while choosing.
         protocol: metric definitions, see docs/metrics.md.
+        models: which of ``MODELS`` to score.
 
     Returns:
         The contents of ``metrics.json``: what was scored how, and per model and metric the mean
@@ -126,8 +128,9 @@ def evaluate(
     data = TestSet(run_dir, split)
     rows: list[dict] = []
     for photo in progress(data.photos, f"scoring {split}", unit="photo"):
-        for model, scores in _photo_scores(data, photo, predictor, protocol):
-            rows.append({"model": model, "stem": photo.stem, **scores})
+        for model in models:
+            if (scores := _photo_scores(data, photo, model, predictor, protocol)) is not None:
+                rows.append({"model": model, "stem": photo.stem, **scores})
     rows.sort(key=lambda row: (MODELS.index(row["model"]), row["stem"]))
     config = predictor.config
     report = {
@@ -151,16 +154,20 @@ def evaluate(
 
 
 def _photo_scores(
-    data: TestSet, photo: Photo, predictor: Predictor, protocol: str
-) -> Iterator[tuple[str, dict[str, float]]]:
-    """(model, scores) of every model that applies to the photo."""
+    data: TestSet, photo: Photo, model: str, predictor: Predictor, protocol: str
+) -> dict[str, float] | None:
+    """The scores of one model on one photo, or None where the model needs several observers."""
     size = (photo.height, photo.width)
-    yield MODEL, data.score(photo, predictor.predict(data.image(photo)), protocol)
-    yield UNIFORM, data.score(photo, baselines.uniform(*size), protocol)
-    yield CENTRE, data.score(photo, data.centre_bias(*size), protocol)
-    if len(np.unique(photo.observers)) > 1:
-        yield OBSERVERS, _inter_observer_scores(data, photo, protocol)
-    yield GOLD, data.score(photo, data.gold(photo), protocol)
+    if model == OBSERVERS:
+        several = len(np.unique(photo.observers)) > 1
+        return _inter_observer_scores(data, photo, protocol) if several else None
+    predictions = {
+        MODEL: lambda: predictor.predict(data.image(photo)),
+        UNIFORM: lambda: baselines.uniform(*size),
+        CENTRE: lambda: data.centre_bias(*size),
+        GOLD: lambda: data.gold(photo),
+    }
+    return data.score(photo, predictions[model](), protocol)
 
 
 def _inter_observer_scores(data: TestSet, photo: Photo, protocol: str) -> dict[str, float]:

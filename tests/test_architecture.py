@@ -25,7 +25,7 @@ ORDER = (
     "plots",  # takes arrays: isolated below
     *("legacy", "prediction", "folders", "baselines", "evaluation"),
     *("exported", "export", "submission"),
-    *("execution", "pipeline"),
+    *("execution", "pipeline", "sweep"),
     "__main__",
 )
 METRICS = {"roc", "resize", "metric_inputs", "metric_formulas", "metrics"}
@@ -36,7 +36,7 @@ ISOLATED = {
     "execution": {"runtime"},
     "pipeline": {"__init__", "config", "runtime", "execution"},
 }
-MAY_PRINT = {"__main__", "pipeline", "training", "runtime"}
+MAY_PRINT = {"__main__", "pipeline", "sweep", "training", "runtime"}
 MAX_LINES = 400
 
 TRAINING_PATH = (
