@@ -193,6 +193,8 @@ def run_sweep(
     jobs = jobs_of(grid, folder, Path(data_root), notebooks)
     for late in (False, True):
         wave = [job for job in jobs if job.waits is late]
+        if not wave:
+            continue
         start = _on_cluster(folder, cluster, options or {}) if cluster else _here(workers)
         for job, result in zip(wave, start(wave), strict=True):
             try:
