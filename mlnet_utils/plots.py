@@ -145,13 +145,16 @@ def plot_history(log: pd.DataFrame) -> Figure:
     return figure
 
 
-def plot_scores(table: pd.DataFrame, metrics: Sequence[str], columns: int = 4) -> Figure:
+def plot_scores(
+    table: pd.DataFrame, metrics: Sequence[str], columns: int = 4, zero: bool = False
+) -> Figure:
     """Scores with intervals: one panel per metric, one row per model.
 
     Args:
         table: columns ``model``, ``metric``, ``mean``, ``low``, ``high``.
         metrics: the panels, in order.
         columns: panels per row.
+        zero: mark zero, for differences.
     """
     rows = -(-len(metrics) // columns)
     models = list(dict.fromkeys(table["model"]))
@@ -163,6 +166,8 @@ def plot_scores(table: pd.DataFrame, metrics: Sequence[str], columns: int = 4) -
     colours = dict(zip(models, sns.color_palette(PALETTE, len(models)), strict=True))
     for axis, metric in zip(axes.flat, metrics, strict=False):
         part = table[table["metric"] == metric].set_index("model").reindex(models)
+        if zero:
+            axis.axvline(0, color="black", lw=1)
         for y, (model, row) in enumerate(part.iterrows()):
             if np.isfinite(row["mean"]):
                 axis.plot([row["low"], row["high"]], [y, y], color=colours[model], lw=2.5)
@@ -192,6 +197,26 @@ def plot_distributions(scores: pd.DataFrame, metrics: Sequence[str], columns: in
             legend=False,
         )  # fmt: skip
         axis.set(title=metric, xlabel="", ylabel="")
+    figure.tight_layout()
+    return figure
+
+
+def plot_amounts(table: pd.DataFrame, metrics: Sequence[str], amount: str) -> Figure:
+    """Scores against an amount of data: every seed as a point, their mean as a line.
+
+    Args:
+        table: one row per training, with ``amount`` and a column per metric.
+        metrics: the panels, in order.
+        amount: the column of the horizontal axis, on a logarithmic scale.
+    """
+    figure, axes = plt.subplots(1, len(metrics), figsize=(11, 2.8), squeeze=False)
+    for axis, metric in zip(axes.flat, metrics, strict=True):
+        sns.lineplot(table, x=amount, y=metric, ax=axis, errorbar=None, color="C0")
+        sns.scatterplot(table, x=amount, y=metric, ax=axis, color="C0", s=22)
+        axis.set(title=metric, ylabel="", xscale="log")
+        ticks = sorted(table[amount].unique())
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.minorticks_off()
     figure.tight_layout()
     return figure
 

@@ -5,6 +5,8 @@ prepared, trained and scored; what is done is not done again, and a training tha
 continues. A cell that fails is reported and does not stop the others.
 """
 
+import hashlib
+import json
 import multiprocessing
 import os
 import re
@@ -22,6 +24,7 @@ from mlnet_utils.config import Config, load_config
 from mlnet_utils.metrics import METRICS
 from mlnet_utils.runtime import cpu_count, display_path, read_json, write_text
 
+DATA_KEYS = ("dataset", "limit", "train_limit", "sigma", "fold")  # what decides prepared data
 GRID_KEYS = ("preset", "seeds", "split", "common", "cells")
 TABLE, PER_IMAGE = "sweep.csv", "per_image.csv"
 
@@ -69,6 +72,7 @@ class Job:
     changes: dict[str, Any]
     folder: Path
     data_root: Path
+    data: Path  # the prepared folder, shared with all jobs that see the same photos
     notebooks: bool
     waits: bool  # for the training that it starts from
 
@@ -125,23 +129,44 @@ def jobs_of(grid: Grid, folder: Path, data_root: Path, notebooks: bool) -> list[
             if waits:
                 parent = folder / slug(values["start_from"]) / str(seed)
                 values["start_from"] = str(parent / "checkpoints" / "best.pt")
-            place = folder / slug(cell) / str(seed)
-            job = Job(
-                cell, seed, grid.split, grid.preset, values, place, data_root, notebooks, waits
-            )
             try:
-                job.config()
+                config = load_config(grid.preset, **_without_start(values))
             except ValueError as error:
                 raise ValueError(f"grid {grid.name}, cell {cell!r}: {error}") from None
-            jobs.append(job)
+            jobs.append(
+                Job(
+                    cell=cell,
+                    seed=seed,
+                    split=grid.split,
+                    preset=grid.preset,
+                    changes=values,
+                    folder=folder / slug(cell) / str(seed),
+                    data=folder / "data" / data_key(config, data_root),
+                    data_root=data_root,
+                    notebooks=notebooks,
+                    waits=waits,
+                )
+            )
     return jobs
 
 
+def _without_start(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """A cell's changes without the checkpoint that it starts from, which may not exist yet."""
+    return {key: value for key, value in changes.items() if key != "start_from"}
+
+
+def data_key(config: Config, data_root: Path) -> str:
+    """A folder name for the prepared data: equal names, equal data."""
+    values = [str(data_root.resolve()), *(config.to_dict()[key] for key in DATA_KEYS)]
+    return f"{config.dataset}-{hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]}"
+
+
 def run_job(job: Job) -> None:
-    """Prepare, train and score one (cell, seed), as far as that is not done yet."""
+    """Train and score one (cell, seed) on its prepared data, as far as that is not done yet."""
     config, best = job.config(), job.folder / "checkpoints" / "best.pt"
-    if not (job.folder / "data" / "meta.json").is_file():
-        datasets.prepare(config, job.data_root, job.folder / "data")
+    if not (job.folder / "data").exists():
+        job.folder.mkdir(parents=True, exist_ok=True)
+        (job.folder / "data").symlink_to(job.data.resolve(), target_is_directory=True)
     if job.notebooks:
         from mlnet_utils import pipeline
 
@@ -191,6 +216,10 @@ def run_sweep(
     """
     folder, failed = Path(folder), {}
     jobs = jobs_of(grid, folder, Path(data_root), notebooks)
+    for job in jobs:
+        if not (job.data / "meta.json").is_file():
+            config = load_config(grid.preset, **_without_start(job.changes))
+            datasets.prepare(config, job.data_root, job.data)
     for late in (False, True):
         wave = [job for job in jobs if job.waits is late]
         if not wave:

@@ -25,7 +25,7 @@ ORDER = (
     "plots",  # takes arrays: isolated below
     *("legacy", "prediction", "folders", "baselines", "evaluation"),
     *("exported", "export", "submission"),
-    *("execution", "pipeline", "sweep"),
+    *("execution", "pipeline", "sweep", "study"),
     "__main__",
 )
 METRICS = {"roc", "resize", "metric_inputs", "metric_formulas", "metrics"}

@@ -1,0 +1,207 @@
+"""The study of notebook 05: the paper's claims as grids of trainings, and what they say.
+
+Every cell differs from the reference in what its name says; the reference has three levels, a
+learned prior, the density head, the KL divergence and mirrored photos. Comparisons are paired: for
+each photo the scores are averaged over the seeds and subtracted, and photos are resampled.
+"""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.ndimage import gaussian_filter
+
+from mlnet_utils.bootstrap import bootstrap_interval
+from mlnet_utils.evaluation import TestSet, summarise
+from mlnet_utils.metrics import METRICS
+from mlnet_utils.runtime import progress
+from mlnet_utils.sweep import Grid
+
+REFERENCE = "reference"
+LOW_LEVEL = "spectral residual"
+UNIFORM_SHARE = 0.01  # mixed into it: one fixation on a zero would make the mean IG -infinity
+JUDGED = ("CC", "NSS", "IG")  # metrics of a verdict
+
+Cells = dict[str, dict[str, Any]]
+
+
+def ablation(frozen: Sequence[str]) -> dict[str, Cells]:
+    """Question -> cells that answer it, for a network of which ``frozen`` parts do not train."""
+    paper = {"head": "paper", "loss": "mlnet", "prior_penalty": -1}
+    return {
+        "levels": {"two levels": {"levels": 2}, "last level only": {"levels": 1}},
+        "prior": {
+            "no prior": {"freeze": [*frozen, "prior"]},  # it stays neutral
+            "prior added afterwards": {
+                "freeze": ["backbone.*", "encode.*", "to_map.*"],
+                "start_from": "no prior",
+            },
+        },
+        "loss": {
+            "ML-Net's loss": {"loss": "mlnet"},
+            "squared error": {"loss": "mse"},
+            "KL + CC + NSS": {"loss": "kl + 0.5*cc + 0.1*nss"},
+        },
+        "head": {"ML-Net's head and loss": paper},
+        "mirroring": {"no mirroring": {"flip": 0}},
+    }
+
+
+# On OSIE also: what the earlier implementations change, and how much data and training matter.
+_PAPER = {
+    "head": "paper", "loss": "mlnet", "prior_penalty": -1, "optimizer": "sgd",
+    "schedule": "keras1", "weight_decay": 0, "dropout_channels": False, "flip": 0,
+}  # fmt: skip
+_MLNET_PYTORCH = {
+    "compat": "mlnet-pytorch", "head": "paper", "loss": "mlnet", "prior_penalty": -1,
+    "optimizer": "adam", "schedule": "constant", "weight_decay": 1e-4, "batch_size": 16,
+    "epochs": 6, "flip": 0,
+}  # fmt: skip
+_AS_IS = {"prior_penalty": 1, "dropout_at_test": True, "freeze": ["backbone.*", "prior"]}
+MORE_ON_OSIE: dict[str, Cells] = {
+    "recipes": {
+        "recipe: paper": _PAPER,
+        "recipe: MLNet-Pytorch": _MLNET_PYTORCH,
+        "recipe: MLNet-Pytorch as is": {**_MLNET_PYTORCH, **_AS_IS},
+    },
+    "more losses": {
+        "CC": {"loss": "cc"},
+        "ML-Net's head, squared error": {"head": "paper", "loss": "mse", "prior_penalty": -1},
+    },
+    "backbone": {"fine-tuned backbone": {"freeze": [], "cache_features": False}},
+    # The same number of updates as with all 500.
+    "data": {
+        f"{photos} photos": {"train_limit": photos, "epochs": epochs}
+        for photos, epochs in ((50, 40), (100, 20), (200, 10), (350, 6))
+    },
+}
+QUESTIONS = {"sample": ablation(()), "osie": {**ablation(("backbone.*",)), **MORE_ON_OSIE}}
+QUESTIONS["tiny"] = {"levels": QUESTIONS["sample"]["levels"]}
+
+
+def grid(preset: str, seeds: Sequence[int] = (0, 1, 2)) -> Grid:
+    """The trainings of a preset's study.
+
+    Raises:
+        ValueError: there is no study of this preset.
+    """
+    if preset not in QUESTIONS:
+        raise ValueError(f"there is a study of {', '.join(QUESTIONS)}, not of {preset!r}")
+    common = {
+        # Enough to tell cells apart in seconds, not to be good.
+        "sample": {"limit": 100, "height": 64, "width": 80, "epochs": 4, "prior_cells": [4, 5]},
+        # A frozen backbone, whose features are computed once.
+        "osie": {
+            "height": 240, "width": 320, "freeze": ["backbone.*"], "cache_features": True,
+            "epochs": 4, "ema_decay": 0, "test_flip": False, "checkpoint_every": 1000,
+        },
+        "tiny": {"epochs": 1},
+    }[preset]  # fmt: skip
+    cells = {REFERENCE: {}}
+    for answers in QUESTIONS[preset].values():
+        cells |= answers
+    return Grid(f"study-{preset}", preset, cells, tuple(seeds), common=common)
+
+
+# ---- what the trainings say --------------------------------------------------------------------
+def compare(
+    scores: pd.DataFrame, cells: Iterable[str], reference: str = REFERENCE, resamples: int = 2000
+) -> pd.DataFrame:
+    """Paired differences of cells to the reference, with 95 % bootstrap intervals over photos.
+
+    Args:
+        scores: columns ``cell``, ``seed``, ``stem`` and a column per metric, as the sweep's
+            ``per_image.csv``.
+        cells: what to compare; cells without any score are left out.
+        reference: the cell that is subtracted.
+        resamples: of the bootstrap.
+
+    Returns:
+        Columns ``model`` (the cell), ``metric``, ``mean``, ``low``, ``high`` of the difference,
+        ``seeds``, and ``seed_sd``, the standard deviation of the cell's mean over its seeds.
+
+    Raises:
+        ValueError: the reference has no scores.
+    """
+    finite = scores.replace([np.inf, -np.inf], np.nan)
+    per_photo = finite.groupby(["cell", "stem"])[list(METRICS)].mean()
+    per_seed = finite.groupby(["cell", "seed"])[list(METRICS)].mean()
+    if reference not in per_photo.index:
+        raise ValueError(f"the sweep has no scores of {reference!r}; run it first")
+    rows = []
+    for cell in cells:
+        if cell not in per_photo.index:
+            continue
+        difference = per_photo.loc[cell] - per_photo.loc[reference]
+        for metric in METRICS:
+            low, high = bootstrap_interval(difference[metric], resamples=resamples)
+            rows.append(
+                {
+                    "model": cell,
+                    "metric": metric,
+                    "mean": difference[metric].mean(),
+                    "low": low,
+                    "high": high,
+                    "seeds": len(per_seed.loc[cell]),
+                    "seed_sd": per_seed.loc[cell][metric].std(),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def sentence(differences: pd.DataFrame) -> str:
+    """One Markdown line per cell: its differences in ``JUDGED``, and the verdict."""
+    lines = []
+    for cell, part in differences.groupby("model", sort=False):
+        rows = part.set_index("metric").loc[list(JUDGED)]
+        numbers = ", ".join(
+            f"{metric} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+            for metric, row in rows.iterrows()
+        )
+        lines.append(f"- **{cell}** is {_verdict(rows)} than the reference: {numbers}")
+    return "\n".join(lines)
+
+
+def _verdict(rows: pd.DataFrame) -> str:
+    if (rows["low"] > 0).all():
+        return "better"
+    if (rows["high"] < 0).all():
+        return "worse"
+    clear = rows[(rows["low"] > 0) | (rows["high"] < 0)]
+    if clear.empty:
+        return "neither clearly better nor worse"
+    signs = set(np.sign(clear["mean"]))
+    where = " and ".join(clear.index)
+    if len(signs) > 1:
+        return "better in some metrics and worse in others"
+    return f"{'better' if signs == {1.0} else 'worse'} in {where} only"
+
+
+def low_level(run_dir: str | Path, split: str = "test", protocol: str = "mit300") -> dict:
+    """Scores of a training-free model: spectral residual (Hou & Zhang, CVPR 2007), by OpenCV.
+
+    Its map is blurred with the dataset's sigma, and mixed with 1 % of a uniform density.
+
+    Returns:
+        A row as those of ``metrics.json``: ``model`` and ``metrics``.
+
+    Raises:
+        ModuleNotFoundError: the extra ``study`` is not installed.
+    """
+    try:
+        import cv2
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the spectral residual needs OpenCV: pip install 'mlnet-utils[study]'"
+        ) from error
+    model = cv2.saliency.StaticSaliencySpectralResidual_create()
+    data, rows = TestSet(Path(run_dir), split), []
+    for photo in progress(data.photos, f"scoring {LOW_LEVEL}", unit="photo"):
+        bgr = np.ascontiguousarray(data.image(photo).permute(1, 2, 0).numpy()[..., ::-1])
+        blurred = gaussian_filter(model.computeSaliency(bgr)[1].astype(float), data.sigma)
+        density = blurred / max(blurred.sum(), 1e-12)
+        density = (1 - UNIFORM_SHARE) * density + UNIFORM_SHARE / density.size
+        rows.append({"model": LOW_LEVEL, **data.score(photo, density, protocol)})
+    return summarise(rows, 2000)[0]

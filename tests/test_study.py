@@ -1,0 +1,105 @@
+"""The study: its grids are valid, its comparisons paired, its verdicts what the intervals say."""
+
+import sys
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mlnet_utils import study
+from mlnet_utils.config import load_config
+from mlnet_utils.metrics import METRICS
+from mlnet_utils.sweep import jobs_of
+
+
+def scores(shifts, photos=40, seeds=(0, 1, 2)):
+    """Scores whose cells differ by a constant, under large differences between photos."""
+    rng = np.random.default_rng(0)
+    level = rng.normal(0, 5, photos)
+    rows = [
+        {"cell": cell, "seed": seed, "stem": f"{photo:03}"}
+        | {metric: level[photo] + shift + rng.normal(0, 0.01) for metric in METRICS}
+        for cell, shift in shifts.items()
+        for seed in seeds
+        for photo in range(photos)
+    ]
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize("preset", sorted(study.QUESTIONS))
+def test_every_grid_is_a_set_of_valid_configurations(preset, tmp_path):
+    grid = study.grid(preset, seeds=(0,))
+    jobs = jobs_of(grid, tmp_path, tmp_path, notebooks=False)
+    assert len(jobs) == len(grid.cells)
+    assert next(iter(grid.cells)) == study.REFERENCE
+
+
+def test_other_presets_have_no_study():
+    with pytest.raises(ValueError, match="there is a study of sample, osie, tiny, not of 'paper'"):
+        study.grid("paper")
+
+
+def test_differences_are_paired_by_photo():
+    table = study.compare(scores({"reference": 0, "up": 0.1, "same": 0}), ["up", "same", "absent"])
+    assert set(table["model"]) == {"up", "same"}
+    up = table[table["model"] == "up"].set_index("metric").loc["CC"]
+    # Unpaired, the interval would be +-1.5 wide: photos differ by 5.
+    assert up["mean"] == pytest.approx(0.1, abs=0.01)
+    assert 0.08 < up["low"] < up["high"] < 0.12
+    assert up["seeds"] == 3
+    assert 0 < up["seed_sd"] < 0.01
+
+
+def test_infinite_and_missing_scores_are_left_out():
+    table = scores({"reference": 0, "up": 0.1})
+    table.loc[table["cell"] == "up", "IG"] = -np.inf
+    table.loc[0, "CC"] = np.nan
+    found = study.compare(table, ["up"]).set_index("metric")
+    assert np.isnan(found.loc["IG", "mean"])
+    assert found.loc["CC", "mean"] == pytest.approx(0.1, abs=0.01)
+
+
+def test_without_a_reference_there_is_nothing_to_compare():
+    with pytest.raises(ValueError, match="no scores of 'reference'"):
+        study.compare(scores({"up": 0.1}), ["up"])
+
+
+@pytest.mark.parametrize(
+    ("intervals", "words"),
+    [
+        ([(0.1, 0.2), (0.1, 0.2), (0.1, 0.2)], "is better than"),
+        ([(-0.2, -0.1)] * 3, "is worse than"),
+        ([(-0.1, 0.1)] * 3, "neither clearly better nor worse"),
+        ([(0.1, 0.2), (-0.1, 0.1), (-0.1, 0.1)], "better in CC only"),
+        ([(-0.2, -0.1), (-0.1, 0.1), (-0.2, -0.1)], "worse in CC and IG only"),
+        ([(0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1)], "better in some metrics and worse in others"),
+    ],
+)
+def test_verdicts_follow_the_intervals(intervals, words):
+    table = pd.DataFrame(
+        {"model": "a cell", "metric": metric, "mean": (low + high) / 2, "low": low, "high": high}
+        for metric, (low, high) in zip(study.JUDGED, intervals, strict=True)
+    )
+    text = study.sentence(table)
+    assert words in text
+    assert f"CC {sum(intervals[0]) / 2:+.3f} [{intervals[0][0]:+.3f}" in text
+
+
+def test_the_low_level_model_is_scored(run_folder):
+    pytest.importorskip("cv2", reason="needs the extra `study`")
+    row = study.low_level(run_folder)
+    assert row["model"] == "spectral residual"
+    # The test photos are a bright disc on noise, where the observers looked.
+    assert row["metrics"]["AUC"]["mean"] > 0.6
+    assert row["metrics"]["IG"]["infinite"] == 0
+
+
+def test_a_missing_opencv_is_named(run_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mlnet-utils\[study\]'"):
+        study.low_level(run_folder)
+
+
+def test_no_prior_is_a_prior_that_stays_neutral():
+    cells = study.grid("osie").cells
+    assert load_config("osie", **cells["no prior"]).freeze == ("backbone.*", "prior")
