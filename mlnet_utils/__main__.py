@@ -45,14 +45,16 @@ def parser() -> argparse.ArgumentParser:
                  "reproduce --preset my.yaml --force")  # fmt: skip
     _run_options(verb)
     verb.add_argument("--force", action="store_true", help="rerun stages that are up to date")
+    verb.add_argument("--study", action="store_true", help="run notebook 05, the ablation, too")
     verb.add_argument(
         "-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), dest="parameters",
         help="set a parameter of the notebooks (repeatable)",
     )  # fmt: skip
 
     verb = _verb(verbs, "publish", publish, "copy a finished run's notebooks and figures here",
-                 "publish --preset sample")  # fmt: skip
+                 "publish --preset sample", "publish --preset sample --study")  # fmt: skip
     _run_options(verb)
+    verb.add_argument("--study", action="store_true", help="notebook 05 too")
 
     verb = _verb(verbs, "download", download, "fetch, verify and unpack a dataset",
                  "download osie", "download salicon-2017 --root ~/data --from images.zip maps.zip",
@@ -170,14 +172,22 @@ def reproduce(options: argparse.Namespace) -> int:
         data_root=data_root(options.data_root),
         parameters=dict(options.parameters),
         force=options.force,
+        stages=_stages(options),
     )
     return 0
+
+
+def _stages(options: argparse.Namespace) -> tuple:
+    from mlnet_utils import pipeline
+
+    return (*pipeline.STAGES, pipeline.STUDY) if options.study else pipeline.STAGES
 
 
 def publish(options: argparse.Namespace) -> int:
     from mlnet_utils import pipeline
 
-    for path in pipeline.publish(run_dir(options.run_dir, options.preset)):
+    folder = run_dir(options.run_dir, options.preset)
+    for path in pipeline.publish(folder, stages=_stages(options)):
         print(display_path(path))
     return 0
 

@@ -64,6 +64,8 @@ STAGES = (
     Stage("03_evaluation", ("metrics.json", "per_image.csv")),
     Stage("04_visualization", ("figures/*.png",)),
 )
+# Trains every cell of the study: minutes on the sample, hours on real data. Run on request.
+STUDY = Stage("05_ablation", ("study/sweep.csv", "study/per_image.csv"))
 
 
 def reproduce(

@@ -20,6 +20,7 @@ from mlnet_utils.runtime import progress
 from mlnet_utils.sweep import Grid
 
 REFERENCE = "reference"
+OSIE_TRAINING_PHOTOS = 500  # of the published split
 LOW_LEVEL = "spectral residual"
 UNIFORM_SHARE = 0.01  # mixed into it: one fixation on a zero would make the mean IG -infinity
 JUDGED = ("CC", "NSS", "IG")  # metrics of a verdict
@@ -77,8 +78,11 @@ MORE_ON_OSIE: dict[str, Cells] = {
         for photos, epochs in ((50, 40), (100, 20), (200, 10), (350, 6))
     },
 }
-QUESTIONS = {"sample": ablation(()), "osie": {**ablation(("backbone.*",)), **MORE_ON_OSIE}}
-QUESTIONS["tiny"] = {"levels": QUESTIONS["sample"]["levels"]}
+QUESTIONS = {
+    "sample": ablation(()),
+    "tiny": ablation(()),
+    "osie": {**ablation(("backbone.*",)), **MORE_ON_OSIE},
+}
 
 
 def grid(preset: str, seeds: Sequence[int] = (0, 1, 2)) -> Grid:
@@ -148,11 +152,14 @@ def compare(
                     "seed_sd": per_seed.loc[cell][metric].std(),
                 }
             )
-    return pd.DataFrame(rows)
+    columns = ["model", "metric", "mean", "low", "high", "seeds", "seed_sd"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def sentence(differences: pd.DataFrame) -> str:
     """One Markdown line per cell: its differences in ``JUDGED``, and the verdict."""
+    if differences.empty:
+        return "*The study of this preset has no cells here.*"
     lines = []
     for cell, part in differences.groupby("model", sort=False):
         rows = part.set_index("metric").loc[list(JUDGED)]
@@ -177,6 +184,32 @@ def _verdict(rows: pd.DataFrame) -> str:
     if len(signs) > 1:
         return "better in some metrics and worse in others"
     return f"{'better' if signs == {1.0} else 'worse'} in {where} only"
+
+
+def photos_of(grid: Grid) -> pd.DataFrame:
+    """The cells of the question ``data``, with the reference, and their ``training photos``."""
+    amounts = {
+        cell: changes["train_limit"]
+        for cell, changes in grid.cells.items()
+        if "train_limit" in changes
+    }
+    if amounts:
+        amounts[REFERENCE] = OSIE_TRAINING_PHOTOS
+    return pd.DataFrame(amounts.items(), columns=["cell", "training photos"])
+
+
+def amount_sentence(amounts: pd.DataFrame) -> str:
+    """What ten times the photos are worth, as one Markdown line.
+
+    Args:
+        amounts: one row per training: ``training photos`` and a column per metric.
+    """
+    if amounts.empty:
+        return "*The study of this preset does not vary the number of photos.*"
+    means = amounts.groupby("training photos")[list(JUDGED)].mean()
+    first, last = means.iloc[0], means.iloc[-1]
+    gains = ", ".join(f"{m} {first[m]:.3f} → {last[m]:.3f}" for m in JUDGED)
+    return f"From {means.index[0]} to {means.index[-1]} training photos: {gains}."
 
 
 def low_level(run_dir: str | Path, split: str = "test", protocol: str = "mit300") -> dict:

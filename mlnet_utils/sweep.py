@@ -5,6 +5,7 @@ prepared, trained and scored; what is done is not done again, and a training tha
 continues. A cell that fails is reported and does not stop the others.
 """
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -162,10 +163,21 @@ def data_key(config: Config, data_root: Path) -> str:
 
 
 def run_job(job: Job) -> None:
-    """Train and score one (cell, seed) on its prepared data, as far as that is not done yet."""
+    """Train and score one (cell, seed) on its prepared data, as far as that is not done yet.
+
+    What it prints goes into the run folder: the lines of several workers would only be mixed up.
+    """
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with (
+        open(job.folder / "output.txt", "a", encoding="utf-8") as output,
+        contextlib.redirect_stdout(output),
+    ):
+        _train_and_score(job)
+
+
+def _train_and_score(job: Job) -> None:
     config, best = job.config(), job.folder / "checkpoints" / "best.pt"
     if not (job.folder / "data").exists():
-        job.folder.mkdir(parents=True, exist_ok=True)
         (job.folder / "data").symlink_to(job.data.resolve(), target_is_directory=True)
     if job.notebooks:
         from mlnet_utils import pipeline

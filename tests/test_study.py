@@ -35,7 +35,7 @@ def test_every_grid_is_a_set_of_valid_configurations(preset, tmp_path):
 
 
 def test_other_presets_have_no_study():
-    with pytest.raises(ValueError, match="there is a study of sample, osie, tiny, not of 'paper'"):
+    with pytest.raises(ValueError, match="there is a study of sample, tiny, osie, not of 'paper'"):
         study.grid("paper")
 
 
