@@ -1,5 +1,6 @@
 """Starting from a checkpoint: its weights to the bit, its architecture, and what contradicts it."""
 
+import csv
 import dataclasses
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny_config
 
+import mlnet_utils.__main__ as cli
 from mlnet_utils import checkpoints, starting
 from mlnet_utils.config import Config, describe, from_dict, load_config
 from mlnet_utils.model import MLNet
@@ -171,6 +173,15 @@ def test_a_fine_tuned_network_can_be_the_start_of_another(start, run_folder, tmp
     assert (config.head, model.head) == ("density", "density")
 
 
+def test_the_paper_s_head_can_be_fine_tuned_too(run_folder, tmp_path):
+    """As imported weights of the earlier implementations are."""
+    config = tiny_config(head="paper", compat="theano", normalisation="caffe")
+    checkpoints.save_checkpoint(tmp_path / "x.pt", config, MLNet(config).state_dict())
+    tuned = finetune(tmp_path / "x.pt", epochs=1)
+    assert (tuned.head, tuned.compat, tuned.normalisation) == ("paper", "theano", "caffe")
+    assert len(fit(tuned, run_folder).history) == 1
+
+
 def test_a_missing_checkpoint_is_an_error_when_the_training_starts(run_folder):
     config = finetune("gone/best.pt")
     assert config.backbone_weights == "none"  # nothing is downloaded on the way to the error
@@ -233,3 +244,24 @@ def test_an_architecture_that_is_changed_behind_load_config_is_an_error(start, r
     config = dataclasses.replace(finetune(start), head="paper")
     with pytest.raises(ValueError, match="head='paper' where the checkpoint has 'density'"):
         fit(config, run_folder)
+
+
+# ---- the recipe of docs/training.md ------------------------------------------------------------
+def test_own_photos_from_folder_to_maps(start, tiny_photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photos, root = tiny_photos
+    shutil.copytree(root, tmp_path / "data" / "folder" / "images")
+    with open(tmp_path / "data" / "folder" / "fixations.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("image", "x", "y"))
+        writer.writerows((p.image, *point) for p in photos for point in p.fixations.tolist())
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("preset: finetune\nstart_from: start.pt\nepochs: 1\n")
+    train = ["train", "--preset", "mine.yaml", "--run-dir", "run", "--data-root", "data"]
+    assert cli.main(train) == 1
+    assert "set `sigma` in the preset" in capsys.readouterr().err
+    preset.write_text(preset.read_text() + "sigma: 6\n")
+    assert cli.main(train) == 0
+    best = "run/checkpoints/best.pt"
+    assert cli.main(["predict", "--checkpoint", best, "--out", "maps", "data/folder/images"]) == 0
+    assert len(list((tmp_path / "maps").glob("*.png"))) == len(photos)
