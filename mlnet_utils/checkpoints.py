@@ -145,18 +145,22 @@ def resolve_start(config: Config, folder: Path) -> Config:
     if not config.start_from or locate(config.start_from)[0].is_file():
         return config
     path, digest = locate(config.start_from)
-    for name in ("last.pt", "previous.pt"):
+    wanted = f"{display_path(path)}{PIN}{digest}"
+    existing = [folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()]
+    for checkpoint in existing:
         try:
-            stored = _complete(load_checkpoint(folder / name)["config"])
-        except (FileNotFoundError, ValueError):  # load_latest tells
+            stored = _complete(load_checkpoint(checkpoint)["config"])
+        except ValueError:
             continue
-        if f"{display_path(path)}{PIN}{digest}" in (
-            stored["start_from"],
-            stored["start_from"].partition(PIN)[0] + PIN,
-        ):
+        # Without a checksum, the path has to do.
+        if wanted in (stored["start_from"], stored["start_from"].partition(PIN)[0] + PIN):
             unset, default = config.to_dict(), Config().to_dict()
             known = {k: stored[k] for k in (*ARCHITECTURE, *USUAL) if unset[k] == default[k]}
             return dataclasses.replace(config, **known, start_from=stored["start_from"])
+        break
+    else:
+        if existing:
+            return config  # none can be read: load_latest says so
     raise FileNotFoundError(
         f"config: start_from={config.start_from} does not exist: name the checkpoint to start "
         "from, e.g. checkpoints/best.pt of another run"

@@ -254,7 +254,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ema_decay": 0.999,
         "precision": "auto",
     },
-    # Your own photos and fixations, 50 to a few hundred. Set `sigma`, and `start_from` where another
+    # Your own photos and fixations, 50 to a few hundred. Set `sigma`, and `start_from` if another
     # network than the one trained on OSIE is the start; its architecture comes with it.
     "finetune": {
         **{key: value for key, value in _DENSITY.items() if key != "head"},

@@ -214,6 +214,15 @@ def test_a_training_continues_without_the_file_it_started_from(start, run_folder
         fit(finetune(start_from, lr=0.1), run_folder)
 
 
+def test_unreadable_checkpoints_are_reported_before_a_missing_start(start, run_folder):
+    fit(finetune(start, epochs=1), run_folder)
+    for name in ("last.pt", "previous.pt"):
+        (run_folder / "checkpoints" / name).write_bytes(b"")
+    start.unlink()
+    with pytest.raises(ValueError, match=r"last.pt cannot be read.*delete the folder"):
+        fit(finetune(start, epochs=1), run_folder)
+
+
 def test_continuing_from_another_file_is_an_error(start, run_folder):
     fit(finetune(start, epochs=1), run_folder)
     rewrite(start, scores={})
