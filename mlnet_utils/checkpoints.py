@@ -1,5 +1,6 @@
 """Checkpoints: written atomically, read with ``weights_only=True``, never half-trusted."""
 
+import dataclasses
 import os
 import warnings
 from pathlib import Path
@@ -9,9 +10,17 @@ import torch
 
 from mlnet_utils.config import ENGINE_FIELDS, Config, from_dict
 from mlnet_utils.model import MLNet
-from mlnet_utils.runtime import atomic_path, versions
-
-FORMAT = "mlnet-checkpoint-1"
+from mlnet_utils.runtime import atomic_path, display_path, versions
+from mlnet_utils.starting import (
+    ARCHITECTURE,
+    FORMAT,
+    PIN,
+    USUAL,
+    check_architecture,
+    load_checkpoint,
+    locate,
+    read_start,
+)
 
 
 def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any) -> None:
@@ -41,30 +50,6 @@ def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any)
             f"checkpoint {path} could not be written ({error}); is the disk full? The one "
             "before it is intact: make room and run the same command again"
         ) from error
-
-
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: unreadable, truncated, or not one of this project's checkpoints.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist; notebook 02_training makes it")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a truncated or foreign file
-        raise ValueError(
-            f"checkpoint {path} cannot be read ({error}); was it cut short?"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is not a checkpoint of this project; weights of the earlier implementations "
-            "are converted by `python -m mlnet_utils import-weights`"
-        )
-    return content
 
 
 def load_model(path: str | Path) -> tuple[MLNet, Config, dict[str, Any]]:
@@ -123,11 +108,11 @@ def load_latest(folder: Path, config: Config, data: str) -> dict[str, Any] | Non
 
 
 def _check_same_run(path: Path, content: dict[str, Any], config: Config, data: str) -> None:
-    stored, wanted = content["config"], config.to_dict()
+    stored, wanted = _complete(content["config"]), config.to_dict()
     different = [
-        f"{key}: {stored.get(key)!r} there, {wanted[key]!r} here"
+        f"{key}: {stored[key]!r} there, {wanted[key]!r} here"
         for key in wanted
-        if key not in ENGINE_FIELDS and stored.get(key) != wanted[key]
+        if key not in ENGINE_FIELDS and stored[key] != wanted[key]
     ]
     if different:
         raise ValueError(
@@ -139,3 +124,61 @@ def _check_same_run(path: Path, content: dict[str, Any], config: Config, data: s
             f"checkpoint {path} was trained on other prepared data than {path.parents[1] / 'data'}"
             " holds now; choose another run folder, or delete its checkpoints"
         )
+
+
+def _complete(stored: dict[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the keys that are newer than it, at their defaults."""
+    return {**Config().to_dict(), **stored}
+
+
+# ---- starting from another training's weights --------------------------------------------------
+def resolve_start(config: Config, folder: Path) -> Config:
+    """The configuration of a run whose start checkpoint may be gone by now.
+
+    Args:
+        config: as ``load_config`` gave it; without the file it knows no architecture.
+        folder: the run's checkpoints; once there is one, it knows.
+
+    Raises:
+        FileNotFoundError: the file to start from is missing, and the training has not begun.
+    """
+    if not config.start_from or locate(config.start_from)[0].is_file():
+        return config
+    path, digest = locate(config.start_from)
+    wanted = f"{display_path(path)}{PIN}{digest}"
+    existing = [folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()]
+    for checkpoint in existing:
+        try:
+            stored = _complete(load_checkpoint(checkpoint)["config"])
+        except ValueError:
+            continue
+        # Without a checksum, the path has to do.
+        if wanted in (stored["start_from"], stored["start_from"].partition(PIN)[0] + PIN):
+            unset, default = config.to_dict(), Config().to_dict()
+            known = {k: stored[k] for k in (*ARCHITECTURE, *USUAL) if unset[k] == default[k]}
+            return dataclasses.replace(config, **known, start_from=stored["start_from"])
+        break
+    else:
+        if existing:
+            return config  # none can be read: load_latest says so
+    raise FileNotFoundError(
+        f"config: start_from={config.start_from} does not exist: name the checkpoint to start "
+        "from, e.g. checkpoints/best.pt of another run"
+    )
+
+
+def load_start(model: MLNet, config: Config) -> None:
+    """Give a network the weights that its training starts from, if any are named.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it cannot be read, has changed since, or is of another architecture.
+    """
+    if not config.start_from:
+        return
+    content, start_from = read_start(config.start_from)
+    check_architecture(config.to_dict(), _complete(content["config"]), start_from)
+    try:
+        model.load_state_dict(content["model"])
+    except RuntimeError as error:
+        raise ValueError(f"config: start_from={start_from.partition(PIN)[0]}: {error}") from error

@@ -15,6 +15,8 @@ from typing import Any, get_origin, get_type_hints
 
 import yaml
 
+from mlnet_utils import starting
+
 
 @dataclass(frozen=True)
 class Config:
@@ -47,6 +49,7 @@ class Config:
     dropout_at_test: bool = False  # a defect of MLNet-Pytorch, reproduced on request
     freeze: tuple = ()  # name patterns of parameters that stay as they are (paper: none)
     freeze_norm: bool = False  # keep batch-norm statistics of the backbone fixed
+    start_from: str = ""  # checkpoint that a new training starts from, with its architecture
 
     # ---- loss
     loss: str = "mlnet"  # e.g. "mlnet", "kl", "kl + 0.5*cc + 0.1*nss" (terms in losses.py)
@@ -253,6 +256,23 @@ PRESETS: dict[str, dict[str, Any]] = {
         "ema_decay": 0.999,
         "precision": "auto",
     },
+    # Your own photos and fixations, 50 to a few hundred. Set `sigma`, and `start_from` if another
+    # network than the one trained on OSIE is the start; its architecture comes with it.
+    "finetune": {
+        **{key: value for key, value in _DENSITY.items() if key != "head"},
+        "start_from": "runs/osie/checkpoints/best.pt",
+        "dataset": "folder",
+        "freeze_norm": True,  # a few photos are no sample of the statistics
+        "lr": 3e-4,
+        "backbone_lr_scale": 0.3,
+        "weight_decay": 1e-2,
+        "batch_size": 8,
+        "epochs": 10,
+        "patience": 0,
+        "precision": "auto",
+        "workers": 0,
+        "cache": True,
+    },
 }
 # MLNet-Pytorch as it is. Three defects, each a switch: the prior never trains, dropout stays on
 # at test time, and the penalty is divided by 1 instead of by the number of cells.
@@ -280,10 +300,12 @@ def load_config(preset: str | Path = "sample", **overrides: Any) -> Config:
 
     A YAML file holds a mapping of the fields of :class:`Config`; its optional key ``preset``
     names the preset that it starts from (default ``paper``, the plain defaults). An override
-    that is None keeps the preset's value.
+    that is None keeps the preset's value. With ``start_from``, the architecture is that of the
+    checkpoint.
 
     Raises:
-        ValueError: unknown preset, unknown key, wrong type or value out of range.
+        ValueError: unknown preset, unknown key, wrong type or value out of range, or a key that
+            contradicts the checkpoint to start from.
         FileNotFoundError: the path of a YAML file that does not exist.
     """
     known = {f.name for f in dataclasses.fields(Config)}
@@ -297,7 +319,7 @@ def load_config(preset: str | Path = "sample", **overrides: Any) -> Config:
             f"unknown preset {name!r}: use one of {', '.join(PRESETS)} or the path of a .yaml file"
         )
     values = {**values, **{k: v for k, v in overrides.items() if v is not None or k not in known}}
-    return _build(values)
+    return _build(starting.inherit(values) if values.get("start_from") else values)
 
 
 def from_dict(values: dict[str, Any]) -> Config:

@@ -62,7 +62,7 @@ def fit(config: Config, run_dir: str | Path, accelerator: Accelerator | None = N
     bit. Ctrl-C and SIGTERM save first. A finished run returns at once.
 
     Raises:
-        FileNotFoundError: the prepared data are missing.
+        FileNotFoundError: the prepared data, or the checkpoint to start from, are missing.
         TrainingDied: the output died or the loss is not finite; the message says what to try.
         ValueError: the checkpoints belong to another configuration or cannot be read.
         OSError: a checkpoint cannot be written; the one before it stays.
@@ -88,8 +88,9 @@ class Trainer:
     """The state of one training: what a step changes and what a checkpoint holds."""
 
     def __init__(self, config: Config, run_dir: Path, accelerator: Accelerator):
-        self.config, self.run_dir, self.accelerator = config, run_dir, accelerator
         self.folder = run_dir / "checkpoints"
+        self.config = config = checkpoints.resolve_start(config, self.folder)
+        self.run_dir, self.accelerator = run_dir, accelerator
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.device = accelerator.device
         set_determinism(config.deterministic)
@@ -343,6 +344,8 @@ class Trainer:
         content = checkpoints.load_latest(self.folder, self.config, self.data_digest)
         if content is not None:
             self.restore(content)
+        else:
+            checkpoints.load_start(self.model, self.config)
         if self.world > 1 and len(set(gather_object([self.updates]))) > 1:
             raise ValueError(
                 f"the processes found different checkpoints in {self.folder}: the run folder must "

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "mlnet_utils"
 # A module may import only modules that stand before it.
 ORDER = (
     "__init__",
-    *("config", "runtime"),
+    *("runtime", "starting", "config"),
     "transforms",
     "photos",
     *("archives", "transfer", "sources", "download"),

@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
     [
         ("training", ["MLNet-Pytorch's loop", "this engine", "VGG-16 trunk", "features.28"]),
         ("memory", ["default", "checkpointing", "peak GB"]),
+        ("finetuning", ["random weights", "sample model, as it is", "ImageNet backbone", "CC"]),
     ],
 )
 def test_a_benchmark_runs(name, columns, tmp_path):

@@ -1,0 +1,276 @@
+"""Starting from a checkpoint: its weights to the bit, its architecture, and what contradicts it."""
+
+import csv
+import dataclasses
+import shutil
+
+import pytest
+import torch
+from conftest import tiny_config
+
+import mlnet_utils.__main__ as cli
+from mlnet_utils import checkpoints, starting
+from mlnet_utils.config import Config, describe, from_dict, load_config
+from mlnet_utils.model import MLNet
+from mlnet_utils.optimization import make_accelerator
+from mlnet_utils.runtime import sha256_file
+from mlnet_utils.training import Trainer, fit
+
+# An architecture that differs from both the paper's and the preset's in every key that it can.
+OTHER = {"levels": 2, "channels": 5, "head": "density", "prior_cells": (3, 4), "seed": 7}
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A checkpoint as a training leaves it, of weights that no other seed gives."""
+    config = tiny_config(**OTHER)
+    torch.manual_seed(7)
+    model = MLNet(config)
+    with torch.no_grad():
+        model.prior.normal_()
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_()
+    path = tmp_path / "start.pt"
+    checkpoints.save_checkpoint(path, config, model.state_dict())
+    return path
+
+
+def finetune(start, **overrides):
+    """The preset, small, and on whatever is prepared."""
+    small = {"sigma": 6.0, "batch_size": 4, "epochs": 2, "precision": "fp32"}
+    return load_config("finetune", start_from=str(start), **{**small, **overrides})
+
+
+def rewrite(path, **changes):
+    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+
+
+# ---- the configuration -------------------------------------------------------------------------
+def test_the_architecture_and_the_size_come_from_the_checkpoint(start):
+    config, source = finetune(start), tiny_config(**OTHER)
+    for key in (*starting.ARCHITECTURE, *starting.USUAL):
+        assert getattr(config, key) == getattr(source, key), key
+    assert (config.preset, config.lr, config.dataset) == ("finetune", 3e-4, "folder")
+    assert config.backbone_weights == "none"
+    assert from_dict(config.to_dict()) == config
+
+
+def test_the_architecture_fields_exist():
+    fields = {field.name for field in dataclasses.fields(Config)}
+    assert set(starting.ARCHITECTURE) | set(starting.USUAL) < fields
+
+
+def test_the_file_is_recorded_with_its_checksum_and_without_the_machine(start, monkeypatch):
+    monkeypatch.chdir(start.parent)
+    config = finetune(start)
+    assert config.start_from == f"start.pt#sha256={sha256_file(start)}"
+    shown = {key: value for key, value, _ in describe(config)}["start_from"]
+    assert str(start.parent) not in shown
+    assert finetune(config.start_from) == config
+
+
+def test_a_relative_path_is_also_looked_for_in_the_checkout(start, monkeypatch):
+    monkeypatch.setattr(starting, "checkout_root", lambda: start.parent)
+    assert finetune("start.pt").channels == OTHER["channels"]
+
+
+def test_the_input_size_may_differ(start):
+    config = finetune(start, height=64, width=48)
+    assert (config.height, config.width, config.prior_cells) == (64, 48, OTHER["prior_cells"])
+
+
+def test_a_key_that_agrees_with_the_checkpoint_may_be_set(start, tmp_path):
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(
+        f"preset: finetune\nstart_from: {start}\nsigma: 6\nprior_cells: [3, 4]\nlevels: 2\n"
+    )
+    assert load_config(preset).levels == 2
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("backbone", "vgg16", "backbone='vgg16' where the checkpoint has 'test_resnet'"),
+        ("backbone_args", {"x": 1}, r"backbone_args=\{'x': 1\} where the checkpoint has \{\}"),
+        ("backbone_drop", ("act1",), r"backbone_drop=\('act1',\) where the checkpoint has \[\]"),
+        ("normalisation", "caffe", "normalisation='caffe' where the checkpoint has 'auto'"),
+        ("levels", 3, "levels=3 where the checkpoint has 2"),
+        ("channels", 64, "channels=64 where the checkpoint has 5"),
+        ("head", "paper", "head='paper' where the checkpoint has 'density'"),
+        ("prior_cells", (6, 8), r"prior_cells=\(6, 8\) where the checkpoint has \[3, 4\]"),
+        ("compat", "theano", "compat='theano' where the checkpoint has ''"),
+    ],
+)
+def test_a_key_that_contradicts_the_checkpoint_is_an_error(start, key, value, message):
+    with pytest.raises(ValueError, match=rf"^config: {message} \(start_from=.*leave these keys"):
+        finetune(start, **{key: value})
+
+
+def test_presets_with_an_architecture_of_their_own_are_checked_too(start):
+    with pytest.raises(ValueError, match="backbone='mobilenetv1_100' where the checkpoint has"):
+        load_config("osie", start_from=str(start))
+
+
+def test_weights_of_the_backbone_and_a_checkpoint_exclude_each_other(start):
+    with pytest.raises(ValueError, match=r"backbone_weights='w.pth' and start_from exclude"):
+        finetune(start, backbone_weights="w.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("text", "start.pt cannot be read"), ({"w": 1}, "start.pt is not a checkpoint of this")],
+)
+def test_other_files_are_errors(start, content, message):
+    torch.save(content, start) if isinstance(content, dict) else start.write_text(content)
+    with pytest.raises(ValueError, match=message):
+        finetune(start)
+
+
+def test_another_file_than_the_one_that_was_pinned_is_an_error(start):
+    pinned = finetune(start).start_from
+    rewrite(start, scores={})
+    with pytest.raises(ValueError, match=r"asks for .*start.pt with SHA-256 \w{64}, but the file"):
+        finetune(pinned)
+
+
+# ---- the training ------------------------------------------------------------------------------
+def test_a_training_starts_with_the_checkpoint_s_weights_to_the_bit(start, run_folder):
+    expected = checkpoints.load_checkpoint(start)["model"]
+    trainer = Trainer(finetune(start, ema_decay=0.5), run_folder, make_accelerator(finetune(start)))
+    trainer.resume()
+    found = trainer.model.state_dict()
+    assert found.keys() == expected.keys()
+    assert [key for key in found if not torch.equal(found[key], expected[key])] == []
+    # The average begins with the first update, not with weights that were never trained.
+    batch = next(iter(trainer.train_loader))
+    trainer.step(batch)
+    average = trainer.judged.state_dict()
+    assert all(torch.equal(average[k], v) for k, v in trainer.model.state_dict().items())
+
+
+def test_without_updates_nothing_changes(start, run_folder):
+    fit(finetune(start, lr=0.0, weight_decay=0.0), run_folder)
+    found = checkpoints.load_checkpoint(run_folder / "checkpoints" / "best.pt")
+    expected = checkpoints.load_checkpoint(start)["model"]
+    assert all(torch.equal(found["model"][k], v) for k, v in expected.items() if "num_b" not in k)
+    assert found["config"]["start_from"].endswith(f"start.pt#sha256={sha256_file(start)}")
+
+
+def test_without_a_checkpoint_the_weights_are_the_seed_s(run_folder):
+    config = tiny_config()
+    trainer = Trainer(config, run_folder, make_accelerator(config))
+    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
+    trainer.resume()
+    assert all(torch.equal(trainer.model.state_dict()[k], v) for k, v in before.items())
+
+
+def test_a_fine_tuned_network_can_be_the_start_of_another(start, run_folder, tmp_path):
+    fit(finetune(start, epochs=1), run_folder)
+    again = finetune(run_folder / "checkpoints" / "best.pt", epochs=1)
+    assert again.channels == OTHER["channels"]
+    model, config, _ = checkpoints.load_model(run_folder / "checkpoints" / "best.pt")
+    assert (config.head, model.head) == ("density", "density")
+
+
+def test_the_paper_s_head_can_be_fine_tuned_too(run_folder, tmp_path):
+    """As imported weights of the earlier implementations are."""
+    config = tiny_config(head="paper", compat="theano", normalisation="caffe")
+    checkpoints.save_checkpoint(tmp_path / "x.pt", config, MLNet(config).state_dict())
+    tuned = finetune(tmp_path / "x.pt", epochs=1)
+    assert (tuned.head, tuned.compat, tuned.normalisation) == ("paper", "theano", "caffe")
+    assert len(fit(tuned, run_folder).history) == 1
+
+
+def test_a_missing_checkpoint_is_an_error_when_the_training_starts(run_folder):
+    config = finetune("gone/best.pt")
+    assert config.backbone_weights == "none"  # nothing is downloaded on the way to the error
+    with pytest.raises(FileNotFoundError, match=r"start_from=gone/best.pt does not exist: name"):
+        fit(config, run_folder)
+    assert not (run_folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("named", ["", "#sha256="], ids=["path", "path and checksum"])
+def test_a_training_continues_without_the_file_it_started_from(start, run_folder, tmp_path, named):
+    whole = shutil.copytree(run_folder, tmp_path / "whole")
+    config = finetune(start)
+    fit(config, whole)
+    trainer = Trainer(config, run_folder, make_accelerator(config))
+    trainer.resume()
+    trainer.train_epoch()
+    trainer.end_epoch(trainer.validate())
+    start_from = config.start_from if named else str(start)
+    start.unlink()
+    fit(finetune(start_from), run_folder)
+    assert (run_folder / "log.csv").read_bytes() == (whole / "log.csv").read_bytes()
+    a, b = (
+        checkpoints.load_checkpoint(folder / "checkpoints" / "last.pt")["model"]
+        for folder in (run_folder, whole)
+    )
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        fit(finetune(tmp_path / "other.pt"), run_folder)
+    with pytest.raises(ValueError, match=r"another configuration \(lr: 0.0003 there, 0.1 here\)"):
+        fit(finetune(start_from, lr=0.1), run_folder)
+
+
+def test_unreadable_checkpoints_are_reported_before_a_missing_start(start, run_folder):
+    fit(finetune(start, epochs=1), run_folder)
+    for name in ("last.pt", "previous.pt"):
+        (run_folder / "checkpoints" / name).write_bytes(b"")
+    start.unlink()
+    with pytest.raises(ValueError, match=r"last.pt cannot be read.*delete the folder"):
+        fit(finetune(start, epochs=1), run_folder)
+
+
+def test_continuing_from_another_file_is_an_error(start, run_folder):
+    fit(finetune(start, epochs=1), run_folder)
+    rewrite(start, scores={})
+    with pytest.raises(ValueError, match=r"another configuration \(start_from: '.*' there, '.*' h"):
+        fit(finetune(start, epochs=1), run_folder)
+
+
+def test_a_checkpoint_from_before_this_key_existed_continues(run_folder):
+    config = tiny_config(epochs=1)
+    fit(config, run_folder)
+    path = run_folder / "checkpoints" / "last.pt"
+    stored = config.to_dict()
+    del stored["start_from"]
+    rewrite(path, config=stored)
+    assert len(fit(config, run_folder).history) == 1
+
+
+@pytest.mark.parametrize("key", ["encode.weight", "prior"])
+def test_a_checkpoint_without_all_its_weights_is_an_error(start, run_folder, key):
+    model = torch.load(start, weights_only=True)["model"]
+    del model[key]
+    rewrite(start, model=model)
+    with pytest.raises(ValueError, match=rf"(?s)config: start_from=.*start.pt: .*{key}"):
+        fit(finetune(start), run_folder)
+
+
+def test_an_architecture_that_is_changed_behind_load_config_is_an_error(start, run_folder):
+    config = dataclasses.replace(finetune(start), head="paper")
+    with pytest.raises(ValueError, match="head='paper' where the checkpoint has 'density'"):
+        fit(config, run_folder)
+
+
+# ---- the recipe of docs/training.md ------------------------------------------------------------
+def test_own_photos_from_folder_to_maps(start, tiny_photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    photos, root = tiny_photos
+    shutil.copytree(root, tmp_path / "data" / "folder" / "images")
+    with open(tmp_path / "data" / "folder" / "fixations.csv", "w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("image", "x", "y"))
+        writer.writerows((p.image, *point) for p in photos for point in p.fixations.tolist())
+    preset = tmp_path / "mine.yaml"
+    preset.write_text("preset: finetune\nstart_from: start.pt\nepochs: 1\n")
+    train = ["train", "--preset", "mine.yaml", "--run-dir", "run", "--data-root", "data"]
+    assert cli.main(train) == 1
+    assert "set `sigma` in the preset" in capsys.readouterr().err
+    preset.write_text(preset.read_text() + "sigma: 6\n")
+    assert cli.main(train) == 0
+    best = "run/checkpoints/best.pt"
+    assert cli.main(["predict", "--checkpoint", best, "--out", "maps", "data/folder/images"]) == 0
+    assert len(list((tmp_path / "maps").glob("*.png"))) == len(photos)
