@@ -38,6 +38,7 @@ def ablation(frozen: Sequence[str]) -> dict[str, Cells]:
             "prior added afterwards": {
                 "freeze": ["backbone.*", "encode.*", "to_map.*"],
                 "start_from": "no prior",
+                "backbone_weights": "none",  # they come with the checkpoint
             },
         },
         "loss": {

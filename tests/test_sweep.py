@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from mlnet_utils import __main__ as cli
-from mlnet_utils import sweep
+from mlnet_utils import checkpoints, sweep
 from mlnet_utils.metrics import METRICS
 from mlnet_utils.sweep import Grid, read_grid, run_sweep
 
@@ -142,3 +142,29 @@ def test_a_cluster_needs_submitit(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
     with pytest.raises(ModuleNotFoundError, match=r"pip install 'mlnet-utils\[cluster\]'"):
         run_sweep(grid(), tmp_path, tmp_path, notebooks=False, cluster="slurm")
+
+
+def test_a_cell_starts_from_what_the_same_seed_of_another_found(tmp_path):
+    cells = {
+        "prior alone": {
+            "start_from": "no prior",
+            "freeze": ["backbone.*", "encode.*", "to_map.*"],
+            "freeze_norm": True,
+        },
+        "no prior": {"freeze": ["prior"]},
+    }
+    assert run_sweep(grid(cells=cells), tmp_path, tmp_path, notebooks=False) == {}
+    for seed in (0, 1):
+        first, second = (
+            checkpoints.load_checkpoint(tmp_path / cell / str(seed) / "checkpoints" / "best.pt")
+            for cell in ("no-prior", "prior-alone")
+        )
+        assert (second["model"]["encode.weight"] == first["model"]["encode.weight"]).all()
+        assert (first["model"]["prior"] == 0).all()
+        assert (second["model"]["prior"] != 0).any()
+
+
+def test_only_one_step_from_cell_to_cell():
+    cells = {"a": {}, "b": {"start_from": "a"}, "c": {"start_from": "b"}}
+    with pytest.raises(ValueError, match="c starts from b, which starts from another cell"):
+        grid(cells=cells)
