@@ -39,7 +39,8 @@ class ScoredImage:
         fixations: (H, W) counts of fixations per pixel, whole and not negative, or None.
         density: (H, W) ground-truth density, finite and not negative, any scale, or None.
         negatives: (H, W) counts of other images' fixations, or None.
-        baseline: (H, W) baseline density, finite and not negative, any scale, or None.
+        baseline: (H, W) baseline density, finite and not negative, any scale, or None; or the
+            :class:`FlatMap` of one that several images share.
         sums: the functions that :meth:`pixel_sum` will be asked for, so that the first request
             adds all of them up in one pass.
 
@@ -56,7 +57,7 @@ class ScoredImage:
         fixations: Tensor | None = None,
         density: Tensor | None = None,
         negatives: Tensor | None = None,
-        baseline: Tensor | None = None,
+        baseline: "Tensor | FlatMap | None" = None,
         sums: Sequence[Callable] = (),
     ):
         self.name = name
@@ -64,7 +65,9 @@ class ScoredImage:
         self.shape = tuple(prediction.shape)
         self.prediction = FlatMap(prediction, "prediction", name)
         self.density = None if density is None else FlatMap(density, "density", name)
-        self.baseline = None if baseline is None else FlatMap(baseline, "baseline", name)
+        if isinstance(baseline, Tensor):
+            baseline = FlatMap(baseline, "baseline", name)
+        self.baseline = baseline
         for values in (self.density, self.baseline):
             if values is not None and values.low < 0:
                 raise ValueError(
@@ -294,9 +297,15 @@ def images(
             )
     if names is not None and len(names) != len(prediction):
         raise ValueError(f"{len(names)} names for {len(prediction)} images")
+    # One baseline for all, given as `expand` makes it, is read once.
+    baseline, shared = maps.get("baseline"), None
+    if baseline is not None and len(baseline) > 1 and baseline.stride(0) == 0:
+        shared = FlatMap(baseline[0], "baseline", "every image of the batch")
     for index in range(len(prediction)):
         name = f"image {index} of the batch" if names is None else f"image {names[index]}"
         rows = {kind: None if value is None else value[index] for kind, value in maps.items()}
+        if shared is not None:
+            rows["baseline"] = shared
         yield ScoredImage(name, protocol, prediction[index], **rows, sums=sums)
 
 
