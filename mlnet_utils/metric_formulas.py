@@ -106,8 +106,8 @@ def rank_sums(image: ScoredImage, block: Block) -> tuple[int, int]:
     over_pixels = below.sum(dtype=integer).item()
     if block.negatives is None:
         return over_pixels, 0
-    where = roc.at_least(1, block.negatives)
-    if len(where) < len(below) // 8:  # on most sets few pixels were ever fixated
+    if 64 * image.negative_count < image.prediction.pixels:  # so few that looking for them pays
+        where = roc.at_least(1, block.negatives)
         weighted = below[where] * block.negatives[where]
     else:
         weighted = below.mul_(block.negatives)
