@@ -8,17 +8,20 @@ does hits both. pysaliency is called as its documentation shows, with all maps i
 fixations are used where ``MLNET_DATA`` holds OSIE, simulated ones elsewhere.
 
 Needs the extra ``parity`` (pysaliency). Both use the same processor cores; pysaliency's metrics
-run on one of them.
+run on one of them, this module on as many as ``OMP_NUM_THREADS`` says. Besides the time on the
+clock, the processor time of both on one thread is compared: on a machine that has other work to do,
+where a second thread mostly waits, only that ratio is to be trusted.
 """
 
 import argparse
+import os
 import resource
 import statistics
 import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -29,7 +32,7 @@ from torch import Tensor
 from mlnet_utils import baselines, metrics
 from mlnet_utils.formats import OSIE_HEIGHT, OSIE_WIDTH, read_osie
 from mlnet_utils.photos import Photo
-from mlnet_utils.runtime import atomic_path, cpu_count, data_root, versions, write_json
+from mlnet_utils.runtime import atomic_path, data_root, versions, write_json
 from mlnet_utils.transforms import density_from_points, fixation_counts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -161,63 +164,68 @@ def pysaliency_calls(chosen: list[Photo], maps: dict[str, Tensor]) -> dict[str, 
 
 
 # ---- measurements ------------------------------------------------------------------------------
-def timed(call: Callable) -> tuple[float, object]:
-    """Seconds and the result."""
-    started = time.perf_counter()
+def timed(call: Callable) -> tuple[float, float, object]:
+    """Seconds on the clock, seconds of processor time of all threads, and the result."""
+    clock, processor = time.perf_counter(), time.process_time()
     result = call()
-    return time.perf_counter() - started, result
+    return time.perf_counter() - clock, time.process_time() - processor, result
 
 
 def compare(chosen: list[Photo], repeats: int) -> dict:
-    """Median seconds per image of both sides, metric by metric, and how well they agree."""
+    """Milliseconds per image of both sides, metric by metric, and how well they agree."""
     centre = baselines.CentreBias.fit(chosen)(chosen[0].height, chosen[0].width)
     maps = inputs(chosen, baselines.LeaveOneOut(chosen), centre)
     ours, theirs = our_calls(maps), pysaliency_calls(chosen, maps)
-    seconds = {"ours": {}, "pysaliency": {}}
-    difference = {}
+    threads = torch.get_num_threads()
+    sides = (("pysaliency", theirs, 1), ("ours", ours, threads), ("ours_1_thread", ours, 1))
+    clock: dict[tuple[str, str], list[float]] = {}
+    processor: dict[tuple[str, str], list[float]] = {}
+    found = {}
     with np.errstate(divide="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # np.trapz inside pysaliency
         for call in (*ours.values(), *theirs.values()):  # pysaliency compiles at the first call
             call()
         for _ in range(repeats):
             for name in (*ours, "AUC (AUCs)"):
-                for side, calls in (("pysaliency", theirs), ("ours", ours)):
+                for side, calls, count in sides:
                     if name in calls:
-                        took, values = timed(calls[name])
-                        seconds[side].setdefault(name, []).append(took / len(chosen))
-                        difference.setdefault(name, {})[side] = values
-    median = {
-        side: {name: statistics.median(times) for name, times in by_name.items()}
-        for side, by_name in seconds.items()
-    }
+                        torch.set_num_threads(count)
+                        on_clock, on_processor, found[side, name] = timed(calls[name])
+                        clock.setdefault((side, name), []).append(on_clock)
+                        processor.setdefault((side, name), []).append(on_processor)
+    torch.set_num_threads(threads)
+    per_image = 1e3 / len(chosen)
+
+    def row(theirs: Sequence[str], name: str) -> dict[str, float]:
+        """One line of the table: medians of the repeats."""
+        clocks = [sum(statistics.median(clock["pysaliency", one]) for one in theirs)]
+        clocks += [statistics.median(clock["ours", name])]
+        busy = [sum(statistics.median(processor["pysaliency", one]) for one in theirs)]
+        busy += [statistics.median(processor["ours_1_thread", name])]
+        return {
+            "pysaliency_ms": per_image * clocks[0],
+            "ours_ms": per_image * clocks[1],
+            "ratio": clocks[0] / clocks[1],
+            "pysaliency_processor_ms": per_image * busy[0],
+            "ours_processor_ms": per_image * busy[1],
+            "ratio_processor": busy[0] / busy[1],
+        }
+
     rows = {}
     for name in metrics.METRICS:
-        found = difference[name]
-        gap = np.abs(found["ours"].numpy() - np.asarray(found["pysaliency"])).max()
-        rows[name] = {
-            "pysaliency_ms": 1e3 * median["pysaliency"][name],
-            "ours_ms": 1e3 * median["ours"][name],
-            "ratio": median["pysaliency"][name] / median["ours"][name],
-            "largest_difference": float(gap),
-        }
-    total = sum(median["pysaliency"][name] for name in metrics.METRICS)
-    rows["all seven"] = {
-        "pysaliency_ms": 1e3 * total,
-        "ours_ms": 1e3 * median["ours"]["total"],
-        "ratio": total / median["ours"]["total"],
-    }
-    faster = total - median["pysaliency"]["AUC"] + median["pysaliency"]["AUC (AUCs)"]
-    rows["all seven, pysaliency's AUC by AUCs()"] = {
-        "pysaliency_ms": 1e3 * faster,
-        "ours_ms": 1e3 * median["ours"]["total"],
-        "ratio": faster / median["ours"]["total"],
-    }
+        gap = np.abs(found["ours", name].numpy() - np.asarray(found["pysaliency", name])).max()
+        rows[name] = row([name], name) | {"largest_difference": float(gap)}
+    rows["all seven"] = row(metrics.METRICS, "total")
+    faster = ["AUC (AUCs)", *metrics.METRICS[1:]]
+    rows["all seven, pysaliency's AUC by AUCs()"] = row(faster, "total")
     return rows
 
 
 def scaling(repeats: int) -> dict[str, list[dict]]:
-    """Seconds of the one pass against the number of images and of pixels."""
+    """Processor seconds of the one pass, on one thread, against images and against pixels."""
     result: dict[str, list[dict]] = {"images": [], "pixels": []}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     few = [simulated(index) for index in range(80)]
     centre = baselines.CentreBias.fit(few)(OSIE_HEIGHT, OSIE_WIDTH)
     maps = inputs(few, baselines.LeaveOneOut(few), centre)
@@ -225,20 +233,21 @@ def scaling(repeats: int) -> dict[str, list[dict]]:
         part = {kind: value[:count] for kind, value in maps.items()}
         call = our_calls(part)["total"]
         result["images"].append(
-            {"images": count, "seconds": min(timed(call)[0] for _ in range(repeats))}
+            {"images": count, "seconds": min(timed(call)[1] for _ in range(repeats))}
         )
     for scale in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2):
         height, width = round(OSIE_HEIGHT * scale), round(OSIE_WIDTH * scale)
         few = [simulated(index, height, width) for index in range(4)]
         centre = baselines.CentreBias.fit(few)(height, width)
         call = our_calls(inputs(few, baselines.LeaveOneOut(few), centre))["total"]
-        seconds = min(timed(call)[0] for _ in range(repeats)) / len(few)
+        seconds = min(timed(call)[1] for _ in range(repeats)) / len(few)
         result["pixels"].append({"pixels": height * width, "seconds_per_image": seconds})
+    torch.set_num_threads(threads)
     return result
 
 
 def plot(measured: dict[str, list[dict]], path: Path) -> None:
-    """Both scalings, on doubly logarithmic axes, with the slope of proportionality."""
+    """Both scalings beside n and n log n through their last points."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
     for ax, (rows, x, y, xlabel, ylabel) in zip(
         axes,
@@ -248,12 +257,16 @@ def plot(measured: dict[str, list[dict]], path: Path) -> None:
         ),
         strict=True,
     ):
-        xs, ys = [row[x] for row in rows], [row[y] for row in rows]
-        ax.loglog(xs, ys, "o-", label="all seven metrics")
-        ax.loglog(xs, [ys[-1] * value / xs[-1] for value in xs], "k:", label="proportional")
+        xs, ys = (np.array([row[key] for row in rows], float) for key in (x, y))
+        ax.plot(xs, ys, "o-", label="all seven metrics")
+        ax.plot(xs, ys[-1] * xs / xs[-1], "k:", label="n")
+        if x == "pixels":  # over three orders of magnitude
+            growth = xs * np.log(xs)
+            ax.plot(xs, ys[-1] * growth / growth[-1], "k--", lw=0.8, label="n log n")
+            ax.set(xscale="log", yscale="log")
         ax.set(xlabel=xlabel, ylabel=ylabel)
         ax.legend()
-    figure.suptitle(f"Scoring time on {cpu_count()} CPU cores")
+    figure.suptitle("Processor time of scoring, one thread")
     figure.tight_layout()
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=120, metadata={"Software": None})
@@ -288,18 +301,21 @@ def main() -> None:
         only_ours(arguments.images)
         return
     chosen, source = photos(arguments.images)
-    rows = compare(chosen, arguments.repeats)
+    # First, while this process is small: Linux counts a parent's memory as its child's.
     memory = peak_memory(arguments.images)
+    rows = compare(chosen, arguments.repeats)
     print(
         f"{len(chosen)} images of 600 x 800 ({source} fixations), {torch.get_num_threads()} threads"
     )
     print(
-        f"{'metric':40s} {'pysaliency ms':>14s} {'here ms':>9s} {'ratio':>7s} {'difference':>11s}"
+        f"{'metric':40s} {'pysaliency ms':>14s} {'here ms':>9s} {'ratio':>7s} "
+        f"{'processor: pysaliency ms':>26s} {'here ms':>9s} {'ratio':>7s} {'difference':>11s}"
     )
-    for name, row in rows.items():
-        gap = f"{row['largest_difference']:11.1e}" if "largest_difference" in row else ""
-        milliseconds = f"{row['pysaliency_ms']:14.2f} {row['ours_ms']:9.2f}"
-        print(f"{name:40s} {milliseconds} {row['ratio']:7.1f} {gap}")
+    for name, found in rows.items():
+        gap = f"{found['largest_difference']:11.1e}" if "largest_difference" in found else ""
+        clock = f"{found['pysaliency_ms']:14.2f} {found['ours_ms']:9.2f} {found['ratio']:7.1f}"
+        busy = f"{found['pysaliency_processor_ms']:26.2f} {found['ours_processor_ms']:9.2f}"
+        print(f"{name:40s} {clock} {busy} {found['ratio_processor']:7.1f} {gap}")
     print(f"peak memory of scoring {len(chosen)} images here: {memory:.0f} MB")
     if arguments.no_write:
         return
@@ -308,11 +324,12 @@ def main() -> None:
     write_json(
         ROOT / "results" / "benchmarks" / "metrics.json",
         {
-            "command": "python benchmarks/metrics.py " + " ".join(sys.argv[1:]),
+            "command": " ".join(["python benchmarks/metrics.py", *sys.argv[1:]]),
             "fixations": source,
             "images": len(chosen),
             "repeats": arguments.repeats,
             "threads": torch.get_num_threads(),
+            "load_average": os.getloadavg()[0],  # of a machine with nothing else to do: about 1
             "milliseconds_per_image": rows,
             "peak_memory_mb": memory,
             "scaling": measured,

@@ -1,6 +1,7 @@
 """Named datasets, their published splits, preparation, and the Dataset that feeds training."""
 
 import hashlib
+import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -18,7 +19,8 @@ from mlnet_utils.config import Config
 from mlnet_utils.images import read_image
 from mlnet_utils.photos import SPLITS, Photo, write_prepared
 from mlnet_utils.runtime import cpu_count, progress, sha256_file, versions
-from mlnet_utils.transforms import Letterbox, density_on_grid, inside, letterbox, pixel_indices
+from mlnet_utils.transforms import Letterbox, inside, letterbox, pixel_indices
+from mlnet_utils.truth import grid_density
 
 
 # ---- splits ------------------------------------------------------------------------------------
@@ -31,7 +33,8 @@ def hash_split(photos: list[Photo], n_val: int, n_test: int) -> list[Photo]:
     """Published rule for sets without a split: in hash order, first test, then val, rest train."""
     if n_val + n_test >= len(photos):
         raise ValueError(
-            f"cannot take {n_val} validation and {n_test} test photos out of {len(photos)}"
+            f"cannot take {n_val} validation and {n_test} test photos out of {len(photos)}; with "
+            "fewer photos than published, set `fold: 0` in the preset for fifths"
         )
     ordered = hash_order(photos)
     split = {photo.stem: "test" for photo in ordered[:n_test]}
@@ -70,6 +73,7 @@ class DatasetSpec:
 
 
 _NAN = float("nan")
+NEEDS_POINTS = re.compile(r"\b(ce|nss)\b")  # losses that a density map cannot serve
 DATASETS = {
     spec.name: spec
     for spec in (
@@ -156,10 +160,11 @@ def prepare(config: Config, data_root: Path, folder: Path) -> tuple[list[Photo],
         if config.limit:
             photos = _limit(photos, config.limit, SPLITS)
         unseen = [p.stem for p in photos if p.split != "test" and not len(p.fixations)]
-        if unseen:
+        if unseen and NEEDS_POINTS.search(config.loss):
             raise ValueError(
                 f"{spec.name}: {len(unseen)} photos to learn from have density maps but no "
-                f"fixations, e.g. {unseen[0]}: training needs fixations"
+                f"fixations, e.g. {unseen[0]}, and loss={config.loss!r} needs fixations; use mse, "
+                "mlnet, kl, cc or sim"
             )
         photos = [
             replace(photo, sha256=sha256_file(root / photo.image))
@@ -219,6 +224,7 @@ class SaliencyDataset(Dataset):
         self.photos, self.root, self.config, self.sigma = photos, root, config, sigma
         self.augment = augment
         self.cached: dict[int, Tensor] = {}
+        self.truths: dict[int, tuple[Tensor, Tensor]] = {}
         # (photo, mirrored) -> features to give instead of the photo, see features.FeatureCache
         self.features: Callable[[Photo, bool], Tensor] | None = None
 
@@ -234,8 +240,7 @@ class SaliencyDataset(Dataset):
         rng = np.random.default_rng([self.config.seed, epoch, index])
         if self.augment and self.config.crop:
             image, points, zoom = _crop(image, points, box, self.config.crop, rng)
-        density = density_on_grid(points, box, self.config.grid, self.sigma * zoom).float()
-        counts = _counts_on_grid(points, box, self.config.grid)
+        density, counts = self._truth(index, points, box, zoom)
         mirrored = bool(self.augment and rng.random() < self.config.flip)
         if mirrored:
             density, counts = density.flip(-1), counts.flip(-1)
@@ -252,6 +257,20 @@ class SaliencyDataset(Dataset):
             "fixations": counts[None],
             "index": torch.tensor(index),
         }
+
+    def _truth(
+        self, index: int, points: np.ndarray, box: Letterbox, zoom: float
+    ) -> tuple[Tensor, Tensor]:
+        """Density and fixation counts on the grid; kept, when asked, for photos not cropped."""
+        photo, grid = self.photos[index], self.config.grid
+        whole = points is photo.fixations
+        if whole and index in self.truths:
+            return self.truths[index]
+        density = grid_density(photo, self.root, box, grid, self.sigma * zoom, points).float()
+        found = density, _counts_on_grid(points, box, grid)
+        if whole and self.config.cache:
+            self.truths[index] = found
+        return found
 
     def image(self, index: int) -> Tensor:
         """(3, height, width) uint8: a photo, letterboxed.

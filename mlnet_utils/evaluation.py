@@ -21,7 +21,8 @@ from mlnet_utils.metrics import METRICS, score_all
 from mlnet_utils.photos import Photo, read_prepared
 from mlnet_utils.prediction import Predictor, load
 from mlnet_utils.runtime import display_path, progress, versions, write_json, write_text
-from mlnet_utils.transforms import density_from_points, fixation_counts
+from mlnet_utils.transforms import fixation_counts
+from mlnet_utils.truth import photo_density
 
 MODEL, UNIFORM, CENTRE = "ML-Net", "uniform", "centre bias"
 OBSERVERS, GOLD = "inter-observer", "gold standard"
@@ -72,8 +73,12 @@ class TestSet:
         return read_image(self.root / photo.image)
 
     def gold(self, photo: Photo) -> Tensor:
-        """(H, W) the true density where it is known (synthetic), else :class:`GoldStandard`."""
-        if photo.density:
+        """(H, W) the true density where it is known (synthetic), else :class:`GoldStandard`.
+
+        A published map of a real photo is no more than its blurred fixations in 8 bits, on which
+        information gain is meaningless: it is used only where there are no fixations.
+        """
+        if photo.density and (self.meta["dataset"] == "synthetic" or not len(photo.fixations)):
             return read_density(self.root / photo.density)
         return self.gold_standard(photo)
 
@@ -82,7 +87,7 @@ class TestSet:
         size = (photo.height, photo.width)
         return {
             "fixations": fixation_counts(photo.fixations, *size)[None],
-            "density": density_from_points(photo.fixations, *size, self.sigma)[None],
+            "density": photo_density(photo, self.root, self.sigma)[None],
             "negatives": self.negatives(photo)[None],
             "baseline": self.centre_bias(*size)[None],
         }
@@ -159,7 +164,7 @@ def _photo_scores(
     """The scores of one model on one photo, or None where the model needs several observers."""
     size = (photo.height, photo.width)
     if model == OBSERVERS:
-        several = len(np.unique(photo.observers)) > 1
+        several = len(photo.known_observers) > 1
         return _inter_observer_scores(data, photo, protocol) if several else None
     predictions = {
         MODEL: lambda: predictor.predict(data.image(photo)),

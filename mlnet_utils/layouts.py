@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlnet_utils.photos import Photo
+from mlnet_utils.photos import NOBODY, Photo
 from mlnet_utils.transforms import inside
 
-NOBODY = -1  # observer of fixations that are published without theirs, and without an order
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _ROTATION = 0x0112  # EXIF tag; from 5 on, width and height are swapped
 _NAMED = 5  # files that an error names
@@ -165,9 +164,11 @@ def read_map(path: Path) -> np.ndarray:
                 values = np.asarray(image.convert("F"))
         values = np.asarray(values, np.float64)
     except (OSError, ValueError, TypeError, SyntaxError) as error:
-        raise ValueError(f"map {path} cannot be read ({error})") from error
+        raise ValueError(f"map {path} cannot be read ({error}): get it again") from error
     if values.ndim != 2:
-        raise ValueError(f"map {path} must be one matrix, got shape {values.shape}")
+        raise ValueError(
+            f"map {path} must be one matrix, got shape {values.shape}: save it with one channel"
+        )
     return values
 
 
@@ -190,7 +191,7 @@ def marked_points(values: np.ndarray, path: Path, size: tuple[int, int]) -> np.n
     if values.shape != (height, width):
         raise ValueError(
             f"map {path} is {'x'.join(map(str, values.shape[::-1]))}, but its photo is "
-            f"{width}x{height}"
+            f"{width}x{height}: get the map of this photo, unresized"
         )
     top = values.max()
     marked = (values > top / 2) & (top > 0)

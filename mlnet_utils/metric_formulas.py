@@ -106,7 +106,12 @@ def rank_sums(image: ScoredImage, block: Block) -> tuple[int, int]:
     over_pixels = below.sum(dtype=integer).item()
     if block.negatives is None:
         return over_pixels, 0
-    return over_pixels, below.mul_(block.negatives).sum(dtype=integer).item()
+    if 64 * image.negative_count < image.prediction.pixels:  # so few that looking for them pays
+        where = roc.at_least(1, block.negatives)
+        weighted = below[where] * block.negatives[where]
+    else:
+        weighted = below.mul_(block.negatives)
+    return over_pixels, weighted.sum(dtype=integer).item()
 
 
 def coarse_levels(image: ScoredImage, block: Block) -> tuple[Tensor]:

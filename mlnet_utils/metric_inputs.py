@@ -3,21 +3,27 @@
 A batch is scored image by image, because images have different numbers of fixations, and an image
 block by block: every metric's share of a block is computed while the block is in the processor's
 cache, the maps are read only once, and no map-sized intermediate result is made, for which the
-operating system would have to find memory each time.
+operating system would have to find memory each time. On a CPU one thread scores an image, and as
+many images are scored at a time as there are threads: threads that share a block wait for each
+other at every step, which on a busy machine takes far longer than the work.
 """
 
 import functools
 import operator
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from mlnet_utils import roc
 
-BLOCK = 1 << 16  # pixels per block and CPU thread: 512 KB in float64; on a GPU a map is one block
+BLOCK = 1 << 16  # pixels per block: 512 KB in float64; on a GPU a map is one block
+
+
+Result = TypeVar("Result")
 
 
 class Block(NamedTuple):
@@ -39,7 +45,8 @@ class ScoredImage:
         fixations: (H, W) counts of fixations per pixel, whole and not negative, or None.
         density: (H, W) ground-truth density, finite and not negative, any scale, or None.
         negatives: (H, W) counts of other images' fixations, or None.
-        baseline: (H, W) baseline density, finite and not negative, any scale, or None.
+        baseline: (H, W) baseline density, finite and not negative, any scale, or None; or the
+            :class:`FlatMap` of one that several images share.
         sums: the functions that :meth:`pixel_sum` will be asked for, so that the first request
             adds all of them up in one pass.
 
@@ -56,7 +63,7 @@ class ScoredImage:
         fixations: Tensor | None = None,
         density: Tensor | None = None,
         negatives: Tensor | None = None,
-        baseline: Tensor | None = None,
+        baseline: "Tensor | FlatMap | None" = None,
         sums: Sequence[Callable] = (),
     ):
         self.name = name
@@ -64,7 +71,9 @@ class ScoredImage:
         self.shape = tuple(prediction.shape)
         self.prediction = FlatMap(prediction, "prediction", name)
         self.density = None if density is None else FlatMap(density, "density", name)
-        self.baseline = None if baseline is None else FlatMap(baseline, "baseline", name)
+        if isinstance(baseline, Tensor):
+            baseline = FlatMap(baseline, "baseline", name)
+        self.baseline = baseline
         for values in (self.density, self.baseline):
             if values is not None and values.low < 0:
                 raise ValueError(
@@ -125,8 +134,7 @@ class ScoredImage:
 
     def _blocks(self) -> Iterator[Block]:
         values = self.prediction.values
-        on_cpu = values.device.type == "cpu"
-        size = BLOCK * torch.get_num_threads() if on_cpu else len(values)
+        size = BLOCK if values.device.type == "cpu" else len(values)
         for start in range(0, len(values), size):
             part = slice(start, start + size)
             yield Block(
@@ -263,24 +271,30 @@ class CountMap:
         return self.values.sum(dtype=torch.int32 if small else torch.int64).item()
 
 
-def images(
+def for_each_image(
+    function: Callable[[ScoredImage], Result],
     prediction: Tensor,
     protocol: str,
     sums: Sequence[Callable],
     names: Sequence[str] | None,
     **maps: Tensor | None,
-) -> Iterator[ScoredImage]:
-    """Check the shapes of a batch and yield its images.
+) -> list[Result]:
+    """Check the shapes of a batch and apply a function to each of its images.
 
     Args:
+        function: of one image.
         prediction: (B, H, W).
         protocol: whose definitions the formulas follow.
         sums: what :meth:`ScoredImage.pixel_sum` will be asked for.
         names: B names for error messages; None names images by their index in the batch.
         **maps: (B, H, W) each, or None.
 
+    Returns:
+        What the function returned, in the order of the images.
+
     Raises:
-        ValueError: something is not a (B, H, W) tensor of the prediction's shape.
+        ValueError: something is not a (B, H, W) tensor of the prediction's shape, or what
+            :class:`ScoredImage` refuses.
     """
     if not isinstance(prediction, Tensor) or prediction.ndim != 3 or 0 in prediction.shape[1:]:
         raise ValueError(f"prediction must be a (B, H, W) tensor, got {_describe(prediction)}")
@@ -294,10 +308,40 @@ def images(
             )
     if names is not None and len(names) != len(prediction):
         raise ValueError(f"{len(names)} names for {len(prediction)} images")
-    for index in range(len(prediction)):
+
+    @functools.cache
+    def shared_baseline() -> FlatMap:
+        return FlatMap(maps["baseline"][0], "baseline", "every image of the batch")
+
+    baseline = maps.get("baseline")
+    # One baseline for all, given as `expand` makes it, is read once.
+    shared = baseline is not None and len(baseline) > 1 and baseline.stride(0) == 0
+
+    def scored(index: int) -> Result:
         name = f"image {index} of the batch" if names is None else f"image {names[index]}"
         rows = {kind: None if value is None else value[index] for kind, value in maps.items()}
-        yield ScoredImage(name, protocol, prediction[index], **rows, sums=sums)
+        if shared:
+            rows["baseline"] = shared_baseline()
+        return function(ScoredImage(name, protocol, prediction[index], **rows, sums=sums))
+
+    return _apply(scored, len(prediction), prediction.device)
+
+
+def _apply(function: Callable[[int], Result], count: int, device: torch.device) -> list[Result]:
+    """``function`` of 0 .. count - 1; on a CPU each by one thread, so that the number of threads
+    does not change a bit of the results."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1:
+        return [function(index) for index in range(count)]
+    try:
+        if count <= 1:
+            torch.set_num_threads(1)
+            return [function(index) for index in range(count)]
+        workers = min(threads, count)
+        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(function, range(count)))
+    finally:
+        torch.set_num_threads(threads)  # the workers' setting is also that of threads to come
 
 
 def warn_if_8bit(image: ScoredImage, metric: str) -> None:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mlnet_utils import metric_formulas as formulas
 from mlnet_utils.metric_formulas import FORMULAS, PROTOCOLS
-from mlnet_utils.metric_inputs import images
+from mlnet_utils.metric_inputs import ScoredImage, for_each_image
 
 METRICS = ("AUC", "CC", "KL", "sAUC", "IG", "NSS", "SIM")  # the order of MLNet-Pytorch's table
 
@@ -299,8 +299,12 @@ def emd(
     Raises:
         ImportError: POT is not installed.
     """
-    found = images(prediction, "mit300", (), names, density=density)
-    return torch.tensor([formulas.emd(image, downsize) for image in found], dtype=torch.float64)
+    found = for_each_image(
+        lambda image: formulas.emd(image, downsize),
+        *(prediction, "mit300", (), names),
+        density=density,
+    )
+    return torch.tensor(found, dtype=torch.float64)
 
 
 # ---- all at once -------------------------------------------------------------------------------
@@ -366,12 +370,13 @@ def _score(
             if maps.get(kind) is None:
                 raise ValueError(f"{name} needs {kind} (B, H, W), got None")
     sums = [one for name in metrics if (one := FORMULAS[name].sums[protocol]) is not None]
-    values: dict[str, list[float]] = {name: [] for name in metrics}
-    for image in images(prediction, protocol, sums, names, **maps):
-        for name in metrics:
-            values[name].append(FORMULAS[name].formula(image))
+
+    def scores(image: ScoredImage) -> list[float]:
+        return [FORMULAS[name].formula(image) for name in metrics]
+
+    table = for_each_image(scores, prediction, protocol, sums, names, **maps)
     device = "cpu" if prediction.device.type == "mps" else prediction.device  # MPS has no float64
     return {
-        name: torch.tensor(scores, dtype=torch.float64, device=device)
-        for name, scores in values.items()
+        name: torch.tensor([row[place] for row in table], dtype=torch.float64, device=device)
+        for place, name in enumerate(metrics)
     }

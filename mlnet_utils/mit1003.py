@@ -73,7 +73,8 @@ def _from_recordings(root: Path, photos: dict[str, Path]) -> Iterator[Photo]:
         lacking = sorted(set(photos) - set(recordings[-1]))
         if lacking:
             raise ValueError(
-                f"mit1003: {len(lacking)} photos without a recording in {folder}: {named(lacking)}"
+                f"mit1003: {len(lacking)} photos without a recording in {folder}: "
+                f"{named(lacking)}; download DATA.zip again"
             )
     for stem, path in photos.items():
         yield _photo(stem, path, root, [files[stem] for files in recordings])

@@ -127,7 +127,7 @@ def _check_size(path: Path, photo: Photo) -> None:
     if path.suffix.lower() in PHOTO_SUFFIXES and photo_size(path) != (photo.width, photo.height):
         raise ValueError(
             f"density map {path} is {'x'.join(map(str, photo_size(path)))}, but its photo is "
-            f"{photo.width}x{photo.height}"
+            f"{photo.width}x{photo.height}: make it again at the photo's size"
         )
 
 

@@ -24,6 +24,7 @@ from mlnet_utils.runtime import (
 )
 
 SPLITS = ("train", "val", "test")
+NOBODY = -1  # observer of fixations that are published without theirs, and without an order
 MADE_BY = "notebook 01_data_preparation"
 
 
@@ -42,7 +43,8 @@ class Photo:
         height: rows of the photo.
         split: ``train``, ``val``, ``test``, or ``""`` before splitting.
         fixations: (N, 2) float32 x, y, 0-based, pixel centres at integers, all inside the photo.
-        observers: (N,) int16 observer of each fixation; order within one is viewing order.
+        observers: (N,) int16 observer of each fixation, :data:`NOBODY` where it is unknown; order
+            within one observer is viewing order.
         durations: (N,) float32 milliseconds, NaN where unknown.
         density: path of a density map where one exists, relative to the root, or ``""``.
         sha256: of the photo's file, or ``""`` before indexing.
@@ -70,6 +72,12 @@ class Photo:
                 f"photo {self.stem}: {n} fixations but {len(self.observers)} observers and "
                 f"{len(self.durations)} durations"
             )
+
+    @property
+    def known_observers(self) -> np.ndarray:
+        """Observers of the fixations, each once; without :data:`NOBODY`."""
+        observers = np.unique(self.observers)
+        return observers[observers != NOBODY]
 
 
 def write_prepared(folder: str | Path, photos: list[Photo], meta: dict) -> None:
@@ -99,7 +107,7 @@ def write_prepared(folder: str | Path, photos: list[Photo], meta: dict) -> None:
                 "density": photo.density,
                 "sha256": photo.sha256,
                 "fixations": len(photo.fixations),
-                "observers": len(np.unique(photo.observers)),
+                "observers": len(photo.known_observers),
                 "dropped": photo.dropped,
             }
         )
@@ -194,11 +202,12 @@ def fixation_statistics(photos: list[Photo], px_per_degree: float | None = None)
 
     Returns:
         ``per_photo`` and ``per_observer`` (fixation counts), ``saccades`` (distances between an
-        observer's consecutive fixations) and ``unit`` ("degrees" or "pixels").
+        observer's consecutive fixations) and ``unit`` ("degrees" or "pixels"). Fixations that are
+        published without observers have no order: they count in ``per_photo`` only.
     """
     per_observer, saccades = [], []
     for photo in photos:
-        for observer in np.unique(photo.observers):
+        for observer in photo.known_observers:
             points = photo.fixations[photo.observers == observer].astype(float)
             per_observer.append(len(points))
             saccades.append(np.linalg.norm(np.diff(points, axis=0), axis=1))

@@ -228,17 +228,17 @@ def plot_fixation_statistics(
 
     Args:
         per_photo: fixations of each photo.
-        per_observer: fixations of each observer on each photo.
+        per_observer: fixations of each observer on each photo; empty if observers are unknown.
         saccades: distances between consecutive fixations of one observer; may be empty.
         unit: of the distances, e.g. ``"degrees"`` or ``"pixels"``.
     """
     figure, axes = plt.subplots(1, 3, figsize=(11, 2.8))
     panels = (
-        (per_photo, "Fixations per photo", "fixations"),
-        (per_observer, "Fixations per observer and photo", "fixations"),
-        (saccades, "Saccade amplitude", unit),
+        (per_photo, "Fixations per photo", "fixations", "no photos"),
+        (per_observer, "Fixations per observer and photo", "fixations", "observers unknown"),
+        (saccades, "Saccade amplitude", unit, "viewing order unknown"),
     )
-    for axis, (values, title, label) in zip(axes, panels, strict=True):
+    for axis, (values, title, label, absent) in zip(axes, panels, strict=True):
         if len(values):
             sns.histplot(np.asarray(values), ax=axis, bins=30, edgecolor="white", linewidth=0.3)
             axis.axvline(
@@ -246,7 +246,7 @@ def plot_fixation_statistics(
             )
             axis.legend(fontsize="small")
         else:
-            axis.text(0.5, 0.5, "viewing order unknown", ha="center", transform=axis.transAxes)
+            axis.text(0.5, 0.5, absent, ha="center", transform=axis.transAxes)
         axis.set(title=title, xlabel=label, ylabel="")
     figure.tight_layout()
     return figure

@@ -169,7 +169,7 @@ def _workers(path: Path, edition: str, points: str, size: tuple[int, int]) -> li
     if resolution != size:
         raise ValueError(
             f"{path} is of a photo of {'x'.join(map(str, resolution))}, but the photo is "
-            f"{'x'.join(map(str, size))}"
+            f"{'x'.join(map(str, size))}: get the original of both"
         )
     # The editions store workers along different axes, which tells them apart.
     rows, columns = gaze.shape

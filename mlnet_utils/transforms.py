@@ -230,16 +230,27 @@ def blur_matrix(size: int, sigma: float) -> Tensor:
 @functools.lru_cache(maxsize=64)
 def target_matrix(photo: int, size: int, content: int, offset: int, cells: int, sigma: float):
     """(cells, photo) float64: blur along one photo axis, letterbox it, add up each cell."""
+    return spread_matrix(photo, size, content, offset, cells) @ blur_matrix(photo, sigma)
+
+
+def spread_matrix(photo: int, size: int, content: int, offset: int, cells: int) -> Tensor:
+    """(cells, photo) float64: letterbox one photo axis and add up each cell; keeps the mass."""
     # Area resize keeps mass: each photo pixel spreads over the input pixels that it covers.
     edges = np.arange(photo + 1) * content / photo + offset
     cell_edges = np.arange(cells + 1) * size / cells
     low = np.maximum(edges[None, :-1], cell_edges[:-1, None])
     high = np.minimum(edges[None, 1:], cell_edges[1:, None])
     spread = np.clip(high - low, 0, None) * photo / content
-    return torch.from_numpy(spread) @ blur_matrix(photo, sigma)
+    return torch.from_numpy(spread)
 
 
-def density_from_points(points: np.ndarray, height: int, width: int, sigma: float) -> Tensor:
+def density_from_points(
+    points: np.ndarray,
+    height: int,
+    width: int,
+    sigma: float,
+    device: torch.device | str = "cpu",
+) -> Tensor:
     """Fixation density at the photo's size: the fixations blurred with a Gaussian.
 
     The blur is separable, so the map is a sum of outer products, one per fixation: exact, and
@@ -250,6 +261,7 @@ def density_from_points(points: np.ndarray, height: int, width: int, sigma: floa
         height: rows of the photo.
         width: columns of the photo.
         sigma: in pixels of the photo.
+        device: where the map is made.
 
     Returns:
         (H, W) float64 that sums to 1; all zeros if there is no fixation.
@@ -258,8 +270,8 @@ def density_from_points(points: np.ndarray, height: int, width: int, sigma: floa
         ValueError: a point lies outside the photo, or sigma is not positive.
     """
     x, y = _checked_pixels(points, height, width)
-    rows = blur_matrix(height, sigma)[:, y]  # (H, N)
-    columns = blur_matrix(width, sigma)[:, x]  # (W, N)
+    rows = blur_matrix(height, sigma)[:, y].to(device)  # (H, N)
+    columns = blur_matrix(width, sigma)[:, x].to(device)  # (W, N)
     return rows @ columns.T / max(len(x), 1)
 
 
@@ -283,3 +295,19 @@ def density_on_grid(
         box.photo_width, box.width, box.content_width, box.left, grid[1], sigma
     )[:, x]
     return rows @ columns.T / max(len(x), 1)
+
+
+def map_on_grid(density: Tensor, box: Letterbox, grid: tuple[int, int]) -> Tensor:
+    """A density at the photo's size, letterboxed and summed onto a coarse grid.
+
+    Args:
+        density: (H, W) float64 of the photo's size.
+        box: the photo's letterbox.
+        grid: rows and columns.
+
+    Returns:
+        (h, w) float64 with the same sum.
+    """
+    rows = spread_matrix(box.photo_height, box.height, box.content_height, box.top, grid[0])
+    columns = spread_matrix(box.photo_width, box.width, box.content_width, box.left, grid[1])
+    return rows @ density @ columns.T

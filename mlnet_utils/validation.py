@@ -84,7 +84,7 @@ def validate(
             batch["index"],
             objective.per_image(maps, density, fixations),
             1 - cc_loss(maps, density, fixations),
-            -nss_loss(maps, density, fixations),
+            -nss_loss(maps, density, fixations).where(fixations.sum((1, 2, 3)) > 0, math.nan),
             kl_loss(maps, density, fixations),
             spread > 1e-6 * maps.amax((1, 2, 3)),
         )

@@ -16,7 +16,7 @@ ORDER = (
     "transforms",
     "photos",
     *("archives", "transfer", "sources", "download"),
-    *("synthetic", "images"),
+    *("synthetic", "images", "truth"),
     *("layouts", "formats", "salicon", "mit1003", "own_photos", "pysaliency_bridge"),
     "datasets",
     *("model", "features", "losses", "checkpoints", "optimization", "validation", "training"),

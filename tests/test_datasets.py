@@ -65,7 +65,9 @@ def test_folds_test_every_photo_once():
 
 
 def test_impossible_splits_are_errors():
-    with pytest.raises(ValueError, match="cannot take 5 validation and 5 test photos out of 10"):
+    with pytest.raises(
+        ValueError, match=r"cannot take 5 validation and 5 test photos out of 10; .*`fold: 0`"
+    ):
         hash_split(OSIE_LIKE[:10], 5, 5)
     with pytest.raises(ValueError, match=r"fold=5 must be in 0..4"):
         fold_split(OSIE_LIKE, 5)
@@ -134,11 +136,17 @@ def test_a_split_of_the_files_own_is_kept(tmp_path):
     assert meta["photos"] == {"train": 1, "val": 1, "test": 1}
 
 
-def test_maps_alone_are_not_enough_to_learn_from(tmp_path):
+def test_maps_alone_serve_losses_that_need_no_points(tmp_path):
     save_photo(tmp_path / "folder/images/train/a.png")
     save_photo(tmp_path / "folder/density_maps/a.png")
-    with pytest.raises(ValueError, match=r"1 photos .* no fixations, e.g. a: training needs"):
-        prepare(tiny_config(dataset="folder", sigma=5.0), tmp_path, tmp_path / "run")
+    config = tiny_config(dataset="folder", sigma=5.0)
+    (photo,), meta = prepare(config, tmp_path, tmp_path / "run")
+    assert (photo.density, meta["fixations"]) == ("density_maps/a.png", 0)
+    for loss in ("kl + 0.1*nss", "ce"):
+        with pytest.raises(
+            ValueError, match=r"1 photos .* e.g. a, and loss=.* needs fixations; use"
+        ):
+            prepare(replace(config, loss=loss), tmp_path, tmp_path / "run")
 
 
 @pytest.mark.parametrize("edition", ["2015", "2017"])

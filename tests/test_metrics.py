@@ -203,6 +203,64 @@ def test_results_do_not_depend_on_the_blocks(monkeypatch):
             assert torch.equal(whole[name], blocks[name])
 
 
+@pytest.fixture
+def threads():
+    """Sets the number of threads, and sets it back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
+def test_the_number_of_threads_does_not_change_a_bit(threads, protocol, batch):
+    maps = scene(height=300, width=400, batch=batch, points=50)  # two blocks, in parallel by torch
+    maps["baseline"] = maps["baseline"][:1].expand(batch, -1, -1)
+    threads(1)
+    alone = score(maps, protocol=protocol)
+    for count in (2, 3):
+        threads(count)
+        same(score(maps, protocol=protocol), alone)
+        assert torch.get_num_threads() == count
+
+
+def test_an_error_in_a_thread_is_the_first_images(threads):
+    maps = scene(batch=4)
+    maps["prediction"][1:, 2, 2] = math.nan
+    threads(2)
+    with pytest.raises(ValueError, match="image 1 of the batch: prediction holds NaN"):
+        score(maps)
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.parametrize("fixated", [1, 20, 400])
+def test_rare_and_frequent_negatives_are_counted_alike(fixated):
+    maps = scene(height=60, width=70, batch=2)
+    counts = torch.zeros(2, 60 * 70, dtype=torch.int64)
+    counts[:, torch.randperm(60 * 70, generator=torch.Generator().manual_seed(0))[:fixated]] = 3
+    found = metrics.auc_shuffled(maps["prediction"], maps["fixations"], counts.view(2, 60, 70))
+    for image in range(2):
+        values = maps["prediction"][image].flatten()
+        positive = values.repeat_interleave(maps["fixations"][image].flatten())[:, None]
+        negative = values.repeat_interleave(counts[image])
+        area = ((positive > negative).double() + (positive == negative) / 2).mean()
+        assert found[image] == pytest.approx(area.item(), abs=1e-12)
+
+
+def test_a_baseline_that_is_shared_gives_the_same_gains():
+    maps = scene(batch=3)
+    one = maps["baseline"][:1]
+    shared, copied = (
+        metrics.information_gain(maps["prediction"], maps["fixations"], baseline)
+        for baseline in (one.expand(3, -1, -1), one.repeat(3, 1, 1))
+    )
+    assert torch.equal(shared, copied)
+    spoilt = one.clone()
+    spoilt[0, 0, 0] = math.nan
+    with pytest.raises(ValueError, match="every image of the batch: baseline holds NaN"):
+        metrics.information_gain(maps["prediction"], maps["fixations"], spoilt.expand(3, -1, -1))
+
+
 def test_sums_asked_for_later_leave_earlier_ones_alone():
     maps = scene()
     image = metric_inputs.ScoredImage(

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mlnet_utils.photos import (
+    NOBODY,
     Photo,
     check_prepared,
     fixation_statistics,
@@ -137,3 +138,15 @@ def test_statistics_follow_each_observer_in_order():
     degrees = fixation_statistics([photo], px_per_degree=10.0)
     assert degrees["saccades"].tolist() == [0.5, 0, 0]
     assert degrees["unit"] == "degrees"
+
+
+def test_fixations_without_observers_have_no_order(tmp_path):
+    pooled = Photo(
+        "x", "x.png", 99, 99,
+        fixations=np.array([[0, 0], [10, 10], [3, 4]], np.float32),
+        observers=np.full(3, NOBODY, np.int16),
+    )  # fmt: skip
+    found = fixation_statistics([pooled])
+    assert (found["per_photo"], found["per_observer"], len(found["saccades"])) == ([3], [], 0)
+    write_prepared(tmp_path, [pooled], {"sigma_px": 1})
+    assert json.loads((tmp_path / "index.jsonl").read_text())["observers"] == 0

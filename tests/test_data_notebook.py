@@ -1,0 +1,193 @@
+"""Notebook 01 on every kind of dataset: sizes that differ, no order, no observers, one split."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from miniatures import save_mat, save_osie, save_photo, save_recording, save_salicon_mat
+from PIL import Image
+
+from mlnet_utils.photos import NOBODY, read_prepared
+
+nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
+
+from jupyter_client.manager import KernelManager  # noqa: E402
+from nbclient import NotebookClient  # noqa: E402
+from papermill.iorw import load_notebook_node  # noqa: E402
+from papermill.parameterize import parameterize_notebook  # noqa: E402
+
+from mlnet_utils.execution import _kernel_of_this_python  # noqa: E402
+
+NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "01_data_preparation.ipynb"
+SIZES = ((64, 48), (48, 80), (37, 37))  # landscape, portrait, odd
+TEN = [f"{number:03d}" for number in range(10)]
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory):
+    """One kernel for all: starting one takes longer than the notebook does."""
+    folder = tmp_path_factory.mktemp("kernel")
+    with _kernel_of_this_python(folder) as name:
+        manager = KernelManager(kernel_name=name)
+        client = NotebookClient(
+            nbformat.v4.new_notebook(), km=manager, timeout=300, startup_timeout=180,
+            resources={"metadata": {"path": str(folder)}},
+        )  # fmt: skip
+        client.execute(cleanup_kc=False)
+        yield client
+        manager.shutdown_kernel(now=True)
+
+
+@pytest.fixture
+def look(client, tmp_path):
+    """Runs notebook 01 with a preset; returns the photos, the record and what was printed."""
+
+    def run(root, limit=0, **preset):
+        path = tmp_path / "preset.yaml"
+        path.write_text(yaml.safe_dump({"preset": "tiny", "limit": 0, **preset}))
+        parameters = {
+            "PRESET": str(path), "RUN_DIR": str(tmp_path / "run"), "DATA_ROOT": str(root),
+            "LIMIT": limit, "SHOW": 2,
+        }  # fmt: skip
+        notebook = parameterize_notebook(load_notebook_node(str(NOTEBOOK)), parameters)
+        notebook.cells.insert(0, nbformat.v4.new_code_cell("%reset -f"))
+        client.nb = notebook
+        client.execute(cleanup_kc=False)
+        outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
+        assert sum("image/jpeg" in out.get("data", {}) for out in outputs) == 4
+        text = "".join(out.text for out in outputs if out.get("name") == "stdout")
+        assert "photos in two splits: 0\nindex reads back: True" in text
+        record = json.loads((tmp_path / "run/01_data_preparation.json").read_text())
+        return read_prepared(tmp_path / "run/data")[0], record, text
+
+    return run
+
+
+# ---- miniatures --------------------------------------------------------------------------------
+def osie(root):
+    looked = [([10.0, 700.5], [20.0, 500.5], [200, 300]), ([400.0], [300.0], [150])]
+    save_osie(root / "osie", {f"{1001 + number}.jpg": looked for number in range(10)})
+    return {"dataset": "osie", "fold": 0}
+
+
+def salicon(root, edition):
+    for number, split in enumerate(("train", "train", "val", "test")):
+        save_photo(root / f"salicon/images/{split}/{number}.jpg", 640, 480)
+        if split != "test":
+            path = root / f"salicon/fixations-{edition}/{split}/{number}.mat"
+            save_salicon_mat(path, [[(1, 1), (320, 240)], [(640, 480)], []], edition)
+    return {"dataset": f"salicon-{edition}"}
+
+
+def salicon_json(root):
+    """Like the published example: training photos only."""
+    root = root / "salicon_examples"
+    notes, images = [], []
+    for number in range(2):
+        save_photo(root / f"images/{number}.jpg", 64, 48)
+        images.append({"file_name": f"{number}.jpg", "id": number, "width": 64, "height": 48})
+        notes.append({"image_id": number, "worker_id": 3, "fixations": [[1, 1], [48, 64]]})
+    (root / "annotations").mkdir()
+    text = json.dumps({"images": images, "annotations": notes})
+    (root / "annotations/fixations_train2014examples.json").write_text(text)
+    return {"dataset": "salicon-json"}
+
+
+def mit1003(root, recordings):
+    root = root / "mit1003"
+    for number, stem in enumerate(TEN[:5]):
+        width, height = ((1024, 768), (768, 1024))[number % 2]
+        save_photo(root / f"ALLSTIMULI/{stem}.jpeg", width, height, number)
+        places = np.repeat([(100.0, 80.0), (400.0, 300.0), (700.0, 500.0)], 70, axis=0)
+        if recordings:
+            for observer in ("ajs", "zb"):
+                save_recording(root / f"DATA/{observer}/{stem}.mat", places)
+        else:
+            marks = np.zeros((height, width), np.uint8)
+            marks[80, 100] = marks[300, 400] = 255
+            (root / "ALLFIXATIONMAPS").mkdir(exist_ok=True)
+            Image.fromarray(marks).save(root / f"ALLFIXATIONMAPS/{stem}_fixPts.jpg")
+    return {"dataset": "mit1003", "fold": 4}
+
+
+def cat2000(root):
+    root = root / "cat2000/trainSet"
+    for number, stem in enumerate(TEN):
+        width, height = SIZES[number % 3]
+        save_photo(root / f"Stimuli/Art/{stem}.jpg", width, height, number)
+        marks = np.zeros((height, width), np.uint8)
+        marks[number, [3, 30]] = 1
+        save_mat(root / f"FIXATIONLOCS/Art/{stem}.mat", fixLocs=marks)
+    return {"dataset": "cat2000", "fold": 1}
+
+
+def own_list(root):
+    lines = ["image,x,y"]
+    for number, stem in enumerate(TEN):
+        save_photo(root / f"folder/images/{stem}.png", *SIZES[number % 3], number)
+        lines += [f"{stem},{number},5", f"{stem},20,{number}"]
+    (root / "folder/fixations.csv").write_text("\n".join(lines))
+    return {"dataset": "folder", "sigma": 4.0}
+
+
+def own_densities(root):
+    """Density maps alone, in a single split."""
+    (root / "folder/density_maps").mkdir(parents=True)
+    for number, stem in enumerate(TEN[:3]):
+        save_photo(root / f"folder/images/test/{stem}.png", *SIZES[number], number)
+        Image.new("L", SIZES[number], 9).save(root / f"folder/density_maps/{stem}.png")
+    return {"dataset": "folder", "sigma": 4.0}
+
+
+FORMATS = {
+    "osie": osie,
+    "salicon-2015": lambda root: salicon(root, "2015"),
+    "salicon-2017": lambda root: salicon(root, "2017"),
+    "salicon-json": salicon_json,
+    "mit1003": lambda root: mit1003(root, True),
+    "mit1003-maps": lambda root: mit1003(root, False),
+    "cat2000": cat2000,
+    "own-list": own_list,
+    "own-densities": own_densities,
+}
+# By format: photos per split, fixations, and the most observers of a photo.
+EXPECTED = {
+    "osie": ({"train": 6, "val": 2, "test": 2}, 30, 2),
+    "salicon-2015": ({"train": 2, "val": 1, "test": 1}, 9, 2),
+    "salicon-2017": ({"train": 2, "val": 1, "test": 1}, 9, 2),
+    "salicon-json": ({"train": 2, "val": 0, "test": 0}, 4, 1),
+    "mit1003": ({"train": 3, "val": 1, "test": 1}, 20, 2),
+    "mit1003-maps": ({"train": 3, "val": 1, "test": 1}, 10, 0),
+    "cat2000": ({"train": 6, "val": 2, "test": 2}, 20, 0),
+    "own-list": ({"train": 7, "val": 1, "test": 2}, 20, 0),
+    "own-densities": ({"train": 0, "val": 0, "test": 3}, 0, 0),
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_every_format_is_looked_at(look, tmp_path, name):
+    splits, fixations, observers = EXPECTED[name]
+    photos, record, _ = look(tmp_path, **FORMATS[name](tmp_path))
+    assert record["photos"] == splits
+    assert record["fixations"] == fixations
+    assert max(len(photo.known_observers) for photo in photos) == observers
+    if not observers:
+        assert all((photo.observers == NOBODY).all() for photo in photos)
+
+
+@pytest.mark.realdata
+def test_salicons_example_is_looked_at(look, real_data):
+    photos, record, text = look(real_data, dataset="salicon-json")
+    assert (len(photos), record["photos"]["train"], record["fixations"]) == (10, 10, 73630)
+    assert "SALICON 2014 (JSON, mouse samples): 73630 fixations, 0 outside the photo" in text
+
+
+@pytest.mark.realdata
+def test_osie_is_looked_at(look, real_data):
+    photos, record, _ = look(real_data, limit=3, dataset="osie")
+    assert record["photos"] == {"train": 3, "val": 3, "test": 3}
+    assert {len(photo.known_observers) for photo in photos} == {15}
