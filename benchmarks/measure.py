@@ -125,7 +125,11 @@ def show(value: object) -> str:
 def save(name: str, content: dict, out: Path | None = None) -> Path:
     """Write the record: what was measured, on what, with which command."""
     path = out or RESULTS / f"{name}.json"
-    command = " ".join(["python", f"benchmarks/{name}.py", *sys.argv[1:]])
+    words = sys.argv[1:]
+    if "--out" in words:  # somebody's folder: says nothing about the measurement
+        place = words.index("--out")
+        del words[place : place + 2]
+    command = " ".join(["python", f"benchmarks/{name}.py", *words])
     record = {"command": command, "hardware": hardware(), "versions": versions(), **content}
     write_json(path, record)
     print(f"\n{path}")
