@@ -389,3 +389,23 @@ def test_two_nodes_find_each_other(preset, run_folder):
     assert [node.returncode for node in nodes] == [0, 0], texts
     assert [text.count("trained 8 epochs") for text in texts] == [1, 0]
     assert load_checkpoint(run_folder / "checkpoints" / "last.pt")["progress"]["finished"]
+
+
+def test_a_notebook_launches_processes(run_folder, preset):
+    """As in docs/training.md, in an interpreter that has started nothing else."""
+    code = (
+        "from accelerate import notebook_launcher\n"
+        "from mlnet_utils import config, training\n"
+        f"small = config.load_config({preset[4]!r}, epochs=2)\n"
+        f"notebook_launcher(training.fit, (small, {str(run_folder)!r}), num_processes=2,\n"
+        f"                  use_port={free_port()!r})\n"
+    )
+    root = Path(runtime.__file__).parent.parent
+    environment = {**os.environ, **local_environment(), "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(
+        command, capture_output=True, text=True, env=environment, timeout=PATIENCE
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("epoch   2/2") == 1  # two trainings of one process would print it twice
+    assert load_checkpoint(run_folder / "checkpoints" / "last.pt")["progress"]["finished"]
