@@ -101,9 +101,7 @@ def switched(update: Callable[[], None], deterministic: bool) -> Callable[[], No
     return call
 
 
-def training(
-    size: tuple[int, int], batch: int, rounds: int, more: bool, clock: str
-) -> list[dict]:
+def training(size: tuple[int, int], batch: int, rounds: int, more: bool, clock: str) -> list[dict]:
     """Images per second of every variant."""
     ours = {
         "this engine": {"freeze": FROZEN},

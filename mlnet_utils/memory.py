@@ -61,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class Update(nn.Module):
-    """Forward and backward pass as one call: checkpointing runs parts of the first in the second."""
+    """Both passes as one call: checkpointing runs parts of the forward pass in the backward."""
 
     def __init__(self, model: nn.Module):
         super().__init__()

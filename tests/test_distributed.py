@@ -403,9 +403,7 @@ def test_a_notebook_launches_processes(run_folder, preset):
     root = Path(runtime.__file__).parent.parent
     environment = {**os.environ, **local_environment(), "PYTHONPATH": str(root)}
     command = [sys.executable, "-c", code]
-    run = subprocess.run(
-        command, capture_output=True, text=True, env=environment, timeout=PATIENCE
-    )
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("epoch   2/2") == 1  # two trainings of one process would print it twice
     assert load_checkpoint(run_folder / "checkpoints" / "last.pt")["progress"]["finished"]

@@ -108,14 +108,10 @@ def test_two_machines_train_to_the_weights_of_one(machines, tmp_path, tiny_photo
     before = [received(name, end) for name, end in zip(names, ends, strict=True)]
     launcher = ["-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1",
                 f"--master_addr={ADDRESSES[0]}", "--master_port=29511"]  # fmt: skip
-    nodes = [
-        start(
-            ["ip", "netns", "exec", name, sys.executable, *launcher, f"--node_rank={rank}"]
-            + [*train, str(folders[1])],
-            end,
-        )
-        for rank, (name, end) in enumerate(zip(names, ends, strict=True))
-    ]
+    nodes = []
+    for rank, (name, end) in enumerate(zip(names, ends, strict=True)):
+        inside = ["ip", "netns", "exec", name, sys.executable, *launcher, f"--node_rank={rank}"]
+        nodes.append(start([*inside, *train, str(folders[1])], end))
     texts = finish(nodes)
     assert [text.count("trained 2 epochs") for text in texts] == [1, 0]
 
