@@ -6,6 +6,7 @@ Needs Linux, root and iproute2; skips with the reason where namespaces cannot be
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,8 @@ def machines():
     finally:
         for name in names:  # the cable goes with its ends
             with contextlib.suppress(OSError, subprocess.SubprocessError):
+                for process in ip("netns", "pids", name).split():  # of launchers that were killed
+                    os.kill(int(process), signal.SIGKILL)
                 ip("netns", "del", name)
 
 
