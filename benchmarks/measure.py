@@ -133,8 +133,8 @@ def save(name: str, content: dict, out: Path | None = None) -> Path:
     """Write the record: what was measured, on what, with which command."""
     path = out or RESULTS / f"{name}.json"
     words = sys.argv[1:]
-    if "--out" in words:  # somebody's folder: says nothing about the measurement
-        place = words.index("--out")
+    for option in {"--out", "--figure"} & set(words):  # say nothing about the measurement
+        place = words.index(option)
         del words[place : place + 2]
     command = " ".join(["python", f"benchmarks/{name}.py", *words])
     record = {"command": command, "hardware": hardware(), "versions": versions(), **content}

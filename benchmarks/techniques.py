@@ -112,16 +112,18 @@ def draw(found: dict, path: Path) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     epochs = range(1, 1 + len(found[REFERENCE]["val_loss"]))
     for name, values in found.items():
-        grey = name in SEEDS
-        style = {"color": "0.7", "zorder": 1} if grey else {"marker": "o", "ms": 3, "lw": 1}
-        label = ("other seeds" if name == next(iter(SEEDS)) else None) if grey else name
+        same = name != REFERENCE and not any(differences(found, name))
+        if name in SEEDS:
+            label = "other seeds" if name == next(iter(SEEDS)) else None
+            style = {"color": "0.7", "zorder": 1}
+        else:
+            label = f"{name} (identical)" if same else name
+            style = {"color": f"C{list(found).index(name)}", "marker": "o", "ms": 3, "lw": 1}
         left.plot(epochs, values["val_loss"], label=label, **style)
-        if name != REFERENCE:
-            style = style if grey else {**style, "color": left.lines[-1].get_color()}
-            # A difference of exactly 0 has no place on a logarithmic axis.
-            right.plot(epochs, [max(d, 1e-9) for d in differences(found, name)], **style)
+        if name != REFERENCE and not same:
+            right.plot(epochs, differences(found, name), **style)
     left.set(xlabel="epoch", ylabel="validation loss (KL)", title="Loss curves")
-    right.set(xlabel="epoch", ylabel="|difference|", yscale="log", title="Distance to reference")
+    right.set(xlabel="epoch", ylabel="|difference|", ylim=(0, None), title="Distance to reference")
     left.legend(frameon=False, fontsize=8)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=130)

@@ -43,7 +43,8 @@ def test_a_record_says_what_was_run_but_not_where_it_was_written(tmp_path, monke
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import measure
 
-    monkeypatch.setattr(sys, "argv", ["x", "--rounds", "3", "--out", "/somewhere", "--layers"])
+    words = ["--figure", "f.png", "--rounds", "3", "--out", "/somewhere", "--layers"]
+    monkeypatch.setattr(sys, "argv", ["x", *words])
     record = json.loads(measure.save("x", {"rows": []}, tmp_path / "x.json").read_text())
     assert record["command"] == "python benchmarks/x.py --rounds 3 --layers"
     assert {"hardware", "versions", "rows"} <= record.keys()
