@@ -4,7 +4,8 @@
     python benchmarks/memory.py --smoke   # seconds, to see that it works
 
 On a GPU: the most that torch allocated there. On a CPU: the most resident memory of the process,
-less what it held before the network was built. Every variant runs in a process of its own.
+less what it held before the network was built. Beside it, what ``micro_batch=-1`` would have
+computed beforehand. Every variant runs in a process of its own.
 """
 
 import argparse
@@ -18,11 +19,12 @@ import measure
 import torch
 
 from mlnet_utils.config import load_config
+from mlnet_utils.memory import held_bytes, update_peak
 
 VARIANTS = {
-    "default": {},
-    "fp32": {"precision": "fp32"},
-    "checkpointing": {"checkpointing": True},
+    "default": {"micro_batch": 0},
+    "fp32": {"micro_batch": 0, "precision": "fp32"},
+    "checkpointing": {"micro_batch": 0, "checkpointing": True},
     "micro-batches of 5": {"micro_batch": 5},
     "micro-batches of 1": {"micro_batch": 1},
     "checkpointing, micro-batches of 5": {"checkpointing": True, "micro_batch": 5},
@@ -48,12 +50,14 @@ def peak(changes: dict, size: tuple[int, int], batch: int, updates: int, results
         update = measure.one_update(trainer)
         for _ in range(updates):
             update()
+    found = reserved = resident_peak() - before
     if torch.cuda.is_available():
-        found = torch.cuda.max_memory_allocated()
-        results.put((found, torch.cuda.max_memory_reserved(), trainer.accelerator.mixed_precision))
-    else:
-        found = resident_peak() - before
-        results.put((found, found, trainer.accelerator.mixed_precision))
+        found, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    precision = trainer.accelerator.mixed_precision
+    half = precision in ("bf16", "fp16")
+    computed = held_bytes(trainer.model, config, half)
+    computed += update_peak(trainer.model, config, trainer.micro_batch, half)
+    results.put((found, reserved, computed, precision))
 
 
 def main() -> None:
@@ -80,13 +84,14 @@ def main() -> None:
         process.join()
         if process.exitcode:
             sys.exit(f"{name}: the measuring process ended with code {process.exitcode}")
-        allocated, reserved, precision = results.get()
+        allocated, reserved, computed, precision = results.get()
         rows.append(
             {
                 "training": name,
                 "precision": {"no": "fp32"}.get(precision, precision),
                 "peak GB": allocated / 1e9,
                 "reserved GB": reserved / 1e9,
+                "computed GB": computed / 1e9,
             }
         )
     measure.print_table(rows)

@@ -22,6 +22,7 @@ from torchvision.models.vgg import cfgs, make_layers
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.model import MLNet
 from mlnet_utils.optimization import choose_precision
+from mlnet_utils.runtime import set_determinism
 
 # What MLNet-Pytorch freezes: the first 23 entries of its model.parameters(), which are its prior
 # and the first eleven convolutions. The prior is left trainable here, in both.
@@ -89,7 +90,18 @@ def our_config(size: tuple[int, int], batch: int, **changes) -> Config:
     )
 
 
-def training(size: tuple[int, int], batch: int, rounds: int, more: bool) -> list[dict]:
+def switched(update: Callable[[], None], deterministic: bool) -> Callable[[], None]:
+    """The update with the determinism that its training asked for: the switch is the process's."""
+
+    def call() -> None:
+        set_determinism(deterministic)
+        update()
+        set_determinism(False)
+
+    return call
+
+
+def training(size: tuple[int, int], batch: int, rounds: int, more: bool, clock: str) -> list[dict]:
     """Images per second of every variant."""
     ours = {
         "this engine": {"freeze": FROZEN},
@@ -98,6 +110,11 @@ def training(size: tuple[int, int], batch: int, rounds: int, more: bool) -> list
             "freeze": FROZEN,
             "precision": "fp32",
             "channels_last": False,
+        },
+        "this engine, fp32, deterministic": {
+            "freeze": FROZEN,
+            "precision": "fp32",
+            "deterministic": True,
         },
         "this engine, nothing frozen": {},
     }
@@ -109,8 +126,8 @@ def training(size: tuple[int, int], batch: int, rounds: int, more: bool) -> list
         for number, (name, changes) in enumerate(ours.items()):
             config = our_config(size, batch, **changes)
             trainer = measure.make_trainer(config, Path(folder) / str(number))
-            updates[name] = measure.one_update(trainer)
-        times = measure.seconds(updates, rounds)
+            updates[name] = switched(measure.one_update(trainer), config.deterministic)
+        times = measure.seconds(updates, rounds, clock)
     speeds = {name: batch / measure.median(values) for name, values in times.items()}
     reference = speeds["MLNet-Pytorch's loop"]
     return [
@@ -124,7 +141,7 @@ def training(size: tuple[int, int], batch: int, rounds: int, more: bool) -> list
     ]
 
 
-def forward(size: tuple[int, int], batch: int, rounds: int) -> list[dict]:
+def forward(size: tuple[int, int], batch: int, rounds: int, clock: str) -> list[dict]:
     """Images per second of the whole network and of its trunk alone, as for prediction."""
     config = our_config(size, batch)
     model = MLNet(config).to(DEVICE, memory_format=torch.channels_last).eval()
@@ -142,7 +159,7 @@ def forward(size: tuple[int, int], batch: int, rounds: int) -> list[dict]:
         return call
 
     calls = {"VGG-16 trunk": run(model.backbone, floats), "ML-Net": run(model, image)}
-    times = measure.seconds(calls, rounds)
+    times = measure.seconds(calls, rounds, clock)
     speeds = {name: batch / measure.median(values) for name, values in times.items()}
     return [
         {
@@ -196,6 +213,10 @@ def main() -> None:
     parser.add_argument("--size", type=int, nargs=2, default=(240, 320))
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--clock", choices=measure.CLOCKS, default="wall",
+        help="cpu: CPU time of the process, on a machine that does other things",
+    )  # fmt: skip
     parser.add_argument("--layers", action="store_true", help="also the rate of every layer")
     parser.add_argument("--more", action="store_true", help="also compiled and with checkpointing")
     parser.add_argument("--smoke", action="store_true", help="small and short, nothing saved")
@@ -204,9 +225,9 @@ def main() -> None:
     if options.smoke:
         options.size, options.batch, options.rounds = (80, 80), 2, 1
     size, batch, rounds = tuple(options.size), options.batch, options.rounds
-    content = {"size": size, "batch": batch, "device": DEVICE}
-    content["training"] = training(size, batch, rounds, options.more)
-    content["forward"] = forward(size, batch, rounds)
+    content = {"size": size, "batch": batch, "device": DEVICE, "clock": options.clock}
+    content["training"] = training(size, batch, rounds, options.more, options.clock)
+    content["forward"] = forward(size, batch, rounds, options.clock)
     if options.layers:
         content["layers"] = layers(size, batch, rounds)
     for part in ("training", "forward", "layers"):

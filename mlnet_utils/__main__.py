@@ -234,7 +234,8 @@ def evaluate(options: argparse.Namespace) -> int:
 
     folder = run_dir(options.run_dir, options.preset)
     report = evaluation.evaluate(folder, options.checkpoint, split=options.split)
-    print(evaluation.format_table(report))
+    if os.environ.get("RANK", "0") == "0":  # of several processes one reports
+        print(evaluation.format_table(report))
     return 0
 
 

@@ -76,7 +76,7 @@ class Config:
 
     # ---- engine (changes speed and memory, not what is learned)
     precision: str = "fp32"  # code: Theano in float32; "auto", "fp32", "bf16" or "fp16"
-    micro_batch: int = 0  # photos per forward pass; 0 = batch_size (gradients are accumulated)
+    micro_batch: int = -1  # photos per forward pass; 0 = batch_size, -1 = what fits into the GPU
     checkpointing: bool = False  # recompute backbone activations to save memory
     channels_last: bool = True  # memory format; VGG-16 is 5 to 15 % faster, on a CPU too
     compile: bool = False
@@ -115,6 +115,8 @@ class Config:
         for name in ("dropout", "flip", "ema_decay", "crop", "warmup"):
             if not 0 <= getattr(self, name) < 1 and not (name == "flip" and self.flip == 1):
                 raise ValueError(f"config: {name}={getattr(self, name)} must be in [0, 1)")
+        if self.micro_batch < -1:
+            raise ValueError(f"config: micro_batch={self.micro_batch} must be at least -1")
         if not self.alpha > 1:
             raise ValueError(
                 f"config: alpha={self.alpha} must be above 1, or the loss divides by 0"
@@ -145,7 +147,7 @@ class Config:
 
 
 _NOT_NEGATIVE = (
-    *("limit", "train_limit", "patience", "micro_batch", "seed", "bootstrap"),
+    *("limit", "train_limit", "patience", "seed", "bootstrap"),
     *("sigma", "lr", "backbone_lr_scale", "lr_decay", "momentum", "weight_decay"),
     *("clip_norm", "jitter"),
 )

@@ -4,12 +4,15 @@ import csv
 import io
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from scipy.ndimage import gaussian_filter, shift
 from torch import Tensor
 
@@ -20,7 +23,14 @@ from mlnet_utils.images import read_density, read_image
 from mlnet_utils.metrics import METRICS, score_all
 from mlnet_utils.photos import Photo, read_prepared
 from mlnet_utils.prediction import Predictor, load
-from mlnet_utils.runtime import display_path, progress, versions, write_json, write_text
+from mlnet_utils.runtime import (
+    display_path,
+    pick_device,
+    progress,
+    versions,
+    write_json,
+    write_text,
+)
 from mlnet_utils.transforms import fixation_counts
 from mlnet_utils.truth import photo_density
 
@@ -112,6 +122,9 @@ def evaluate(
 ) -> dict:
     """Score the network and the baselines; write ``metrics.json`` and ``per_image.csv``.
 
+    Of several processes (torchrun, ``accelerate launch``) each scores its share of the photos;
+    the first one writes, and all return the same, to the bit what one process would.
+
     Args:
         run_dir: the run; its ``data/`` is read.
         checkpoint: default ``checkpoints/best.pt`` of the run.
@@ -129,13 +142,18 @@ def evaluate(
     """
     run_dir = Path(run_dir)
     checkpoint = Path(checkpoint) if checkpoint else run_dir / "checkpoints" / "best.pt"
-    predictor = load(checkpoint)
+    processes = PartialState(cpu=pick_device() == "cpu", timeout=timedelta(days=7))
+    predictor = load(checkpoint, str(processes.device))
     data = TestSet(run_dir, split)
+    share: Iterable[Photo] = data.photos[processes.process_index :: processes.num_processes]
+    if processes.is_main_process:
+        share = progress(share, f"scoring {split}", len(share), unit="photo")
     rows: list[dict] = []
-    for photo in progress(data.photos, f"scoring {split}", unit="photo"):
+    for photo in share:
         for model in models:
             if (scores := _photo_scores(data, photo, model, predictor, protocol)) is not None:
                 rows.append({"model": model, "stem": photo.stem, **scores})
+    rows = gather_object(rows)
     rows.sort(key=lambda row: (MODELS.index(row["model"]), row["stem"]))
     config = predictor.config
     report = {
@@ -153,8 +171,10 @@ def evaluate(
         "rows": summarise(rows, config.bootstrap),
         "versions": versions(),
     }
-    write_text(run_dir / "per_image.csv", _csv(rows))
-    write_json(run_dir / "metrics.json", report)
+    if processes.is_main_process:
+        write_text(run_dir / "per_image.csv", _csv(rows))
+        write_json(run_dir / "metrics.json", report)
+    processes.wait_for_everyone()  # whoever returns finds the files
     return report
 
 

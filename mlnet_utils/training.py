@@ -21,6 +21,7 @@ from mlnet_utils.config import Config
 from mlnet_utils.datasets import EpochSampler, SaliencyDataset, make_loader, photo_root
 from mlnet_utils.features import FeatureCache
 from mlnet_utils.losses import Objective
+from mlnet_utils.memory import choose_micro_batch
 from mlnet_utils.model import MLNet, network_input
 from mlnet_utils.optimization import learning_rate, make_accelerator, make_optimizer
 from mlnet_utils.photos import prepared_digest, read_prepared
@@ -138,6 +139,7 @@ class Trainer:
             for data in self.data.values():
                 cache.fill(self.model, data, self.accelerator)
                 data.features = cache
+        self.micro_batch = choose_micro_batch(config, self.model, self.accelerator)
         optimizer = make_optimizer(config, self.model)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
@@ -197,7 +199,7 @@ class Trainer:
         rate = learning_rate(self.config, self.updates, self.total_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        micro = self.config.micro_batch or len(batch["index"])
+        micro = self.micro_batch
         starts = range(0, len(batch["index"]), micro)
         loss_sum = torch.zeros((), device=self.device)
         for start in starts:

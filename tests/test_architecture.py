@@ -19,7 +19,8 @@ ORDER = (
     *("synthetic", "images", "truth"),
     *("layouts", "formats", "salicon", "mit1003", "own_photos", "pysaliency_bridge"),
     "datasets",
-    *("model", "features", "losses", "checkpoints", "optimization", "validation", "training"),
+    *("model", "features", "losses", "checkpoints", "optimization", "memory", "validation"),
+    "training",
     *("roc", "resize", "metric_inputs", "metric_formulas", "metrics"),
     *("bootstrap", "scores"),
     "plots",  # takes arrays: isolated below
@@ -36,12 +37,13 @@ ISOLATED = {
     "execution": {"runtime"},
     "pipeline": {"__init__", "config", "runtime", "execution"},
 }
-MAY_PRINT = {"__main__", "pipeline", "sweep", "training", "runtime"}
+MAY_PRINT = {"__main__", "pipeline", "sweep", "memory", "training", "runtime"}
 MAX_LINES = 400
 
 TRAINING_PATH = (
     *("config", "runtime", "transforms", "photos", "formats", "datasets"),
-    *("model", "features", "losses", "checkpoints", "optimization", "validation", "training"),
+    *("model", "features", "losses", "checkpoints", "optimization", "memory", "validation"),
+    "training",
     *("metrics", "evaluation"),
 )
 NOT_FOR_TRAINING = (

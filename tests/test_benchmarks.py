@@ -1,5 +1,6 @@
 """The engine's benchmarks run, print their tables, and save nothing in their smoke mode."""
 
+import json
 import os
 import subprocess
 import sys
@@ -15,8 +16,11 @@ ROOT = Path(__file__).resolve().parent.parent
     ("name", "columns"),
     [
         ("training", ["MLNet-Pytorch's loop", "this engine", "VGG-16 trunk", "features.28"]),
-        ("memory", ["default", "checkpointing", "peak GB"]),
+        ("memory", ["default", "checkpointing", "peak GB", "computed GB"]),
         ("finetuning", ["random weights", "sample model, as it is", "ImageNet backbone", "CC"]),
+        ("inference", ["network, fp32", "whole photos", "paper", "osie", "sample"]),
+        ("techniques", ["reference", "micro-batches of 4", "seed 1", "of the seeds'"]),
+        ("scaling", ["exchange's share", "gradient MB", "speed-up"]),
     ],
 )
 def test_a_benchmark_runs(name, columns, tmp_path):
@@ -34,3 +38,14 @@ def test_a_benchmark_runs(name, columns, tmp_path):
     for text in columns:
         assert text in run.stdout
     assert (results.read_bytes() if results.exists() else None) == before
+
+
+def test_a_record_says_what_was_run_but_not_where_it_was_written(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import measure
+
+    words = ["--figure", "f.png", "--rounds", "3", "--out", "/somewhere", "--layers"]
+    monkeypatch.setattr(sys, "argv", ["x", *words])
+    record = json.loads(measure.save("x", {"rows": []}, tmp_path / "x.json").read_text())
+    assert record["command"] == "python benchmarks/x.py --rounds 3 --layers"
+    assert {"hardware", "versions", "rows"} <= record.keys()

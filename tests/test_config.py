@@ -77,6 +77,7 @@ def test_unknown_preset_and_unknown_keys_are_errors():
         ("lr", float("nan"), "lr=nan must not be negative"),
         ("weight_decay", float("inf"), "weight_decay=inf must not be negative"),
         ("seed", -1, "seed=-1 must not be negative"),
+        ("micro_batch", -2, "micro_batch=-2 must be at least -1"),
         ("alpha", 1.0, "alpha=1.0 must be above 1"),
         ("prior_cells", (6,), r"prior_cells=\(6,\) must be \(rows, columns\) or \(\)"),
         ("prior_cells", (0, 8), r"prior_cells=\(0, 8\) must be"),

@@ -5,6 +5,7 @@ torchrun would give them; the last tests use torchrun itself.
 """
 
 import contextlib
+import json
 import multiprocessing
 import os
 import signal
@@ -21,8 +22,9 @@ import torch
 import yaml
 from conftest import prepare_run, tiny_config
 
-from mlnet_utils import checkpoints, runtime, training, validation
+from mlnet_utils import checkpoints, evaluation, runtime, training, validation
 from mlnet_utils.checkpoints import load_checkpoint
+from mlnet_utils.model import MLNet
 from mlnet_utils.optimization import make_accelerator
 from mlnet_utils.training import fit
 
@@ -357,6 +359,27 @@ def test_torchrun_reports_a_killed_worker_and_its_job_resumes(preset, run_folder
     assert load_checkpoint(run_folder / "checkpoints" / "last.pt")["progress"]["finished"]
 
 
+@pytest.mark.parametrize("world", [2, 3])
+def test_shared_evaluation_gives_exactly_the_table_of_one_process(run_folder, world):
+    """5 photos: an odd share for each."""
+    config = tiny_config()
+    checkpoint = run_folder / "checkpoints" / "best.pt"
+    checkpoints.save_checkpoint(checkpoint, config, MLNet(config).state_dict())
+    expected = evaluation.evaluate(run_folder, split="val")
+    assert expected["photos"] == 5
+    table = (run_folder / "per_image.csv").read_bytes()
+    (run_folder / "per_image.csv").unlink()
+    (run_folder / "metrics.json").unlink()
+    command = ["-m", "mlnet_utils", "evaluate", "--run-dir", str(run_folder), "--split", "val"]
+    job = launch(command, f"--nproc_per_node={world}", f"--master_port={free_port()}")
+    text, _ = job.communicate(timeout=PATIENCE)
+    assert job.returncode == 0, text
+    assert text.count("| inter-observer |") == 1
+    assert (run_folder / "per_image.csv").read_bytes() == table
+    found = json.loads((run_folder / "metrics.json").read_text())
+    assert found["rows"] == expected["rows"]
+
+
 def test_two_nodes_find_each_other(preset, run_folder):
     """Two launchers, as on two machines; the run folder is what they share."""
     place = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1")
@@ -365,4 +388,22 @@ def test_two_nodes_find_each_other(preset, run_folder):
     texts = [node.communicate(timeout=PATIENCE)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], texts
     assert [text.count("trained 8 epochs") for text in texts] == [1, 0]
+    assert load_checkpoint(run_folder / "checkpoints" / "last.pt")["progress"]["finished"]
+
+
+def test_a_notebook_launches_processes(run_folder, preset):
+    """As in docs/training.md, in an interpreter that has started nothing else."""
+    code = (
+        "from accelerate import notebook_launcher\n"
+        "from mlnet_utils import config, training\n"
+        f"small = config.load_config({preset[4]!r}, epochs=2)\n"
+        f"notebook_launcher(training.fit, (small, {str(run_folder)!r}), num_processes=2,\n"
+        f"                  use_port={free_port()!r})\n"
+    )
+    root = Path(runtime.__file__).parent.parent
+    environment = {**os.environ, **local_environment(), "PYTHONPATH": str(root)}
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("epoch   2/2") == 1  # two trainings of one process would print it twice
     assert load_checkpoint(run_folder / "checkpoints" / "last.pt")["progress"]["finished"]
