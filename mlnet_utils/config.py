@@ -223,8 +223,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     "osie": {
         **_DENSITY,
         "dataset": "osie",
-        "height": 240,
-        "width": 320,
+        "height": 360,
+        "width": 480,
         "backbone": "mobilenetv1_100",
         # The TensorFlow weights were trained with SAME padding.
         "backbone_args": {"pad_type": "same"},
@@ -240,8 +240,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "epochs": 10,
         "patience": 0,
         "ema_decay": 0.98,
-        "crop": 0.15,
-        "jitter": 0.2,
         "test_flip": True,
         "workers": 0,
         "cache": True,
