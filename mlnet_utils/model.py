@@ -88,7 +88,13 @@ class TimmLevels(nn.Module):
                 pretrained=pretrained,
                 **config.backbone_args,
             )
-        except Exception as error:  # timm raises many types; all of them mean: unusable name
+        except Exception as error:  # timm raises many types
+            if pretrained and timm.is_model(config.backbone):
+                raise ValueError(
+                    f"backbone {config.backbone!r} could not be built with its ImageNet weights "
+                    f"({error}): where the download fails, name a local file in $BACKBONE_WEIGHTS "
+                    "or in the preset's backbone_weights"
+                ) from error
             raise ValueError(
                 f"backbone {config.backbone!r} cannot be built by timm with features at 1/8 "
                 f"resolution ({error}); see timm.list_models(), or use vgg16"

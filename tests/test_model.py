@@ -120,6 +120,16 @@ def test_too_many_levels_and_unknown_backbones_are_errors():
         build(backbone_drop=("layer9",))
 
 
+def test_a_failed_download_says_where_a_file_goes(monkeypatch):
+    def unreachable(*_, pretrained, **__):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.delenv("BACKBONE_WEIGHTS", raising=False)
+    monkeypatch.setattr("timm.create_model", unreachable)
+    with pytest.raises(ValueError, match=r"no route to the hub.*name a local file in \$BACKBONE"):
+        build(backbone_weights="imagenet")
+
+
 def test_normalisation():
     for name, (mean, std) in NORMALISATIONS.items():
         model = build(normalisation=name)
