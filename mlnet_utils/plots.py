@@ -59,7 +59,8 @@ def plot_panels(rows: Sequence[Mapping[str, object]], width: float = 9.0) -> Fig
     cell = width / len(titles)
     heights = []  # rows may hold photos of different shapes
     for row in rows:
-        picture = np.asarray(row[titles[0]])
+        first = row[titles[0]]
+        picture = np.asarray(first[0] if isinstance(first, tuple) else first)
         heights.append(cell * picture.shape[0] / picture.shape[1])
     figure, axes = plt.subplots(
         len(rows),
