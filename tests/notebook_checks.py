@@ -258,7 +258,7 @@ def broken_links(text, path):
             continue
         name, _, anchor = target.partition("#")
         file = path.parent / name if name else path
-        if not file.exists():
+        if name and not file.exists():
             problems.append(f"link to {name}, which does not exist")
         elif anchor and anchor not in anchors(text if file == path else page(file), file):
             problems.append(f"link to {target}, which is no heading there")

@@ -27,7 +27,13 @@ EXTRAS = PROJECT["optional-dependencies"]
 CONDA_EXTRAS = ("notebooks", "test")  # what environment.yml installs
 NOTEBOOK_MODULES = ("execution", "pipeline")  # need the extra `notebooks`
 # Names under which distributions are imported, where they differ.
-IMPORT_NAMES = {"pillow": "PIL", "pyyaml": "yaml", "scikit-image": "skimage", "pot": "ot"}
+IMPORT_NAMES = {
+    "pillow": "PIL",
+    "pyyaml": "yaml",
+    "scikit-image": "skimage",
+    "pot": "ot",
+    "ipython": "IPython",
+}
 
 
 def requirement_lines(path):
