@@ -1,4 +1,4 @@
-"""Figures. Every function takes arrays and returns a Figure; none shows or computes scores."""
+"""Figures. Every ``plot_*`` takes arrays and returns a Figure; none shows or computes scores."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,11 +10,13 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mlnet_utils.runtime import atomic_path
 
 MAP_COLOURS = "magma"
 PALETTE = "deep"
+TITLE_INCHES = 0.35  # of a picture, in a grid
 
 
 def use_style() -> None:
@@ -22,7 +24,8 @@ def use_style() -> None:
     sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE)
     plt.rcParams.update(
         {
-            "figure.dpi": 84,
+            # 9 inches fill nbviewer's column, and leave letters a phone can still show.
+            "figure.dpi": 100,
             "savefig.dpi": 120,
             "axes.titlesize": "medium",
         }
@@ -49,21 +52,23 @@ def overlay(photo: np.ndarray, density: np.ndarray, strength: float = 0.65) -> n
     return (grey * (1 - alpha) + colours * alpha).clip(0, 255).astype(np.uint8)
 
 
-def plot_panels(rows: Sequence[Mapping[str, object]], width: float = 10.0) -> Figure:
+def plot_panels(rows: Sequence[Mapping[str, object]], width: float = 9.0) -> Figure:
     """Rows of pictures: each row maps a title to a photo (H, W, 3), a map (H, W) or
     ``(photo, points)`` for fixations on a photo. A key ``"label"`` names the row."""
     titles = [title for title in rows[0] if title != "label"]
     cell = width / len(titles)
     heights = []  # rows may hold photos of different shapes
     for row in rows:
-        picture = np.asarray(row[titles[0]])
-        heights.append(cell * picture.shape[0] / picture.shape[1] + 0.2)
+        first = row[titles[0]]
+        picture = np.asarray(first[0] if isinstance(first, tuple) else first)
+        heights.append(cell * picture.shape[0] / picture.shape[1])
     figure, axes = plt.subplots(
         len(rows),
         len(titles),
-        figsize=(width, sum(heights)),
+        figsize=(width, sum(heights) + TITLE_INCHES),
         squeeze=False,
         height_ratios=heights,
+        layout="compressed",  # pictures have shapes of their own: no gaps between them
     )
     for r, row in enumerate(rows):
         for c, title in enumerate(titles):
@@ -72,7 +77,6 @@ def plot_panels(rows: Sequence[Mapping[str, object]], width: float = 10.0) -> Fi
                 axes[r, c].set_title(title)
         if "label" in row:
             axes[r, 0].set_ylabel(str(row["label"]), fontsize="small")
-    figure.tight_layout(pad=0.4)
     return figure
 
 
@@ -98,15 +102,17 @@ def _draw(axis: Axes, content: object) -> None:
 
 
 def plot_maps(
-    maps: Mapping[str, np.ndarray], columns: int = 4, width: float = 10.0, diverging: bool = False
+    maps: Mapping[str, np.ndarray], columns: int = 4, width: float = 9.0, diverging: bool = False
 ) -> Figure:
     """Titled maps or photos in a grid; ``diverging`` centres the colours of maps on zero."""
     rows = -(-len(maps) // columns)
     columns = min(columns, len(maps))
     first = np.asarray(next(iter(maps.values())))
     cell = width / columns
-    height = (cell * first.shape[0] / first.shape[1] + 0.35) * rows
-    figure, axes = plt.subplots(rows, columns, figsize=(width, height), squeeze=False)
+    height = (cell * first.shape[0] / first.shape[1] + TITLE_INCHES) * rows
+    figure, axes = plt.subplots(
+        rows, columns, figsize=(width, height), squeeze=False, layout="compressed"
+    )
     for axis in axes.flat:
         axis.axis("off")
     for axis, (title, content) in zip(axes.flat, maps.items(), strict=False):
@@ -114,17 +120,16 @@ def plot_maps(
         if diverging and content.ndim == 2:
             limit = max(float(np.abs(content).max()), 1e-12)
             image = axis.imshow(content, cmap="RdBu_r", vmin=-limit, vmax=limit)
-            figure.colorbar(image, ax=axis, shrink=0.7)
+            figure.colorbar(image, ax=axis, shrink=0.7, pad=0.02)
         else:
             axis.imshow(content, cmap=MAP_COLOURS)
         axis.set_title(title)
-    figure.tight_layout(pad=0.4)
     return figure
 
 
 def plot_history(log: pd.DataFrame) -> Figure:
     """Learning curves: losses with the best epoch marked, validation scores, learning rate."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.2))
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3))
     best = log.loc[log["val_loss"].idxmin(), "epoch"]
     axes[0].plot(log["epoch"], log["train_loss"], marker="o", ms=3, label="train")
     axes[0].plot(log["epoch"], log["val_loss"], marker="o", ms=3, label="validation")
@@ -132,7 +137,7 @@ def plot_history(log: pd.DataFrame) -> Figure:
     axes[0].set(title="Loss", xlabel="epoch")
     axes[0].legend(fontsize="small")
     axes[1].plot(log["epoch"], log["val_cc"], marker="o", ms=3, color="C2", label="CC")
-    axes[1].set(title="Validation scores (network's grid)", xlabel="epoch", ylabel="CC")
+    axes[1].set(title="Validation scores", xlabel="epoch", ylabel="CC")
     twin = axes[1].twinx()
     twin.plot(log["epoch"], log["val_nss"], marker="s", ms=3, color="C3", label="NSS")
     twin.set_ylabel("NSS")
@@ -140,7 +145,9 @@ def plot_history(log: pd.DataFrame) -> Figure:
     lines = axes[1].get_lines() + twin.get_lines()
     axes[1].legend(lines, [line.get_label() for line in lines], fontsize="small", loc="lower right")
     axes[2].plot(log["epoch"], log["lr"], color="C4")
-    axes[2].set(title="Learning rate at the end of the epoch", xlabel="epoch", yscale="log")
+    axes[2].set(title="Learning rate", xlabel="epoch", yscale="log")
+    for axis in axes:
+        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     figure.tight_layout()
     return figure
 
@@ -159,7 +166,7 @@ def plot_scores(
     rows = -(-len(metrics) // columns)
     models = list(dict.fromkeys(table["model"]))
     figure, axes = plt.subplots(
-        rows, columns, figsize=(11, (0.3 * len(models) + 0.8) * rows), sharey=True, squeeze=False
+        rows, columns, figsize=(9, (0.3 * len(models) + 0.8) * rows), sharey=True, squeeze=False
     )
     for axis in axes.flat[len(metrics) :]:
         axis.axis("off")
@@ -172,7 +179,7 @@ def plot_scores(
             if np.isfinite(row["mean"]):
                 axis.plot([row["low"], row["high"]], [y, y], color=colours[model], lw=2.5)
                 axis.plot(row["mean"], y, "o", color=colours[model], ms=6)
-        axis.set(title=metric, yticks=range(len(models)), yticklabels=models)
+        axis.set(title=_title(metric), yticks=range(len(models)), yticklabels=models)
         axis.set_ylim(len(models) - 0.5, -0.5)
     figure.tight_layout()
     return figure
@@ -187,16 +194,18 @@ def plot_distributions(scores: pd.DataFrame, metrics: Sequence[str], columns: in
         columns: panels per row.
     """
     rows = -(-len(metrics) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(11, 2.6 * rows), squeeze=False, sharey=True)
+    figure, axes = plt.subplots(rows, columns, figsize=(9, 2.6 * rows), squeeze=False, sharey=True)
     for axis in axes.flat[len(metrics) :]:
         axis.axis("off")
+    models = list(dict.fromkeys(scores["model"]))  # one colour each, where some are missing too
+    colours = dict(zip(models, sns.color_palette(PALETTE, len(models)), strict=True))
     for axis, metric in zip(axes.flat, metrics, strict=False):
         finite = scores[np.isfinite(scores[metric])]
         sns.violinplot(
             finite, x=metric, y="model", hue="model", ax=axis, cut=0, inner="quart", linewidth=0.8,
-            legend=False,
+            order=models, hue_order=models, palette=colours, legend=False,
         )  # fmt: skip
-        axis.set(title=metric, xlabel="", ylabel="")
+        axis.set(title=_title(metric), xlabel="", ylabel="")
     figure.tight_layout()
     return figure
 
@@ -221,6 +230,11 @@ def plot_amounts(table: pd.DataFrame, metrics: Sequence[str], amount: str) -> Fi
     return figure
 
 
+def _title(metric: str) -> str:
+    """Of a panel; only KL is a distance."""
+    return f"{metric} (less is better)" if metric == "KL" else metric
+
+
 def plot_fixation_statistics(
     per_photo: Sequence[int], per_observer: Sequence[float], saccades: Sequence[float], unit: str
 ) -> Figure:
@@ -232,7 +246,7 @@ def plot_fixation_statistics(
         saccades: distances between consecutive fixations of one observer; may be empty.
         unit: of the distances, e.g. ``"degrees"`` or ``"pixels"``.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(11, 2.8))
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.8))
     panels = (
         (per_photo, "Fixations per photo", "fixations", "no photos"),
         (per_observer, "Fixations per observer and photo", "fixations", "observers unknown"),
@@ -241,6 +255,7 @@ def plot_fixation_statistics(
     for axis, (values, title, label, absent) in zip(axes, panels, strict=True):
         if len(values):
             sns.histplot(np.asarray(values), ax=axis, bins=30, edgecolor="white", linewidth=0.3)
+            axis.margins(y=0.3)  # room for the legend above the bars
             axis.axvline(
                 np.median(values), color="C3", lw=1.2, label=f"median {np.median(values):.3g}"
             )
@@ -269,6 +284,19 @@ def plot_changes(table: pd.DataFrame, reference: str) -> Figure:
     axis.set(xlabel="", ylabel="")
     figure.tight_layout()
     return figure
+
+
+def show(alt: str) -> None:
+    """Display the latest figure in a notebook, described for those who cannot see it.
+
+    nbconvert's ``classic`` and ``basic`` templates, hence nbviewer, write the output's metadata
+    ``alt`` into the image.
+    """
+    from IPython.display import display
+
+    figure = plt.gcf()
+    display(figure, metadata={"alt": alt})
+    plt.close(figure)  # or the inline backend shows it again
 
 
 def save(figure: Figure, path: str | Path) -> None:

@@ -38,6 +38,33 @@ def checkout_root() -> Path | None:
     return root if (root / "pyproject.toml").is_file() and (root / "notebooks").is_dir() else None
 
 
+def drive_folder() -> Path:
+    """The user's Google Drive, mounted below the working folder (Colab's is ``/content``).
+
+    Raises:
+        RuntimeError: this is not Colab.
+    """
+    if not in_colab():
+        raise RuntimeError(
+            "a folder that starts with drive: lies on Google Drive, which only Google Colab can "
+            "mount; name a folder of this machine instead"
+        )
+    folder = Path.cwd() / "drive" / "MyDrive"
+    if not folder.is_dir():  # a process that the notebook starts finds it mounted
+        from google.colab import drive
+
+        drive.mount(str(folder.parent))
+    return folder
+
+
+def chosen_folder(value: str | Path) -> Path:
+    """A folder as users write it: ``~`` is home, ``drive:`` is Google Drive (in Colab)."""
+    text = str(value)
+    if text.startswith("drive:"):
+        return drive_folder() / text.removeprefix("drive:").lstrip("/")
+    return Path(value).expanduser()
+
+
 def data_root(value: str | Path = "") -> Path:
     """Folder of the raw datasets: ``value``, else ``$MLNET_DATA``, else ``data/``.
 
@@ -45,13 +72,13 @@ def data_root(value: str | Path = "") -> Path:
     notebook finds the same data by hand (in ``notebooks/``), by papermill and by nbval.
     """
     chosen = str(value) or os.environ.get("MLNET_DATA", "")
-    return Path(chosen).expanduser() if chosen else (checkout_root() or Path.cwd()) / "data"
+    return chosen_folder(chosen) if chosen else (checkout_root() or Path.cwd()) / "data"
 
 
 def run_dir(value: str | Path = "", preset: str = "sample") -> Path:
     """Folder of one run: ``value``, else ``$MLNET_RUNS/<preset>``, else ``runs/<preset>``."""
     if str(value):
-        return Path(value).expanduser()
+        return chosen_folder(value)
     return _runs() / Path(preset).stem  # a preset may be the path of a YAML file
 
 

@@ -29,6 +29,7 @@ MACHINE_PATH = re.compile(
 MAGIC = re.compile(r"^([ \t]*)[!%]", re.MULTILINE)
 TYPED_COMMENT = re.compile(r"#\s*(type:\s*)?(str|int|float|bool|list|tuple|dict)\b.{3,}")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)[^)]*\)")
+FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)  # its comments look like headings
 HTML_IMAGE = re.compile(r"<img\b[^>]*>", re.IGNORECASE)
 
 
@@ -246,24 +247,65 @@ def links_to_next(notebook, path):
 
 
 def links_are_valid(notebook, path):
-    text = markdown(notebook)
-    headings = re.findall(r"^#+ (.+?)\s*$", text, re.MULTILINE)
-    anchors = {heading.replace(" ", "-") for heading in headings}
-    anchors |= set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", text))
+    return broken_links(markdown(notebook), path)
+
+
+def broken_links(text, path):
+    """Relative links of a page (its Markdown, its path) to files or headings that do not exist."""
     problems = []
-    for _, _, target in LINK.findall(text):
+    for _, _, target in LINK.findall(without_code(text)):
         if re.match(r"(https?|mailto|attachment|data):", target):
             continue
-        file, _, anchor = target.partition("#")
-        if file and not (path.parent / file).exists():
-            problems.append(f"link to {file}, which does not exist")
-        if not file and anchor not in anchors:
-            problems.append(f"link to #{anchor}, which is no heading here")
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        if name and not file.exists():
+            problems.append(f"link to {name}, which does not exist")
+        elif anchor and anchor not in anchors(text if file == path else page(file), file):
+            problems.append(f"link to {target}, which is no heading there")
     return problems
 
 
+def without_code(text):
+    """Markdown without its code: Python's `terms[name](x)` is no link."""
+    return re.sub(r"`[^`\n]*`", "", FENCED.sub("", text))
+
+
+def page(file):
+    """The Markdown of a page or of a notebook."""
+    text = file.read_text("utf-8")
+    if file.suffix != ".ipynb":
+        return text
+    cells = json.loads(text)["cells"]
+    return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+
+
+def anchors(text, file):
+    """What `#...` may name: headings, as nbconvert writes them, and as GitHub does in pages."""
+    headings = re.findall(r"^#+ (.+?)\s*$", FENCED.sub("", text), re.MULTILINE)
+    if file.suffix == ".ipynb":
+        names = {heading.replace(" ", "-") for heading in headings}
+    else:
+        names = {re.sub(r"[^\w\- ]", "", h).strip().lower().replace(" ", "-") for h in headings}
+    return names | set(re.findall(r"<a (?:id|name)=\"([^\"]+)\"", text))
+
+
+def figures_have_alt_text(notebook, path):
+    """Pictures that cells show say what they show (`plots.show`)."""
+    return [
+        f"a figure of {label(cell)} has no alternative text"
+        for cell in code_cells(notebook)
+        for output in cell.outputs
+        if any(kind.startswith("image/") for kind in output.get("data", {}))
+        and not output.metadata.get("alt", "").strip()
+    ]
+
+
 def images_have_alt_text(notebook, path):
-    text = markdown(notebook)
+    return bare_images(markdown(notebook))
+
+
+def bare_images(text):
+    """Images of a page that have no alternative text."""
     bare = [target for image, alt, target in LINK.findall(text) if image and not alt.strip()]
     tags = HTML_IMAGE.findall(text)
     bare += [tag for tag in tags if not re.search(r"alt=[\"'][^\"']+[\"']", tag)]
@@ -300,5 +342,6 @@ CHECKS = (
     links_to_next,
     links_are_valid,
     images_have_alt_text,
+    figures_have_alt_text,
     valid_file,
 )

@@ -50,6 +50,7 @@ def code(source, count, outputs=(), **metadata):
 def good(tmp_path):
     """A notebook that passes every check, with a successor, in a folder of its own."""
     (tmp_path / "02_next.ipynb").write_text("{}")
+    (tmp_path / "02_next.md").write_text("# What: a *page*!\n\n```\n# Else\n```\n")
     path = tmp_path / "01_first.ipynb"
     place = f"github/{checks.repository_name()}/blob/main/notebooks/01_first.ipynb"
     title = nbformat.v4.new_markdown_cell(
@@ -181,6 +182,11 @@ def same_id(notebook, path):
     notebook.cells[3]["outputs"][0]["output_type"] = "scroll"
 
 
+def figure(notebook, path):
+    output = nbformat.v4.new_output("display_data", data={"image/png": "iVBORw0KGgo="})
+    notebook.cells[4].outputs.append(output)
+
+
 def title_last(notebook, path):
     notebook.cells.append(notebook.cells.pop(0))
 
@@ -237,8 +243,10 @@ BAD = [
     (replace(5, "(02_next.ipynb), or", ", or"), "links_to_next", "next notebook, 02_next.ipynb"),
     (replace(5, "#The-end", "#Nowhere"), "links_are_valid", "link to #Nowhere"),
     (extend(5, " [x](../figures/none.png)"), "links_are_valid", "link to ../figures/none.png"),
+    (extend(5, " [x](02_next.md#Else)"), "links_are_valid", "link to 02_next.md#Else, which is no"),
     (replace(5, "![curve]", "![]"), "images_have_alt_text", "image without alternative text"),
     (extend(5, ' <img src="https://x/y.png">'), "images_have_alt_text", "<img src="),
+    (figure, "figures_have_alt_text", "a figure of `double(2)` has no alternative text"),
     (same_id, "valid_file", "scroll"),
 ]
 
@@ -253,6 +261,49 @@ def test_check_fires(good, spoil, check, message):
 
 def test_every_check_is_seen_to_fire():
     assert {check for _, check, _ in BAD} == {check.__name__ for check in checks.CHECKS}
+
+
+# ---- the pages beside them ---------------------------------------------------------------------
+PAGES = sorted(
+    path
+    for pattern in ("*.md", "docs/*.md", "data/*.md", "results/**/*.md")
+    for path in checks.ROOT.glob(pattern)
+)
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(checks.ROOT).as_posix())
+def test_page_links_to_what_exists_and_describes_its_images(path):
+    text = path.read_text("utf-8")
+    assert checks.broken_links(text, path) == []
+    assert checks.bare_images(text) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "problems"),
+    [
+        ("[a](other.md) [b](other.md#a-page-of-c) [c](#here) `x[y](z)`\n\n## Here", []),
+        ("[a](none.md)", ["link to none.md, which does not exist"]),
+        ("[a](other.md#b)", ["link to other.md#b, which is no heading there"]),
+        ("[a](#here)\n\n```\n# Here\n```", ["link to #here, which is no heading there"]),
+        ("[a](book.ipynb#In-a-book) [b](book.ipynb#in-a-book)",
+         ["link to book.ipynb#in-a-book, which is no heading there"]),
+    ],
+)  # fmt: skip
+def test_links_of_pages_are_checked(tmp_path, text, problems):
+    (tmp_path / "other.md").write_text("# A page: of `C`!")
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# In a book")])
+    nbformat.write(book, tmp_path / "book.ipynb")
+    assert checks.broken_links(text, tmp_path / "page.md") == problems
+
+
+def test_executed_copies_are_fit_for_readers_too():
+    """What `results/` holds for nbviewer may hold injected parameters, but no fault to look at."""
+    copies = sorted(checks.ROOT.glob("results/*/notebooks/*.ipynb"))
+    assert copies
+    for path in copies:
+        notebook = nbformat.read(path, as_version=4)
+        for check in (checks.no_errors_or_stderr, checks.no_machine_paths, checks.links_are_valid):
+            assert check(notebook, path) == [], path
 
 
 # ---- what nbval may ignore ---------------------------------------------------------------------

@@ -33,6 +33,7 @@ IMPORT_NAMES = {
     "pot": "ot",
     "pyyaml": "yaml",
     "scikit-image": "skimage",
+    "ipython": "IPython",
 }
 
 
@@ -178,12 +179,13 @@ def third_party_imports(source):
 def undeclared(module, source):
     """Imports that `pip install` would not provide.
 
-    An import inside a function may come from any extra: it is a feature that says what it needs.
+    An import inside a function may come from any extra, or from Colab: it is a feature that says
+    what it needs.
     """
     required = import_names(PROJECT["dependencies"])
     if module in NOTEBOOK_MODULES:
         required |= import_names(EXTRAS["notebooks"])
-    optional = required.union(*(import_names(extra) for extra in EXTRAS.values()))
+    optional = required.union({"google"}, *(import_names(extra) for extra in EXTRAS.values()))
     return sorted(
         top
         for top, at_import in third_party_imports(source)

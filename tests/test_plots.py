@@ -49,6 +49,15 @@ def test_panels_have_a_row_per_photo_and_a_column_per_picture(photo):
     assert figure.axes[0].get_ylabel() == "a"
 
 
+def test_panels_may_begin_with_fixations_and_leave_no_gaps_between_rows(photo):
+    rows = [{"fixations": (photo[:h], np.zeros((1, 2))), "map": photo[:h, :, 0]} for h in (30, 12)]
+    figure = plots.plot_panels(rows)
+    figure.draw_without_rendering()
+    upper, lower = (axis.get_position() for axis in figure.axes[::2])
+    assert 0 < upper.y0 - lower.y1 < 0.05
+    assert upper.height / lower.height == pytest.approx(30 / 12, rel=0.02)
+
+
 def test_maps_are_centred_on_zero_when_diverging():
     figure = plots.plot_maps(
         {"a": np.array([[-1.0, 3.0]]), "b": np.array([[0.0, 0.0]])}, diverging=True
@@ -90,6 +99,14 @@ def test_scores_leave_out_what_is_undefined():
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b"]
 
 
+def test_a_model_has_the_same_colour_in_every_distribution():
+    scores = pd.DataFrame({"model": ["a"] * 5 + ["b"] * 5, "CC": [np.nan] * 5 + [1, 2, 3, 4, 5.0]})
+    scores["IG"] = np.arange(10.0)
+    figure = plots.plot_distributions(scores, ["CC", "IG"])
+    colours = [axis.collections[-1].get_facecolor().tolist() for axis in figure.axes[:2]]
+    assert colours[0] == colours[1]
+
+
 def test_distributions_ignore_infinite_scores():
     scores = pd.DataFrame({"model": ["a"] * 5, "IG": [1.0, 2.0, -np.inf, np.nan, 1.5]})
     assert plots.plot_distributions(scores, ["IG"]).axes[0].get_title() == "IG"
@@ -105,6 +122,16 @@ def test_changes_are_relative_to_the_reference():
     figure = plots.plot_changes(table, "unchanged")
     values = figure.axes[0].collections[0].get_array().reshape(2, 1)
     np.testing.assert_allclose(values[:, 0], [0, -50])
+
+
+def test_shown_figure_carries_its_alternative_text_and_is_shown_once(monkeypatch):
+    ipython = pytest.importorskip("IPython", reason="needs the extra `notebooks`")
+    shown = []
+    monkeypatch.setattr(ipython.display, "display", lambda *args, **kw: shown.append((args, kw)))
+    figure = plots.plot_maps({"a": np.eye(3)})
+    plots.show("A diagonal")
+    assert shown == [((figure,), {"metadata": {"alt": "A diagonal"}})]
+    assert plt.get_fignums() == []
 
 
 def test_save_is_atomic_and_leaves_no_software_name(tmp_path):

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -55,6 +55,29 @@ def test_colab_is_recognised_by_its_package(monkeypatch):
     assert not runtime.in_colab()
     monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: name == "google.colab")
     assert runtime.in_colab()
+
+
+def test_drive_is_mounted_once_where_colab_keeps_it(monkeypatch, tmp_path):
+    mounted = []
+
+    def mount(folder):
+        mounted.append(folder)
+        (Path(folder) / "MyDrive").mkdir(parents=True)
+
+    colab = ModuleType("google.colab")
+    colab.drive = SimpleNamespace(mount=mount)
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    monkeypatch.setattr(runtime, "in_colab", lambda: True)
+    monkeypatch.chdir(tmp_path)
+    drive = tmp_path / "drive" / "MyDrive"
+    assert runtime.run_dir("drive:mlnet/sample") == drive / "mlnet" / "sample"
+    assert runtime.data_root("drive:/data") == drive / "data"
+    assert mounted == [str(tmp_path / "drive")]
+
+
+def test_drive_outside_colab_is_an_error():
+    with pytest.raises(RuntimeError, match=r"only Google Colab can mount; name a folder"):
+        runtime.run_dir("drive:mlnet")
 
 
 # ---- files -------------------------------------------------------------------------------------
