@@ -16,9 +16,13 @@ ROOT = Path(__file__).resolve().parent.parent
     [
         ("training", ["MLNet-Pytorch's loop", "this engine", "VGG-16 trunk", "features.28"]),
         ("memory", ["default", "checkpointing", "peak GB"]),
+        ("export", ["torch.export", "ONNX, 8 bits", "lowest CC"]),
     ],
 )
 def test_a_benchmark_runs(name, columns, tmp_path):
+    if name == "export":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
     results = ROOT / "results" / "benchmarks" / f"{name}.json"
     before = results.read_bytes() if results.exists() else None
     options = ["--smoke", *(["--layers"] if name == "training" else [])]
