@@ -100,13 +100,43 @@ def parser() -> argparse.ArgumentParser:
 
     verb = _verb(verbs, "predict", predict, "saliency maps for photos and folders of photos",
                  "predict --checkpoint runs/osie/checkpoints/best.pt --out maps photo.jpg holiday/",
-                 )  # fmt: skip
-    verb.add_argument("--checkpoint", type=Path, required=True)
+                 "predict --checkpoint network.onnx --out maps --overlay photo.jpg",
+                 "predict --checkpoint best.pt --out maps --overlay --video clip.mp4")  # fmt: skip
+    _checkpoint_option(verb, ", or an exported file")
     verb.add_argument("--out", type=Path, required=True, help="folder for the maps")
     verb.add_argument("--overlay", action="store_true", help="also write <stem>_overlay.png")
     verb.add_argument("--npy", action="store_true", help="also write <stem>.npy, sums to 1")
+    verb.add_argument("--video", action="store_true", help="paths are videos; writes <stem>.mp4")
     verb.add_argument("--force", action="store_true", help="redo maps that exist")
     verb.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="photos and folders")
+
+    verb = _verb(verbs, "export", export, "write a trained network for other runtimes",
+                 "export --checkpoint runs/osie/checkpoints/best.pt --out network.onnx",
+                 "export --checkpoint best.pt --out small.onnx --int8 holiday/",
+                 "export --checkpoint best.pt --out network.pt2 --format torch-export photo.jpg",
+                 )  # fmt: skip
+    _checkpoint_option(verb)
+    verb.add_argument("--out", type=Path, required=True, help=".onnx or .pt2 file to write")
+    verb.add_argument("--format", choices=("onnx", "torch-export"), default="onnx")
+    verb.add_argument("--int8", action="store_true", help="8 bits, calibrated on the photos (ONNX)")
+    verb.add_argument(
+        "photos", nargs="*", type=Path, metavar="PHOTO",
+        help="photos and folders to verify with; default: the run's training photos",
+    )  # fmt: skip
+
+    verb = _verb(verbs, "submit", submit, "write the file that a public benchmark takes",
+                 "submit --checkpoint best.pt --dataset salicon-2017 --split test --out maps.zip",
+                 "submit --checkpoint best.pt --dataset mit300 --photos ~/mit300 --out maps.hdf5",
+                 )  # fmt: skip
+    _checkpoint_option(verb, ", or an exported file")
+    verb.add_argument("--out", type=Path, required=True, help=".zip, .json or .hdf5 file to write")
+    _benchmark_options(verb)
+
+    verb = _verb(verbs, "check-submission", check_submission, "check anybody's benchmark file",
+                 "check-submission maps.zip --dataset salicon-2017 --split test",
+                 "check-submission maps.hdf5 --dataset mit300 --photos ~/mit300")  # fmt: skip
+    verb.add_argument("file", type=Path, help=".zip, .json or .hdf5 file")
+    _benchmark_options(verb)
 
     verb = _verb(verbs, "import-weights", import_weights, "convert weights of earlier ML-Nets",
                  "import-weights mlnet_salicon_weights.pkl --out authors.pt",
@@ -134,6 +164,19 @@ def _run_options(verb) -> None:
     names = ", ".join(PRESETS)
     verb.add_argument("--preset", default="sample", help=f"{names}, or a YAML file")
     verb.add_argument("--run-dir", default="", help="default: runs/<preset>")
+    verb.add_argument("--data-root", default="", help="raw datasets (default: $MLNET_DATA, data/)")
+
+
+def _checkpoint_option(verb, more: str = "") -> None:
+    verb.add_argument(
+        "--checkpoint", type=Path, required=True, help=f"a trained or imported network{more}"
+    )
+
+
+def _benchmark_options(verb) -> None:
+    verb.add_argument("--dataset", required=True, help="a benchmark; an unknown name lists them")
+    verb.add_argument("--split", default="test", help="test (default), or val where it is taken")
+    verb.add_argument("--photos", default="", help="folder of its photos, if not in the raw data")
     verb.add_argument("--data-root", default="", help="raw datasets (default: $MLNET_DATA, data/)")
 
 
@@ -260,19 +303,55 @@ def sweep(options: argparse.Namespace) -> int:
 
 
 def predict(options: argparse.Namespace) -> int:
-    from mlnet_utils import folders
+    call = (options.checkpoint, options.paths, options.out)
+    if options.video:
+        from mlnet_utils.video import predict_videos
 
-    result = folders.predict_folder(
-        options.checkpoint,
-        options.paths,
-        options.out,
-        overlay=options.overlay,
-        npy=options.npy,
-        force=options.force,
-    )
-    if os.environ.get("RANK", "0") == "0":  # of several processes one reports
+        if options.npy:
+            raise ValueError("--npy is for photos; a video's maps are written as a video only")
+        result = predict_videos(*call, overlay=options.overlay, force=options.force)
+    else:
+        from mlnet_utils.folders import predict_folder
+
+        result = predict_folder(
+            *call, overlay=options.overlay, npy=options.npy, force=options.force
+        )
+    if _first_process():
         print(result.summary())
     return 1 if result.failed else 0
+
+
+def export(options: argparse.Namespace) -> int:
+    from mlnet_utils.export import export as write
+
+    report = write(options.checkpoint, options.out, options.format, options.int8, options.photos)
+    print(report.summary())
+    return 0
+
+
+def submit(options: argparse.Namespace) -> int:
+    from mlnet_utils import submission
+
+    place = (options.split, options.photos, data_root(options.data_root))
+    path = submission.write_submission(options.checkpoint, options.dataset, options.out, *place)
+    if _first_process():
+        print(f"{display_path(path)}: complete and valid for {options.dataset}, {options.split}")
+    return 0
+
+
+def check_submission(options: argparse.Namespace) -> int:
+    from mlnet_utils import submission
+
+    root = data_root(options.data_root)
+    _, sizes = submission.benchmark_photos(options.dataset, options.split, options.photos, root)
+    problems = submission.validate_submission(options.file, sizes)
+    print("\n".join(problems) or f"valid: a map for each of the {len(sizes)} photos")
+    return 1 if problems else 0
+
+
+def _first_process() -> bool:
+    """Of several processes one reports."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 def import_weights(options: argparse.Namespace) -> int:

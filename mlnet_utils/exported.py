@@ -1,20 +1,16 @@
-"""Networks in their exported form: loading them for prediction, and measuring what they cost."""
+"""Networks in their exported form, loaded for prediction."""
 
 import importlib
 import json
-import time
-from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mlnet_utils.config import from_dict
-from mlnet_utils.evaluation import TestSet
-from mlnet_utils.metrics import METRICS
 from mlnet_utils.prediction import Predictor, load
-from mlnet_utils.runtime import progress
+
+SUFFIXES = (".onnx", ".pt2")
 
 
 def require(name: str):
@@ -57,6 +53,27 @@ def load_exported(path: str | Path, threads: int = 0) -> Predictor:
     return Predictor(network, from_dict(config))
 
 
+def load_network(
+    path: str | Path, device: str | None = None, default: str | None = None
+) -> Predictor:
+    """A checkpoint, or by its suffix an exported file, as a predictor.
+
+    Args:
+        path: of either.
+        device: where it runs; exported files run on the CPU only.
+        default: device of a checkpoint without ``device``; None: a GPU if there is one.
+
+    Raises:
+        FileNotFoundError, ModuleNotFoundError: see :func:`load_exported`.
+        ValueError: it cannot be read, or an exported file is wanted on another device.
+    """
+    if Path(path).suffix not in SUFFIXES:
+        return load(path, device or default)
+    if device not in (None, "cpu"):
+        raise ValueError(f"{path} is an exported network, which runs on the CPU, not on {device}")
+    return load_exported(path)
+
+
 class OnnxNetwork(nn.Module):
     """An ONNX file in the place of :class:`~mlnet_utils.model.MLNet`, run by onnxruntime."""
 
@@ -71,63 +88,3 @@ class OnnxNetwork(nn.Module):
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, 1, H/8, W/8) float32."""
         return torch.from_numpy(self.session.run(None, {"image": image.numpy()})[0])
-
-
-def measure(
-    files: Mapping[str, Path],
-    run_dir: str | Path,
-    split: str = "test",
-    limit: int = 0,
-    threads: int = 1,
-    repeats: int = 20,
-) -> list[dict]:
-    """Size, speed and scores of a network in several files.
-
-    Args:
-        files: name -> checkpoint (``.pt``) or exported file.
-        run_dir: the run whose prepared photos are scored.
-        split: of those photos.
-        limit: at most so many photos, 0 = all.
-        threads: that PyTorch and onnxruntime may use.
-        repeats: timed passes of one photo through the network, of which the median counts.
-
-    Returns:
-        Per file: ``variant``, ``megabytes``, ``milliseconds`` per photo (network only, CPU), and
-        the mean over photos of every metric.
-    """
-    data = TestSet(Path(run_dir), split)
-    photos = data.photos[:limit] if limit else data.photos
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        rows = []
-        for name, path in files.items():
-            whole = Path(path).suffix == ".pt"
-            predictor = load(path, "cpu") if whole else load_exported(path, threads)
-            scores = [
-                data.score(photo, predictor.predict(data.image(photo)), predictor.config.protocol)
-                for photo in progress(photos, f"scoring {name}", unit="photo")
-            ]
-            means = {m: float(np.nanmean([score[m] for score in scores])) for m in METRICS}
-            image, _ = predictor.prepare(data.image(photos[0]))
-            rows.append(
-                {
-                    "variant": name,
-                    "megabytes": Path(path).stat().st_size / 1e6,
-                    "milliseconds": 1e3 * _median_seconds(predictor.model, image[None], repeats),
-                    **means,
-                }
-            )
-    finally:
-        torch.set_num_threads(before)
-    return rows
-
-
-@torch.inference_mode()
-def _median_seconds(network: nn.Module, images: Tensor, repeats: int) -> float:
-    seconds = []
-    for _ in range(repeats + 2):  # the first two warm up
-        start = time.perf_counter()
-        network(images)
-        seconds.append(time.perf_counter() - start)
-    return float(np.median(seconds[2:]))

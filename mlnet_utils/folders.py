@@ -15,9 +15,10 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
+from mlnet_utils.exported import load_network
 from mlnet_utils.images import read_image
 from mlnet_utils.plots import overlay as paint_overlay
-from mlnet_utils.prediction import Predictor, load, predict_maps, to_density
+from mlnet_utils.prediction import Predictor, predict_maps, to_density
 from mlnet_utils.runtime import (
     atomic_path,
     cpu_count,
@@ -45,7 +46,7 @@ class FolderResult:
 
     def summary(self) -> str:
         """A sentence, and a line for every photo that failed."""
-        lines = [f"{len(self.done)} photos done, {len(self.skipped)} were done before"]
+        lines = [f"{len(self.done)} done, {len(self.skipped)} were done before"]
         lines += [f"failed: {path}: {why}" for path, why in sorted(self.failed.items())]
         return "\n".join(lines)
 
@@ -112,7 +113,7 @@ def predict_folder(
     on its own GPU, and all return the same result.
 
     Args:
-        checkpoint: a trained or imported network.
+        checkpoint: a trained or imported network, or an exported one.
         paths: photos and folders.
         out: folder for the maps.
         overlay: also write the photo with its map on top.
@@ -131,35 +132,61 @@ def predict_folder(
         ValueError: no photos; files that would overwrite each other or a photo; ``out`` holds
             maps of another checkpoint and ``force`` is not given.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    out, outputs = Path(out), Outputs(overlay, npy)
-    # One process may take hours longer than another, and then nobody should give up on it.
-    processes = PartialState(cpu=pick_device() == "cpu", timeout=timedelta(days=7))
-    predictor = load(checkpoint, device or str(processes.device))
-    targets = list_photos(paths, out, outputs)
-    record = _check_record(out, checkpoint, force)
-    todo = [
-        photo
-        for photo, target in targets.items()
-        if force or not all(path.is_file() for path in outputs.paths(target))
-    ]
-    result = FolderResult(skipped=sorted(set(targets) - set(todo)))
-    processes.wait_for_everyone()  # all have the same list before the first one writes
-    if processes.is_main_process:
-        write_json(out / RECORD, record)
-    share = todo[processes.process_index :: processes.num_processes]
+    outputs = Outputs(overlay, npy)
+    predictor, targets, share, result = begin(
+        checkpoint, paths, Path(out), outputs, force, batch_size, device
+    )
     batches = range(0, len(share), batch_size)
     with ThreadPoolExecutor(workers if workers > 0 else min(8, cpu_count() + 1)) as pool:
         decode = functools.partial(_decode, predictor, upright, overlay)
         stream = _batches(pool, decode, share, batch_size, result)
-        if processes.is_main_process:
+        if PartialState().is_main_process:
             stream = progress(stream, "predicting", len(batches), unit="batch")
         writing: dict[Path, Future] = {}
         for batch in stream:
             written, writing = writing, _predict_and_write(pool, predictor, batch, targets, outputs)
             _collect(written, result)
         _collect(writing, result)
+    return gather(result)
+
+
+def begin(
+    checkpoint: str | Path,
+    paths: Sequence[str | Path],
+    out: Path,
+    outputs: Outputs,
+    force: bool,
+    batch_size: int,
+    device: str | None,
+    suffixes: Sequence[str] = PHOTO_SUFFIXES,
+) -> tuple[Predictor, dict[Path, Path], list[Path], FolderResult]:
+    """What comes before the first prediction, of photos and of videos.
+
+    Returns:
+        The network, input -> output path without suffix, this process's share of what is to be
+        done, and a result that lists what was done before.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    # One process may take hours longer than another, and then nobody should give up on it.
+    processes = PartialState(cpu=pick_device() == "cpu", timeout=timedelta(days=7))
+    predictor = load_network(checkpoint, device, str(processes.device))
+    targets = list_photos(paths, out, outputs, suffixes)
+    record = _check_record(out, checkpoint, force)
+    todo = [
+        file
+        for file, target in targets.items()
+        if force or not all(path.is_file() for path in outputs.paths(target))
+    ]
+    result = FolderResult(skipped=sorted(set(targets) - set(todo)))
+    processes.wait_for_everyone()  # all have the same list before the first one writes
+    if processes.is_main_process:
+        write_json(out / RECORD, record)
+    return predictor, targets, todo[processes.process_index :: processes.num_processes], result
+
+
+def gather(result: FolderResult) -> FolderResult:
+    """The results of all processes, in each of them; what was skipped is the same in all."""
     for other in gather_object([result]):
         result = FolderResult(
             sorted({*result.done, *other.done}), result.skipped, {**result.failed, **other.failed}
@@ -167,7 +194,12 @@ def predict_folder(
     return result
 
 
-def list_photos(paths: Sequence[str | Path], out: Path, outputs: Outputs) -> dict[Path, Path]:
+def list_photos(
+    paths: Sequence[str | Path],
+    out: Path,
+    outputs: Outputs,
+    suffixes: Sequence[str] = PHOTO_SUFFIXES,
+) -> dict[Path, Path]:
     """Photo -> its output path without suffix; photos of a folder keep their sub-folders.
 
     Hidden files, and what lies in ``out``, are not taken for photos.
@@ -182,21 +214,23 @@ def list_photos(paths: Sequence[str | Path], out: Path, outputs: Outputs) -> dic
             if path.resolve() == out.resolve():
                 raise ValueError(
                     f"the maps of {path} cannot be written into it, or the next call would take "
-                    "them for photos; choose another output folder"
+                    "them for input; choose another output folder"
                 )
-            for file in photos_below(path, out):
+            for file in photos_below(path, out, suffixes):
                 found[file] = out / file.relative_to(path).with_name(file.stem)
         elif path.is_file():
             found[path] = out / path.stem
         else:
             raise FileNotFoundError(f"{path} does not exist")
     if not found:
-        raise ValueError(f"no photos ({', '.join(PHOTO_SUFFIXES)}) in {', '.join(map(str, paths))}")
+        raise ValueError(f"nothing ending in {', '.join(suffixes)} in {', '.join(map(str, paths))}")
     _check_collisions(found, outputs)
     return found
 
 
-def photos_below(folder: Path, out: Path | None = None) -> Iterator[Path]:
+def photos_below(
+    folder: Path, out: Path | None = None, suffixes: Sequence[str] = PHOTO_SUFFIXES
+) -> Iterator[Path]:
     """Photos in a folder and its sub-folders, by suffix, in alphabetical order.
 
     Hidden files, and what lies in ``out``, are left out.
@@ -204,7 +238,7 @@ def photos_below(folder: Path, out: Path | None = None) -> Iterator[Path]:
     for file in sorted(folder.rglob("*")):
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
         made_here = out is not None and file.resolve().is_relative_to(out.resolve())
-        if file.suffix.lower() in PHOTO_SUFFIXES and not hidden and not made_here:
+        if file.suffix.lower() in suffixes and not hidden and not made_here:
             yield file
 
 
@@ -217,7 +251,7 @@ def _check_collisions(targets: dict[Path, Path], outputs: Outputs) -> None:
         for path in outputs.paths(target):
             name = str(path.resolve()).lower()
             if name in photos:
-                raise ValueError(f"{path} is a photo and would be overwritten; choose another out")
+                raise ValueError(f"{path} is read and would be overwritten; choose another out")
             if name in owners:
                 raise ValueError(
                     f"{owners[name]} and {photo} would both be written to {path}; give them "

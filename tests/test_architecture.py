@@ -24,8 +24,8 @@ ORDER = (
     *("roc", "resize", "metric_inputs", "metric_formulas", "metrics"),
     *("bootstrap", "scores"),
     "plots",  # takes arrays: isolated below
-    *("legacy", "prediction", "folders", "baselines", "evaluation"),
-    *("exported", "export", "submission"),
+    *("legacy", "prediction", "exported", "folders", "video", "baselines", "evaluation"),
+    *("export", "submission"),
     *("execution", "pipeline", "sweep", "study"),
     "__main__",
 )

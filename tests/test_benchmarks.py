@@ -21,9 +21,13 @@ ROOT = Path(__file__).resolve().parent.parent
         ("inference", ["network, fp32", "whole photos", "paper", "osie", "sample"]),
         ("techniques", ["reference", "micro-batches of 4", "seed 1", "of the seeds'"]),
         ("scaling", ["exchange's share", "gradient MB", "speed-up"]),
+        ("export", ["torch.export", "ONNX, 8 bits", "lowest CC"]),
     ],
 )
 def test_a_benchmark_runs(name, columns, tmp_path):
+    if name == "export":
+        pytest.importorskip("onnxscript")
+        pytest.importorskip("onnxruntime")
     results = ROOT / "results" / "benchmarks" / f"{name}.json"
     before = results.read_bytes() if results.exists() else None
     options = ["--smoke", *(["--layers"] if name == "training" else [])]

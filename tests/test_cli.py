@@ -2,13 +2,17 @@
 
 import json
 import zipfile
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from mlnet_utils import __main__ as cli
-from mlnet_utils import checkpoints
+from mlnet_utils import checkpoints, submission
 from mlnet_utils.config import load_config
+from mlnet_utils.exported import load_exported
 from mlnet_utils.model import MLNet
 
 VERBS = next(
@@ -85,13 +89,77 @@ def test_prepare_check_train_and_evaluate(tmp_path, capsys):
     assert "has changed since preparation" in capsys.readouterr().out
 
 
-def test_predict_ends_with_1_and_names_the_broken_photo(tmp_path, capsys):
+@pytest.fixture
+def checkpoint(tmp_path):
     config = load_config("tiny")
-    checkpoint = tmp_path / "best.pt"
     torch.manual_seed(0)
-    checkpoints.save_checkpoint(checkpoint, config, MLNet(config).state_dict())
+    model = MLNet(config)
+    torch.nn.init.normal_(model.to_map.weight)  # maps that vary over a photo
+    checkpoints.save_checkpoint(tmp_path / "best.pt", config, model.state_dict())
+    return tmp_path / "best.pt"
+
+
+def test_predict_ends_with_1_and_names_the_broken_photo(checkpoint, tmp_path, capsys):
     (tmp_path / "broken.jpg").write_bytes(b"not a photo")
     arguments = ["predict", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out")]
     assert cli.main([*arguments, str(tmp_path / "broken.jpg")]) == 1
     captured = capsys.readouterr()
     assert "broken.jpg" in captured.out + captured.err
+
+
+def album(folder, names):
+    """Small photos of noise."""
+    folder.mkdir(parents=True)
+    for number, name in enumerate(names):
+        pixels = np.random.default_rng(number).integers(0, 256, (48, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def test_export_writes_what_predict_takes(checkpoint, tmp_path, capsys):
+    photos, out = album(tmp_path / "album", ["a.jpg", "b.jpg"]), tmp_path / "network.pt2"
+    call = ["export", "--checkpoint", str(checkpoint), "--out", str(out)]
+    assert cli.main([*call, str(photos)]) == 1
+    assert "onnx is written to a file ending in .onnx" in capsys.readouterr().err
+    assert cli.main([*call, "--format", "torch-export"]) == 1
+    assert "name some photos or a folder of photos" in capsys.readouterr().err
+    assert cli.main([*call, "--format", "torch-export", str(photos)]) == 0
+    assert "network.pt2: " in capsys.readouterr().out
+    call = ["predict", "--checkpoint", str(out), "--out", str(tmp_path / "maps"), str(photos)]
+    assert cli.main(call) == 0
+    assert "2 done, 0 were done before" in capsys.readouterr().out
+
+
+def test_export_in_8_bits(checkpoint, tmp_path, capsys):
+    pytest.importorskip("onnxscript")
+    pytest.importorskip("onnxruntime")
+    photos = album(tmp_path / "album", [f"{number}.jpg" for number in range(24)])
+    out = tmp_path / "small.onnx"
+    call = ["export", "--checkpoint", str(checkpoint), "--out", str(out), "--int8", str(photos)]
+    assert cli.main(call) == 0
+    assert "small.onnx: 0." in capsys.readouterr().out
+    assert load_exported(out).model.metadata["precision"] == "int8"
+
+
+def test_submit_and_check(checkpoint, tmp_path, capsys, monkeypatch):
+    small = replace(submission.BENCHMARKS["salicon-2017"], count=3)
+    monkeypatch.setitem(submission.BENCHMARKS, "salicon-2017", small)
+    names = [f"COCO_val2014_{number:012}.jpg" for number in (7, 42, 523957)]
+    photos = album(tmp_path / "data" / "salicon" / "images" / "val", names)
+    out, benchmark = tmp_path / "maps.zip", ["--dataset", "salicon-2017", "--split", "val"]
+    root = ["--data-root", str(tmp_path / "data")]
+    call = ["submit", "--checkpoint", str(checkpoint), "--out", str(out), *benchmark]
+    assert cli.main([*call, *root]) == 0
+    assert "complete and valid for salicon-2017, val" in capsys.readouterr().out
+    call = ["check-submission", str(out), *benchmark, "--photos", str(photos)]
+    assert cli.main(call) == 0
+    assert "valid: a map for each of the 3 photos" in capsys.readouterr().out
+    with zipfile.ZipFile(out, "a") as archive:
+        archive.writestr("readme.txt", "")
+    assert cli.main(call) == 1
+    assert "not asked for (1): readme.txt" in capsys.readouterr().out
+    call[1:4] = [str(tmp_path / "gone.zip"), "--dataset", "salicon-2017"]
+    assert cli.main(call) == 1
+    assert "gone.zip does not exist" in capsys.readouterr().err
+    assert cli.main(["check-submission", str(out), "--dataset", "list"]) == 1
+    assert "use one of salicon-2017, salicon-2015" in capsys.readouterr().err

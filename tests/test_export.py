@@ -1,6 +1,5 @@
 """Exported networks compute what PyTorch computes, and say what they are."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -16,12 +15,12 @@ from PIL import Image
 from mlnet_utils import export as export_module
 from mlnet_utils.checkpoints import save_checkpoint
 from mlnet_utils.export import CHECKED, FEWEST_CALIBRATED, export
-from mlnet_utils.exported import load_exported, measure
+from mlnet_utils.exported import load_exported, load_network
+from mlnet_utils.folders import predict_folder
 from mlnet_utils.model import MLNet
 from mlnet_utils.prediction import load
 from mlnet_utils.runtime import display_path, sha256_file
 
-ROOT = Path(__file__).resolve().parent.parent
 SCORES = {"epoch": 3, "val_cc": 0.5}
 
 
@@ -172,47 +171,22 @@ def test_scores_of_another_network_are_not_taken(run_folder, reason):
     assert export_module._scores(path, {"scores": SCORES}) == {"validation": SCORES}
 
 
-# ---- measuring ---------------------------------------------------------------------------------
-def test_measure_gives_size_speed_and_scores(run_folder, onnx_report, int8_report, checkpoint):
-    files = {
-        "PyTorch": checkpoint,
-        "ONNX": onnx_report.path,
-        "int8": int8_report.path,
-    }
-    threads = torch.get_num_threads()
-    rows = measure(files, run_folder, limit=2, repeats=2)
-    assert torch.get_num_threads() == threads
-    assert [row["variant"] for row in rows] == list(files)
-    for row, path in zip(rows, files.values(), strict=True):
-        assert row["megabytes"] == path.stat().st_size / 1e6
-        assert row["milliseconds"] > 0
-    assert rows[0]["CC"] == pytest.approx(rows[1]["CC"], abs=1e-4)
-    assert rows[0]["IG"] == pytest.approx(rows[1]["IG"], abs=1e-4)
-    assert rows[0]["CC"] != rows[2]["CC"]
+# ---- where a checkpoint is taken, an exported file is too --------------------------------------
+@pytest.mark.parametrize("name", REPORTS[:2])
+def test_folders_are_predicted_with_exported_files(name, checkpoint, photos, tmp_path, request):
+    exported = request.getfixturevalue(name).path
+    for path, out in ((checkpoint, "ours"), (exported, "theirs")):
+        predict_folder(path, [photos], tmp_path / out, npy=True)
+    for file in (tmp_path / "ours").glob("*.npy"):
+        theirs = np.load(tmp_path / "theirs" / file.name)
+        np.testing.assert_allclose(theirs, np.load(file), rtol=1e-3)
+    assert len(list((tmp_path / "theirs").glob("*.npy"))) == CHECKED + FEWEST_CALIBRATED
 
 
-@pytest.mark.slow
-def test_the_benchmark_prints_and_writes_a_table(run_folder, tmp_path, capsys):
-    pytest.importorskip("onnxscript")
-    save_network(run_folder / "checkpoints" / "best.pt")
-    # The prepared photos are too few to calibrate with: repeat them.
-    index = run_folder / "photos"
-    index.mkdir()
-    for number in range(CHECKED + FEWEST_CALIBRATED):
-        make_photo(index, f"{number:02}", "train", number)
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "benchmarks" / "export.py")
-    benchmark = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(benchmark)
-    out = tmp_path / "export.json"
-    benchmark.main(
-        ["--run-dir", str(run_folder), "--photos", str(index), "--limit", "2", "--repeats", "2",
-         "--out", str(out)]
-    )  # fmt: skip
-    table = capsys.readouterr().out
-    assert "| ONNX, 8 bits |" in table
-    record = json.loads(out.read_text())
-    assert [row["variant"] for row in record["rows"]] == benchmark.VARIANTS
-    assert record["threads"] == 1
+def test_exported_files_run_on_the_cpu_only(torch_report, photos, tmp_path):
+    with pytest.raises(ValueError, match=r"x\.pt2 is an exported network, .* not on cuda"):
+        predict_folder(torch_report.path, [photos], tmp_path / "out", device="cuda")
+    assert load_network(torch_report.path, "cpu", "cuda").device == "cpu"
 
 
 # ---- guards ------------------------------------------------------------------------------------

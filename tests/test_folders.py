@@ -171,7 +171,7 @@ def test_a_broken_photo_stops_nothing(album, checkpoint, tmp_path):
         assert {path.name for path in result.failed} == {"broken.jpg", "empty.png", "icon.png"}
         assert "cannot be decoded" in result.failed[album / "broken.jpg"]
         assert "31x80 pixels; both sides" in result.failed[album / "icon.png"]
-        assert result.summary().startswith("7 photos done, 0 were done before\nfailed: ")
+        assert result.summary().startswith("7 done, 0 were done before\nfailed: ")
         assert not [name for name in files(out) if "broken" in name or name.endswith(".tmp.png")]
 
 
@@ -185,11 +185,11 @@ def test_a_map_that_cannot_be_written_is_a_failure_of_its_photo(album, checkpoin
 def test_command_line_reports_and_ends_with_1(album, checkpoint, tmp_path, capsys):
     call = ["predict", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), str(album)]
     assert main(call) == 0
-    assert "7 photos done, 0 were done before" in capsys.readouterr().out
+    assert "7 done, 0 were done before" in capsys.readouterr().out
     (album / "broken.jpg").write_text("not a photo")
     assert main(call) == 1
     output = capsys.readouterr().out
-    assert "0 photos done, 7 were done before" in output
+    assert "0 done, 7 were done before" in output
     assert "broken.jpg cannot be decoded" in output
 
 
@@ -233,7 +233,7 @@ def test_a_photo_given_twice_is_one_photo(tmp_path):
 
 def test_a_photo_is_never_overwritten(tmp_path):
     path = photo(tmp_path / "album" / "x.png")
-    with pytest.raises(ValueError, match=r"x\.png is a photo and would be overwritten"):
+    with pytest.raises(ValueError, match=r"x\.png is read and would be overwritten"):
         listed([path], tmp_path / "album")
     with pytest.raises(ValueError, match="cannot be written into it"):
         listed([tmp_path / "album"], tmp_path / "album")
@@ -252,7 +252,7 @@ def test_maps_and_hidden_files_are_not_taken_for_photos(tmp_path, checkpoint):
 
 def test_nothing_to_do_is_an_error(tmp_path, checkpoint):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"no photos \(\.jpg, .*\) in .*empty"):
+    with pytest.raises(ValueError, match=r"nothing ending in \.jpg, .* in .*empty"):
         predict_folder(checkpoint, [tmp_path / "empty"], tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"gone\.jpg does not exist"):
         predict_folder(checkpoint, [tmp_path / "gone.jpg"], tmp_path / "out")

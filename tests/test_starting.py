@@ -175,7 +175,7 @@ def test_a_fine_tuned_network_can_be_the_start_of_another(start, run_folder, tmp
 
 def test_the_paper_s_head_can_be_fine_tuned_too(run_folder, tmp_path):
     """As imported weights of the earlier implementations are."""
-    config = tiny_config(head="paper", compat="theano", normalisation="caffe")
+    config = tiny_config(head="paper", compat="theano", normalisation="caffe", prior_cells=(2, 5))
     checkpoints.save_checkpoint(tmp_path / "x.pt", config, MLNet(config).state_dict())
     tuned = finetune(tmp_path / "x.pt", epochs=1)
     assert (tuned.head, tuned.compat, tuned.normalisation) == ("paper", "theano", "caffe")

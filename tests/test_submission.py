@@ -178,7 +178,7 @@ def test_an_interrupted_submission_continues(photos, checkpoint, tmp_path, monke
 def test_an_incomplete_submission_is_not_written(photos, checkpoint, tmp_path):
     broken = photos / f"{NAMES[2]}.jpg"
     broken.write_bytes(broken.read_bytes()[:700])  # the size is still readable
-    with pytest.raises(RuntimeError, match=r"would not be complete: 2 photos done(.|\n)*523957"):
+    with pytest.raises(RuntimeError, match=r"would not be complete: 2 done(.|\n)*523957"):
         write_submission(checkpoint, "salicon-2017", tmp_path / "out.zip", photos=photos)
     assert not (tmp_path / "out.zip").exists()
 

@@ -1,0 +1,143 @@
+"""Saliency maps for videos: every frame is a photo, and the maps are a video of the same timing.
+
+The network knows nothing of motion. Maps are scaled frame by frame, as those of photos are. Sound
+is not copied.
+"""
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from mlnet_utils.folders import FolderResult, Outputs, begin, gather, to_8_bits
+from mlnet_utils.plots import overlay as paint_overlay
+from mlnet_utils.prediction import Predictor
+from mlnet_utils.runtime import atomic_path, progress
+
+VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
+
+
+@dataclass(frozen=True)
+class VideoOutputs(Outputs):
+    """Which files are written for a video."""
+
+    @property
+    def suffixes(self) -> list[str]:
+        """As of photos: the overlay on request, the map itself last."""
+        return [*(["_overlay.mp4"] if self.overlay else []), ".mp4"]
+
+
+def predict_videos(
+    checkpoint: str | Path,
+    paths: Sequence[str | Path],
+    out: str | Path,
+    overlay: bool = False,
+    force: bool = False,
+    batch_size: int = 8,
+    device: str | None = None,
+) -> FolderResult:
+    """Write the saliency maps of videos as videos of the same size and timing.
+
+    Every video gets ``<stem>.mp4`` (grey, every frame's maximum 255), on request
+    ``<stem>_overlay.mp4``. Videos whose outputs exist are skipped; an interrupted one starts anew.
+    Under ``accelerate launch`` every process takes whole videos.
+
+    Args:
+        checkpoint: a trained or imported network, or an exported one.
+        paths: videos and folders of videos.
+        out: folder for the results.
+        overlay: also write the video with its map on top.
+        force: redo what exists.
+        batch_size: frames per forward pass.
+        device: default: a GPU if there is one.
+
+    Returns:
+        Which videos were done, skipped, or failed and why; a broken video stops nothing.
+
+    Raises:
+        ModuleNotFoundError: the extra ``video`` is not installed.
+        FileNotFoundError, ValueError: see :func:`~mlnet_utils.folders.predict_folder`.
+    """
+    av, outputs = _require_av(), VideoOutputs(overlay)
+    predictor, targets, share, result = begin(
+        checkpoint, paths, Path(out), outputs, force, batch_size, device, VIDEO_SUFFIXES
+    )
+    for video in share:
+        try:
+            _predict_video(predictor, video, outputs.paths(targets[video]), batch_size)
+        except (av.FFmpegError, ValueError, OSError) as error:
+            result.failed[video] = str(error)
+        else:
+            result.done.append(video)
+    return gather(result)
+
+
+def _require_av():
+    try:
+        import av
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError("videos need av: pip install 'mlnet-utils[video]'") from None
+    return av
+
+
+def _predict_video(predictor: Predictor, video: Path, paths: list[Path], batch_size: int) -> None:
+    """Write one video's files: the overlay, if wanted, and the map."""
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(_require_av().open(video))
+        frames = _frames(source)
+        first = next(frames, None) if source.streams.video else None
+        if first is None:
+            raise ValueError(f"{video} holds no pictures")
+        stream, size = source.streams.video[0], first[0].shape[1::-1]
+        writers = [
+            stack.enter_context(_writer(stack.enter_context(atomic_path(path)), stream, size))
+            for path in paths
+        ]
+        total = -(-stream.frames // batch_size) or None  # some files do not say
+        batches = _batches(itertools.chain([first], frames), batch_size)
+        for batch in progress(batches, video.name, total, unit="batch"):
+            densities = predictor.predict_batch([pixels for pixels, _ in batch])
+            for (pixels, time), density in zip(batch, densities, strict=True):
+                writers[-1](to_8_bits(density), time)
+                if len(writers) == 2:
+                    writers[0](paint_overlay(pixels, density), time)
+
+
+def _frames(source) -> Iterator[tuple[np.ndarray, int]]:
+    """(H, W, 3) uint8 pictures, upright, each with its time in the stream's units."""
+    for frame in source.decode(video=0):
+        pixels = np.rot90(frame.to_ndarray(format="rgb24"), frame.rotation // 90)
+        yield np.ascontiguousarray(pixels), frame.pts
+
+
+def _batches(frames: Iterable, size: int) -> Iterator[list]:
+    frames = iter(frames)
+    while batch := list(itertools.islice(frames, size)):
+        yield batch
+
+
+@contextlib.contextmanager
+def _writer(path: Path, timing, size: tuple[int, int]) -> Iterator[Callable]:
+    """A new video of given size, with the timing of another: call it with picture and time."""
+    av = _require_av()
+    with av.open(path, "w") as container:
+        # Quality 18 of 0 (best) to 51: hardly to be told from the original.
+        stream = container.add_stream(
+            "libx264", rate=timing.average_rate or timing.guessed_rate, options={"crf": "18"}
+        )
+        stream.width, stream.height = size
+        # Players want colours at half the resolution, which odd sizes do not have.
+        stream.pix_fmt = "yuv444p" if size[0] % 2 or size[1] % 2 else "yuv420p"
+        stream.codec_context.time_base = timing.time_base
+
+        def write(pixels: np.ndarray, time: int) -> None:
+            form = "gray" if pixels.ndim == 2 else "rgb24"
+            frame = av.VideoFrame.from_ndarray(pixels, format=form)
+            frame.pts, frame.time_base = time, timing.time_base
+            container.mux(stream.encode(frame))
+
+        yield write
+        container.mux(stream.encode(None))

@@ -1,0 +1,170 @@
+"""Videos: a map per frame, in a video of the same size and timing."""
+
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_config
+
+from mlnet_utils.__main__ import main
+from mlnet_utils.checkpoints import save_checkpoint
+from mlnet_utils.folders import to_8_bits
+from mlnet_utils.model import MLNet
+from mlnet_utils.plots import overlay
+from mlnet_utils.prediction import load
+from mlnet_utils.video import predict_videos
+
+av = pytest.importorskip("av")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("network") / "best.pt"
+    config = tiny_config()
+    torch.manual_seed(0)
+    model = MLNet(config)
+    torch.nn.init.normal_(model.to_map.weight)  # maps that vary over a frame
+    save_checkpoint(path, config, model.state_dict())
+    return path
+
+
+def video(path: Path, size=(64, 48), times=range(5), rate=10) -> Path:
+    """A bright square that moves over a dark ground, with a frame at each of the times."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(path, "w") as container:
+        stream = container.add_stream("libx264", rate=rate, options={"crf": "10"})
+        stream.width, stream.height, stream.pix_fmt = *size, "yuv444p"
+        for number, time in enumerate(times):
+            pixels = np.full((size[1], size[0], 3), 40, np.uint8)
+            pixels[10:26, 5 * number : 5 * number + 16] = (220, 180, 120)
+            frame = av.VideoFrame.from_ndarray(pixels, format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, rate)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def turn(path: Path) -> None:
+    """Say in the file, as phones do, that players should turn it by 90 degrees clockwise."""
+
+    def matrix(*values: int) -> bytes:
+        a, b, c, d = (value << 16 for value in values)
+        rows = ((a, b, 0), (c, d, 0), (0, 0, 1 << 30))
+        return b"".join(v.to_bytes(4, "big", signed=True) for row in rows for v in row)
+
+    content = path.read_bytes()
+    track = content.index(b"tkhd")
+    turned = content[track:].replace(matrix(1, 0, 0, 1), matrix(0, 1, -1, 0), 1)
+    path.write_bytes(content[:track] + turned)
+
+
+def read(path: Path) -> tuple[list[np.ndarray], list[float]]:
+    """Pictures as stored, (H, W, 3) uint8, and their times in seconds."""
+    with av.open(path) as container:
+        frames = list(container.decode(video=0))
+    return [frame.to_ndarray(format="rgb24") for frame in frames], [f.time for f in frames]
+
+
+def files(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("size", "times"),
+    [((64, 48), range(5)), ((65, 49), range(5)), ((64, 48), (0, 1, 4, 5, 9))],
+    ids=["even", "odd", "uneven times"],
+)
+def test_maps_have_the_size_and_the_times_of_the_frames(checkpoint, tmp_path, size, times):
+    source = video(tmp_path / "clip.mp4", size, times)
+    out = tmp_path / "out"
+    result = predict_videos(checkpoint, [source], out, overlay=True, batch_size=2)
+    assert (result.done, result.failed) == ([source], {})
+    assert files(out) == {"clip.mp4", "clip_overlay.mp4", "prediction.json"}
+    pictures, expected_times = read(source)
+    assert len(pictures) == 5
+    maps, map_times = read(out / "clip.mp4")
+    overlays, overlay_times = read(out / "clip_overlay.mp4")
+    assert map_times == overlay_times == expected_times
+    predictor = load(checkpoint)
+    for picture, found, painted in zip(pictures, maps, overlays, strict=True):
+        density = predictor.predict(picture)
+        assert np.abs(found[..., 0].astype(int) - to_8_bits(density)).mean() < 3  # compression
+        assert np.abs(painted.astype(int) - overlay(picture, density)).mean() < 8
+    first, last = (m.astype(int) for m in (maps[0], maps[-1]))
+    assert np.abs(first - last).mean() > 6  # each frame has its own
+
+
+def test_a_turned_video_is_predicted_upright(checkpoint, tmp_path):
+    source = video(tmp_path / "clip.mp4")
+    turn(source)
+    predict_videos(checkpoint, [source], tmp_path / "out", overlay=True)
+    pictures, _ = read(source)  # as stored
+    maps, _ = read(tmp_path / "out" / "clip.mp4")
+    upright = np.rot90(pictures[0], -1)
+    assert maps[0].shape == upright.shape == (64, 48, 3)
+    expected = to_8_bits(load(checkpoint).predict(np.ascontiguousarray(upright)))
+    assert np.abs(maps[0][..., 0].astype(int) - expected).mean() < 3
+
+
+def test_a_second_call_does_only_what_is_missing(checkpoint, tmp_path):
+    for name in ("a.mp4", "trip/b.mkv"):
+        video(tmp_path / "clips" / name)
+    call = (checkpoint, [tmp_path / "clips"], tmp_path / "out")
+    assert len(predict_videos(*call).done) == 2
+    assert files(tmp_path / "out") == {"a.mp4", "trip/b.mp4", "prediction.json"}
+    (tmp_path / "out" / "a.mp4").unlink()
+    result = predict_videos(*call)
+    assert [path.name for path in result.done] == ["a.mp4"]
+    assert [path.name for path in result.skipped] == ["b.mkv"]
+    assert len(predict_videos(*call, force=True).done) == 2
+
+
+def test_broken_videos_stop_nothing_and_leave_nothing(checkpoint, tmp_path):
+    folder = tmp_path / "clips"
+    good = video(folder / "good.mp4")
+    video(folder / "icon.mp4", (64, 16))
+    (folder / "broken.mp4").write_bytes(good.read_bytes()[:200])
+    with av.open(folder / "sound.mp4", "w") as container:
+        stream = container.add_stream("aac", rate=44100)
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), "fltp", "mono")
+        silence.sample_rate = 44100
+        container.mux(stream.encode(silence))
+        container.mux(stream.encode(None))
+    result = predict_videos(checkpoint, [folder], tmp_path / "out", overlay=True)
+    assert result.done == [good]
+    assert set(result.failed) == {folder / f"{name}.mp4" for name in ("icon", "broken", "sound")}
+    assert "64x16 pixels; both sides" in result.failed[folder / "icon.mp4"]
+    assert "holds no pictures" in result.failed[folder / "sound.mp4"]
+    assert files(tmp_path / "out") == {"good.mp4", "good_overlay.mp4", "prediction.json"}
+
+
+def test_mistakes_are_errors(checkpoint, tmp_path):
+    source = video(tmp_path / "clips" / "a.mp4")
+    with pytest.raises(ValueError, match=r"a\.mp4 is read and would be overwritten"):
+        predict_videos(checkpoint, [source], source.parent)
+    with pytest.raises(FileNotFoundError, match=r"gone\.mp4 does not exist"):
+        predict_videos(checkpoint, [tmp_path / "gone.mp4"], tmp_path / "out")
+    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+        predict_videos(checkpoint, [source], tmp_path / "out", batch_size=0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_missing_extra_is_an_error(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "av", None)
+    with pytest.raises(ModuleNotFoundError, match=r"videos need av: pip install .*\[video\]"):
+        predict_videos(checkpoint, [tmp_path / "a.mp4"], tmp_path / "out")
+
+
+def test_command_line(checkpoint, tmp_path, capsys):
+    source = video(tmp_path / "a.mp4")
+    call = ["predict", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--video"]
+    assert main([*call, str(source)]) == 0
+    assert "1 done, 0 were done before" in capsys.readouterr().out
+    assert main([*call, "--npy", str(source)]) == 1
+    assert "--npy is for photos" in capsys.readouterr().err
+    source.write_bytes(b"no video")
+    assert main([*call, "--force", str(source)]) == 1
+    assert "failed: " in capsys.readouterr().out
