@@ -38,7 +38,7 @@ test: $(VENV)/.test
 	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export MLNET_RUNS="$$runs" && \
 	$(PY) -m mlnet_utils reproduce --preset tiny --run-dir "$$runs/pipeline" && \
 	$(PY) -m pytest $(NBVAL) notebooks/
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto
 
 publish: $(VENV)/.reproduce
 	$(PY) -m mlnet_utils publish --preset $(PRESET)

@@ -52,12 +52,13 @@ def ablation(frozen: Sequence[str]) -> dict[str, Cells]:
 
 
 # On OSIE also: what the earlier implementations change, and how much data and training matter.
+_HEAD = {"head": "paper", "prior_penalty": -1}
 _PAPER = {
-    "head": "paper", "loss": "mlnet", "prior_penalty": -1, "optimizer": "sgd",
+    **_HEAD, "loss": "mlnet", "optimizer": "sgd",
     "schedule": "keras1", "weight_decay": 0, "dropout_channels": False, "flip": 0,
 }  # fmt: skip
 _MLNET_PYTORCH = {
-    "compat": "mlnet-pytorch", "head": "paper", "loss": "mlnet", "prior_penalty": -1,
+    **_HEAD, "compat": "mlnet-pytorch", "loss": "mlnet",
     "optimizer": "adam", "schedule": "constant", "weight_decay": 1e-4, "batch_size": 16,
     "epochs": 6, "flip": 0,
 }  # fmt: skip
@@ -68,9 +69,11 @@ MORE_ON_OSIE: dict[str, Cells] = {
         "recipe: MLNet-Pytorch": _MLNET_PYTORCH,
         "recipe: MLNet-Pytorch as is": {**_MLNET_PYTORCH, **_AS_IS},
     },
-    "more losses": {
+    "more losses and rates": {
         "CC": {"loss": "cc"},
-        "ML-Net's head, squared error": {"head": "paper", "loss": "mse", "prior_penalty": -1},
+        # At the reference's learning rate, 1e-3, the ReLU head dies.
+        "ML-Net's head and loss, lr 1e-4": {**_HEAD, "loss": "mlnet", "lr": 1e-4},
+        "ML-Net's head, squared error, lr 1e-4": {**_HEAD, "loss": "mse", "lr": 1e-4},
     },
     "backbone": {"fine-tuned backbone": {"freeze": [], "cache_features": False}},
     # The same number of updates as with all 500.
@@ -100,7 +103,7 @@ def grid(preset: str, seeds: Sequence[int] = (0, 1, 2)) -> Grid:
         # A frozen backbone, whose features are computed once.
         "osie": {
             "height": 240, "width": 320, "freeze": ["backbone.*"], "cache_features": True,
-            "epochs": 4, "ema_decay": 0, "test_flip": False, "checkpoint_every": 1000,
+            "loss": "kl", "epochs": 4, "ema_decay": 0, "test_flip": False, "checkpoint_every": 1000,
         },
         "tiny": {"epochs": 1},
     }[preset]  # fmt: skip
