@@ -24,7 +24,7 @@ from mlnet_utils.export import export
 from mlnet_utils.exported import load_exported
 from mlnet_utils.metrics import METRICS
 from mlnet_utils.prediction import Predictor, load
-from mlnet_utils.runtime import display_path, progress, read_json
+from mlnet_utils.runtime import display_path, progress
 
 FORMS = ("torch.export", "ONNX", "ONNX, 8 bits")
 
@@ -37,9 +37,8 @@ def train_tiny(folder: Path) -> Path:
     return folder
 
 
-def score(predictor: Predictor, run_dir: Path, split: str, limit: int, name: str) -> dict:
+def score(predictor: Predictor, data: TestSet, limit: int, name: str) -> dict:
     """Every metric's mean over the photos of a split; ``limit`` 0 = all."""
-    data = TestSet(run_dir, split)
     photos = data.photos[:limit] if limit else data.photos
     scores = [
         data.score(photo, predictor.predict(data.image(photo)), predictor.config.protocol)
@@ -49,11 +48,12 @@ def score(predictor: Predictor, run_dir: Path, split: str, limit: int, name: str
 
 
 @torch.inference_mode()
-def milliseconds(predictors: Mapping[str, Predictor], rounds: int) -> dict[str, float]:
-    """Median time of one photo through each network."""
-    config = next(iter(predictors.values())).config
-    image = torch.zeros(1, 3, config.height, config.width, dtype=torch.uint8)
-    passes = {name: partial(predictor.model, image) for name, predictor in predictors.items()}
+def milliseconds(
+    predictors: Mapping[str, Predictor], photo: torch.Tensor, rounds: int
+) -> dict[str, float]:
+    """Median time of one (3, H, W) uint8 photo through each network."""
+    image, _ = next(iter(predictors.values())).prepare(photo)
+    passes = {name: partial(model.model, image[None]) for name, model in predictors.items()}
     times = measure.seconds(passes, rounds)
     return {name: 1e3 * measure.median(found) for name, found in times.items()}
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--split", default="test")
     parser.add_argument("--limit", type=int, default=0, help="photos to score, 0 = all")
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch and onnxruntime")
-    parser.add_argument("--rounds", type=int, default=30, help="timed passes of every form")
+    parser.add_argument("--rounds", type=int, default=100, help="timed passes of every form")
     parser.add_argument("--smoke", action="store_true", help="small and short, nothing saved")
     parser.add_argument("--name", default="export", help="of the record in results/benchmarks/")
     options = parser.parse_args()
@@ -90,7 +90,8 @@ def main() -> None:
         predictors = {"PyTorch": load(checkpoint, "cpu")}
         for form, report in zip(FORMS, reports, strict=True):
             predictors[form] = load_exported(report.path, options.threads)
-        times = milliseconds(predictors, options.rounds)
+        data = TestSet(options.run_dir, options.split)
+        times = milliseconds(predictors, data.image(data.photos[0]), options.rounds)
         # A checkpoint also holds what is needed for nothing but training.
         weights = sum(value.nbytes for value in predictors["PyTorch"].model.state_dict().values())
         sizes = [weights, *(report.path.stat().st_size for report in reports)]
@@ -100,12 +101,11 @@ def main() -> None:
                 "MB": size / 1e6,
                 "ms": times[form],
                 "speed": times["PyTorch"] / times[form],
-                **score(predictor, options.run_dir, options.split, options.limit, form),
+                **score(predictor, data, options.limit, form),
             }
             for (form, predictor), size in zip(predictors.items(), sizes, strict=True)
         ]
         config = predictors["PyTorch"].config
-        meta = read_json(options.run_dir / "data" / "meta.json", "notebook 01")
     measure.print_table(rows)
     changes = [
         {
@@ -121,11 +121,11 @@ def main() -> None:
     if not options.smoke:
         content = {
             "checkpoint": display_path(checkpoint),
-            "dataset": meta["title"],
+            "dataset": data.meta["title"],
             "backbone": config.backbone,
             "size": [config.height, config.width],
             "split": options.split,
-            "photos": options.limit or meta["photos"][options.split],
+            "photos": options.limit or len(data.photos),
             "forms": rows,
             "changes": changes,
         }

@@ -179,10 +179,23 @@ def begin(
         if force or not all(path.is_file() for path in outputs.paths(target))
     ]
     result = FolderResult(skipped=sorted(set(targets) - set(todo)))
+    if processes.is_main_process:
+        _remove_leftovers(out, {path for file in todo for path in outputs.paths(targets[file])})
     processes.wait_for_everyone()  # all have the same list before the first one writes
     if processes.is_main_process:
         write_json(out / RECORD, record)
     return predictor, targets, todo[processes.process_index :: processes.num_processes], result
+
+
+def _remove_leftovers(out: Path, wanted: set[Path]) -> None:
+    """Delete what ``atomic_path`` of the wanted files left behind in calls that were killed.
+
+    One pass over the folder: looking for each file by itself takes minutes for thousands.
+    """
+    for leftover in list(out.rglob(".*.tmp.*")):
+        stem = leftover.stem[1:].rsplit(".", 2)[0]  # .<stem>.<process>.tmp
+        if leftover.with_name(stem + leftover.suffix) in wanted:
+            leftover.unlink(missing_ok=True)
 
 
 def gather(result: FolderResult) -> FolderResult:

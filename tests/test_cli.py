@@ -73,6 +73,16 @@ def test_debug_shows_where_it_happened(tmp_path):
         cli.main(["--debug", "train", "--preset", "nonsense", "--run-dir", str(tmp_path)])
 
 
+@pytest.mark.parametrize(("said", "words"), [((), "stopped"), (("saved",), "saved")])
+def test_ctrl_c_is_one_line_and_exit_code_130(said, words, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt(*said)
+
+    monkeypatch.setattr(cli, "load_config", interrupted)
+    assert cli.main(["prepare"]) == 130
+    assert capsys.readouterr().err == f"\n{words}\n"
+
+
 def test_prepare_check_train_and_evaluate(tmp_path, capsys):
     run = ["--preset", "tiny", "--run-dir", str(tmp_path)]
     assert cli.main(["prepare", *run]) == 0

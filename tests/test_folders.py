@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,8 @@ from mlnet_utils.images import read_image
 from mlnet_utils.model import MLNet
 from mlnet_utils.plots import overlay
 from mlnet_utils.prediction import load
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def make_checkpoint(path: Path, seed: int = 0) -> Path:
@@ -148,6 +151,30 @@ def test_force_redoes_everything(album, checkpoint, tmp_path):
     result = predict_folder(checkpoint, [album], out, force=True)
     assert len(result.done) == 7
     assert not [name for name, stamp in stamps(out).items() if stamp == before[name]]
+
+
+def test_a_killed_call_is_completed_and_leaves_nothing(checkpoint, tmp_path):
+    album, out = tmp_path / "album", tmp_path / "out"
+    for number in range(30):
+        photo(album / f"{number:02}.v2.jpg", (400, 300))
+    call = ["predict", "--checkpoint", checkpoint, "--out", out, "--npy", album]
+    process = subprocess.Popen([sys.executable, "-m", "mlnet_utils", *call], cwd=ROOT)
+    while process.poll() is None and len(list(out.glob("*.v2.png"))) < 3:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() != 0, "it was done before it could be killed"
+    # What a kill in the middle of a write leaves; another file's may belong to a living process.
+    (out / ".29.v2.123.tmp.png").write_bytes(b"half a map")
+    (out / ".other.123.tmp.png").write_bytes(b"half a map")
+    whole = stamps(out)
+    result = predict_folder(checkpoint, [album], out, npy=True)
+    assert len(result.done) + len(result.skipped) == 30
+    assert len(result.skipped) >= 3
+    expected = {f"{n:02}.v2{suffix}" for n in range(30) for suffix in (".png", ".npy")}
+    assert files(out) == expected | {"prediction.json", ".other.123.tmp.png"}
+    after = stamps(out)
+    for path in result.skipped:
+        assert after[f"{path.stem}.png"] == whole[f"{path.stem}.png"]
 
 
 def test_maps_of_two_checkpoints_are_not_mixed(album, checkpoint, tmp_path):
@@ -289,7 +316,7 @@ def test_two_processes_share_the_photos(album, checkpoint, tmp_path):
     subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2",
          launcher, checkpoint, album, out],
-        check=True, capture_output=True, timeout=120, cwd=Path(__file__).parent.parent,
+        check=True, capture_output=True, timeout=120, cwd=ROOT,
     )  # fmt: skip
     reports = [Path(f"{out}{rank}").read_text() for rank in (0, 1)]
     assert reports[0] == reports[1]
