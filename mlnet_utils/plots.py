@@ -165,6 +165,11 @@ def plot_scores(
     """
     rows = -(-len(metrics) // columns)
     models = list(dict.fromkeys(table["model"]))
+    if not models:
+        figure, axis = plt.subplots(figsize=(9, 0.6))
+        axis.text(0.5, 0.5, "no scores", ha="center", va="center")
+        axis.axis("off")
+        return figure
     figure, axes = plt.subplots(
         rows, columns, figsize=(9, (0.3 * len(models) + 0.8) * rows), sharey=True, squeeze=False
     )

@@ -163,7 +163,7 @@ def compare(
 def sentence(differences: pd.DataFrame) -> str:
     """One Markdown line per cell: its differences in ``JUDGED``, and the verdict."""
     if differences.empty:
-        return "*The study of this preset has no cells here.*"
+        return "*No scores: no such cells in this preset's study, or all their trainings failed.*"
     lines = []
     for cell, part in differences.groupby("model", sort=False):
         rows = part.set_index("metric").loc[list(JUDGED)]

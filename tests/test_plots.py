@@ -140,3 +140,16 @@ def test_save_is_atomic_and_leaves_no_software_name(tmp_path):
     with Image.open(tmp_path / "deep" / "a.png") as image:
         assert "Software" not in image.info
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["a.png"]
+
+
+def test_scores_of_nothing_say_so():
+    empty = pd.DataFrame(columns=["model", "metric", "mean", "low", "high"])
+    figure = plots.plot_scores(empty, ["CC", "NSS"])
+    assert [text.get_text() for text in figure.axes[0].texts] == ["no scores"]
+
+
+def test_amounts_have_a_tick_each_and_a_point_per_training():
+    table = pd.DataFrame({"photos": [50, 50, 500], "CC": [0.5, 0.52, 0.7]})
+    axis = plots.plot_amounts(table, ["CC"], "photos").axes[0]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["50", "500"]
+    assert len(axis.collections[0].get_offsets()) == 3

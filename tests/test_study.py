@@ -103,3 +103,19 @@ def test_a_missing_opencv_is_named(run_folder, monkeypatch):
 def test_no_prior_is_a_prior_that_stays_neutral():
     cells = study.grid("osie").cells
     assert load_config("osie", **cells["no prior"]).freeze == ("backbone.*", "prior")
+
+
+def test_cells_without_scores_are_said_to_have_none():
+    table = study.compare(scores({"reference": 0}), ["absent"])
+    assert list(table.columns)[:2] == ["model", "metric"]
+    assert study.sentence(table).startswith("*No scores")
+
+
+def test_amounts_of_photos_and_what_they_are_worth():
+    table = study.photos_of(study.grid("osie"))
+    assert sorted(table["training photos"]) == [50, 100, 200, 350, 500]
+    assert study.photos_of(study.grid("sample")).empty
+    means = table.assign(CC=0.5, NSS=1.0, IG=table["training photos"] / 100)
+    assert "From 50 to 500 training photos: CC 0.500 → 0.500" in study.amount_sentence(means)
+    assert "IG 0.500 → 5.000" in study.amount_sentence(means)
+    assert study.amount_sentence(means.iloc[:0]).startswith("*The study of this preset")
