@@ -17,8 +17,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from mlnet_utils import formats, mit1003, own_photos, salicon, synthetic
 from mlnet_utils.config import Config
 from mlnet_utils.images import read_image
-from mlnet_utils.photos import SPLITS, Photo, write_prepared
-from mlnet_utils.runtime import cpu_count, progress, sha256_file, versions
+from mlnet_utils.photos import SPLITS, Photo, with_hashes, write_prepared
+from mlnet_utils.runtime import cpu_count, progress, versions
 from mlnet_utils.transforms import Letterbox, inside, letterbox, pixel_indices
 from mlnet_utils.truth import grid_density
 
@@ -167,7 +167,7 @@ def prepare(config: Config, data_root: Path, folder: Path) -> tuple[list[Photo],
                 "mlnet, kl, cc or sim"
             )
         photos = [
-            replace(photo, sha256=sha256_file(root / photo.image))
+            with_hashes(photo, root)
             for photo in progress(photos, f"indexing {spec.name}", unit="photo")
         ]
     if config.train_limit:

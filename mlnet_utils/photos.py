@@ -8,7 +8,7 @@ later stage reads: ``index.jsonl`` (one line per photo), ``fixations.npz`` (all 
 import hashlib
 import json
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from zipfile import BadZipFile
 
@@ -48,6 +48,7 @@ class Photo:
         durations: (N,) float32 milliseconds, NaN where unknown.
         density: path of a density map where one exists, relative to the root, or ``""``.
         sha256: of the photo's file, or ``""`` before indexing.
+        density_sha256: of the density map's file, or ``""``.
         dropped: fixations that fell outside the photo and were dropped.
     """
 
@@ -61,6 +62,7 @@ class Photo:
     durations: np.ndarray | None = None
     density: str = ""
     sha256: str = ""
+    density_sha256: str = ""
     dropped: int = 0
 
     def __post_init__(self):
@@ -78,6 +80,12 @@ class Photo:
         """Observers of the fixations, each once; without :data:`NOBODY`."""
         observers = np.unique(self.observers)
         return observers[observers != NOBODY]
+
+
+def with_hashes(photo: Photo, root: Path) -> Photo:
+    """The record with the SHA-256 of its files, which lie below ``root``."""
+    density = sha256_file(root / photo.density) if photo.density else ""
+    return replace(photo, sha256=sha256_file(root / photo.image), density_sha256=density)
 
 
 def write_prepared(folder: str | Path, photos: list[Photo], meta: dict) -> None:
@@ -106,6 +114,8 @@ def write_prepared(folder: str | Path, photos: list[Photo], meta: dict) -> None:
                 "split": photo.split,
                 "density": photo.density,
                 "sha256": photo.sha256,
+                # Only where there is a map: it is part of what a training's data are known by.
+                **({"density_sha256": photo.density_sha256} if photo.density_sha256 else {}),
                 "fixations": len(photo.fixations),
                 "observers": len(photo.known_observers),
                 "dropped": photo.dropped,
@@ -161,6 +171,7 @@ def read_prepared(folder: str | Path) -> tuple[list[Photo], dict]:
             durations=durations[start:stop],
             density=row["density"],
             sha256=row["sha256"],
+            density_sha256=row.get("density_sha256", ""),
             dropped=row["dropped"],
         )
         for row, start, stop in zip(rows, offsets[:-1], offsets[1:], strict=True)
@@ -180,16 +191,22 @@ def check_prepared(folder: str | Path, root: str | Path) -> list[str]:
     """Re-verify a prepared dataset against its files.
 
     Returns:
-        One sentence per photo that is missing or has changed since preparation; empty if none.
+        One sentence per photo or density map that is missing or has changed since preparation;
+        empty if none.
     """
     photos, _ = read_prepared(folder)
     problems = []
     for photo in progress(photos, "checking photos", unit="photo"):
-        path = Path(root) / photo.image
-        if not path.is_file():
-            problems.append(f"{photo.stem}: {path} is missing")
-        elif photo.sha256 and sha256_file(path) != photo.sha256:
-            problems.append(f"{photo.stem}: {path} has changed since preparation (SHA-256 differs)")
+        files = [(photo.image, photo.sha256)]
+        files += [(photo.density, photo.density_sha256)] if photo.density else []
+        for name, digest in files:
+            path = Path(root) / name
+            if not path.is_file():
+                problems.append(f"{photo.stem}: {path} is missing")
+            elif digest and sha256_file(path) != digest:
+                problems.append(
+                    f"{photo.stem}: {path} has changed since preparation (SHA-256 differs)"
+                )
     return problems
 
 

@@ -5,6 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from mlnet_utils.photos import (
     NOBODY,
@@ -13,6 +14,7 @@ from mlnet_utils.photos import (
     fixation_statistics,
     prepared_digest,
     read_prepared,
+    with_hashes,
     write_prepared,
 )
 from mlnet_utils.runtime import sha256_file
@@ -115,6 +117,19 @@ def test_changed_and_missing_photos_are_found(run_folder, tiny_photos, tmp_path)
     assert [problem.split(":")[0] for problem in problems] == ["train0", "val1"]
     assert "is missing" in problems[0]
     assert "SHA-256 differs" in problems[1]
+
+
+def test_a_changed_density_map_is_noticed(tmp_path):
+    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
+    Image.new("L", (40, 40), 9).save(tmp_path / "map.png")
+    photo = with_hashes(Photo("x", "x.png", 40, 40, density="map.png"), tmp_path)
+    write_prepared(tmp_path / "data", [photo], {})
+    assert read_prepared(tmp_path / "data")[0][0].density_sha256 == photo.density_sha256 != ""
+    assert check_prepared(tmp_path / "data", tmp_path) == []
+    Image.new("L", (40, 40), 8).save(tmp_path / "map.png")
+    assert "map.png has changed" in check_prepared(tmp_path / "data", tmp_path)[0]
+    (tmp_path / "map.png").unlink()
+    assert "map.png is missing" in check_prepared(tmp_path / "data", tmp_path)[0]
 
 
 def test_index_is_one_line_of_json_per_photo(run_folder):
