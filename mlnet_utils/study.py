@@ -51,7 +51,7 @@ def ablation(frozen: Sequence[str]) -> dict[str, Cells]:
     }
 
 
-# On OSIE also: what the earlier implementations change, and how much data and training matter.
+# On OSIE also: what the earlier implementations change, and how much data matters.
 _HEAD = {"head": "paper", "prior_penalty": -1}
 _PAPER = {
     **_HEAD, "loss": "mlnet", "optimizer": "sgd",
@@ -75,7 +75,6 @@ MORE_ON_OSIE: dict[str, Cells] = {
         "ML-Net's head and loss, lr 1e-4": {**_HEAD, "loss": "mlnet", "lr": 1e-4},
         "ML-Net's head, squared error, lr 1e-4": {**_HEAD, "loss": "mse", "lr": 1e-4},
     },
-    "backbone": {"fine-tuned backbone": {"freeze": [], "cache_features": False}},
     # The same number of updates as with all 500.
     "data": {
         f"{photos} photos": {"train_limit": photos, "epochs": epochs}
