@@ -143,8 +143,8 @@ def evaluate(
     run_dir = Path(run_dir)
     checkpoint = Path(checkpoint) if checkpoint else run_dir / "checkpoints" / "best.pt"
     processes = PartialState(cpu=pick_device() == "cpu", timeout=timedelta(days=7))
+    data = TestSet(run_dir, split)  # first: of missing inputs, the earliest is named
     predictor = load(checkpoint, str(processes.device))
-    data = TestSet(run_dir, split)
     share: Iterable[Photo] = data.photos[processes.process_index :: processes.num_processes]
     if processes.is_main_process:
         share = progress(share, f"scoring {split}", len(share), unit="photo")

@@ -123,7 +123,7 @@ def test_run_on_drive_goes_from_machine_to_machine_and_survives_a_disconnection(
     prepare, train, *later = STAGES
     run(prepare, tmp_path / "first machine")
     with pytest.raises(nbclient.exceptions.DeadKernelError):
-        run(train, tmp_path / "lost machine", DISCONNECT, before="training.fit(")
+        run(train, tmp_path / "lost machine", DISCONNECT, before="result = training.fit(")
     assert (folder / "checkpoints" / "last.pt").is_file()
     printed = run(train, tmp_path / "new machine")
     assert "resuming at epoch 2" in printed

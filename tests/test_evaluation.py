@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -136,10 +137,13 @@ def test_changes_move_the_metrics_that_should_move(run):
 
 
 def test_missing_inputs_name_what_makes_them(tmp_path, run):
-    with pytest.raises(FileNotFoundError, match="02_training"):
+    with pytest.raises(FileNotFoundError, match="01_data_preparation"):
         evaluation.evaluate(tmp_path)
     with pytest.raises(FileNotFoundError, match="01_data_preparation"):
         evaluation.evaluate(tmp_path, run / "checkpoints" / "best.pt")
+    shutil.copytree(run / "data", tmp_path / "data")
+    with pytest.raises(FileNotFoundError, match="02_training"):
+        evaluation.evaluate(tmp_path)
 
 
 def test_an_empty_split_is_an_error(tmp_path, run):
