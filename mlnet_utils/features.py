@@ -9,6 +9,7 @@ normalisation, precision. A file that is there is therefore the right one, which
 import hashlib
 import json
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from mlnet_utils.config import Config
 from mlnet_utils.datasets import SaliencyDataset
 from mlnet_utils.model import MLNet
 from mlnet_utils.photos import Photo
-from mlnet_utils.runtime import atomic_path, progress
+from mlnet_utils.runtime import atomic_path, feature_root, progress
 
 BATCH = 8
 # Beside the weights, what changes features. Not `levels`: those of all three are kept.
@@ -53,6 +54,26 @@ def check_cacheable(model: MLNet, config: Config) -> None:
                 f"config: cache_features and {key}={getattr(config, key)} exclude each other: "
                 f"{key} changes a photo anew in every epoch (mirroring is fine)"
             )
+
+
+def cache_features(
+    model: MLNet, config: Config, accelerator: Accelerator, data: Iterable[SaliencyDataset]
+) -> None:
+    """Compute the features of all photos that are not cached yet, and let datasets give those.
+
+    Args:
+        model: with the weights that it will keep: features of others would be cached as its own.
+        config: of the run.
+        accelerator: device, precision and processes.
+        data: the run's datasets.
+
+    Raises:
+        ValueError, OSError: see :class:`FeatureCache` and :meth:`FeatureCache.fill`.
+    """
+    cache = FeatureCache(model, config, accelerator.mixed_precision, feature_root())
+    for dataset in data:
+        cache.fill(model, dataset, accelerator)
+        dataset.features = cache
 
 
 class FeatureCache:

@@ -19,7 +19,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mlnet_utils import checkpoints
 from mlnet_utils.config import Config
 from mlnet_utils.datasets import EpochSampler, SaliencyDataset, make_loader, photo_root
-from mlnet_utils.features import FeatureCache
+from mlnet_utils.features import cache_features
 from mlnet_utils.losses import Objective
 from mlnet_utils.memory import choose_micro_batch
 from mlnet_utils.model import MLNet, network_input
@@ -27,7 +27,6 @@ from mlnet_utils.optimization import learning_rate, make_accelerator, make_optim
 from mlnet_utils.photos import prepared_digest, read_prepared
 from mlnet_utils.runtime import (
     StopSignals,
-    feature_root,
     keyed_seed,
     progress,
     remove_temporaries,
@@ -133,12 +132,6 @@ class Trainer:
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.model.to(self.device)
-        if config.cache_features:
-            precision = self.accelerator.mixed_precision
-            cache = FeatureCache(self.model, config, precision, feature_root())
-            for data in self.data.values():
-                cache.fill(self.model, data, self.accelerator)
-                data.features = cache
         self.micro_batch = choose_micro_batch(config, self.model, self.accelerator)
         optimizer = make_optimizer(config, self.model)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
@@ -163,6 +156,8 @@ class Trainer:
         """Resume, then epoch after epoch until finished or told to stop."""
         started = time.monotonic()
         self.resume()
+        if self.config.cache_features:  # the backbone's weights are final only now
+            cache_features(self.model, self.config, self.accelerator, self.data.values())
         with self.signals:
             while not self.finished:
                 begun, updates = time.monotonic(), self.updates

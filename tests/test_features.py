@@ -24,6 +24,14 @@ def cache_root(tmp_path, monkeypatch):
     return tmp_path / "runs" / "features"
 
 
+def cached(config, run_folder) -> Trainer:
+    """A trainer as it is when its first epoch begins."""
+    trainer = Trainer(config, run_folder, Accelerator())
+    trainer.resume()
+    features.cache_features(trainer.model, config, trainer.accelerator, trainer.data.values())
+    return trainer
+
+
 def files(root):
     return sorted(root.rglob("*.npy"))
 
@@ -39,15 +47,26 @@ def test_training_on_cached_features_learns_the_same(run_folder, tmp_path, cache
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-3)
 
 
+def test_features_are_those_of_the_weights_that_a_training_starts_from(run_folder, tmp_path):
+    """Not of the random ones that the network is built with."""
+    first, plain, quick = (
+        shutil.copytree(run_folder, tmp_path / name) for name in ("first", "plain", "quick")
+    )
+    fit(tiny_config(seed=7), first)
+    start = {"start_from": str(first / "checkpoints" / "best.pt"), "backbone_weights": "none"}
+    expected = fit(tiny_config(**FROZEN, **start), plain)
+    found = fit(tiny_config(**FROZEN, **start, cache_features=True), quick)
+    for a, b in zip(expected.history, found.history, strict=True):
+        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-3)
+
+
 def test_a_second_run_reads_what_the_first_one_wrote(run_folder, tmp_path, cache_root):
     other = shutil.copytree(run_folder, tmp_path / "other")
     fit(tiny_config(**FROZEN, cache_features=True), run_folder)
     before = {path: path.stat().st_mtime_ns for path in files(cache_root)}
     # Fewer levels and another seed of the encoding are another run on the same features; the seed
     # of a random backbone is not.
-    trainer = Trainer(
-        tiny_config(**FROZEN, cache_features=True, levels=1, lr=1e-3), other, Accelerator()
-    )
+    trainer = cached(tiny_config(**FROZEN, cache_features=True, levels=1, lr=1e-3), other)
     assert {path: path.stat().st_mtime_ns for path in files(cache_root)} == before
     batch = next(iter(trainer.train_loader))
     assert batch["features"].shape[1] == trainer.model.backbone.channels[-1]
@@ -57,7 +76,7 @@ def test_a_second_run_reads_what_the_first_one_wrote(run_folder, tmp_path, cache
 
 
 def test_features_are_those_of_the_photo_and_of_its_mirror_image(run_folder):
-    trainer = Trainer(tiny_config(**FROZEN, cache_features=True), run_folder, Accelerator())
+    trainer = cached(tiny_config(**FROZEN, cache_features=True), run_folder)
     data, model = trainer.data["train"], trainer.model.eval()
     for mirrored in (False, True):
         image = data.image(3).flip(-1) if mirrored else data.image(3)
@@ -95,14 +114,14 @@ def test_what_changes_from_epoch_to_epoch_is_not_cached(changes, words, run_fold
 
 
 def test_photos_without_a_hash_are_refused(run_folder):
-    trainer = Trainer(tiny_config(**FROZEN, cache_features=True), run_folder, Accelerator())
+    trainer = cached(tiny_config(**FROZEN, cache_features=True), run_folder)
     data = trainer.data["val"]
     with pytest.raises(ValueError, match="val0 was indexed without its SHA-256"):
         data.features(dataclasses.replace(data.photos[0], sha256=""), False)
 
 
 def test_damaged_files_are_named(run_folder, cache_root):
-    trainer = Trainer(tiny_config(**FROZEN, cache_features=True), run_folder, Accelerator())
+    trainer = cached(tiny_config(**FROZEN, cache_features=True), run_folder)
     data = trainer.data["val"]
     path = data.features.path(data.photos[0], False)
     path.write_bytes(path.read_bytes()[:100])
@@ -122,8 +141,7 @@ def test_a_disk_without_room_is_an_error_before_the_work(run_folder, monkeypatch
 
 def test_values_beyond_half_precision_stay_single(run_folder):
     config = tiny_config(**FROZEN, cache_features=True)
-    trainer = Trainer(config, run_folder, Accelerator())
-    data = trainer.data["val"]
+    data = cached(config, run_folder).data["val"]
     path = data.features.path(data.photos[0], False)
     large = torch.full(data.features.shape, 1e5)
     data.features._write(path, large)
@@ -132,5 +150,5 @@ def test_values_beyond_half_precision_stay_single(run_folder):
 
 def test_the_cache_travels_to_loader_processes(run_folder):
     config = tiny_config(**FROZEN, cache_features=True, workers=1, epochs=1)
-    assert isinstance(Trainer(config, run_folder, Accelerator()).data["val"].features, FeatureCache)
+    assert isinstance(cached(config, run_folder).data["val"].features, FeatureCache)
     assert len(fit(config, run_folder).history) == 1
