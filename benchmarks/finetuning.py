@@ -21,7 +21,6 @@ from mlnet_utils import checkpoints, datasets, training
 from mlnet_utils.config import PRESETS, Config, load_config
 from mlnet_utils.evaluation import TestSet, summarise
 from mlnet_utils.metrics import METRICS
-from mlnet_utils.photos import write_prepared
 from mlnet_utils.prediction import load
 from mlnet_utils.runtime import data_root, display_path, progress, sha256_file
 
@@ -47,15 +46,6 @@ def starts(sample: Path) -> dict[str, dict]:
         SAMPLE: {"start_from": str(sample), "freeze_norm": False},
         IMAGENET: {**nothing, **mobilenet},
     }  # fmt: skip
-
-
-def prepare(config: Config, folder: Path, photos: int) -> None:
-    """All of the dataset's validation and test photos, and the first training photos."""
-    found, meta = datasets.prepare(config, data_root(), folder)
-    train = datasets.hash_order([photo for photo in found if photo.split == "train"])[:photos]
-    kept = {photo.stem for photo in train}
-    found = [photo for photo in found if photo.split != "train" or photo.stem in kept]
-    write_prepared(folder, found, {**meta, "photos": {**meta["photos"], "train": len(train)}})
 
 
 def train(config: Config, data: Path, run: Path) -> tuple[Path, dict]:
@@ -112,7 +102,7 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
         shared |= {"dataset": "synthetic", "limit": 4, "epochs": 1, "bootstrap": 20}
         options.sample = folder / "sample" / "checkpoints" / "best.pt"
         small = load_config("tiny", dataset="synthetic", limit=4, epochs=1)
-        prepare(small, folder / "data", 4)
+        datasets.prepare(small, data_root(), folder / "data")
         train(small, folder / "data", folder / "sample")
     own = load_config("finetune", start_from=options.sample)
     shared |= {"height": own.height, "width": own.width}
@@ -120,7 +110,8 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
     if options.smoke:
         changes[IMAGENET]["backbone_weights"] = "none"
     if not (folder / "data" / "meta.json").is_file():
-        prepare(load_config("finetune", **shared), folder / "data", options.photos)
+        few = load_config("finetune", train_limit=options.photos, **shared)
+        datasets.prepare(few, data_root(), folder / "data")
     rows, runs = [], []
     for start, change in changes.items():
         finished = []
