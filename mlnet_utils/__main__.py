@@ -12,7 +12,7 @@ from pathlib import Path
 
 from mlnet_utils import __version__
 from mlnet_utils.config import PRESETS, load_config
-from mlnet_utils.runtime import data_root, display_path, run_dir
+from mlnet_utils.runtime import data_root, display_path, end_process, leave_processes, run_dir
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -21,7 +21,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 done, 1 a reported failure, 2 wrong usage)."""
     options = parser().parse_args(arguments)
     try:
-        return options.function(options)
+        code = options.function(options)
+        leave_processes()
+        return code
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         # These carry a sentence for the user; a traceback would bury it. --debug shows it.
         if options.debug:
@@ -367,4 +369,4 @@ def import_weights(options: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    end_process(main())

@@ -18,7 +18,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 REPORTED_PACKAGES = ("mlnet-utils", "torch", "torchvision", "timm", "accelerate", "numpy", "scipy")
 
@@ -242,6 +242,30 @@ def cpu_count() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def leave_processes() -> None:
+    """Close this process's connections to the others of its launch, if it has any."""
+    if "torch.distributed" in sys.modules:
+        from torch import distributed
+
+        if distributed.is_available() and distributed.is_initialized():
+            distributed.barrier()  # nobody hangs up while another still listens
+            distributed.destroy_process_group()
+
+
+def end_process(code: int) -> NoReturn:
+    """End the interpreter with an exit code.
+
+    One of several processes is not taken apart first: gloo's threads outlive a closed group (its
+    DistributedDataParallel keeps it) and, when they still hold a tensor, now and then abort a
+    process whose work is done (pytorch/pytorch pull request 179291).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 class StopSignals:

@@ -380,6 +380,28 @@ def test_shared_evaluation_gives_exactly_the_table_of_one_process(run_folder, wo
     assert found["rows"] == expected["rows"]
 
 
+def test_processes_hang_up_and_end_at_once(preset, run_folder, tmp_path):
+    """Dismantling the interpreter can abort a process that has succeeded."""
+    script = tmp_path / "ends.py"
+    script.write_text(
+        "import atexit, os, runpy\n"
+        "from torch import distributed\n"
+        "atexit.register(print, 'dismantled')\n"
+        "end = os._exit\n"
+        "def watched(code):\n"
+        "    print('connected', distributed.is_initialized(), flush=True)\n"
+        "    end(code)\n"
+        "os._exit = watched\n"
+        "runpy.run_module('mlnet_utils', run_name='__main__')\n"
+    )
+    options = ("--nproc_per_node=2", f"--master_port={free_port()}", str(script))
+    job = launch([*preset[2:], "--set", "epochs=1"], *options)
+    text, _ = job.communicate(timeout=PATIENCE)
+    assert job.returncode == 0, text
+    assert text.count("connected False") == 2
+    assert "dismantled" not in text
+
+
 def test_two_nodes_find_each_other(preset, run_folder):
     """Two launchers, as on two machines; the run folder is what they share."""
     place = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1")
