@@ -12,7 +12,14 @@ from pathlib import Path
 
 from mlnet_utils import __version__
 from mlnet_utils.config import PRESETS, load_config
-from mlnet_utils.runtime import data_root, display_path, end_process, leave_processes, run_dir
+from mlnet_utils.runtime import (
+    data_root,
+    display_path,
+    end_process,
+    leave_processes,
+    note_command,
+    run_dir,
+)
 
 Verb = Callable[[argparse.Namespace], int]
 
@@ -20,6 +27,7 @@ Verb = Callable[[argparse.Namespace], int]
 def main(arguments: list[str] | None = None) -> int:
     """Run one verb; returns the exit code (0 done, 1 a reported failure, 2 wrong usage)."""
     options = parser().parse_args(arguments)
+    note_command(sys.argv[1:] if arguments is None else arguments)
     try:
         code = options.function(options)
         leave_processes()

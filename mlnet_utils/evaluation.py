@@ -25,6 +25,7 @@ from mlnet_utils.photos import Photo, read_prepared
 from mlnet_utils.prediction import Predictor, load
 from mlnet_utils.runtime import (
     display_path,
+    given_command,
     pick_device,
     progress,
     versions,
@@ -168,6 +169,7 @@ def evaluate(
         "checkpoint": display_path(checkpoint),
         "preset": config.preset,
         "seed": config.seed,
+        "command": given_command(),
         "rows": summarise(rows, config.bootstrap),
         "versions": versions(),
     }

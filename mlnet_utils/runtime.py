@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import random
+import shlex
 import signal
 import sys
 import threading
@@ -235,6 +236,16 @@ def _versions() -> dict[str, str]:
 def versions() -> dict[str, str]:
     """Python, the packages that decide the numbers, and the hardware, for run records."""
     return dict(_versions())
+
+
+def note_command(arguments: list[str]) -> None:
+    """Keep the command line for records, also those of notebooks that it goes on to run."""
+    os.environ["MLNET_COMMAND"] = shlex.join(["python", "-m", "mlnet_utils", *arguments])
+
+
+def given_command() -> str:
+    """The command line that led here; without one, the word ``Python``: somebody's own code."""
+    return os.environ.get("MLNET_COMMAND", "Python")
 
 
 def cpu_count() -> int:

@@ -1,6 +1,7 @@
 """The command line: thin, with examples, clear errors and exit codes."""
 
 import json
+import shlex
 import zipfile
 from dataclasses import replace
 
@@ -92,7 +93,9 @@ def test_prepare_check_train_and_evaluate(tmp_path, capsys):
     assert "trained 1 epochs" in capsys.readouterr().out
     assert cli.main(["evaluate", *run]) == 0
     assert "| ML-Net |" in capsys.readouterr().out
-    assert json.loads((tmp_path / "metrics.json").read_text())["photos"] == 12
+    report = json.loads((tmp_path / "metrics.json").read_text())
+    assert report["photos"] == 12
+    assert report["command"] == f"python -m mlnet_utils evaluate {shlex.join(run)}"
     photo = next((tmp_path / "data" / "images").glob("*.png"))
     photo.write_bytes(b"changed")
     assert cli.main(["prepare", *run, "--check"]) == 1
