@@ -13,12 +13,13 @@ anything with the same ``stem``, ``fixations``, ``observers``, ``height`` and ``
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 
 from mlnet_utils.photos import Photo
 from mlnet_utils.transforms import (
@@ -96,11 +97,13 @@ class CentreBias:
         counts: (256, 256) training fixations per cell of the unit square.
         bandwidth: the kernel's deviation, as a share of the photo's sides.
         uniform_share: weight of the uniform density.
+        source: what it was fitted on, in words.
     """
 
     counts: Tensor
     bandwidth: float
     uniform_share: float
+    source: str
 
     @classmethod
     def fit(cls, photos: Sequence[Photo], folds: int = 5) -> "CentreBias":
@@ -113,11 +116,27 @@ class CentreBias:
         Raises:
             ValueError: fewer than two photos have fixations.
         """
-        counts = [_cell_counts(photo) for photo in photos if len(photo.fixations)]
-        if len(counts) < 2:
+        seen = [photo for photo in photos if len(photo.fixations)]
+        source = f"{sum(len(photo.fixations) for photo in seen)} training fixations"
+        return cls._fit(map(_cell_counts, seen), source, folds)
+
+    @classmethod
+    def fit_densities(cls, densities: Iterable[Tensor], folds: int = 5) -> "CentreBias":
+        """The same from the training photos' (H, W) densities; zero ones are left out."""
+        cells = (adaptive_avg_pool2d(each.double()[None], CELLS)[0] for each in densities)
+        shares = (each / each.sum() for each in cells if each.any())
+        return cls._fit(shares, "the training density maps", folds)
+
+    @classmethod
+    def _fit(cls, cells: Iterable[Tensor], source: str, folds: int) -> "CentreBias":
+        held_out: list[Tensor] = []  # one sum per fold: thousands of maps would not fit in memory
+        for index, counts in enumerate(cells):
+            if index < folds:
+                held_out.append(counts)
+            else:
+                held_out[index % folds] = held_out[index % folds] + counts
+        if len(held_out) < 2:
             raise ValueError("a centre bias needs at least two training photos with fixations")
-        folds = min(folds, len(counts))
-        held_out = [sum(counts[k::folds]) for k in range(folds)]
         total = sum(held_out)
         best = (-np.inf, 0.0, 0.0)
         for bandwidth in BANDWIDTHS:
@@ -129,14 +148,14 @@ class CentreBias:
                     density = (1 - share) * density / density.sum() + share / CELLS**2
                     likelihood += (density.log() * part).sum().item()
                 best = max(best, (likelihood, bandwidth, share))
-        return cls(total, best[1], best[2])
+        return cls(total, best[1], best[2], source)
 
     @property
     def description(self) -> str:
         """One line for reports."""
         return (
-            f"centre bias: kernel density of {int(self.counts.sum())} training fixations, "
-            f"bandwidth {self.bandwidth:.3f} of the sides, {self.uniform_share:.2g} uniform "
+            f"centre bias: kernel density of {self.source}, bandwidth "
+            f" {self.bandwidth:.3f} of the sides, {self.uniform_share:.2g} uniform "
             "(both cross-validated)"
         )
 

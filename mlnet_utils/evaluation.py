@@ -75,23 +75,31 @@ class TestSet:
         if not self.photos:
             raise ValueError(f"the prepared data in {folder} have no {split} photos")
         train = [photo for photo in photos if photo.split == "train"]
-        self.centre_bias = baselines.CentreBias.fit(train)
+        if any(len(photo.fixations) for photo in train):
+            self.centre_bias = baselines.CentreBias.fit(train)
+        else:
+            maps = (photo_density(photo, self.root, self.sigma) for photo in train)
+            self.centre_bias = baselines.CentreBias.fit_densities(maps)
         self.negatives = baselines.LeaveOneOut(self.photos)
-        self.gold_standard = baselines.GoldStandard.fit(train[:PHOTOS_FOR_GOLD], self.centre_bias)
+        several = [photo for photo in train if len(photo.known_observers) > 1][:PHOTOS_FOR_GOLD]
+        self.gold_standard = (
+            baselines.GoldStandard.fit(several, self.centre_bias) if several else None
+        )
 
     def image(self, photo: Photo) -> Tensor:
         """(3, H, W) uint8."""
         return read_image(self.root / photo.image)
 
-    def gold(self, photo: Photo) -> Tensor:
+    def gold(self, photo: Photo) -> Tensor | None:
         """(H, W) the true density where it is known (synthetic), else :class:`GoldStandard`.
 
-        A published map of a real photo is no more than its blurred fixations in 8 bits, on which
-        information gain is meaningless: it is used only where there are no fixations.
+        None where there is neither: a published map of a real photo is no more than its blurred
+        fixations in 8 bits, which would be compared with itself, and a gold standard needs
+        training photos with several observers.
         """
-        if photo.density and (self.meta["dataset"] == "synthetic" or not len(photo.fixations)):
+        if photo.density and self.meta["dataset"] == "synthetic":
             return read_density(self.root / photo.density)
-        return self.gold_standard(photo)
+        return self.gold_standard(photo) if self.gold_standard and len(photo.fixations) else None
 
     def truth(self, photo: Photo) -> dict[str, Tensor]:
         """What a prediction of this photo is compared with, each (1, H, W)."""
@@ -162,6 +170,7 @@ def evaluate(
         "title": data.meta["title"],
         "split": split,
         "photos": len(data.photos),
+        "fixations": sum(len(photo.fixations) for photo in data.photos),
         "protocol": protocol,
         "sigma_px": data.sigma,
         "negatives": f"fixations of the other {len(data.photos) - 1} photos of the split",
@@ -183,10 +192,10 @@ def evaluate(
 def _photo_scores(
     data: TestSet, photo: Photo, model: str, predictor: Predictor, protocol: str
 ) -> dict[str, float] | None:
-    """The scores of one model on one photo, or None where the model needs several observers."""
+    """The scores of one model on one photo; None where the data do not have what it needs."""
     size = (photo.height, photo.width)
     if model == OBSERVERS:
-        several = len(photo.known_observers) > 1
+        several = data.gold_standard and len(photo.known_observers) > 1
         return _inter_observer_scores(data, photo, protocol) if several else None
     predictions = {
         MODEL: lambda: predictor.predict(data.image(photo)),
@@ -194,7 +203,8 @@ def _photo_scores(
         CENTRE: lambda: data.centre_bias(*size),
         GOLD: lambda: data.gold(photo),
     }
-    return data.score(photo, predictions[model](), protocol)
+    prediction = predictions[model]()
+    return None if prediction is None else data.score(photo, prediction, protocol)
 
 
 def _inter_observer_scores(data: TestSet, photo: Photo, protocol: str) -> dict[str, float]:
@@ -281,6 +291,10 @@ def format_table(report: dict) -> str:
         "|---" * (len(METRICS) + 1) + "|",
     ]
     notes = []
+    if not report["fixations"]:
+        notes.append(
+            "AUC, sAUC, NSS and IG need fixations, and these photos have density maps only"
+        )
     for row in report["rows"]:
         cells = []
         for metric, v in row["metrics"].items():

@@ -1,5 +1,6 @@
 """Scores of a run: the tables, the baselines beside the model, and what was left out."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -13,7 +14,7 @@ from mlnet_utils import checkpoints, datasets, evaluation
 from mlnet_utils.config import load_config
 from mlnet_utils.metrics import METRICS
 from mlnet_utils.model import MLNet
-from mlnet_utils.photos import read_prepared, write_prepared
+from mlnet_utils.photos import NOBODY, read_prepared, write_prepared
 
 
 @pytest.fixture(scope="module")
@@ -58,10 +59,7 @@ def test_means_are_those_of_the_table(run, report):
 
 
 def test_floors_and_ceilings_are_where_they_belong(report):
-    means = {
-        row["model"]: {name: value["mean"] for name, value in row["metrics"].items()}
-        for row in report["rows"]
-    }
+    means = means_of(report)
     assert means["uniform"]["AUC"] == means["uniform"]["sAUC"] == 0.5
     assert means["uniform"]["NSS"] == means["uniform"]["CC"] == 0
     assert means["centre bias"]["IG"] == pytest.approx(0, abs=1e-12)
@@ -78,6 +76,56 @@ def test_the_gold_standard_of_the_sample_is_the_true_density(run):
     with np.load(data.root / photo.density) as arrays:
         truth = arrays["density"].astype(float)
     np.testing.assert_allclose(data.gold(photo).numpy(), truth / truth.sum())
+
+
+@pytest.fixture
+def poorer(run, tmp_path):
+    """A copy of the run, each of whose photos is changed: returns the report of its evaluation."""
+
+    def evaluate(change):
+        folder = tmp_path / "poorer"
+        shutil.copytree(run, folder)
+        photos, meta = read_prepared(folder / "data")
+        meta["dataset"] = "folder"  # of the sample, the maps are the truth
+        write_prepared(folder / "data", [change(photo) for photo in photos], meta)
+        return folder, evaluation.evaluate(folder)
+
+    return evaluate
+
+
+def means_of(report):
+    return {
+        row["model"]: {name: value["mean"] for name, value in row["metrics"].items()}
+        for row in report["rows"]
+    }
+
+
+def test_density_maps_alone_are_scored_by_what_needs_no_points(poorer):
+    nothing = {"fixations": np.zeros((0, 2), np.float32), "observers": np.zeros(0, np.int16)}
+    folder, report = poorer(
+        lambda photo: dataclasses.replace(photo, **nothing, durations=np.zeros(0, np.float32))
+    )
+    means = means_of(report)
+    assert list(means) == ["ML-Net", "uniform", "centre bias"]
+    for row in means.values():
+        assert [name for name in METRICS if row[name] is None] == ["AUC", "sAUC", "IG", "NSS"]
+    assert means["centre bias"]["CC"] > means["uniform"]["CC"] == 0
+    assert means["centre bias"]["KL"] < means["uniform"]["KL"]
+    assert "kernel density of the training density maps" in report["ig_baseline"]
+    assert "need fixations" in evaluation.format_table(report)
+    assert np.isnan(evaluation.compare_protocols(folder)["NSS"]).all()
+
+
+def test_one_unknown_observer_leaves_the_rows_that_need_several_out(poorer, report):
+    _, found = poorer(
+        lambda photo: dataclasses.replace(
+            photo, observers=np.full(len(photo.fixations), NOBODY, np.int16)
+        )
+    )
+    means, complete = means_of(found), means_of(report)
+    assert list(means) == ["ML-Net", "uniform", "centre bias"]
+    for metric in ("AUC", "sAUC", "NSS", "IG"):  # which do not look at the density
+        assert means["ML-Net"][metric] == complete["ML-Net"][metric]
 
 
 def test_scoring_twice_gives_the_same_bytes(run, report):
@@ -101,14 +149,14 @@ def test_undefined_and_infinite_values_are_counted_and_named():
     summary = evaluation.summarise(rows, resamples=50)
     values = summary[0]["metrics"]["IG"]
     assert (values["mean"], values["n"], values["skipped"], values["infinite"]) == (2.0, 2, 1, 1)
-    text = evaluation.format_table({"rows": summary})
+    text = evaluation.format_table({"rows": summary, "fixations": 1})
     assert "a, IG: 1 photos skipped" in text
     assert "a, IG: 1 photos infinite" in text
     nothing = [{"model": "b", "stem": "0", **dict.fromkeys(METRICS, math.nan)}]
     summary = evaluation.summarise(nothing, resamples=50)
     assert summary[0]["metrics"]["CC"]["mean"] is None
     assert json.loads(json.dumps(summary)) == summary
-    assert "| b | –" in evaluation.format_table({"rows": summary})
+    assert "| b | –" in evaluation.format_table({"rows": summary, "fixations": 1})
 
 
 def test_the_long_table_has_a_row_per_model_and_metric(report):
