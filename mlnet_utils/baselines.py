@@ -154,7 +154,7 @@ class CentreBias:
     def description(self) -> str:
         """One line for reports."""
         return (
-            f"centre bias: kernel density of {self.source}, bandwidth "
+            f"centre bias: kernel density of {self.source}, bandwidth"
             f" {self.bandwidth:.3f} of the sides, {self.uniform_share:.2g} uniform "
             "(both cross-validated)"
         )
