@@ -14,7 +14,7 @@ from PIL import Image
 from mlnet_utils.config import Config
 from mlnet_utils.optimization import make_accelerator
 from mlnet_utils.photos import Photo, write_prepared
-from mlnet_utils.runtime import cpu_count, versions, write_json
+from mlnet_utils.runtime import cpu_count, sha256_file, versions, write_json
 from mlnet_utils.training import Trainer
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
@@ -64,6 +64,7 @@ def make_trainer(config: Config, folder: Path) -> Trainer:
                 split,
                 points.astype(np.float32),
                 np.zeros(100, np.int16),
+                sha256=sha256_file(folder / name),
             )
         )
     write_prepared(folder / "run" / "data", photos, {"root": str(folder), "sigma_px": 20.0})

@@ -9,9 +9,11 @@ benchmark of its own. The forward pass is compared with that of the bare VGG-16 
 """
 
 import argparse
+import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import patch
 
 import measure
 import torch
@@ -20,6 +22,7 @@ from torch import Tensor, nn
 from torchvision.models.vgg import cfgs, make_layers
 
 from mlnet_utils.config import Config, load_config
+from mlnet_utils.features import cache_features
 from mlnet_utils.model import MLNet
 from mlnet_utils.optimization import choose_precision
 from mlnet_utils.runtime import set_determinism
@@ -171,6 +174,29 @@ def forward(size: tuple[int, int], batch: int, rounds: int, clock: str) -> list[
     ]
 
 
+def head_only(size: tuple[int, int], batch: int, rounds: int, clock: str) -> list[dict]:
+    """Images per second of training on a frozen backbone, with its features computed or cached.
+
+    Loading is part of it, since reading the features from disk is what the cache costs.
+    """
+    frozen = {"freeze": ("backbone.*",)}
+    kinds = {"head only": frozen, "head only, cached": {**frozen, "cache_features": True}}
+    updates = {}
+    with tempfile.TemporaryDirectory() as folder, patch.dict(os.environ, MLNET_RUNS=folder):
+        for number, (name, changes) in enumerate(kinds.items()):
+            config = our_config(size, batch, **changes)
+            trainer = measure.make_trainer(config, Path(folder) / str(number))
+            if config.cache_features:
+                cache_features(trainer.model, config, trainer.accelerator, trainer.data.values())
+            updates[name] = lambda t=trainer: measure.one_update(t)()
+        times = measure.seconds(updates, rounds, clock)
+    speeds = {name: batch / measure.median(values) for name, values in times.items()}
+    return [
+        {"training": name, "images/s": speed, "ratio": speed / speeds["head only"]}
+        for name, speed in speeds.items()
+    ]
+
+
 def layers(size: tuple[int, int], batch: int, rounds: int) -> list[dict]:
     """Rate of every convolution, forward and backward, beside that of a large matrix product."""
     kind = torch.bfloat16 if choose_precision(our_config(size, batch)) == "bf16" else torch.float32
@@ -228,9 +254,10 @@ def main() -> None:
     content = {"size": size, "batch": batch, "device": DEVICE, "clock": options.clock}
     content["training"] = training(size, batch, rounds, options.more, options.clock)
     content["forward"] = forward(size, batch, rounds, options.clock)
+    content["head_only"] = head_only(size, batch, rounds, options.clock)
     if options.layers:
         content["layers"] = layers(size, batch, rounds)
-    for part in ("training", "forward", "layers"):
+    for part in ("training", "forward", "head_only", "layers"):
         if part in content:
             print()
             measure.print_table(

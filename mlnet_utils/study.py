@@ -15,9 +15,10 @@ from scipy.ndimage import gaussian_filter
 
 from mlnet_utils.bootstrap import bootstrap_interval
 from mlnet_utils.evaluation import TestSet, summarise
-from mlnet_utils.metrics import METRICS
+from mlnet_utils.metrics import METRICS, cc
 from mlnet_utils.runtime import progress
 from mlnet_utils.sweep import Grid
+from mlnet_utils.transforms import density_from_points
 
 REFERENCE = "reference"
 OSIE_TRAINING_PHOTOS = 500  # of the published split
@@ -51,7 +52,8 @@ def ablation(frozen: Sequence[str]) -> dict[str, Cells]:
     }
 
 
-# On OSIE also: what the earlier implementations change, and how much data matters.
+# On OSIE also: fine-tuning, a larger input, what the earlier implementations change, and how much
+# data matters.
 _HEAD = {"head": "paper", "prior_penalty": -1}
 _PAPER = {
     **_HEAD, "loss": "mlnet", "optimizer": "sgd",
@@ -64,6 +66,10 @@ _MLNET_PYTORCH = {
 }  # fmt: skip
 _AS_IS = {"prior_penalty": 1, "dropout_at_test": True, "freeze": ["backbone.*", "prior"]}
 MORE_ON_OSIE: dict[str, Cells] = {
+    "backbone and size": {
+        "fine-tuned backbone": {"freeze": [], "cache_features": False},
+        "input 480x640": {"height": 480, "width": 640},
+    },
     "recipes": {
         "recipe: paper": _PAPER,
         "recipe: MLNet-Pytorch": _MLNET_PYTORCH,
@@ -241,3 +247,43 @@ def low_level(run_dir: str | Path, split: str = "test", protocol: str = "mit300"
         density = (1 - UNIFORM_SHARE) * density + UNIFORM_SHARE / density.size
         rows.append({"model": LOW_LEVEL, **data.score(photo, density, protocol)})
     return summarise(rows, 2000)[0]
+
+
+def reachable_cc(run_dir: str | Path, split: str = "test", draws: int = 5) -> dict[str, float]:
+    """The CC that a perfect model could be expected to have: the ground truth is a sample too.
+
+    Observers are divided at random into halves, whose densities correlate with r. Averaging both
+    halves makes a density of reliability R = 2r / (1 + r) (Spearman 1910, Brown 1910), and what is
+    perfectly predicted correlates with a measurement of reliability R as sqrt(R).
+
+    Args:
+        run_dir: the run; its ``data/`` is read.
+        split: whose photos, of at least two known observers each.
+        draws: divisions per photo.
+
+    Returns:
+        ``halves``, the mean over photos of r, and ``reachable``, that of sqrt(R).
+
+    Raises:
+        ValueError: no photo has two known observers.
+    """
+    data, generator = TestSet(Path(run_dir), split), np.random.default_rng(0)
+    agreements = []
+    for photo in progress(data.photos, "dividing the observers", unit="photo"):
+        observers = photo.known_observers
+        if len(observers) < 2:
+            continue
+        found = []
+        for _ in range(draws):
+            chosen = generator.permutation(observers)[: len(observers) // 2]
+            first = np.isin(photo.observers, chosen)
+            halves = [
+                density_from_points(photo.fixations[rows], photo.height, photo.width, data.sigma)
+                for rows in (first, np.isin(photo.observers, observers) & ~first)
+            ]
+            found.append(cc(halves[0][None], halves[1][None]).item())
+        agreements.append(max(np.nanmean(found), 0.0))
+    if not agreements:
+        raise ValueError(f"no {split} photo in {run_dir} has two known observers")
+    r = np.array(agreements)
+    return {"halves": r.mean(), "reachable": np.sqrt(2 * r / (1 + r)).mean()}

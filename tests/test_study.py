@@ -1,14 +1,20 @@
 """The study: its grids are valid, its comparisons paired, its verdicts what the intervals say."""
 
+import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+from scipy.ndimage import gaussian_filter
 
-from mlnet_utils import study
+from mlnet_utils import datasets, study
 from mlnet_utils.config import load_config
-from mlnet_utils.metrics import METRICS
+from mlnet_utils.evaluation import TestSet
+from mlnet_utils.metrics import METRICS, cc
+from mlnet_utils.photos import NOBODY, read_prepared, write_prepared
 from mlnet_utils.sweep import jobs_of
 
 
@@ -92,6 +98,32 @@ def test_the_low_level_model_is_scored(run_folder):
     # The test photos are a bright disc on noise, where the observers looked.
     assert row["metrics"]["AUC"]["mean"] > 0.6
     assert row["metrics"]["IG"]["infinite"] == 0
+
+
+def test_the_reachable_cc_is_what_the_truth_reaches(tmp_path):
+    """The sample's true density is known: blurred as the ground truth is, it is the best model."""
+    datasets.prepare(load_config("tiny"), tmp_path, tmp_path / "data")
+    data = TestSet(tmp_path, "test")
+    perfect = [
+        cc(
+            torch.from_numpy(gaussian_filter(data.gold(photo).numpy(), data.sigma))[None],
+            data.truth(photo)["density"],
+        ).item()
+        for photo in data.photos
+    ]
+    found = study.reachable_cc(tmp_path)
+    assert found["reachable"] == pytest.approx(np.mean(perfect), abs=0.02)
+    assert 0 < found["halves"] < found["reachable"] < 1
+    assert found == study.reachable_cc(tmp_path)
+
+
+def test_without_observers_nothing_is_known_of_the_reachable_cc(run_folder, tmp_path):
+    shutil.copytree(run_folder / "data", tmp_path / "data")
+    photos, meta = read_prepared(tmp_path / "data")
+    nobody = [replace(p, observers=np.full_like(p.observers, NOBODY)) for p in photos]
+    write_prepared(tmp_path / "data", nobody, meta)
+    with pytest.raises(ValueError, match=r"no test photo in .* has two known observers"):
+        study.reachable_cc(tmp_path)
 
 
 def test_a_missing_opencv_is_named(run_folder, monkeypatch):
