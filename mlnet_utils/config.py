@@ -90,6 +90,7 @@ class Config:
     # ---- evaluation
     protocol: str = "mit300"  # metric definitions, see docs/metrics.md
     test_flip: bool = False  # average the prediction with that of the mirrored photo
+    test_scales: tuple = (1.0,)  # average predictions at these multiples of the input size
     bootstrap: int = 2000  # resamples of the confidence intervals
 
     def __post_init__(self):
@@ -120,6 +121,11 @@ class Config:
         if not self.alpha > 1:
             raise ValueError(
                 f"config: alpha={self.alpha} must be above 1, or the loss divides by 0"
+            )
+        scales = self.test_scales
+        if not scales or not all(isinstance(n, int | float) and 0.1 <= n <= 4 for n in scales):
+            raise ValueError(
+                f"config: test_scales={scales} must be one or more numbers from 0.1 to 4"
             )
         cells = self.prior_cells
         if len(cells) not in (0, 2) or not all(isinstance(n, int) and n > 0 for n in cells):
@@ -163,7 +169,10 @@ CHOICES = {
 }
 
 # Fields that may differ between a checkpoint and the run that resumes it.
-ENGINE_FIELDS = ("workers", "cache", "checkpoint_every", "bootstrap", "test_flip", "protocol")
+ENGINE_FIELDS = (
+    *("workers", "cache", "checkpoint_every", "bootstrap"),
+    *("test_flip", "test_scales", "protocol"),
+)
 
 _DENSITY = {
     "head": "density",

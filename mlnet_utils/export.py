@@ -8,7 +8,7 @@ file's metadata, so that ``exported.load_exported`` predicts at any photo's size
 import json
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +86,7 @@ def export(
             "the network draws random numbers at test time (dropout_at_test), so that no export "
             "can be verified; import or train it without that defect (preset mlnet-pytorch)"
         )
+    config = replace(config, test_scales=(1.0,))  # exported networks take photos of one size
     predictor = Predictor(model, config)
     images = _inputs(predictor, _photo_files(checkpoint, photos, int8))
     metadata = {

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from mlnet_utils.transforms import Letterbox, authors_postprocess, letterbox, un
 
 SMALLEST_SIDE = 32  # pixels; anything smaller is an icon, not a photo
 FLOOR = 1e-12  # of a probability, before its logarithm is taken
+SMOOTHLY = {"mode": "bilinear", "antialias": True, "align_corners": False}
 
 Photo = str | Path | Image.Image | np.ndarray | Tensor
 
@@ -137,22 +139,39 @@ def predict_densities(
 
 @torch.inference_mode()
 def predict_maps(model: nn.Module, config: Config, images: Tensor) -> Tensor:
-    """One pass through the network, or two that are averaged with ``config.test_flip``.
+    """The network's output, averaged over what ``config`` asks for: mirroring, sizes of the photo.
+
+    Probabilities are averaged as logarithms, other maps as they are.
 
     Args:
         model: in eval mode.
-        config: the one it was trained with.
+        config: the one it was trained with; ``test_flip`` and ``test_scales`` say what to average.
         images: (B, 3, height, width) letterboxed, 0..255, on the model's device.
 
     Returns:
         (B, h, w) float64 on the CPU, on the network's grid.
     """
-    maps = model(images)
-    if config.test_flip:
-        mirrored = model(images.flip(-1)).flip(-1)
-        geometric = config.head == "density"
-        maps = (maps * mirrored).sqrt() if geometric else (maps + mirrored) / 2
-    return maps[:, 0].cpu().double()  # Apple's GPUs have no float64
+    geometric, found = config.head == "density", []
+    for scale in config.test_scales:
+        sized = images if scale == 1 else _resized(images, scale)
+        maps = model(sized)
+        if config.test_flip:
+            mirrored = model(sized.flip(-1)).flip(-1)
+            maps = (maps * mirrored).sqrt() if geometric else (maps + mirrored) / 2
+        found.append(maps.cpu().double())  # Apple's GPUs have no float64
+    if len(found) == 1 and config.test_scales[0] == 1:
+        return found[0][:, 0]
+    if geometric:
+        found = [maps.clamp_min(FLOOR).log() for maps in found]
+    resized = [F.interpolate(maps, size=config.grid, **SMOOTHLY) for maps in found]
+    mean = torch.stack(resized).mean(0)[:, 0]
+    return mean.exp() if geometric else mean
+
+
+def _resized(images: Tensor, scale: float) -> Tensor:
+    """Letterboxed photos at another size, of whole cells of the network's grid."""
+    size = [8 * max(1, round(scale * side / 8)) for side in images.shape[-2:]]
+    return F.interpolate(images.float(), size=size, **SMOOTHLY)
 
 
 def to_density(single: Tensor, config: Config, box: Letterbox) -> Tensor:

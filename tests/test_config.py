@@ -81,6 +81,8 @@ def test_unknown_preset_and_unknown_keys_are_errors():
         ("alpha", 1.0, "alpha=1.0 must be above 1"),
         ("prior_cells", (6,), r"prior_cells=\(6,\) must be \(rows, columns\) or \(\)"),
         ("prior_cells", (0, 8), r"prior_cells=\(0, 8\) must be"),
+        ("test_scales", (), r"test_scales=\(\) must be one or more numbers from 0.1 to 4"),
+        ("test_scales", (1, 40), r"test_scales=\(1, 40\) must be"),
     ],
 )
 def test_wrong_values_are_errors_that_name_the_key(key, value, message):

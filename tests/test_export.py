@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from mlnet_utils.export import CHECKED, FEWEST_CALIBRATED, export
 from mlnet_utils.exported import load_exported, load_network
 from mlnet_utils.folders import predict_folder
 from mlnet_utils.model import MLNet
-from mlnet_utils.prediction import load
+from mlnet_utils.prediction import Predictor, load
 from mlnet_utils.runtime import display_path, sha256_file
 
 SCORES = {"epoch": 3, "val_cc": 0.5}
@@ -254,6 +255,16 @@ def test_torch_export_needs_no_extra(torch_report, monkeypatch):
         monkeypatch.setitem(sys.modules, name, None)
     black = Image.new("RGB", (50, 40))
     assert load_exported(torch_report.path).predict(black).shape == (40, 50)
+
+
+def test_an_exported_network_sees_photos_in_one_size(tmp_path, photos):
+    checkpoint = save_network(tmp_path / "best.pt", test_scales=(1.0, 1.5))
+    path = export(checkpoint, tmp_path / "x.pt2", "torch-export", photos=[photos]).path
+    theirs, ours = load_exported(path), load(checkpoint, "cpu")
+    assert theirs.config.test_scales == (1.0,)
+    photo, single = Image.new("RGB", (50, 40), "red"), replace(ours.config, test_scales=(1.0,))
+    expected = Predictor(ours.model, single).predict(photo)
+    np.testing.assert_allclose(theirs.predict(photo), expected, rtol=1e-3)
 
 
 @pytest.mark.parametrize("name", ["x.onnx", "x.pt2"])

@@ -1,5 +1,7 @@
 """One photo in any form gives one density at its own size."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,7 +13,15 @@ from torch import nn
 import mlnet_utils
 from mlnet_utils.checkpoints import save_checkpoint
 from mlnet_utils.model import MLNet
-from mlnet_utils.prediction import Predictor, load, predict_densities, predict_maps, to_density
+from mlnet_utils.prediction import (
+    FLOOR,
+    SMOOTHLY,
+    Predictor,
+    load,
+    predict_densities,
+    predict_maps,
+    to_density,
+)
 from mlnet_utils.transforms import Letterbox, authors_postprocess, unletterbox
 
 SIZES = [(60, 80), (32, 32), (33, 200), (200, 33), (61, 75), (400, 300)]  # (height, width)
@@ -238,6 +248,22 @@ def test_averaging_with_the_mirrored_photo(head, pixels):
     torch.testing.assert_close(
         predict_maps(averaging.model, averaging.config, image[None]), expected, rtol=1e-5, atol=0
     )
+
+
+@pytest.mark.parametrize("head", ["density", "paper"])
+def test_averaging_over_sizes_of_the_photo(head, pixels):
+    plain = random_network(head=head)
+    image = plain.prepare(torch.from_numpy(pixels).permute(2, 0, 1))[0][None]
+    larger = F.interpolate(image.float(), size=(48, 64), **SMOOTHLY)  # 1.5 times 32x40, in cells
+    found = predict_maps(plain.model, replace(plain.config, test_scales=(1.0, 1.5)), image)
+    assert found.shape == (1, 4, 5)
+    with torch.no_grad():
+        maps = [plain.model(sized).double() for sized in (image, larger)]
+    if head == "density":
+        maps = [one.clamp_min(FLOOR).log() for one in maps]
+    mean = torch.stack([F.interpolate(one, size=(4, 5), **SMOOTHLY) for one in maps]).mean(0)[:, 0]
+    torch.testing.assert_close(found, mean.exp() if head == "density" else mean)
+    assert (found - predict_maps(plain.model, plain.config, image)).abs().max() > 0
 
 
 def test_the_core_function_needs_a_box_per_photo(predictor):
