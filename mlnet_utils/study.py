@@ -117,7 +117,8 @@ def grid(preset: str, seeds: Sequence[int] = (0, 1, 2)) -> Grid:
         # A frozen backbone, whose features are computed once.
         "osie": {
             "height": 240, "width": 320, "freeze": ["backbone.*"], "cache_features": True,
-            "loss": "kl", "epochs": 4, "ema_decay": 0, "test_flip": False, "checkpoint_every": 1000,
+            "backbone_lr_scale": 0.3, "loss": "kl", "epochs": 4, "ema_decay": 0, "test_flip": False,
+            "test_scales": [1.0], "checkpoint_every": 1000,
         },
         "tiny": {"epochs": 1},
     }[preset]  # fmt: skip
