@@ -143,11 +143,14 @@ def compare(
 
     Returns:
         Columns ``model`` (the cell), ``metric``, ``mean``, ``low``, ``high`` of the difference,
-        ``seeds``, and ``seed_sd``, the standard deviation of the cell's mean over its seeds.
+        ``seeds``, ``seed_sd``, the standard deviation of the cell's mean over its seeds, and
+        ``infinite``, the number of photos whose score is infinite, as IG is where a map is zero at
+        a fixation. The difference is then NaN: a mean over the other photos would flatter.
 
     Raises:
         ValueError: the reference has no scores.
     """
+    endless = np.isinf(scores[list(METRICS)]).groupby([scores["cell"], scores["stem"]]).any()
     finite = scores.replace([np.inf, -np.inf], np.nan)
     per_photo = finite.groupby(["cell", "stem"])[list(METRICS)].mean()
     per_seed = finite.groupby(["cell", "seed"])[list(METRICS)].mean()
@@ -158,7 +161,10 @@ def compare(
         if cell not in per_photo.index:
             continue
         difference = per_photo.loc[cell] - per_photo.loc[reference]
+        infinite = (endless.loc[cell] | endless.loc[reference]).sum()
         for metric in METRICS:
+            if infinite[metric]:
+                difference[metric] = np.nan
             low, high = bootstrap_interval(difference[metric], resamples=resamples)
             rows.append(
                 {
@@ -169,9 +175,10 @@ def compare(
                     "high": high,
                     "seeds": len(per_seed.loc[cell]),
                     "seed_sd": per_seed.loc[cell][metric].std(),
+                    "infinite": infinite[metric],
                 }
             )
-    columns = ["model", "metric", "mean", "low", "high", "seeds", "seed_sd"]
+    columns = ["model", "metric", "mean", "low", "high", "seeds", "seed_sd", "infinite"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -183,7 +190,9 @@ def sentence(differences: pd.DataFrame) -> str:
     for cell, part in differences.groupby("model", sort=False):
         rows = part.set_index("metric").loc[list(JUDGED)]
         numbers = ", ".join(
-            f"{metric} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+            f"{metric} infinite for {row['infinite']:.0f} photos"
+            if row["infinite"]
+            else f"{metric} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
             for metric, row in rows.iterrows()
         )
         lines.append(f"- **{cell}** is {_verdict(rows)} than the reference: {numbers}")

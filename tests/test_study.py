@@ -56,12 +56,17 @@ def test_differences_are_paired_by_photo():
     assert 0 < up["seed_sd"] < 0.01
 
 
-def test_infinite_and_missing_scores_are_left_out():
+def test_missing_scores_are_left_out_and_infinite_ones_said():
     table = scores({"reference": 0, "up": 0.1})
-    table.loc[table["cell"] == "up", "IG"] = -np.inf
+    few = (table["cell"] == "up") & table["stem"].isin(["003", "007"]) & (table["seed"] == 1)
+    table.loc[few, "IG"] = -np.inf
     table.loc[0, "CC"] = np.nan
-    found = study.compare(table, ["up"]).set_index("metric")
-    assert np.isnan(found.loc["IG", "mean"])
+    differences = study.compare(table, ["up"])
+    found = differences.set_index("metric")
+    assert np.isnan(found.loc["IG", "mean"])  # the mean of the other photos would flatter
+    assert found["infinite"].to_dict() == {**dict.fromkeys(METRICS, 0), "IG": 2}
+    assert "better in CC and NSS only" in study.sentence(differences)
+    assert "IG infinite for 2 photos" in study.sentence(differences)
     assert found.loc["CC", "mean"] == pytest.approx(0.1, abs=0.01)
 
 
@@ -83,7 +88,8 @@ def test_without_a_reference_there_is_nothing_to_compare():
 )
 def test_verdicts_follow_the_intervals(intervals, words):
     table = pd.DataFrame(
-        {"model": "a cell", "metric": metric, "mean": (low + high) / 2, "low": low, "high": high}
+        {"model": "a cell", "metric": metric, "mean": (low + high) / 2, "infinite": 0}
+        | {"low": low, "high": high}
         for metric, (low, high) in zip(study.JUDGED, intervals, strict=True)
     )
     text = study.sentence(table)
