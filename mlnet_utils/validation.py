@@ -26,8 +26,9 @@ def advice(config: Config) -> str:
     if config.head == "paper":
         return (
             "The paper's head ends in ReLUs, which stay at zero once all their inputs are "
-            f"negative. Try a smaller lr (now {config.lr:g}; the authors use SGD at 1e-3), "
-            "optimizer='sgd', clip_norm=1, or head='density'."
+            "negative. Use head='density', or train with loss='kl' first and put that checkpoint "
+            "into start_from; or try a smaller lr "
+            f"(now {config.lr:g}; the authors use SGD at 1e-3)."
         )
     return f"Try a smaller lr (now {config.lr:g}), clip_norm=1, or precision='fp32'."
 
