@@ -17,7 +17,8 @@ shift
 
 # source .venv/bin/activate
 
-MAIN_NODE=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+MAIN_NODE=${NODES%%$'\n'*} # not `| head -n 1`: under pipefail the job may die of head's early end
 PROCESSES=$((SLURM_JOB_NUM_NODES * SLURM_GPUS_ON_NODE))
 PORT=$((20000 + SLURM_JOB_ID % 20000)) # another one for another job on the same nodes
 export PRESET MAIN_NODE PROCESSES PORT

@@ -300,10 +300,13 @@ SHARE = """
 import os, sys
 from pathlib import Path
 from mlnet_utils.folders import predict_folder
+from mlnet_utils.runtime import end_process, leave_processes
 checkpoint, album, out = sys.argv[1:]
 result = predict_folder(checkpoint, [album], out, batch_size=2)
 names = [path.name for path in [*result.done, *result.failed]]
 Path(out + os.environ["RANK"]).write_text(" ".join(names))
+leave_processes()
+end_process(0)  # as the command line does
 """
 
 

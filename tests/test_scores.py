@@ -97,6 +97,7 @@ def test_one_index_per_image():
 
 
 PROCESS = """
+import os
 import sys
 import torch
 import torch.distributed as dist
@@ -108,7 +109,9 @@ dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size
 # What a distributed sampler hands out: interleaved, the last batch filled up with an image again.
 scores = collect([[0, 2, 4], [6, 8]] if rank == 0 else [[1, 3, 5], [7, 9, 0]])
 torch.save(scores.compute(), sys.argv[3])
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # gloo's threads outlive the group, see runtime.end_process
 """
 
 

@@ -11,7 +11,8 @@ import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "docs" / "slurm.sh"
 STAND_INS = {
-    "scontrol": 'if [ "$1" = show ]; then printf "node1\\nnode2\\n"; else echo "$@" > requeued; fi',
+    # So many nodes that whoever reads only the first line leaves the rest in a broken pipe.
+    "scontrol": 'if [ "$1" = show ]; then seq -f node%.0f 1 100000; else echo "$@" > requeued; fi',
     "srun": 'shift\nexport SLURM_NODEID=1\nexec "$@"',
     # Like training: ends a moment after SIGTERM.
     "accelerate": 'echo "$@" > launched\ntrap "sleep 0.2; exit 130" TERM\n'
