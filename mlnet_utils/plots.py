@@ -180,7 +180,7 @@ def plot_scores(
         part = table[table["metric"] == metric].set_index("model").reindex(models)
         if zero:
             axis.axvline(0, color="black", lw=1)
-            axis.xaxis.set_major_locator(MaxNLocator(3))  # small differences have long numbers
+            axis.xaxis.set_major_locator(MaxNLocator(2))  # small differences have long numbers
             axis.tick_params(axis="x", labelsize="small")
         for y, (model, row) in enumerate(part.iterrows()):
             if np.isfinite(row["mean"]):
