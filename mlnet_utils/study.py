@@ -16,6 +16,7 @@ from scipy.ndimage import gaussian_filter
 from mlnet_utils.bootstrap import bootstrap_interval
 from mlnet_utils.evaluation import TestSet, summarise
 from mlnet_utils.metrics import METRICS, cc
+from mlnet_utils.photos import read_prepared
 from mlnet_utils.runtime import progress
 from mlnet_utils.sweep import Grid
 from mlnet_utils.transforms import density_from_points
@@ -83,8 +84,8 @@ MORE_ON_OSIE: dict[str, Cells] = {
         "ML-Net's head and loss, lr 1e-4": {**_HEAD, "loss": "mlnet", "lr": 1e-4},
         "ML-Net's head, squared error, lr 1e-4": {**_HEAD, "loss": "mse", "lr": 1e-4},
     },
-    # A divergence is infinite where the map is zero and the density is not, so that this head
-    # survives it; what it has learned then survives the other losses, for four epochs more.
+    # A divergence grows without bound where the map nears zero and the density does not, so that
+    # this head survives it; what it learned then survives the other losses, for four epochs more.
     "ML-Net's head, kept alive": {
         _ALIVE: _HEAD,
         f"{_ALIVE}, then ML-Net's loss": {**_THEN, "loss": "mlnet"},
@@ -286,9 +287,10 @@ def reachable_cc(run_dir: str | Path, split: str = "test", draws: int = 5) -> di
     Raises:
         ValueError: no photo has two known observers.
     """
-    data, generator = TestSet(Path(run_dir), split), np.random.default_rng(0)
-    agreements = []
-    for photo in progress(data.photos, "dividing the observers", unit="photo"):
+    photos, meta = read_prepared(Path(run_dir) / "data")
+    photos = [photo for photo in photos if photo.split == split]
+    generator, agreements = np.random.default_rng(0), []
+    for photo in progress(photos, "dividing the observers", unit="photo"):
         observers = photo.known_observers
         if len(observers) < 2:
             continue
@@ -297,7 +299,9 @@ def reachable_cc(run_dir: str | Path, split: str = "test", draws: int = 5) -> di
             chosen = generator.permutation(observers)[: len(observers) // 2]
             first = np.isin(photo.observers, chosen)
             halves = [
-                density_from_points(photo.fixations[rows], photo.height, photo.width, data.sigma)
+                density_from_points(
+                    photo.fixations[rows], photo.height, photo.width, meta["sigma_px"]
+                )
                 for rows in (first, np.isin(photo.observers, observers) & ~first)
             ]
             found.append(cc(halves[0][None], halves[1][None]).item())
