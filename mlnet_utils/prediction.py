@@ -159,7 +159,7 @@ def predict_maps(model: nn.Module, config: Config, images: Tensor) -> Tensor:
             mirrored = model(sized.flip(-1)).flip(-1)
             maps = (maps * mirrored).sqrt() if geometric else (maps + mirrored) / 2
         found.append(maps.cpu().double())  # Apple's GPUs have no float64
-    if len(found) == 1 and config.test_scales[0] == 1:
+    if config.test_scales == (1,):
         return found[0][:, 0]
     if geometric:
         found = [maps.clamp_min(FLOOR).log() for maps in found]
