@@ -63,7 +63,8 @@ def test_what_saves_memory_is_seen_to_save_it():
 
 @pytest.mark.parametrize("preset", [name for name in PRESETS if name != "tiny"])
 def test_computing_leaves_the_network_alone(preset):
-    config = load_config(preset, backbone_weights="none", height=160, width=160, prior_cells=(2, 2))
+    small = {"height": 160, "width": 160, "prior_cells": (2, 2)}
+    config = load_config(preset, backbone_weights="none", start_from="", **small)
     model = MLNet(config).train()
     before, generator = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     assert memory.update_peak(model, config, 2, half=True) > 0
