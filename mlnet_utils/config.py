@@ -38,7 +38,7 @@ class Config:
     backbone_weights: str = "imagenet"  # "imagenet", "none" or a .safetensors/.pth file
     backbone_args: dict = field(default_factory=dict)  # passed on to timm.create_model
     backbone_drop: tuple = ()  # modules of the timm backbone that the extractor leaves out
-    normalisation: str = "auto"  # "auto" (the backbone's own), "imagenet", "caffe" or "half"
+    normalisation: str = "auto"  # or "imagenet", "caffe", "half"; model.build_backbone has "auto"
     levels: int = 3  # paper 3.1: pool3, pool4 and conv5_3 (the deepest n levels are used)
     channels: int = 64  # paper 3.2: 3x3 convolution to 64 channels
     dropout: float = 0.5  # paper 3.2: dropout on the concatenated levels
@@ -101,32 +101,33 @@ class Config:
                 raise ValueError(
                     f"config: {name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
                 )
-        for name in ("height", "width"):
+        for name in ("height", "width"):  # the network works at 1/8 resolution
             if getattr(self, name) < 32 or getattr(self, name) % 8:
                 raise ValueError(
-                    f"config: {name}={getattr(self, name)} must be a multiple of 8, at least 32 "
-                    "(the network works at 1/8 resolution)"
+                    f"config: {name}={getattr(self, name)} must be a multiple of 8, at least 32"
                 )
         for name in ("batch_size", "epochs", "levels", "channels", "checkpoint_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"config: {name}={getattr(self, name)} must be at least 1")
         for name in _NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"config: {name}={getattr(self, name)} must not be negative")
+                raise ValueError(f"config: {name}={getattr(self, name)} must be finite, 0 or more")
         for name in ("dropout", "flip", "ema_decay", "crop", "warmup"):
             if not 0 <= getattr(self, name) < 1 and not (name == "flip" and self.flip == 1):
                 raise ValueError(f"config: {name}={getattr(self, name)} must be in [0, 1)")
-        if self.micro_batch < -1:
-            raise ValueError(f"config: micro_batch={self.micro_batch} must be at least -1")
-        if not self.alpha > 1:
-            raise ValueError(
-                f"config: alpha={self.alpha} must be above 1, or the loss divides by 0"
-            )
+        for name in ("micro_batch", "workers", "fold"):
+            if getattr(self, name) < -1:
+                raise ValueError(f"config: {name}={getattr(self, name)} must be at least -1")
+        if self.prior_penalty != -1 and not 0 <= self.prior_penalty < math.inf:
+            raise ValueError(f"config: prior_penalty={self.prior_penalty} must be -1, 0 or more")
+        for name in ("freeze", "backbone_drop"):
+            if not all(isinstance(pattern, str) for pattern in getattr(self, name)):
+                raise ValueError(f"config: {name}={getattr(self, name)} must hold names only")
+        if not self.alpha > 1:  # or the loss divides by 0
+            raise ValueError(f"config: alpha={self.alpha} must be above 1")
         scales = self.test_scales
         if not scales or not all(isinstance(n, int | float) and 0.1 <= n <= 4 for n in scales):
-            raise ValueError(
-                f"config: test_scales={scales} must be one or more numbers from 0.1 to 4"
-            )
+            raise ValueError(f"config: test_scales={scales} must be numbers from 0.1 to 4")
         cells = self.prior_cells
         if len(cells) not in (0, 2) or not all(isinstance(n, int) and n > 0 for n in cells):
             raise ValueError(f"config: prior_cells={cells} must be (rows, columns) or ()")
