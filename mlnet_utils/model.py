@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mlnet_utils.config import Config, backbone_file
+from mlnet_utils.starting import reason
 from mlnet_utils.transforms import IMAGENET_MEAN, IMAGENET_STD
 
 # Mean and deviation of RGB input in 0..1. "caffe" is the Keras/Caffe VGG-16: BGR, mean only.
@@ -128,6 +129,10 @@ class TimmLevels(nn.Module):
 def build_backbone(config: Config) -> tuple[nn.Module, tuple[tuple, tuple]]:
     """The backbone with its weights, and the mean and deviation of the RGB input it expects.
 
+    With ``normalisation="auto"`` these are what timm states for weights of its own: downloaded,
+    or a local file with the classifier, as timm publishes them. Weights that were converted from
+    elsewhere follow torchvision's convention, ImageNet's mean and deviation.
+
     Raises:
         ValueError: unknown backbone, or a local file that does not match it.
         FileNotFoundError: the local file is missing.
@@ -143,19 +148,20 @@ def build_backbone(config: Config) -> tuple[nn.Module, tuple[tuple, tuple]]:
             backbone.load_state_dict({k: v for k, v in weights.items() if "features" in k})
     else:
         backbone = TimmLevels(config, pretrained=download)
-    if local:
-        load_backbone_file(backbone, local)
+    own = local and load_backbone_file(backbone, local)
     if config.normalisation != "auto":
         return backbone, NORMALISATIONS[config.normalisation]
-    if download and config.backbone != "vgg16":
-        own = backbone.body.pretrained_cfg
-        return backbone, (tuple(own["mean"]), tuple(own["std"]))
-    # Weights from a file follow torchvision's convention unless the preset says otherwise.
+    if (download or own) and config.backbone != "vgg16":
+        stated = backbone.body.pretrained_cfg
+        return backbone, (tuple(stated["mean"]), tuple(stated["std"]))
     return backbone, NORMALISATIONS["imagenet"]
 
 
-def load_backbone_file(backbone: nn.Module, path: str | Path) -> None:
+def load_backbone_file(backbone: nn.Module, path: str | Path) -> bool:
     """Load local ImageNet weights strictly, ignoring only what the extractor leaves out.
+
+    Returns:
+        Whether the file holds the classifier too, as published files do.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -165,7 +171,8 @@ def load_backbone_file(backbone: nn.Module, path: str | Path) -> None:
     target = backbone.body if isinstance(backbone, TimmLevels) else backbone
     wanted = target.state_dict()
     dropped = tuple(f"{name}." for name in getattr(backbone, "dropped", ()))
-    ignored = (*dropped, "classifier.", "head.", "fc.", "conv_head.", "norm_head.", "pre_logits.")
+    classifier = ("classifier.", "head.", "fc.")
+    ignored = (*dropped, *classifier, "conv_head.", "norm_head.", "pre_logits.")
     buffers = {key for key in wanted if key.endswith("num_batches_tracked")}
     missing = sorted(set(wanted) - set(state) - buffers)
     extra = sorted(key for key in set(state) - set(wanted) if not key.startswith(ignored))
@@ -187,6 +194,7 @@ def load_backbone_file(backbone: nn.Module, path: str | Path) -> None:
         )
         raise ValueError(f"weights {path} do not match the backbone: {listed}")
     target.load_state_dict({**wanted, **{k: v for k, v in state.items() if k in wanted}})
+    return any(key.startswith(classifier) for key in state)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
@@ -201,7 +209,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # the readers raise many types for a broken file
-        raise ValueError(f"weights file {path} cannot be read: {error}") from error
+        raise ValueError(f"weights file {path} cannot be read: {reason(error)}") from error
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"weights file {path} must hold a state dict of tensors")

@@ -4,6 +4,7 @@ Stands before ``config``, which asks while it resolves a preset; torch is import
 """
 
 import os
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a truncated or foreign file
         raise ValueError(
-            f"checkpoint {path} cannot be read ({error}); was it cut short?"
+            f"checkpoint {path} cannot be read ({reason(error)}); was it cut short?"
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(
@@ -45,6 +46,12 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
             "are converted by `python -m mlnet_utils import-weights`"
         )
     return content
+
+
+def reason(error: Exception) -> str:
+    """Why torch cannot read a file, without its advice to allow the file to run code."""
+    unsafe = isinstance(error, pickle.UnpicklingError)
+    return "it holds something other than tensors and plain values" if unsafe else str(error)
 
 
 def locate(start_from: str | os.PathLike) -> tuple[Path, str]:

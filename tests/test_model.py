@@ -368,6 +368,31 @@ def test_weights_of_another_network_are_refused(tmp_path, vgg):
     assert torch.equal(loaded.backbone.features[0].weight, vgg.backbone.features[0].weight)
 
 
+def test_a_file_with_its_classifier_is_normalised_as_timm_states(tmp_path, backbone):
+    stated = backbone.body.pretrained_cfg
+    assert tuple(stated["mean"]) != NORMALISATIONS["imagenet"][0]
+    path, state = tmp_path / "w.safetensors", weights_of(backbone)
+    for more, normalisation, mean in (
+        ({}, "auto", NORMALISATIONS["imagenet"][0]),
+        ({"fc.weight": torch.zeros(1)}, "auto", tuple(stated["mean"])),
+        ({"fc.weight": torch.zeros(1)}, "imagenet", NORMALISATIONS["imagenet"][0]),
+    ):
+        save_file({**state, **more}, path)
+        model = MLNet(tiny_config(backbone_weights=str(path), normalisation=normalisation))
+        assert model.mean.flatten().tolist() == pytest.approx([255 * value for value in mean])
+
+
+def test_downloaded_weights_are_normalised_as_timm_states(monkeypatch):
+    import timm
+
+    create = timm.create_model
+    monkeypatch.setattr(
+        timm, "create_model", lambda *a, **k: create(*a, **{**k, "pretrained": False})
+    )
+    model = MLNet(tiny_config(backbone_weights="imagenet"))
+    assert model.mean.flatten().tolist() == pytest.approx([127.5] * 3)
+
+
 @pytest.mark.skipif(
     not os.environ.get("BACKBONE_WEIGHTS"), reason="needs BACKBONE_WEIGHTS, the file's path"
 )

@@ -127,6 +127,13 @@ def test_other_files_are_errors(start, content, message):
         finetune(start)
 
 
+def test_a_picture_is_no_reason_to_let_files_run_code(start):
+    start.write_bytes(b"\xff\xd8\xff\xe0" + bytes(range(256)))
+    with pytest.raises(ValueError, match="holds something other than tensors") as error:
+        finetune(start)
+    assert "weights_only" not in str(error.value)
+
+
 def test_another_file_than_the_one_that_was_pinned_is_an_error(start):
     pinned = finetune(start).start_from
     rewrite(start, scores={})
