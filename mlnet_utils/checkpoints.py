@@ -22,6 +22,11 @@ from mlnet_utils.starting import (
     read_start,
 )
 
+OTHER_RUN = (
+    "choose another run folder, delete its checkpoints, or set them aside and train anew with "
+    "`reproduce --force`"
+)
+
 
 def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any) -> None:
     """Write a checkpoint atomically: configuration, weights, versions and any further state.
@@ -104,10 +109,21 @@ def load_latest(folder: Path, config: Config, data: str) -> dict[str, Any] | Non
         raise ValueError(
             "; ".join(errors) + f"; delete the folder {folder} to train from the beginning"
         )
+    if (folder / "best.pt").is_file():
+        _check_first_epoch(folder / "best.pt", config)
     return None
 
 
 def _check_same_run(path: Path, content: dict[str, Any], config: Config, data: str) -> None:
+    _check_same_config(path, content, config)
+    if content.get("data") != data:
+        raise ValueError(
+            f"checkpoint {path} was trained on other prepared data than {path.parents[1] / 'data'}"
+            f" holds now; {OTHER_RUN}"
+        )
+
+
+def _check_same_config(path: Path, content: dict[str, Any], config: Config) -> None:
     stored, wanted = _complete(content["config"]), config.to_dict()
     different = [
         f"{key}: {stored[key]!r} there, {wanted[key]!r} here"
@@ -117,12 +133,21 @@ def _check_same_run(path: Path, content: dict[str, Any], config: Config, data: s
     if different:
         raise ValueError(
             f"checkpoint {path} comes from another configuration ({'; '.join(different)}); "
-            "choose another run folder, or delete its checkpoints"
+            f"{OTHER_RUN}"
         )
-    if content.get("data") != data:
+
+
+def _check_first_epoch(best: Path, config: Config) -> None:
+    """A best epoch without step checkpoints: a run killed in its first epoch, or deleted files.
+
+    Only in the first case may training begin again, and overwrite what is there.
+    """
+    content = load_checkpoint(best)
+    _check_same_config(best, content, config)
+    if content.get("scores", {}).get("epoch", 2) > 1:
         raise ValueError(
-            f"checkpoint {path} was trained on other prepared data than {path.parents[1] / 'data'}"
-            " holds now; choose another run folder, or delete its checkpoints"
+            f"{best} is there, but not {best.with_name('last.pt')} to continue from: put it back, "
+            "or move best.pt away to train from the beginning"
         )
 
 

@@ -352,10 +352,12 @@ class Trainer:
             return
         for path in (self.folder / "next.pt", self.folder / "best.pt", self.run_dir / "log.csv"):
             remove_temporaries(path)
-        if content is not None:
-            write_text(self.run_dir / "log.csv", format_log(self.history))
-            if not self.finished:
-                print(f"resuming at epoch {self.epoch + 1}, batch {self.batch + 1}", flush=True)
+        if content is None:  # times are added to the file: those of a training before this one go
+            (self.run_dir / "times.csv").unlink(missing_ok=True)
+            return
+        write_text(self.run_dir / "log.csv", format_log(self.history))
+        where = f"resuming at epoch {self.epoch + 1}, batch {self.batch + 1}"
+        print("this training has finished before" if self.finished else where, flush=True)
 
     def restore(self, content: dict[str, Any]) -> None:
         """Bring everything that a step changes to the state in a checkpoint.

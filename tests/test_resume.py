@@ -350,6 +350,26 @@ def test_another_configuration_is_an_error_but_engine_settings_may_change(stoppe
     assert_identical(stopped, uninterrupted[0])
 
 
+def test_a_best_epoch_without_step_checkpoints_is_not_overwritten(train, run_folder):
+    assert train(run_folder) == 0
+    best = run_folder / "checkpoints" / "best.pt"
+    for name in ("last.pt", "previous.pt"):
+        (run_folder / "checkpoints" / name).unlink()
+    with pytest.raises(ValueError, match=r"another configuration \(lr: 0.004 there, 0.1 here\)"):
+        fit(tiny_config(**OPTIONS, lr=0.1), run_folder)
+    content = load_checkpoint(best)
+    torch.save({**content, "scores": {**content["scores"], "epoch": 2}}, best)
+    with pytest.raises(ValueError, match=r"best.pt is there, but not .*last.pt to continue from"):
+        fit(tiny_config(**OPTIONS), run_folder)
+    assert load_checkpoint(best)["scores"]["epoch"] == 2
+
+
+def test_a_training_from_the_beginning_counts_its_own_seconds(train, run_folder):
+    (run_folder / "times.csv").write_text("epoch,updates,train_seconds\n1,1,1000\n")
+    assert train(run_folder) == 0
+    assert "1000" not in (run_folder / "times.csv").read_text()
+
+
 def test_other_data_are_an_error(stopped):
     photos, meta = read_prepared(stopped / "data")
     photos[0].fixations[0] += 1
