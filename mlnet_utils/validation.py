@@ -99,8 +99,10 @@ def validate(
             f"after epoch {epoch + 1} the network predicts a constant map for every validation "
             f"photo: its output is dead. {advice(config)}"
         )
-    columns = {"val_loss": loss, "val_cc": cc, "val_nss": nss, "val_kl": kl}
+    columns = {"val_loss": loss, "val_cc": cc, "val_kl": kl}
     scores = {name: math.fsum(column) / len(column) for name, column in columns.items()}
+    watched = [value for value in nss if not math.isnan(value)]  # on photos with fixations
+    scores["val_nss"] = math.fsum(watched) / len(watched) if watched else math.nan
     if not math.isfinite(scores["val_loss"]):
         raise TrainingDied(
             f"after epoch {epoch + 1} the validation loss is {scores['val_loss']}. {advice(config)}"

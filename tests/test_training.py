@@ -16,11 +16,14 @@ from mlnet_utils.model import MLNet
 from mlnet_utils.optimization import choose_precision, learning_rate, make_optimizer
 from mlnet_utils.photos import read_prepared, write_prepared
 from mlnet_utils.training import LOG_FIELDS, TIME_FIELDS, Trainer, fit
-from mlnet_utils.validation import TrainingDied
+from mlnet_utils.validation import TrainingDied, validation_loader
 
 # Nothing that depends on how the batch is divided (batch-norm's statistics, dropout), and an
 # optimiser that does not blow up rounding errors where gradients are almost zero, as Adam does.
 INDIVISIBLE = {"freeze_norm": True, "dropout": 0.0, "optimizer": "sgd", "lr": 0.02}
+
+
+FIXATION_ARRAYS = ("fixations", "observers", "durations")
 
 
 def rows_of(path):
@@ -84,7 +87,7 @@ def test_a_finished_training_returns_at_once(run_folder, capsys):
     capsys.readouterr()
     second = fit(tiny_config(), run_folder)
     assert second.history == first.history
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().out == "this training has finished before\n"
     assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
 
 
@@ -159,6 +162,16 @@ def test_a_validation_loss_that_is_not_finite_is_noticed(run_folder, monkeypatch
     monkeypatch.setattr(trainer.average.module, "forward", one_photo_is_fine)
     with pytest.raises(TrainingDied, match="validation loss is nan"):
         trainer.validate()
+
+
+def test_photos_without_fixations_are_left_out_of_the_validation_nss(run_folder):
+    trainer = Trainer(tiny_config(), run_folder, Accelerator())
+    expected = trainer.validate()
+    data = trainer.data["val"]
+    none = {name: getattr(data.photos[0], name)[:0] for name in FIXATION_ARRAYS}
+    data.photos.append(dataclasses.replace(data.photos[0], **none))
+    trainer.val_loader = validation_loader(data, 0, 0, 1)
+    assert trainer.validate()["val_nss"] == pytest.approx(expected["val_nss"])
 
 
 # ---- schedules, optimisers, precision ----------------------------------------------------------
