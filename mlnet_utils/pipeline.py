@@ -8,6 +8,7 @@ about saliency: what a stage computes is written in its notebook, how one is exe
 import functools
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlnet_utils import __version__
-from mlnet_utils.config import load_config
+from mlnet_utils.config import backbone_file, load_config
 from mlnet_utils.execution import (
     converted,
     machine_paths,
@@ -46,11 +47,13 @@ class PublishError(RuntimeError):
 class Stage:
     """One notebook and the files it promises, relative to the run folder (glob patterns).
 
-    Every stage also writes ``<name>.json``, its record, as its last act.
+    Every stage also writes ``<name>.json``, its record, as its last act. ``resumes`` is a folder
+    with which it goes on where it was interrupted.
     """
 
     name: str
     outputs: tuple[str, ...] = ()
+    resumes: str = ""
 
     @property
     def record(self) -> str:
@@ -60,12 +63,12 @@ class Stage:
 
 STAGES = (
     Stage("01_data_preparation", ("data/meta.json",)),
-    Stage("02_training", ("checkpoints/best.pt", "log.csv")),
+    Stage("02_training", ("checkpoints/best.pt", "log.csv"), resumes="checkpoints"),
     Stage("03_evaluation", ("metrics.json", "per_image.csv")),
     Stage("04_visualization", ("figures/*.png",)),
 )
 # Trains every cell of the study: minutes on the sample, hours on real data. Run on request.
-STUDY = Stage("05_ablation", ("study/sweep.csv", "study/per_image.csv"))
+STUDY = Stage("05_ablation", ("study/sweep.csv", "study/per_image.csv"), resumes="study")
 
 
 def reproduce(
@@ -90,7 +93,9 @@ def reproduce(
         notebooks_dir: folder of the notebooks; default ``notebooks/`` of the checkout.
         parameters: further notebook parameters. Text is converted to the type of the notebook's
             own value, so that values from a command line need no quoting.
-        force: run the stages even where nothing has changed.
+        force: run the stages even where nothing has changed, from their beginning: what they
+            would go on with is kept beside itself, as ``checkpoints.before``. Without it, a
+            training that has finished is not repeated because a notebook or the package changed.
         stages: what to run, in order.
 
     Returns:
@@ -116,10 +121,12 @@ def reproduce(
 
     folder.mkdir(parents=True, exist_ok=True)
     state = _read_state(folder)
+    weights = Path(backbone_file(config)).expanduser()
     inputs = {
         "preset": _digest(config.to_dict()),
         "package": f"{__version__} {_package_digest()}",
         "data folder": str(data_folder.resolve()),
+        "backbone weights": sha256_file(weights) if weights.is_file() else None,
     }
     started = time.monotonic()
     for number, stage in enumerate(stages, start=1):
@@ -133,11 +140,15 @@ def reproduce(
                 for earlier in stages[: number - 1]
             },
         }
-        reason = "forced" if force else _reason_to_run(folder, stage, state, stage_inputs)
+        changed = _changed(stage, state, stage_inputs)
+        reason = "forced" if force else _reason_to_run(folder, stage, state, changed)
         if not reason:
             print(f"{label}: unchanged, skipped", flush=True)
             continue
         print(f"{label}: running ({reason})", flush=True)
+        # A training notices itself that it is another, but not that the weights' file is.
+        if stage.resumes and (force or "backbone weights" in changed):
+            _set_aside(folder / stage.resumes)
         # Forgotten before it starts: a stage that is interrupted or fails counts as not done.
         state.pop(stage.name, None)
         write_json(folder / STATE_FILE, state)
@@ -285,20 +296,33 @@ def _output_digests(folder: Path, stage: Stage) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in found}
 
 
+def _changed(stage: Stage, state: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
+    """The inputs that are not what they were at the stage's last success."""
+    then = state.get(stage.name, {"inputs": inputs})["inputs"]
+    return [key for key in inputs if _digest(inputs[key]) != _digest(then.get(key))]
+
+
 def _reason_to_run(
-    folder: Path, stage: Stage, state: Mapping[str, Any], inputs: Mapping[str, Any]
+    folder: Path, stage: Stage, state: Mapping[str, Any], changed: Sequence[str]
 ) -> str:
     """Why the stage must run, or ``""`` where it need not."""
     done = state.get(stage.name)
     if done is None:
         return "not done yet"
-    then = done["inputs"]
-    changed = [key for key in inputs if _digest(inputs[key]) != _digest(then.get(key))]
     if changed:
         return f"changed: {', '.join(changed)}"
     now = _output_digests(folder, stage)
     touched = sorted(path for path in done["outputs"] if now.get(path) != done["outputs"][path])
     return f"changed or missing since: {', '.join(touched)}" if touched else ""
+
+
+def _set_aside(folder: Path) -> None:
+    """Rename a folder, so that nothing is found there and nothing is lost."""
+    if folder.is_dir():
+        before = folder.with_name(f"{folder.name}.before")
+        shutil.rmtree(before, ignore_errors=True)
+        folder.rename(before)
+        print(f"what was in {display_path(folder)} is now in {before.name}", flush=True)
 
 
 # ---- after a stage -----------------------------------------------------------------------------

@@ -272,6 +272,49 @@ def test_force_reruns_and_a_new_record_reruns_what_follows(finished, capfd):
     assert (folder / "02_second.json").read_text() != record
 
 
+def resuming(root, **arguments):
+    """The first toy stage alone, as one that goes on with what is in ``data``."""
+    stages = (Stage(FIRST.name, FIRST.outputs, resumes="data"),)
+    return reproduce("tiny", notebooks_dir=root / "repository/notebooks", stages=stages, **arguments)
+
+
+def test_force_sets_aside_what_a_stage_would_go_on_with(finished, nothing_runs, capsys):
+    folder = finished / "runs/tiny"
+    (folder / "data/half.txt").write_text("first")
+    with pytest.raises(NotebookError, match="would run"):
+        resuming(finished, force=True)
+    assert (folder / "data.before/half.txt").read_text() == "first"
+    assert not (folder / "data").exists()
+    assert "is now in data.before" in capsys.readouterr().out
+    (folder / "data").mkdir()
+    with pytest.raises(NotebookError, match="would run"):  # interrupted: it goes on
+        resuming(finished)
+    assert (folder / "data.before/half.txt").is_file()
+    with pytest.raises(NotebookError, match="would run"):
+        resuming(finished, force=True)
+    assert not list((folder / "data.before").iterdir())
+
+
+def test_other_backbone_weights_train_anew(finished, nothing_runs, monkeypatch, tmp_path, capsys):
+    folder, weights = finished / "runs/tiny", tmp_path / "weights.pth"
+    monkeypatch.setitem(
+        pipeline.load_config.__globals__["PRESETS"]["tiny"], "backbone_weights", "imagenet"
+    )
+    monkeypatch.setenv("BACKBONE_WEIGHTS", str(weights))
+    weights.write_bytes(b"one")
+    with pytest.raises(NotebookError, match="would run"):
+        resuming(finished)
+    assert "(changed: preset, backbone weights)" in capsys.readouterr().out
+    assert (folder / "data.before/meta.json").is_file()
+
+
+def test_a_changed_package_does_not_set_anything_aside(finished, nothing_runs, monkeypatch):
+    change_package(finished, monkeypatch)
+    with pytest.raises(NotebookError, match="would run"):
+        resuming(finished)
+    assert (finished / "runs/tiny/data/meta.json").is_file()
+
+
 # ---- failure -----------------------------------------------------------------------------------
 def test_failing_cell_is_named_and_published_copy_stays(finished, capfd):
     copy = finished / "runs/tiny/notebooks/02_second.ipynb"
