@@ -274,8 +274,8 @@ def test_force_reruns_and_a_new_record_reruns_what_follows(finished, capfd):
 
 def resuming(root, **arguments):
     """The first toy stage alone, as one that goes on with what is in ``data``."""
-    stages = (Stage(FIRST.name, FIRST.outputs, resumes="data"),)
-    return reproduce("tiny", notebooks_dir=root / "repository/notebooks", stages=stages, **arguments)
+    stages, notebooks = (Stage(FIRST.name, FIRST.outputs, resumes="data"),), "repository/notebooks"
+    return reproduce("tiny", notebooks_dir=root / notebooks, stages=stages, **arguments)
 
 
 def test_force_sets_aside_what_a_stage_would_go_on_with(finished, nothing_runs, capsys):
