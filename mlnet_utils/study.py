@@ -2,7 +2,8 @@
 
 Every cell differs from the reference in what its name says; the reference has three levels, a
 learned prior, the density head, the KL divergence and mirrored photos. Comparisons are paired: for
-each photo the scores are averaged over the seeds and subtracted, and photos are resampled.
+each photo the scores are averaged over the seeds and subtracted, and photos are resampled; the
+differences of the single seeds stand beside the interval, which knows nothing of other seeds.
 """
 
 from collections.abc import Iterable, Sequence
@@ -26,6 +27,10 @@ OSIE_TRAINING_PHOTOS = 500  # of the published split
 LOW_LEVEL = "spectral residual"
 UNIFORM_SHARE = 0.01  # mixed into it: one fixation on a zero would make the mean IG -infinity
 JUDGED = ("CC", "NSS", "IG")  # metrics of a verdict
+COMPARISON = (
+    *("model", "reference", "metric", "mean", "low", "high"),
+    *("seeds", "seed_low", "seed_high", "infinite", "side"),
+)
 
 Cells = dict[str, dict[str, Any]]
 
@@ -84,24 +89,22 @@ MORE_ON_OSIE: dict[str, Cells] = {
         "ML-Net's head and loss, lr 1e-4": {**_HEAD, "loss": "mlnet", "lr": 1e-4},
         "ML-Net's head, squared error, lr 1e-4": {**_HEAD, "loss": "mse", "lr": 1e-4},
     },
-    # A divergence grows without bound where the map nears zero and the density does not, so that
-    # this head survives it; what it learned then survives the other losses, for four epochs more.
+    # What the head learned from the divergence survives the other losses, for four epochs more.
     "ML-Net's head, kept alive": {
-        _ALIVE: _HEAD,
         f"{_ALIVE}, then ML-Net's loss": {**_THEN, "loss": "mlnet"},
         f"{_ALIVE}, then squared error": {**_THEN, "loss": "mse"},
     },
-    # The same number of updates as with all 500.
+    # As many updates as with all 500, 200, but for 350 photos: 210.
     "data": {
         f"{photos} photos": {"train_limit": photos, "epochs": epochs}
         for photos, epochs in ((50, 40), (100, 20), (200, 10), (350, 6))
     },
 }
-QUESTIONS = {
-    "sample": ablation(()),
-    "tiny": ablation(()),
-    "osie": {**ablation(("backbone.*",)), **MORE_ON_OSIE},
-}
+QUESTIONS = {preset: ablation(()) for preset in ("sample", "tiny")}
+QUESTIONS["osie"] = ablation(("backbone.*",)) | MORE_ON_OSIE
+# A divergence grows without bound where the map nears zero and the density does not, so that this
+# head survives it.
+QUESTIONS["osie"]["head"][_ALIVE] = _HEAD
 
 
 def grid(preset: str, seeds: Sequence[int] = (0, 1, 2)) -> Grid:
@@ -143,18 +146,22 @@ def compare(
         resamples: of the bootstrap.
 
     Returns:
-        Columns ``model`` (the cell), ``metric``, ``mean``, ``low``, ``high`` of the difference,
-        ``seeds``, ``seed_sd``, the standard deviation of the cell's mean over its seeds, and
-        ``infinite``, the number of photos whose score is infinite, as IG is where a map is zero at
-        a fixation. The difference is then NaN: a mean over the other photos would flatter.
+        Columns ``model`` (the cell), ``reference``, ``metric``, ``mean``, ``low``, ``high`` of the
+        difference; ``seeds``, and ``seed_low``, ``seed_high``, the smallest and the largest
+        difference that a single seed has; ``infinite``, the number of photos whose score is
+        infinite in either cell, as IG is where a map is zero at a fixation. The difference is then
+        NaN: a mean over the other photos would flatter. ``side`` is +1 or -1 where the difference
+        is clear (the interval leaves out zero and all seeds agree, or infinite scores are more or
+        fewer), else 0.
 
     Raises:
         ValueError: the reference has no scores.
     """
-    endless = np.isinf(scores[list(METRICS)]).groupby([scores["cell"], scores["stem"]]).any()
+    names = list(METRICS)
+    endless = np.isinf(scores[names]).groupby([scores["cell"], scores["stem"]]).any()
     finite = scores.replace([np.inf, -np.inf], np.nan)
-    per_photo = finite.groupby(["cell", "stem"])[list(METRICS)].mean()
-    per_seed = finite.groupby(["cell", "seed"])[list(METRICS)].mean()
+    per_photo = finite.groupby(["cell", "stem"])[names].mean()
+    per_seed = finite.groupby(["cell", "seed"])[names].mean()
     if reference not in per_photo.index:
         raise ValueError(f"the sweep has no scores of {reference!r}; run it first")
     rows = []
@@ -162,57 +169,62 @@ def compare(
         if cell not in per_photo.index:
             continue
         difference = per_photo.loc[cell] - per_photo.loc[reference]
+        by_seed = per_seed.loc[cell] - per_seed.loc[reference]
         infinite = (endless.loc[cell] | endless.loc[reference]).sum()
+        fewer = endless.loc[reference].sum() - endless.loc[cell].sum()  # they are all -infinity
         for metric in METRICS:
             if infinite[metric]:
-                difference[metric] = np.nan
+                difference[metric] = by_seed[metric] = np.nan
             low, high = bootstrap_interval(difference[metric], resamples=resamples)
+            seed_low, seed_high = by_seed[metric].min(), by_seed[metric].max()
+            clear = int(min(low, seed_low) > 0) - int(max(high, seed_high) < 0)
             rows.append(
                 {
                     "model": cell,
+                    "reference": reference,
                     "metric": metric,
                     "mean": difference[metric].mean(),
                     "low": low,
                     "high": high,
                     "seeds": len(per_seed.loc[cell]),
-                    "seed_sd": per_seed.loc[cell][metric].std(),
+                    "seed_low": seed_low,
+                    "seed_high": seed_high,
                     "infinite": infinite[metric],
+                    "side": int(np.sign(fewer[metric])) if infinite[metric] else clear,
                 }
             )
-    columns = ["model", "metric", "mean", "low", "high", "seeds", "seed_sd", "infinite"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=COMPARISON)
 
 
 def sentence(differences: pd.DataFrame) -> str:
-    """One Markdown line per cell: its differences in ``JUDGED``, and the verdict."""
+    """One Markdown line per cell: its differences in ``JUDGED``, and the verdict on these."""
     if differences.empty:
         return "*No scores: no such cells in this preset's study, or all their trainings failed.*"
     lines = []
-    for cell, part in differences.groupby("model", sort=False):
+    for (cell, reference), part in differences.groupby(["model", "reference"], sort=False):
         rows = part.set_index("metric").loc[list(JUDGED)]
-        numbers = ", ".join(
+        numbers = "; ".join(
             f"{metric} infinite for {row['infinite']:.0f} photos"
             if row["infinite"]
-            else f"{metric} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]"
+            else f"{metric} {row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}], "
+            f"seeds {row['seed_low']:+.3f} to {row['seed_high']:+.3f}"
             for metric, row in rows.iterrows()
         )
-        lines.append(f"- **{cell}** is {_verdict(rows)} than the reference: {numbers}")
+        than = "the reference" if reference == REFERENCE else f"*{reference}*"
+        lines.append(f"- **{cell}** is {_verdict(rows['side'])} than {than}: {numbers}")
     return "\n".join(lines)
 
 
-def _verdict(rows: pd.DataFrame) -> str:
-    if (rows["low"] > 0).all():
-        return "better"
-    if (rows["high"] < 0).all():
-        return "worse"
-    clear = rows[(rows["low"] > 0) | (rows["high"] < 0)]
-    if clear.empty:
-        return "neither clearly better nor worse"
-    signs = set(np.sign(clear["mean"]))
-    where = " and ".join(clear.index)
-    if len(signs) > 1:
-        return "better in some metrics and worse in others"
-    return f"{'better' if signs == {1.0} else 'worse'} in {where} only"
+def _verdict(sides: pd.Series) -> str:
+    """In words, from the side of every judged metric (larger is better in all of them)."""
+    if (sides != 0).all() and sides.nunique() == 1:
+        return "better" if sides.iloc[0] > 0 else "worse"
+    parts = [
+        f"{word} in {' and '.join(sides.index[sides == side])}"
+        for word, side in (("better", 1), ("worse", -1))
+        if (sides == side).any()
+    ]
+    return ", ".join(parts) or "neither clearly better nor worse"
 
 
 def photos_of(grid: Grid) -> pd.DataFrame:

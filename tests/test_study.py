@@ -53,7 +53,19 @@ def test_differences_are_paired_by_photo():
     assert up["mean"] == pytest.approx(0.1, abs=0.01)
     assert 0.08 < up["low"] < up["high"] < 0.12
     assert up["seeds"] == 3
-    assert 0 < up["seed_sd"] < 0.01
+    assert 0.09 < up["seed_low"] < up["mean"] < up["seed_high"] < 0.11
+    assert (up["reference"], up["side"]) == ("reference", 1)
+
+
+def test_a_difference_is_clear_only_where_the_seeds_agree():
+    table = scores({"reference": 0, "torn": 0})
+    torn = table["cell"] == "torn"
+    for seed, shift in ((0, 0.5), (1, -0.1), (2, 0.5)):
+        table.loc[torn & (table["seed"] == seed), "CC"] += shift
+    found = study.compare(table, ["torn"]).set_index("metric").loc["CC"]
+    assert found["low"] > 0.25  # over photos alone it looks clear
+    assert found["seed_low"] == pytest.approx(-0.1, abs=0.02)
+    assert found["side"] == 0
 
 
 def test_missing_scores_are_left_out_and_infinite_ones_said():
@@ -65,7 +77,7 @@ def test_missing_scores_are_left_out_and_infinite_ones_said():
     found = differences.set_index("metric")
     assert np.isnan(found.loc["IG", "mean"])  # the mean of the other photos would flatter
     assert found["infinite"].to_dict() == {**dict.fromkeys(METRICS, 0), "IG": 2}
-    assert "better in CC and NSS only" in study.sentence(differences)
+    assert "better in CC and NSS, worse in IG than the reference" in study.sentence(differences)
     assert "IG infinite for 2 photos" in study.sentence(differences)
     assert found.loc["CC", "mean"] == pytest.approx(0.1, abs=0.01)
 
@@ -75,26 +87,35 @@ def test_without_a_reference_there_is_nothing_to_compare():
         study.compare(scores({"up": 0.1}), ["up"])
 
 
+def test_a_cell_as_infinite_as_its_reference_is_on_neither_side():
+    table = scores({"reference": 0, "up": 0.1})
+    table.loc[table["stem"] == "003", "IG"] = -np.inf
+    found = study.compare(table, ["up"]).set_index("metric").loc["IG"]
+    assert (found["infinite"], found["side"]) == (1, 0)
+
+
 @pytest.mark.parametrize(
-    ("intervals", "words"),
+    ("sides", "words"),
     [
-        ([(0.1, 0.2), (0.1, 0.2), (0.1, 0.2)], "is better than"),
-        ([(-0.2, -0.1)] * 3, "is worse than"),
-        ([(-0.1, 0.1)] * 3, "neither clearly better nor worse"),
-        ([(0.1, 0.2), (-0.1, 0.1), (-0.1, 0.1)], "better in CC only"),
-        ([(-0.2, -0.1), (-0.1, 0.1), (-0.2, -0.1)], "worse in CC and IG only"),
-        ([(0.1, 0.2), (-0.2, -0.1), (-0.1, 0.1)], "better in some metrics and worse in others"),
+        ((1, 1, 1), "is better than the reference"),
+        ((-1, -1, -1), "is worse than the reference"),
+        ((0, 0, 0), "is neither clearly better nor worse than"),
+        ((1, 0, 0), "is better in CC than"),
+        ((-1, 0, -1), "is worse in CC and IG than"),
+        ((1, -1, 0), "is better in CC, worse in NSS than"),
     ],
 )
-def test_verdicts_follow_the_intervals(intervals, words):
+def test_verdicts_follow_the_sides(sides, words):
     table = pd.DataFrame(
-        {"model": "a cell", "metric": metric, "mean": (low + high) / 2, "infinite": 0}
-        | {"low": low, "high": high}
-        for metric, (low, high) in zip(study.JUDGED, intervals, strict=True)
+        {"model": "a cell", "reference": study.REFERENCE, "metric": metric, "side": side}
+        | {"mean": 0.15, "low": 0.1, "high": 0.2, "seed_low": 0.12, "seed_high": 0.17}
+        | {"infinite": 0}
+        for metric, side in zip(study.JUDGED, sides, strict=True)
     )
     text = study.sentence(table)
     assert words in text
-    assert f"CC {sum(intervals[0]) / 2:+.3f} [{intervals[0][0]:+.3f}" in text
+    assert "CC +0.150 [+0.100, +0.200], seeds +0.120 to +0.170;" in text
+    assert "than *no prior*: CC" in study.sentence(table.assign(reference="no prior"))
 
 
 def test_the_low_level_model_is_scored(run_folder):
@@ -145,7 +166,7 @@ def test_no_prior_is_a_prior_that_stays_neutral():
 
 def test_cells_without_scores_are_said_to_have_none():
     table = study.compare(scores({"reference": 0}), ["absent"])
-    assert list(table.columns)[:2] == ["model", "metric"]
+    assert tuple(table.columns) == study.COMPARISON
     assert study.sentence(table).startswith("*No scores")
 
 
