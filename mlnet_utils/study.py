@@ -151,8 +151,8 @@ def compare(
         difference that a single seed has; ``infinite``, the number of photos whose score is
         infinite in either cell, as IG is where a map is zero at a fixation. The difference is then
         NaN: a mean over the other photos would flatter. ``side`` is +1 or -1 where the difference
-        is clear (the interval leaves out zero and all seeds agree, or infinite scores are more or
-        fewer), else 0.
+        is clear (the interval leaves out zero and all seeds agree, or only one of the cells has
+        infinite scores), else 0.
 
     Raises:
         ValueError: the reference has no scores.
@@ -171,7 +171,8 @@ def compare(
         difference = per_photo.loc[cell] - per_photo.loc[reference]
         by_seed = per_seed.loc[cell] - per_seed.loc[reference]
         infinite = (endless.loc[cell] | endless.loc[reference]).sum()
-        fewer = endless.loc[reference].sum() - endless.loc[cell].sum()  # they are all -infinity
+        # They are all -infinity: clear where only one of the two cells has any.
+        better = endless.loc[reference].any().astype(int) - endless.loc[cell].any()
         for metric in METRICS:
             if infinite[metric]:
                 difference[metric] = by_seed[metric] = np.nan
@@ -190,7 +191,7 @@ def compare(
                     "seed_low": seed_low,
                     "seed_high": seed_high,
                     "infinite": infinite[metric],
-                    "side": int(np.sign(fewer[metric])) if infinite[metric] else clear,
+                    "side": int(better[metric]) if infinite[metric] else clear,
                 }
             )
     return pd.DataFrame(rows, columns=COMPARISON)
