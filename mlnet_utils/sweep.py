@@ -6,28 +6,32 @@ continues. A cell that fails is reported and does not stop the others.
 """
 
 import contextlib
+import functools
 import hashlib
+import itertools
 import json
-import multiprocessing
+import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import yaml
 
-from mlnet_utils import datasets, evaluation, training
+from mlnet_utils import datasets, dispatch, evaluation, training
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.metrics import METRICS
-from mlnet_utils.runtime import cpu_count, display_path, read_json, write_text
+from mlnet_utils.runtime import display_path, read_json, write_text
+from mlnet_utils.validation import TrainingDied
 
 DATA_KEYS = ("dataset", "limit", "train_limit", "sigma", "fold")  # what decides prepared data
 GRID_KEYS = ("preset", "seeds", "split", "common", "cells")
 TABLE, PER_IMAGE = "sweep.csv", "per_image.csv"
+DIED = "died.txt"  # in a run folder: which configuration died, and of what
 
 
 @dataclass(frozen=True)
@@ -47,18 +51,23 @@ class Grid:
 
     def __post_init__(self):
         slugs = [slug(cell) for cell in self.cells]
-        if not self.cells or not self.seeds or len(set(slugs)) != len(slugs):
+        if not self.cells or len(set(slugs)) != len(slugs):
             raise ValueError(
-                f"grid {self.name}: needs seeds, and cells whose names differ in their letters and "
-                f"digits; got seeds {list(self.seeds)} and cells {list(self.cells)}"
+                f"grid {self.name}: needs cells whose names differ in their letters and digits; "
+                f"got {list(self.cells)}"
+            )
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(
+                f"grid {self.name}: seeds={list(self.seeds)} must be one or more numbers, each once"
             )
         if self.split not in ("val", "test"):
             raise ValueError(f"grid {self.name}: split={self.split!r} is not val or test")
-        for cell, changes in self.cells.items():
-            parent = changes.get("start_from")
-            if parent in self.cells and self.cells[parent].get("start_from") in self.cells:
+        start = {cell: {**self.common, **self.cells[cell]}.get("start_from") for cell in self.cells}
+        for cell, parent in start.items():
+            if start.get(parent) in self.cells:
                 raise ValueError(
                     f"grid {self.name}: {cell} starts from {parent}, which starts from another cell"
+                    f", {start[parent]}; if that comes from `common`, set start_from: '' in it"
                 )
 
 
@@ -75,7 +84,12 @@ class Job:
     data_root: Path
     data: Path  # the prepared folder, shared with all jobs that see the same photos
     notebooks: bool
-    waits: bool  # for the training that it starts from
+    waits: str  # title of the training that it starts from, or ""
+
+    @property
+    def title(self) -> str:
+        """What messages call it."""
+        return f"{self.cell}, seed {self.seed}"
 
     @property
     def preset_file(self) -> Path:
@@ -93,18 +107,31 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
+class _StrictLoader(yaml.SafeLoader):
+    """YAML whose keys are there once: PyYAML itself keeps the last of equal keys."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                mark = node.value[number][0].start_mark
+                raise yaml.MarkedYAMLError(None, None, f"{key!r} is there twice", mark)
+        return node
+
+
 def read_grid(path: str | Path) -> Grid:
     """A grid from a YAML file with the keys of ``GRID_KEYS``.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a grid, or an unknown key.
+        ValueError: not a grid, an unknown key, or one that is there twice.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"grid {path} does not exist")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict) or not isinstance(values.get("cells"), dict):
@@ -126,10 +153,11 @@ def jobs_of(grid: Grid, folder: Path, data_root: Path, notebooks: bool) -> list[
     for cell, changes in grid.cells.items():
         for seed in grid.seeds:
             values = {**grid.common, **changes}
-            waits = values.get("start_from") in grid.cells
-            if waits:
-                parent = folder / slug(values["start_from"]) / str(seed)
-                values["start_from"] = str(parent / "checkpoints" / "best.pt")
+            parent, waits = values.get("start_from"), ""
+            if parent in grid.cells:
+                waits = f"{parent}, seed {seed}"
+                best = folder / slug(parent) / str(seed) / "checkpoints" / "best.pt"
+                values["start_from"] = str(best)
             try:
                 config = load_config(grid.preset, **_without_start(values))
             except ValueError as error:
@@ -162,6 +190,7 @@ def data_key(config: Config, data_root: Path) -> str:
     return f"{config.dataset}-{hashlib.sha256(json.dumps(values).encode()).hexdigest()[:8]}"
 
 
+# ---- one training ------------------------------------------------------------------------------
 def run_job(job: Job) -> None:
     """Train and score one (cell, seed) on its prepared data, as far as that is not done yet.
 
@@ -177,27 +206,66 @@ def run_job(job: Job) -> None:
 
 def _train_and_score(job: Job) -> None:
     config, best = job.config(), job.folder / "checkpoints" / "best.pt"
-    if not (job.folder / "data").exists():
-        (job.folder / "data").symlink_to(job.data.resolve(), target_is_directory=True)
-    if job.notebooks:
-        from mlnet_utils import pipeline
+    _link_data(job)
+    try:
+        if job.notebooks:
+            from mlnet_utils import pipeline
 
-        write_text(job.preset_file, yaml.safe_dump({**config.to_dict(), "preset": job.preset}))
-        pipeline.reproduce(
-            str(job.preset_file.resolve()),
-            run_dir=job.folder,
-            data_root=job.data_root,
-            parameters={"SEED": job.seed},
-            stages=[stage for stage in pipeline.STAGES if stage.name == "02_training"],
-        )
-    else:
-        training.fit(config, job.folder)
+            write_text(job.preset_file, yaml.safe_dump({**config.to_dict(), "preset": job.preset}))
+            pipeline.reproduce(
+                str(job.preset_file.resolve()),
+                run_dir=job.folder,
+                data_root=job.data_root,
+                parameters={"SEED": job.seed},
+                stages=[stage for stage in pipeline.STAGES if stage.name == "02_training"],
+            )
+        else:
+            training.fit(config, job.folder)
+    except Exception as error:
+        in_notebook = getattr(error.__cause__, "ename", "")  # where only its name is left
+        if isinstance(error, TrainingDied) or in_notebook == TrainingDied.__name__:
+            write_text(job.folder / DIED, f"{_identity(job)}\n{error}\n")
+        raise
     report = job.folder / "metrics.json"
     fresh = report.is_file() and report.stat().st_mtime >= best.stat().st_mtime
     if not fresh or read_json(report, "the sweep")["split"] != job.split:
         evaluation.evaluate(job.folder, split=job.split, models=(evaluation.MODEL,))
 
 
+def _link_data(job: Job) -> None:
+    """Point the run's ``data`` to the photos of its configuration, which may have changed.
+
+    The link is relative: a sweep's folder may be moved and copied.
+    """
+    link = job.folder / "data"
+    target = os.path.relpath(job.data.resolve(), job.folder.resolve())
+    if link.is_symlink():
+        if os.readlink(link) == target:
+            return
+        link.unlink()
+    elif link.exists():
+        raise ValueError(f"{link} is not a link to {job.data}: remove it, and the sweep makes one")
+    link.symlink_to(target, target_is_directory=True)
+
+
+def _identity(job: Job) -> str:
+    """Equal for trainings that must end alike, on the same machine."""
+    values = json.dumps([job.config().to_dict(), job.data.name], default=str)
+    return f"configuration {hashlib.sha256(values.encode()).hexdigest()[:16]}"
+
+
+def _check_alive(job: Job) -> None:
+    """Raises TrainingDied where the same training died in an earlier call: it would again."""
+    note = job.folder / DIED
+    if not note.is_file():
+        return
+    identity, _, message = note.read_text(encoding="utf-8").partition("\n")
+    if identity == _identity(job):
+        raise TrainingDied(f"{message.strip()} (so it was before; to try again, delete {note})")
+    note.unlink()
+
+
+# ---- all trainings -----------------------------------------------------------------------------
 def run_sweep(
     grid: Grid,
     folder: str | Path,
@@ -223,63 +291,44 @@ def run_sweep(
         ``"cell, seed n"`` -> error, of the trainings that failed.
 
     Raises:
-        ValueError: a cell is no valid configuration; nothing has run.
+        ValueError: a cell is no valid configuration, or ``workers`` is below 1; nothing has run.
         ModuleNotFoundError: ``cluster`` without the extra ``cluster``.
+        KeyboardInterrupt: nothing new has begun, and the tables hold what this call finished.
     """
-    folder, failed = Path(folder), {}
+    if workers < 1:
+        raise ValueError(f"sweep: workers={workers} must be at least 1")
+    folder, ended = Path(folder), {}
     jobs = jobs_of(grid, folder, Path(data_root), notebooks)
     for job in jobs:
         if not (job.data / "meta.json").is_file():
             config = load_config(grid.preset, **_without_start(job.changes))
             datasets.prepare(config, job.data_root, job.data)
-    for late in (False, True):
-        wave = [job for job in jobs if job.waits is late]
-        if not wave:
-            continue
-        start = _on_cluster(folder, cluster, options or {}) if cluster else _here(workers)
-        for job, result in zip(wave, start(wave), strict=True):
-            try:
-                result()
-                print(f"{job.cell}, seed {job.seed}: done", flush=True)
-            except Exception as error:  # whatever ended one training, the others go on
-                failed[f"{job.cell}, seed {job.seed}"] = str(error)
-                print(f"{job.cell}, seed {job.seed}: failed: {error}", flush=True)
-    gather(jobs, folder)
-    return failed
-
-
-Results = list[Callable[[], None]]
-
-
-def _here(workers: int) -> Callable[[list[Job]], Results]:
-    """Start jobs on this machine; each result waits for its job."""
-    if workers == 1:
-        return lambda jobs: [lambda job=job: run_job(job) for job in jobs]
-    # Inherited by the workers, which start afresh, and by their notebooks' kernels.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // workers)))
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"))
-
-    def start(jobs: list[Job]) -> Results:
-        futures: list[Future] = [pool.submit(run_job, job) for job in jobs]
-        pool.shutdown(wait=False)
-        return [future.result for future in futures]
-
-    return start
-
-
-def _on_cluster(
-    folder: Path, cluster: str, options: Mapping[str, Any]
-) -> Callable[[list[Job]], Results]:
-    """Submit jobs through submitit, as one array."""
+    start = functools.partial(dispatch.one_by_one, run_job)
+    if cluster:
+        values = {"folder": folder / "jobs", "cluster": cluster, "options": options or {}}
+        start = functools.partial(dispatch.on_cluster, run_job, **values)
+    elif workers > 1:
+        start = functools.partial(dispatch.in_processes, run_job, workers=workers)
     try:
-        import submitit
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "sweeps on a cluster need submitit: pip install 'mlnet-utils[cluster]'"
-        ) from error
-    executor = submitit.AutoExecutor(folder / "jobs", cluster=cluster)
-    executor.update_parameters(name="mlnet-sweep", **options)
-    return lambda jobs: [job.result for job in executor.map_array(run_job, jobs)]
+        for late in (False, True):
+            wave = [(job, _hopeless(job, ended)) for job in jobs if bool(job.waits) is late]
+            over = [(job, error) for job, error in wave if error]
+            with contextlib.closing(start([job for job, error in wave if not error])) as results:
+                for job, error in itertools.chain(over, results):
+                    ended[job.title] = error
+                    cause = error.partition(". ")[0]  # advice is in what is returned
+                    print(f"{job.title}: {f'failed: {cause}' if error else 'done'}", flush=True)
+    finally:
+        if ended:  # other folders may hold scores of a configuration that was changed since
+            gather([job for job in jobs if ended.get(job.title) == ""], folder)
+    return {title: error for title, error in ended.items() if error}
+
+
+def _hopeless(job: Job, ended: Mapping[str, str]) -> str:
+    """Why a training need not begin, or ``""``."""
+    if ended.get(job.waits):
+        return f"it starts from {job.waits}, which failed"
+    return dispatch.attempt(_check_alive, job)
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -287,35 +336,44 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
     """Write ``sweep.csv`` (a row per training) and ``per_image.csv`` (a row per photo too).
 
     Returns:
-        The first table: cell, seed, best epoch, parameters of the score, mean of every metric.
+        The first table: cell, seed, split, epochs, seconds, the mean of every metric's finite
+        scores, and, where there are any, the number of photos whose score is infinite.
     """
     rows, photos = [], []
     for job in jobs:
-        if not (job.folder / "metrics.json").is_file():
-            continue
         report = read_json(job.folder / "metrics.json", "the sweep")
-        means = {name: value["mean"] for name, value in report["rows"][0]["metrics"].items()}
-        log = pd.read_csv(job.folder / "log.csv")
-        seconds = pd.read_csv(job.folder / "times.csv")["train_seconds"].sum()
         row = {"cell": job.cell, "seed": job.seed, "split": report["split"]}
-        rows.append({**row, "epochs": len(log), "train_seconds": round(seconds, 1), **means})
+        row["epochs"] = len(pd.read_csv(job.folder / "log.csv"))
+        times = job.folder / "times.csv"  # missing where training was killed before its last act
+        seconds = pd.read_csv(times)["train_seconds"].sum() if times.is_file() else math.nan
+        row["train_seconds"] = round(seconds, 1)
+        scores = report["rows"][0]["metrics"]
+        row |= {name: scores[name]["mean"] for name in METRICS}
+        rows.append(row | {f"{name} infinite": scores[name]["infinite"] for name in METRICS})
         single = pd.read_csv(job.folder / "per_image.csv", dtype={"stem": str})
         photos.append(single.assign(cell=job.cell, seed=job.seed))
-    table = pd.DataFrame(
-        rows, columns=["cell", "seed", "split", "epochs", "train_seconds", *METRICS]
-    )
+    infinite = [f"{name} infinite" for name in METRICS]
+    infinite = [name for name in infinite if any(row[name] for row in rows)]
+    columns = ["cell", "seed", "split", "epochs", "train_seconds", *METRICS, *infinite]
+    table = pd.DataFrame(rows, columns=columns)
     write_text(folder / TABLE, table.to_csv(index=False))
+    columns = ["cell", "seed", "stem", *METRICS]
     if photos:
-        every = pd.concat(photos)[["cell", "seed", "stem", *METRICS]]
-        write_text(folder / PER_IMAGE, every.to_csv(index=False))
+        write_text(folder / PER_IMAGE, pd.concat(photos)[columns].to_csv(index=False))
+    else:  # nor the photos of an earlier call
+        (folder / PER_IMAGE).unlink(missing_ok=True)
     return table
 
 
 def summary(folder: str | Path) -> str:
-    """The table as text: per cell the number of seeds and the mean of every metric."""
+    """The table as text: per cell the seeds, the means, and how many photos are infinite."""
     table = pd.read_csv(Path(folder) / TABLE)
     if table.empty:
         return "no training has finished"
     means = table.groupby("cell", sort=False)[list(METRICS)].mean().round(3)
     means.insert(0, "seeds", table.groupby("cell", sort=False).size())
+    photos = pd.read_csv(Path(folder) / PER_IMAGE, dtype={"stem": str})
+    endless = np.isinf(photos[list(METRICS)]).groupby([photos["cell"], photos["stem"]]).any()
+    counts = endless.groupby("cell").sum().add_suffix(" infinite")  # with any seed, as in `study`
+    means = means.join(counts.loc[:, counts.any()])
     return f"{means.to_string()}\n\n{display_path(Path(folder) / TABLE)}"

@@ -26,7 +26,7 @@ ORDER = (
     "plots",  # takes arrays: isolated below
     *("legacy", "prediction", "exported", "folders", "video", "baselines", "evaluation"),
     *("export", "submission"),
-    *("execution", "pipeline", "sweep", "study"),
+    *("execution", "pipeline", "dispatch", "sweep", "study"),
     "__main__",
 )
 METRICS = {"roc", "resize", "metric_inputs", "metric_formulas", "metrics"}
@@ -35,6 +35,7 @@ ISOLATED = {
     **{name: METRICS | {"runtime", "transforms"} for name in METRICS},
     "plots": {"runtime"},
     "execution": {"runtime"},
+    "dispatch": {"runtime"},
     "pipeline": {"__init__", "config", "runtime", "execution"},
 }
 MAY_PRINT = {"__main__", "pipeline", "sweep", "memory", "training", "runtime"}
