@@ -21,7 +21,8 @@ NODES=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MAIN_NODE=${NODES%%$'\n'*} # not `| head -n 1`: under pipefail the job may die of head's early end
 PROCESSES=$((SLURM_JOB_NUM_NODES * SLURM_GPUS_ON_NODE))
 PORT=$((20000 + SLURM_JOB_ID % 20000)) # another one for another job on the same nodes
-export PRESET MAIN_NODE PROCESSES PORT
+MULTI_GPU=$([ "$PROCESSES" -eq 1 ] || echo --multi_gpu) # accelerate refuses it for one process
+export PRESET MAIN_NODE PROCESSES PORT MULTI_GPU
 
 # Three minutes before the time limit: let training save, then queue again and continue there.
 requeue=no
@@ -29,7 +30,7 @@ trap 'requeue=yes; kill -TERM "$step"' TERM
 
 # SLURM_NODEID is known only on the node itself, hence the inner shell.
 srun --kill-on-bad-exit=1 bash -c '
-    exec accelerate launch --multi_gpu \
+    exec accelerate launch $MULTI_GPU \
         --num_machines "$SLURM_JOB_NUM_NODES" --machine_rank "$SLURM_NODEID" \
         --main_process_ip "$MAIN_NODE" --main_process_port "$PORT" \
         --num_processes "$PROCESSES" \

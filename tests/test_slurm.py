@@ -22,17 +22,19 @@ STAND_INS = {
 
 @pytest.fixture
 def submit(tmp_path):
-    """Start the script as a job of two nodes with four GPUs each."""
+    """Start the script as a job, by default of two nodes with four GPUs each."""
     for name, body in STAND_INS.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(stat.S_IRWXU)
 
-    def start(*words: str, seconds: int = 0, code: int = 0) -> subprocess.Popen:
+    def start(
+        *words: str, seconds: int = 0, code: int = 0, nodes: int = 2, gpus: int = 4
+    ) -> subprocess.Popen:
         job = {
             "SLURM_JOB_ID": "12345",
             "SLURM_JOB_NODELIST": "node[1-2]",
-            "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_GPUS_ON_NODE": "4",
+            "SLURM_JOB_NUM_NODES": str(nodes),
+            "SLURM_GPUS_ON_NODE": str(gpus),
             "SECONDS_TO_RUN": str(seconds),
             "CODE": str(code),
             "PATH": f"{tmp_path}:{os.environ['PATH']}",
@@ -50,6 +52,15 @@ def test_one_launcher_per_node_with_all_processes(submit, tmp_path):
         *("-m", "mlnet_utils", "train", "--preset", "salicon", "--set", "epochs=4"),
     ]
     assert not (tmp_path / "requeued").exists()
+
+
+@pytest.mark.parametrize(("nodes", "gpus", "several"), [(1, 1, 0), (2, 1, 1), (1, 2, 1)])
+def test_only_several_processes_are_multi_gpu(submit, tmp_path, nodes, gpus, several):
+    # "You need to use at least 2 processes to use `--multi_gpu`", accelerate says.
+    assert submit("salicon", nodes=nodes, gpus=gpus).wait(60) == 0
+    words = (tmp_path / "launched").read_text().split()
+    assert words.count("--multi_gpu") == several
+    assert words[words.index("--num_processes") + 1] == str(nodes * gpus)
 
 
 def test_a_failure_is_the_job_s(submit, tmp_path):
