@@ -163,8 +163,10 @@ class Trainer:
                 begun, updates = time.monotonic(), self.updates
                 self.train_epoch()
                 trained = time.monotonic()
-                self.end_epoch(self.validate())
+                scores = self.validate()
+                # Before the checkpoint, with which the last epoch would count as done without it.
                 self.note_time(trained - begun, time.monotonic() - trained, updates)
+                self.end_epoch(scores)
         return FitResult(self.folder / "best.pt", self.history, time.monotonic() - started)
 
     def train_epoch(self) -> None:
@@ -307,7 +309,8 @@ class Trainer:
     def note_time(self, trained: float, validated: float, updates_before: int) -> None:
         """Add a row to ``times.csv``, apart from the log so that the log can be bit-identical.
 
-        An epoch that was interrupted has a row only for the part after the resume.
+        An epoch that was interrupted has a row only for the part after the resume, and a second
+        one where it was killed at its very end.
         """
         if not self.accelerator.is_main_process:
             return
@@ -315,7 +318,7 @@ class Trainer:
         text = path.read_text(encoding="utf-8") if path.exists() else ",".join(TIME_FIELDS) + "\n"
         updates = self.updates - updates_before
         speed = updates * self.config.batch_size / max(trained, 1e-9)
-        row = f"{self.epoch},{updates},{trained:.2f},{validated:.2f},{speed:.2f}\n"
+        row = f"{self.epoch + 1},{updates},{trained:.2f},{validated:.2f},{speed:.2f}\n"
         write_text(path, text + row)
 
     def save(self) -> None:
