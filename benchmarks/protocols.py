@@ -20,14 +20,14 @@ import numpy as np
 from torch import Tensor
 
 from mlnet_utils import baselines, metrics
+from mlnet_utils.evaluation import protocol_truth
 from mlnet_utils.formats import read_osie
 from mlnet_utils.photos import Photo
 from mlnet_utils.runtime import data_root, progress, versions, write_json
-from mlnet_utils.transforms import density_from_points, fixation_counts
+from mlnet_utils.transforms import density_from_points
 
 ROOT = Path(__file__).resolve().parent.parent
 SIGMA = 24.0  # pixels: one degree, OSIE's own ground truth
-SIGMA_2015 = 19.0  # of the 2015 SALICON evaluator
 TRAINING = 500  # photos whose fixations give the centre bias; the next ones are scored
 SHARES = {"peaky": 0.01, "broad": 0.85}  # of the centre bias in the predictor
 
@@ -50,22 +50,13 @@ def eight_bit(prediction: Tensor) -> Tensor:
 
 def score(photo: Photo, prediction: Tensor, others, centre: Tensor, protocol: str) -> dict:
     """All metrics of one prediction under one protocol, with the protocol's own ground truth."""
-    size = (photo.height, photo.width)
-    if protocol == "salicon2015":  # each pixel once, its own sigma, photos as weights
-        points, sigma = np.unique(np.floor(photo.fixations + 0.5), axis=0), SIGMA_2015
-        negatives = others.photo_counts(photo)
-    else:
-        points, sigma = photo.fixations, SIGMA
-        negatives = others(photo)
     extra = {"mit300": ["AUC-Judd", "AUC-Borji"], "salicon": ["sAUC-grid"], "salicon2015": []}
     defined = [name for name in metrics.METRICS if protocol in metrics.FORMULAS[name].sums]
     return metrics.score_all(
         prediction[None],
-        fixation_counts(photo.fixations, *size)[None],
-        density_from_points(points, *size, sigma)[None],
-        negatives[None],
-        centre[None],
-        protocol,
+        **protocol_truth(photo, others, data_root() / "osie", SIGMA, protocol),
+        baseline=centre[None],
+        protocol=protocol,
         metrics=defined + extra[protocol],
         names=[photo.stem],
     )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlnet_utils import __version__
-from mlnet_utils.config import PRESETS, load_config
+from mlnet_utils.config import CHOICES, PRESETS, load_config
 from mlnet_utils.runtime import (
     data_root,
     display_path,
@@ -92,6 +92,9 @@ def parser() -> argparse.ArgumentParser:
     _run_options(verb)
     verb.add_argument("--checkpoint", type=Path, help="default: the run's checkpoints/best.pt")
     verb.add_argument("--split", choices=("val", "test"), default="test")
+    verb.add_argument(
+        "--protocol", choices=CHOICES["protocol"], help="metric definitions; default: as trained"
+    )
 
     verb = _verb(verbs, "sweep", sweep, "train a grid of configurations and seeds, in one table",
                  "sweep grid.yaml", "sweep grid.yaml --workers 2 --plain",
@@ -286,7 +289,7 @@ def evaluate(options: argparse.Namespace) -> int:
     from mlnet_utils import evaluation
 
     folder = run_dir(options.run_dir, options.preset)
-    report = evaluation.evaluate(folder, options.checkpoint, split=options.split)
+    report = evaluation.evaluate(folder, options.checkpoint, options.split, options.protocol)
     if os.environ.get("RANK", "0") == "0":  # of several processes one reports
         print(evaluation.format_table(report))
     return 0

@@ -1,10 +1,13 @@
-"""Confidence intervals of means over photos."""
+"""Means over photos, with confidence intervals and with what they leave out."""
 
 import math
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 from torch import Tensor
+
+from mlnet_utils.metrics import METRICS
 
 
 def bootstrap_interval(
@@ -42,3 +45,55 @@ def bootstrap_interval(
         means[index] = values[generator.integers(len(values), size=len(values))].mean()
     low, high = np.quantile(means, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def summary(
+    values: Sequence[float] | np.ndarray | Tensor, seed: int = 0, resamples: int = 2000
+) -> dict[str, float]:
+    """Mean over photos, 95 % bootstrap interval, and what they leave out.
+
+    Args:
+        values: (N,) one score per photo.
+        seed: of the bootstrap.
+        resamples: of the bootstrap.
+
+    Returns:
+        ``mean``, ``low`` and ``high`` of the ``n`` finite values (NaN if there is none), and how
+        many others are NaN, i.e. undefined (``skipped``), or ``infinite``.
+    """
+    values = np.asarray(values, dtype=np.float64).ravel()
+    finite = values[np.isfinite(values)]
+    low, high = bootstrap_interval(finite, seed, resamples)
+    return {
+        "mean": float(finite.mean()) if len(finite) else math.nan,
+        "low": low,
+        "high": high,
+        "n": len(finite),
+        "skipped": int(np.isnan(values).sum()),
+        "infinite": int(np.isinf(values).sum()),
+    }
+
+
+def summarise(rows: Sequence[dict], resamples: int) -> list[dict]:
+    """The :func:`summary` of every model and metric, for JSON: undefined numbers are None.
+
+    Args:
+        rows: one per model and photo, with ``model`` and a value per metric.
+        resamples: of the bootstrap.
+
+    Returns:
+        Rows of ``metrics.json``: ``model``, and ``metrics`` with a summary per metric.
+    """
+    return [
+        {
+            "model": model,
+            "metrics": {
+                metric: {
+                    key: None if math.isnan(value) else value
+                    for key, value in summary(part[metric], resamples=resamples).items()
+                }
+                for metric in METRICS
+            },
+        }
+        for model, part in pd.DataFrame(rows).groupby("model", sort=False)
+    ]

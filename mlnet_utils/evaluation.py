@@ -5,6 +5,7 @@ import io
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -17,10 +18,10 @@ from scipy.ndimage import gaussian_filter, shift
 from torch import Tensor
 
 from mlnet_utils import baselines
-from mlnet_utils.bootstrap import bootstrap_interval
+from mlnet_utils.bootstrap import summarise
 from mlnet_utils.datasets import photo_root
 from mlnet_utils.images import read_density, read_image
-from mlnet_utils.metrics import METRICS, score_all
+from mlnet_utils.metrics import METRICS, PROTOCOLS, score_all
 from mlnet_utils.photos import Photo, read_prepared
 from mlnet_utils.prediction import Predictor, load
 from mlnet_utils.runtime import (
@@ -32,13 +33,15 @@ from mlnet_utils.runtime import (
     write_json,
     write_text,
 )
-from mlnet_utils.transforms import fixation_counts
+from mlnet_utils.transforms import fixation_counts, pixel_indices
 from mlnet_utils.truth import photo_density
 
 MODEL, UNIFORM, CENTRE = "ML-Net", "uniform", "centre bias"
 OBSERVERS, GOLD = "inter-observer", "gold standard"
 MODELS = (MODEL, UNIFORM, CENTRE, OBSERVERS, GOLD)
 PHOTOS_FOR_GOLD = 100  # training photos on which the gold standard's two numbers are chosen
+SIGMA_2015 = 19.0  # pixels of the photo, whatever its size: the 2015 SALICON evaluator's blur
+INFINITE = "photos with IG = -inf"
 
 # Published scores of ML-Net, each with its own data, ground truth and evaluator: never to be put
 # beside this repository's as if they were one comparison.
@@ -70,7 +73,6 @@ class TestSet:
         photos, self.meta = read_prepared(folder)
         self.root = photo_root(folder, self.meta)
         self.sigma = self.meta["sigma_px"]
-        self.split = split
         self.photos = [photo for photo in photos if photo.split == split]
         if not self.photos:
             raise ValueError(f"the prepared data in {folder} have no {split} photos")
@@ -101,15 +103,23 @@ class TestSet:
             return read_density(self.root / photo.density)
         return self.gold_standard(photo) if self.gold_standard and len(photo.fixations) else None
 
-    def truth(self, photo: Photo) -> dict[str, Tensor]:
+    def truth(self, photo: Photo, protocol: str = "mit300") -> dict[str, Tensor]:
         """What a prediction of this photo is compared with, each (1, H, W)."""
-        size = (photo.height, photo.width)
         return {
-            "fixations": fixation_counts(photo.fixations, *size)[None],
-            "density": photo_density(photo, self.root, self.sigma)[None],
-            "negatives": self.negatives(photo)[None],
-            "baseline": self.centre_bias(*size)[None],
+            **protocol_truth(photo, self.negatives, self.root, self.sigma, protocol),
+            "baseline": self.centre_bias(photo.height, photo.width)[None],
         }
+
+    def describe_truth(self, protocol: str) -> dict[str, str | float]:
+        """The same in words, for reports: blur, density and negatives."""
+        others = f"the other {len(self.photos) - 1} photos of the split"
+        if protocol == "salicon2015":
+            sigma, density = SIGMA_2015, "fixated pixels, each once, blurred"
+            negatives = f"pixels fixated on {others}, weighted by the number of photos"
+        else:
+            sigma, density, negatives = self.sigma, "fixations, blurred", f"fixations of {others}"
+        density += "; of photos without fixations their density map"
+        return {"sigma_px": sigma, "density": density, "negatives": negatives}
 
     def score(
         self, photo: Photo, prediction: Tensor | np.ndarray, protocol: str
@@ -117,16 +127,48 @@ class TestSet:
         """All metrics of one (H, W) prediction; NaN where the protocol defines none."""
         prediction = torch.as_tensor(prediction).double()
         found = score_all(
-            prediction[None], **self.truth(photo), protocol=protocol, names=[photo.stem]
+            prediction[None], **self.truth(photo, protocol), protocol=protocol, names=[photo.stem]
         )
         return {name: float(found[name]) if name in found else math.nan for name in METRICS}
+
+
+def protocol_truth(
+    photo: Photo, others: baselines.LeaveOneOut, root: str | Path, sigma: float, protocol: str
+) -> dict[str, Tensor]:
+    """A photo's ground truth by a protocol's own definition (docs/metrics.md).
+
+    Args:
+        photo: one of the split.
+        others: where people looked on the other photos of the split.
+        root: what the photo's paths are relative to.
+        sigma: blur of the fixations, in pixels; salicon2015 has its own, :data:`SIGMA_2015`.
+        protocol: whose definition.
+
+    Returns:
+        (1, H, W) ``fixations``, ``density`` and ``negatives``, see ``metrics.score_all``.
+
+    Raises:
+        ValueError, FileNotFoundError: what ``truth.photo_density`` and ``others`` raise.
+    """
+    blurred = photo
+    if protocol == "salicon2015":
+        _, once = np.unique(pixel_indices(photo.fixations), axis=0, return_index=True)
+        kept = {key: getattr(photo, key)[once] for key in ("fixations", "observers", "durations")}
+        blurred, sigma, negatives = replace(photo, **kept), SIGMA_2015, others.photo_counts(photo)
+    else:
+        negatives = others(photo)
+    return {
+        "fixations": fixation_counts(photo.fixations, photo.height, photo.width)[None],
+        "density": photo_density(blurred, root, sigma)[None],
+        "negatives": negatives[None],
+    }
 
 
 def evaluate(
     run_dir: str | Path,
     checkpoint: str | Path | None = None,
     split: str = "test",
-    protocol: str = "mit300",
+    protocol: str | None = None,
     models: Sequence[str] = MODELS,
 ) -> dict:
     """Score the network and the baselines; write ``metrics.json`` and ``per_image.csv``.
@@ -138,7 +180,8 @@ def evaluate(
         run_dir: the run; its ``data/`` is read.
         checkpoint: default ``checkpoints/best.pt`` of the run.
         split: ``"test"``, or ``"val"`` while choosing.
-        protocol: metric definitions, see docs/metrics.md.
+        protocol: metric definitions, see docs/metrics.md; default: as the checkpoint's
+            configuration says.
         models: which of ``MODELS`` to score.
 
     Returns:
@@ -147,13 +190,15 @@ def evaluate(
 
     Raises:
         FileNotFoundError: prepared data or checkpoint are missing.
-        ValueError: the split is empty.
+        ValueError: the split is empty, or the protocol is unknown.
     """
     run_dir = Path(run_dir)
     checkpoint = Path(checkpoint) if checkpoint else run_dir / "checkpoints" / "best.pt"
     processes = PartialState(cpu=pick_device() == "cpu", timeout=timedelta(days=7))
     data = TestSet(run_dir, split)  # first: of missing inputs, the earliest is named
     predictor = load(checkpoint, str(processes.device))
+    config = predictor.config
+    protocol = protocol or config.protocol
     share: Iterable[Photo] = data.photos[processes.process_index :: processes.num_processes]
     if processes.is_main_process:
         share = progress(share, f"scoring {split}", len(share), unit="photo")
@@ -164,7 +209,6 @@ def evaluate(
                 rows.append({"model": model, "stem": photo.stem, **scores})
     rows = gather_object(rows)
     rows.sort(key=lambda row: (MODELS.index(row["model"]), row["stem"]))
-    config = predictor.config
     report = {
         "dataset": data.meta["dataset"],
         "title": data.meta["title"],
@@ -172,8 +216,7 @@ def evaluate(
         "photos": len(data.photos),
         "fixations": sum(len(photo.fixations) for photo in data.photos),
         "protocol": protocol,
-        "sigma_px": data.sigma,
-        "negatives": f"fixations of the other {len(data.photos) - 1} photos of the split",
+        **data.describe_truth(protocol),
         "ig_baseline": data.centre_bias.description,
         "checkpoint": display_path(checkpoint),
         "preset": config.preset,
@@ -214,7 +257,7 @@ def _inter_observer_scores(data: TestSet, photo: Photo, protocol: str) -> dict[s
     so CC, KL and SIM would answer another question than in the other rows.
     """
     size = (photo.height, photo.width)
-    shared = data.truth(photo)
+    shared = data.truth(photo, protocol)
     gold = data.gold_standard
     prior = data.centre_bias(*size)
     every = []
@@ -233,37 +276,6 @@ def _inter_observer_scores(data: TestSet, photo: Photo, protocol: str) -> dict[s
         else math.nan
         for metric in METRICS
     }
-
-
-def summarise(rows: Sequence[dict], resamples: int) -> list[dict]:
-    """Mean over photos, 95 % bootstrap interval and counts, per model and metric.
-
-    NaN (undefined) is left out and counted as ``skipped``; infinities are left out of the mean
-    and counted as ``infinite``.
-    """
-    table = pd.DataFrame(rows)
-    result = []
-    for model, part in table.groupby("model", sort=False):
-        summary = {}
-        for metric in METRICS:
-            values = part[metric].to_numpy(float)
-            finite = values[np.isfinite(values)]
-            low, high = bootstrap_interval(finite, resamples=resamples)
-            summary[metric] = {
-                "mean": _number(finite.mean() if len(finite) else math.nan),
-                "low": _number(low),
-                "high": _number(high),
-                "n": len(finite),
-                "skipped": int(np.isnan(values).sum()),
-                "infinite": int(np.isinf(values).sum()),
-            }
-        result.append({"model": model, "metrics": summary})
-    return result
-
-
-def _number(value: float) -> float | None:
-    """JSON has no NaN: undefined becomes null."""
-    return float(value) if math.isfinite(value) else None
 
 
 def _csv(rows: Sequence[dict]) -> str:
@@ -322,18 +334,23 @@ def explained_information(report: dict) -> dict[str, float]:
 def compare_protocols(
     run_dir: str | Path, checkpoint: str | Path | None = None, split: str = "test"
 ) -> pd.DataFrame:
-    """Mean scores of the same predictions under each protocol: one row per protocol."""
-    protocols = ("mit300", "salicon", "salicon2015")
-    means = _mean_scores(
-        run_dir, checkpoint, split, {name: (lambda p, photo: p, name) for name in protocols}
-    )
-    return means.rename_axis("protocol")
+    """Mean scores of the same predictions under each protocol: one row per protocol.
+
+    Each with its own ground truth (:func:`protocol_truth`). Infinite information gains stay in the
+    mean, and the column :data:`INFINITE` counts them.
+    """
+    variants = {protocol: (CHANGES["unchanged"], protocol) for protocol in PROTOCOLS}
+    return _mean_scores(run_dir, checkpoint, split, variants).rename_axis("protocol")
 
 
 def compare_changes(
     run_dir: str | Path, checkpoint: str | Path | None = None, split: str = "test"
 ) -> pd.DataFrame:
-    """Mean scores of the prediction and of changed copies of it; KL negated: larger is better."""
+    """Mean scores (mit300) of the prediction and of changed copies of it.
+
+    KL is negated, so that larger is better everywhere. Infinite information gains stay in the
+    mean, and the column :data:`INFINITE` counts them.
+    """
     changes = {name: (change, "mit300") for name, change in CHANGES.items()}
     with warnings.catch_warnings():  # one of the changes is the rounding that is warned of
         warnings.filterwarnings("ignore", "image .* 8-bit", UserWarning)
@@ -363,7 +380,7 @@ def _mean_scores(
     split: str,
     variants: dict[str, tuple[Change, str]],
 ) -> pd.DataFrame:
-    """Mean over photos of every variant's finite scores, in the order of ``variants``."""
+    """Mean over photos of every variant's defined scores, in the order of ``variants``."""
     run_dir = Path(run_dir)
     predictor = load(checkpoint or run_dir / "checkpoints" / "best.pt")
     data = TestSet(run_dir, split)
@@ -374,5 +391,7 @@ def _mean_scores(
         for name, (change, protocol) in variants.items():
             changed = torch.from_numpy(np.ascontiguousarray(change(prediction, centre)))
             rows.append({"variant": name, **data.score(photo, changed, protocol)})
-    table = pd.DataFrame(rows).replace([np.inf, -np.inf], np.nan)
-    return table.groupby("variant", sort=False)[list(METRICS)].mean()
+    table = pd.DataFrame(rows)
+    table[INFINITE] = np.isinf(table["IG"])
+    groups = table.groupby("variant", sort=False)
+    return groups[list(METRICS)].mean().join(groups[INFINITE].sum())

@@ -144,8 +144,10 @@ def nss(image: ScoredImage) -> float:
 def information_gain(image: ScoredImage) -> float:
     """Mean of log2 p - log2 b at fixations."""
     where, prediction, baseline = image.fixated, image.prediction, image.baseline
-    if len(where) == 0 or (image.protocol == "salicon" and prediction.constant):
+    if len(where) == 0:
         return NAN
+    if image.protocol == "salicon" and (prediction.constant or baseline.constant):
+        return NAN  # a constant map scaled to 0..1 is 0 / 0
     warn_if_8bit(image, "information gain")
     if image.protocol == "salicon":
         p = prediction.stretched(prediction.at(where)) + EPS_MATLAB
@@ -196,8 +198,13 @@ def similarity(image: ScoredImage) -> float:
 
 def emd(image: ScoredImage, downsize: int = 32) -> float:
     """Least work, mass times distance, that turns the one density into the other."""
-    if image.density.total == 0 or image.prediction.total == 0:
+    if image.density.total == 0 or (image.prediction.constant and image.prediction.high == 0):
         return NAN
+    if image.prediction.low < 0 < image.prediction.high:
+        raise ValueError(
+            f"{image.name}: the prediction has values of both signs, so that dividing it by its "
+            "sum makes no density; for the earth mover's distance subtract its minimum first"
+        )
     try:
         import ot
     except ImportError as error:

@@ -199,8 +199,8 @@ class FlatMap:
         self.constant = self.high - self.low <= 8 * precision * largest
         if self.constant:
             self.values, self.low = torch.full_like(self.values, self.high), self.high
-        elif not 1e-30 < largest < 1e30:
-            # Every metric ignores the scale; this keeps squares and ranges from over- or
+        if largest > 0 and not 1e-30 < largest < 1e30:
+            # Every metric ignores the scale; this keeps sums, squares and ranges from over- or
             # underflowing.
             self.values = self.values.to(torch.float64) / largest
             self.low, self.high = self.low / largest, self.high / largest

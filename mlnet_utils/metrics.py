@@ -69,7 +69,8 @@ def auc_judd(
         names: B image names for error messages.
 
     Returns:
-        (B,) float64 in 0..1; NaN without fixations.
+        (B,) float64 in 0..1; NaN without fixations, and where every pixel is fixated, which
+        leaves no negatives.
     """
     return _score(["AUC-Judd"], "mit300", prediction, names, {"fixations": fixations})["AUC-Judd"]
 
@@ -181,7 +182,8 @@ def information_gain(
     mit300: mean over all fixations of log2 p - log2 b, with both maps divided by their sums (a
     prediction with negative values is shifted first, an all-zero one becomes uniform); -inf where
     the prediction is zero at a fixation. salicon: both maps scaled to 0..1, then divided by their
-    sums, eps = 2^-52 added inside the logarithms, each pixel once; NaN for a constant map.
+    sums, eps = 2^-52 added inside the logarithms, each pixel once; NaN where the prediction or
+    the baseline is constant.
 
     Warns when a prediction looks read back from 8 bits (see ``metric_inputs.warn_if_8bit``).
 
@@ -288,7 +290,8 @@ def emd(
     Euclidean ground distance. Solved exactly by the package POT (extra ``emd``).
 
     Args:
-        prediction: (B, H, W) density, any scale.
+        prediction: (B, H, W) density, any scale; all values of one sign (nothing is shifted, as
+            in MIT's code).
         density: (B, H, W) blurred fixations, any scale.
         downsize: factor by which the maps are shrunk.
         names: B image names for error messages.
@@ -298,6 +301,7 @@ def emd(
 
     Raises:
         ImportError: POT is not installed.
+        ValueError: a prediction has positive and negative values.
     """
     found = for_each_image(
         lambda image: formulas.emd(image, downsize),

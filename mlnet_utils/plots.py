@@ -274,21 +274,30 @@ def plot_fixation_statistics(
     return figure
 
 
-def plot_changes(table: pd.DataFrame, reference: str) -> Figure:
+def plot_changes(table: pd.DataFrame, reference: str, infinite: str) -> Figure:
     """How each metric moves when one prediction is changed: a heat map of relative changes.
 
     Args:
-        table: index = variant of the prediction, columns = metrics, larger is better.
+        table: index = variant of the prediction, columns = metrics, larger is better; -inf counts
+            as the worst change.
         reference: the row that the others are compared with.
+        infinite: column that counts the photos whose score is infinite; the count is written in
+            brackets under every infinite mean, and the column's name explains it.
     """
+    photos, table = table[infinite], table.drop(columns=infinite)
     change = 100 * (table - table.loc[reference]) / table.loc[reference].abs()
+    # Where the reference is infinite there is no relative change, but there is a score to write.
+    change = change.fillna(0).where(table.notna())
     figure, axis = plt.subplots(figsize=(8.5, 0.42 * len(table) + 1.2))
-    labels = table.map(lambda value: f"{value:.3f}")
+    labels = table.map(lambda value: f"{value:.3f}").where(
+        ~np.isinf(table), table.astype(str).add(photos.map("\n({})".format), axis=0)
+    )
     sns.heatmap(
         change.clip(-100, 100), annot=labels, fmt="", cmap="RdBu", center=0, vmin=-60, vmax=60,
         ax=axis, linewidths=1, cbar_kws={"label": f"change against {reference} (%)"},
     )  # fmt: skip
-    axis.set(xlabel="", ylabel="")
+    note = f"in brackets: {infinite}" if np.isinf(table).any(axis=None) else ""
+    axis.set(xlabel=note, ylabel="")
     figure.tight_layout()
     return figure
 

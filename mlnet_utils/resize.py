@@ -20,7 +20,7 @@ def resize(maps: Tensor, height: int, width: int, *, protocol: str = "mit300") -
     * ``"salicon"``: MATLAB's ``imresize``: bicubic (a = -0.5) with aligned pixel centres,
       antialiased when shrinking, borders mirrored. Can overshoot, below zero too.
     * ``"salicon2015"``: ``scipy.ndimage.zoom`` with cubic splines and aligned corners, on the CPU.
-      Can overshoot.
+      Can overshoot. Has no gradient: the result is detached from maps that require one.
 
     Args:
         maps: (B, h, w), any number type.
@@ -61,8 +61,10 @@ def _spline(maps: Tensor, height: int, width: int) -> Tensor:
     from scipy.ndimage import zoom
 
     factors = (height / maps.shape[1], width / maps.shape[2])
-    resized = [torch.from_numpy(zoom(one.numpy(), factors, order=3)) for one in maps.cpu()]
-    return torch.stack(resized).to(maps.device)
+    resized = np.empty((len(maps), height, width))
+    for place, one in enumerate(maps.detach().cpu().numpy()):
+        resized[place] = zoom(one, factors, order=3)
+    return torch.from_numpy(resized).to(maps.device)
 
 
 @functools.lru_cache(maxsize=64)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from mlnet_utils.bootstrap import bootstrap_interval
+from mlnet_utils.bootstrap import summary
 from mlnet_utils.metrics import METRICS, score_all
 
 
@@ -103,10 +103,21 @@ class SaliencyMetrics(Metric):
         """Names of the metrics, in the order of :meth:`per_image`'s columns."""
         return METRICS if self.metrics is None else tuple(self.metrics)
 
+    def sync(self, *args, **kwargs) -> None:
+        """Merge the scores of all processes; takes what :meth:`torchmetrics.Metric.sync` takes."""
+        if isinstance(self.index, list) and not self.index:
+            # Processes exchange tensors of equal types and dimensions only, also where one of
+            # them has seen no batch.
+            index, values = self.per_image()
+            self.index.append(index.to(self.device))
+            self.values.append(values.to(self.device))
+        super().sync(*args, **kwargs)
+
     def per_image(self) -> tuple[Tensor, Tensor]:
-        """(N,) indices of the images seen so far, ascending, and (N, metrics) float64 scores."""
+        """(N,) int64 indices of the images so far, ascending, and (N, metrics) float64 scores."""
         if not len(self.index):
-            return torch.zeros(0, dtype=torch.int64), torch.zeros(0, len(self.columns))
+            nothing = torch.zeros(0, len(self.columns), dtype=torch.float64)
+            return torch.zeros(0, dtype=torch.int64), nothing
         # After a merge the states are single tensors, before it lists of one per batch.
         index = torch.cat(list(self.index)) if isinstance(self.index, list) else self.index
         values = torch.cat(list(self.values)) if isinstance(self.values, list) else self.values
@@ -123,16 +134,7 @@ class SaliencyMetrics(Metric):
             averaged, ``skipped`` are NaN (undefined), ``infinite`` are information gains of -inf.
         """
         _, table = self.per_image()
-        summary = {}
-        for name, values in zip(self.columns, table.unbind(1), strict=True):
-            finite = values[values.isfinite()]
-            low, high = bootstrap_interval(finite, self.seed, self.resamples)
-            summary[name] = {
-                "mean": finite.mean().item() if len(finite) else math.nan,
-                "low": low,
-                "high": high,
-                "n": len(finite),
-                "skipped": int(values.isnan().sum()),
-                "infinite": int(values.isinf().sum()),
-            }
-        return summary
+        return {
+            name: summary(values, self.seed, self.resamples)
+            for name, values in zip(self.columns, table.unbind(1), strict=True)
+        }

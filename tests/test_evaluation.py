@@ -10,11 +10,13 @@ import pandas as pd
 import pytest
 import torch
 
-from mlnet_utils import checkpoints, datasets, evaluation
+from mlnet_utils import baselines, checkpoints, datasets, evaluation
+from mlnet_utils.__main__ import main
 from mlnet_utils.config import load_config
 from mlnet_utils.metrics import METRICS
 from mlnet_utils.model import MLNet
 from mlnet_utils.photos import NOBODY, read_prepared, write_prepared
+from mlnet_utils.transforms import density_from_points, fixation_counts
 
 
 @pytest.fixture(scope="module")
@@ -171,11 +173,66 @@ def test_protocols_change_the_numbers_but_not_the_correlation(run):
     assert table.loc["mit300", "CC"] == pytest.approx(table.loc["salicon", "CC"])
     assert table.loc["mit300", "AUC"] != table.loc["salicon", "AUC"]
     assert math.isnan(table.loc["salicon2015", "KL"])
+    assert table.loc["salicon2015", "CC"] != pytest.approx(table.loc["mit300", "CC"], abs=1e-3)
+
+
+def test_salicon2015_has_a_ground_truth_of_its_own(run):
+    data = evaluation.TestSet(run, "test")
+    photo, *others = data.photos
+    photo.fixations[:3] = photo.fixations[0]  # a pixel that is fixated three times
+    data.negatives = baselines.LeaveOneOut(data.photos)
+    own = data.truth(photo, "salicon2015")
+    size = (photo.height, photo.width)
+    pixels = np.unique(np.floor(photo.fixations + 0.5), axis=0)
+    assert len(pixels) < len(photo.fixations)
+    expected = density_from_points(pixels, *size, 19.0)
+    torch.testing.assert_close(own["density"][0], expected, atol=1e-15, rtol=0)
+    counts = fixation_counts(photo.fixations, *size)
+    assert torch.equal(own["fixations"][0], counts)
+    seen = [fixation_counts(other.fixations, *size) > 0 for other in others]
+    assert torch.equal(own["negatives"][0], sum(seen, torch.zeros(size, dtype=torch.int32)))
+    usual = data.truth(photo, "mit300")
+    assert torch.equal(usual["fixations"], own["fixations"])
+    blurred = density_from_points(photo.fixations, *size, data.sigma)
+    assert torch.equal(usual["density"][0], blurred)
+
+
+def test_reports_describe_the_ground_truth_of_their_protocol(run, report, tmp_path):
+    assert (report["protocol"], report["sigma_px"]) == ("mit300", 8.0)
+    assert report["density"].startswith("fixations, blurred")
+    config = load_config("tiny", limit=4, protocol="salicon2015")
+    shutil.copytree(run / "data", tmp_path / "data")
+    model, _, _ = checkpoints.load_model(run / "checkpoints" / "best.pt")
+    path = tmp_path / "checkpoints" / "best.pt"
+    checkpoints.save_checkpoint(path, config, model.state_dict())
+    found = evaluation.evaluate(tmp_path)  # the checkpoint's protocol, unless another is given
+    assert (found["protocol"], found["sigma_px"]) == ("salicon2015", 19.0)
+    assert found["density"].startswith("fixated pixels, each once, blurred")
+    assert found["negatives"] == (
+        "pixels fixated on the other 3 photos of the split, weighted by the number of photos"
+    )
+    means = means_of(found)["ML-Net"]
+    assert [name for name in METRICS if means[name] is None] == ["KL", "IG", "SIM"]
+    assert evaluation.evaluate(tmp_path, protocol="mit300")["rows"] == report["rows"]
+    assert main(["evaluate", "--run-dir", str(tmp_path), "--protocol", "salicon"]) == 0
+    assert json.loads((tmp_path / "metrics.json").read_text())["protocol"] == "salicon"
+
+
+def test_photos_with_an_infinite_gain_are_counted_in_comparisons(run, monkeypatch):
+    zeros = {
+        "unchanged": lambda p, centre: p,
+        "cut": lambda p, centre: np.where(p > p.mean(), p, 0),
+    }
+    monkeypatch.setattr(evaluation, "CHANGES", zeros)
+    table = evaluation.compare_changes(run)
+    assert table.loc["cut", "IG"] == -math.inf
+    assert table[evaluation.INFINITE].tolist() == [0, 4]
 
 
 @pytest.mark.filterwarnings("error")
 def test_changes_move_the_metrics_that_should_move(run):
     table = evaluation.compare_changes(run)
+    assert not table[evaluation.INFINITE].any()
     same = table.loc["unchanged"]
     for power in ("peaky (squared)", "flat (square root)"):
         assert table.loc[power, "AUC"] == pytest.approx(same["AUC"], abs=1e-9)

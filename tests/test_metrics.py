@@ -1,5 +1,6 @@
 """What the metrics must be by their definitions, on inputs that need no reference."""
 
+import itertools
 import math
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mlnet_utils import metric_formulas, metric_inputs, metrics, roc
+from mlnet_utils.resize import resize
 from mlnet_utils.transforms import density_from_points, fixation_counts
 
 H, W = 9, 11
@@ -132,6 +134,12 @@ def test_emd_without_its_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "ot", None)
     with pytest.raises(ImportError, match=r"mlnet-utils\[emd\]"):
         metrics.emd(torch.rand(1, 64, 64), torch.rand(1, 64, 64))
+
+
+def test_emd_refuses_a_prediction_of_both_signs():
+    mixed = torch.linspace(-1, 2, 64 * 64).reshape(1, 64, 64)
+    with pytest.raises(ValueError, match=r"image cat\.jpg: .* has values of both signs"):
+        metrics.emd(mixed, torch.ones(1, 64, 64), names=["cat.jpg"])
 
 
 # ---- ranks -------------------------------------------------------------------------------------
@@ -440,6 +448,32 @@ def test_constant_predictions(protocol, dtype, value, noise):
         assert found[name].item() == pytest.approx(expected, abs=0, nan_ok=True), name
 
 
+@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        *itertools.product(["prediction", "density", "baseline"], [1e308, 1e-320, 1e38, 1e-40]),
+        *(("prediction", value) for value in (-1e308, -1e-320)),
+    ],
+)
+def test_constant_maps_of_any_scale_are_uniform(protocol, kind, value):
+    maps = scene()
+    maps[kind] = torch.full_like(maps[kind], value)
+    found = score(maps, metrics.METRICS, protocol)
+    maps[kind] = torch.ones_like(maps[kind])
+    same(found, score(maps, metrics.METRICS, protocol), 1e-12)
+
+
+@pytest.mark.parametrize("kind", ["prediction", "baseline"])
+@pytest.mark.parametrize("value", [0.1, 0.0])
+def test_a_constant_map_has_no_information_gain_on_a_range(kind, value):
+    maps = scene(height=60, width=80)
+    maps[kind] = torch.full_like(maps[kind], value)
+    assert math.isnan(score(maps, ["IG"], "salicon")["IG"].item())
+    if value:
+        assert math.isfinite(score(maps, ["IG"])["IG"].item())
+
+
 def test_beyond_rounding_a_map_is_not_constant():
     maps = scene(points=1)
     prediction = torch.full((1, H, W), 0.1, dtype=torch.float64)
@@ -487,6 +521,14 @@ def test_a_fixation_on_every_pixel_leaves_no_unfixated_negatives():
     assert found["AUC"].item() == 0.5
     assert math.isnan(found["AUC-unfixated"].item())
     assert math.isnan(found["AUC-Judd"].item())
+
+
+@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
+def test_resizers_take_empty_batches_and_maps_that_require_a_gradient(protocol):
+    assert resize(torch.zeros(0, 3, 4), 6, 8, protocol=protocol).shape == (0, 6, 8)
+    maps = torch.rand(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    found = resize(maps.clone().requires_grad_(), 6, 8, protocol=protocol)
+    assert torch.equal(found, resize(maps, 6, 8, protocol=protocol))
 
 
 def test_zero_probability_at_a_fixation_is_minus_infinity():

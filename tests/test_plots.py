@@ -118,10 +118,24 @@ def test_statistics_say_so_where_the_viewing_order_is_unknown():
 
 
 def test_changes_are_relative_to_the_reference():
-    table = pd.DataFrame({"CC": [0.8, 0.4]}, index=["unchanged", "blurred"])
-    figure = plots.plot_changes(table, "unchanged")
+    table = pd.DataFrame({"CC": [0.8, 0.4], "n": [0, 0]}, index=["unchanged", "blurred"])
+    figure = plots.plot_changes(table, "unchanged", "n")
     values = figure.axes[0].collections[0].get_array().reshape(2, 1)
     np.testing.assert_allclose(values[:, 0], [0, -50])
+    assert figure.axes[0].get_xlabel() == ""
+
+
+def test_changes_to_infinity_are_the_worst_and_tell_how_many_photos():
+    table = pd.DataFrame(
+        {"IG": [1.5, -np.inf, 0.75], "NSS": [np.nan] * 3, "n": [0, 6, 0]}, index=list("abc")
+    )
+    axis = plots.plot_changes(table, "a", "n").axes[0]
+    assert [text.get_text() for text in axis.texts] == ["1.500", "-inf\n(6)", "0.750"]
+    assert axis.collections[0].get_array().reshape(3, 2)[:, 0].tolist() == [0, -100, -50]
+    assert axis.get_xlabel() == "in brackets: n"
+    # Relative to an infinity nothing can be said, but the scores are still written.
+    axis = plots.plot_changes(table, "b", "n").axes[0]
+    assert [text.get_text() for text in axis.texts] == ["1.500", "-inf\n(6)", "0.750"]
 
 
 def test_shown_figure_carries_its_alternative_text_and_is_shown_once(monkeypatch):

@@ -1,5 +1,6 @@
 """Scores of a split: collected over batches and processes, with intervals."""
 
+import json
 import math
 import socket
 import subprocess
@@ -86,7 +87,8 @@ def test_reset_forgets():
     scores = collect([[0, 1, 2]])
     scores.reset()
     index, table = scores.per_image()
-    assert len(index) == len(table) == 0
+    assert (index.shape, index.dtype) == ((0,), torch.int64)
+    assert (table.shape, table.dtype) == ((0, len(metrics.METRICS)), torch.float64)
     assert scores.compute()["NSS"]["n"] == 0
 
 
@@ -97,6 +99,7 @@ def test_one_index_per_image():
 
 
 PROCESS = """
+import json
 import os
 import sys
 import torch
@@ -106,8 +109,7 @@ from test_scores import collect
 
 rank, port = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-# What a distributed sampler hands out: interleaved, the last batch filled up with an image again.
-scores = collect([[0, 2, 4], [6, 8]] if rank == 0 else [[1, 3, 5], [7, 9, 0]])
+scores = collect(json.loads(sys.argv[4]))
 torch.save(scores.compute(), sys.argv[3])
 dist.barrier()
 dist.destroy_process_group()
@@ -116,18 +118,28 @@ os._exit(0)  # gloo's threads outlive the group, see runtime.end_process
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_result_of_one(tmp_path):
+@pytest.mark.parametrize(
+    "batches",
+    [
+        # What a distributed sampler hands out: interleaved, the last batch filled up.
+        [[[0, 2, 4], [6, 8]], [[1, 3, 5], [7, 9, 0]]],
+        [[list(range(COUNT))], []],
+    ],
+    ids=["shared", "one without"],
+)
+def test_two_processes_give_the_result_of_one(tmp_path, batches):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
+    call = [sys.executable, "-c", PROCESS]
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", PROCESS, str(rank), port, str(tmp_path / f"{rank}.pt")], cwd=ROOT
+            [*call, str(rank), port, tmp_path / f"{rank}.pt", json.dumps(share)], cwd=ROOT
         )
-        for rank in range(2)
+        for rank, share in enumerate(batches)
     ]
     assert [process.wait(timeout=120) for process in running] == [0, 0]
-    alone = collect([list(range(COUNT))]).compute()
+    alone = collect([batch for share in batches for batch in share]).compute()
     for rank in range(2):
         same(torch.load(tmp_path / f"{rank}.pt"), alone)
 
