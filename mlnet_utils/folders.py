@@ -118,7 +118,8 @@ def predict_folder(
         out: folder for the maps.
         overlay: also write the photo with its map on top.
         npy: also write the density.
-        force: redo what exists.
+        force: redo what exists; files of another checkpoint that will be made again are removed
+            first, so that an interrupted call leaves none of them.
         batch_size: photos per forward pass; twice as many are held in memory.
         workers: threads that decode photos and write maps; -1 = chosen from the machine.
         device: default: a GPU if there is one.
@@ -172,7 +173,7 @@ def begin(
     processes = PartialState(cpu=pick_device() == "cpu", timeout=timedelta(days=7))
     predictor = load_network(checkpoint, device, str(processes.device))
     targets = list_photos(paths, out, outputs, suffixes)
-    record = _check_record(out, checkpoint, force)
+    record, other_maps = _check_record(out, checkpoint, force)
     todo = [
         file
         for file, target in targets.items()
@@ -180,7 +181,13 @@ def begin(
     ]
     result = FolderResult(skipped=sorted(set(targets) - set(todo)))
     if processes.is_main_process:
-        _remove_leftovers(out, {path for file in todo for path in outputs.paths(targets[file])})
+        wanted = {path for file in todo for path in outputs.paths(targets[file])}
+        _remove_leftovers(out, wanted)
+        if other_maps:
+            # Before the record says otherwise: an interrupted call would leave maps of the other
+            # network, which the next one would take for done.
+            for path in filter(Path.is_file, wanted):
+                path.unlink()
     processes.wait_for_everyone()  # all have the same list before the first one writes
     if processes.is_main_process:
         write_json(out / RECORD, record)
@@ -273,21 +280,31 @@ def _check_collisions(targets: dict[Path, Path], outputs: Outputs) -> None:
             owners[name] = photo
 
 
-def _check_record(out: Path, checkpoint: str | Path, force: bool) -> dict:
-    """What made the maps in ``out``: maps of two networks must not be mixed by resuming."""
+def _check_record(out: Path, checkpoint: str | Path, force: bool) -> tuple[dict, bool]:
+    """The record to write, and whether maps in ``out`` may be those of another network.
+
+    Maps of two networks must not be mixed by resuming.
+    """
     record = {
         "checkpoint": display_path(checkpoint),
         "sha256": sha256_file(checkpoint),
         "versions": versions(),
     }
-    if not force and (out / RECORD).exists():
+    if not (out / RECORD).exists():
+        return record, force
+    try:
         before = read_json(out / RECORD, "predict")
-        if before.get("sha256") != record["sha256"]:
-            raise ValueError(
-                f"the maps in {out} were made by another checkpoint ({before.get('checkpoint')}); "
-                "choose another output folder, or force them to be made again"
-            )
-    return record
+    except ValueError:
+        if not force:
+            raise
+        before = {}
+    other = before.get("sha256") != record["sha256"]
+    if other and not force:
+        raise ValueError(
+            f"the maps in {out} were made by another checkpoint ({before.get('checkpoint')}); "
+            "choose another output folder, or force them to be made again"
+        )
+    return record, other
 
 
 # ---- the stream of batches ---------------------------------------------------------------------

@@ -12,13 +12,15 @@ import torch
 from conftest import tiny_config
 from PIL import Image
 
+from mlnet_utils import folders
 from mlnet_utils.__main__ import main
 from mlnet_utils.checkpoints import save_checkpoint
-from mlnet_utils.folders import Outputs, list_photos, predict_folder, to_8_bits
+from mlnet_utils.folders import Outputs, begin, list_photos, predict_folder, to_8_bits
 from mlnet_utils.images import read_image
 from mlnet_utils.model import MLNet
 from mlnet_utils.plots import overlay
 from mlnet_utils.prediction import load
+from mlnet_utils.video import VIDEO_SUFFIXES, VideoOutputs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -184,6 +186,71 @@ def test_maps_of_two_checkpoints_are_not_mixed(album, checkpoint, tmp_path):
         predict_folder(other, [album], tmp_path / "out")
     assert len(predict_folder(other, [album], tmp_path / "out", force=True).done) == 7
     assert predict_folder(other, [album], tmp_path / "out").done == []
+
+
+def test_an_interrupted_force_leaves_no_maps_of_the_other_checkpoint(
+    album, checkpoint, tmp_path, monkeypatch
+):
+    other, out = make_checkpoint(tmp_path / "other.pt", seed=1), tmp_path / "out"
+    predict_folder(checkpoint, [album], out, npy=True)
+    bystanders = [photo(out / "mine.png"), photo(out / "sub" / "mine_overlay.png")]
+    predict_folder(other, [album], tmp_path / "expected", npy=True, batch_size=1)
+    real, batches = folders._predict_and_write, []
+
+    def interrupted(*arguments):
+        batches.append(arguments)
+        if len(batches) > 2:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "_predict_and_write", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            predict_folder(other, [album], out, npy=True, force=True, batch_size=1)
+    assert len(list(out.rglob("*.npy"))) == 2
+    result = predict_folder(other, [album], out, npy=True, batch_size=1)
+    assert (len(result.done), len(result.skipped)) == (5, 2)
+    for stem in SIZES:
+        for suffix in (".png", ".npy"):
+            made, wanted = (
+                (folder / f"{stem}{suffix}").read_bytes() for folder in (out, tmp_path / "expected")
+            )
+            assert made == wanted
+    assert all(path.is_file() for path in bystanders)
+
+
+@pytest.mark.parametrize("record", ["", "{}", None])
+def test_force_takes_maps_of_an_unknown_checkpoint_for_those_of_another(
+    record, checkpoint, tmp_path
+):
+    album, out = tmp_path / "album", tmp_path / "out"
+    photo(album / "x.jpg")
+    made = photo(out / "x.png")
+    if record is not None:
+        (out / "prediction.json").write_text(record)
+        with pytest.raises(ValueError, match="not valid JSON" if not record else "another check"):
+            begin(checkpoint, [album], out, Outputs(), False, 1, "cpu")
+    assert made.is_file()
+    begin(checkpoint, [album], out, Outputs(), True, 1, "cpu")
+    assert files(out) == {"prediction.json"}
+
+
+def test_force_removes_the_videos_of_another_checkpoint_only(checkpoint, tmp_path):
+    other, out = make_checkpoint(tmp_path / "other.pt", seed=1), tmp_path / "out"
+    (tmp_path / "x.mp4").touch()
+
+    def start(network):
+        call = ([tmp_path / "x.mp4"], out, VideoOutputs(overlay=True), True, 1, "cpu")
+        return begin(network, *call, VIDEO_SUFFIXES)
+
+    start(checkpoint)
+    for name in ("x.mp4", "x_overlay.mp4", "y.mp4", "x.png"):
+        (out / name).touch()
+    whole = files(out)
+    start(checkpoint)
+    assert files(out) == whole  # the same network: an interrupted call mixes nothing
+    start(other)
+    assert files(out) == {"y.mp4", "x.png", "prediction.json"}
 
 
 # ---- what fails --------------------------------------------------------------------------------
