@@ -226,7 +226,7 @@ def evaluate(
         "versions": versions(),
     }
     if processes.is_main_process:
-        write_text(run_dir / "per_image.csv", _csv(rows))
+        write_text(run_dir / "per_image.csv", _csv(report["dataset"], rows))
         write_json(run_dir / "metrics.json", report)
     processes.wait_for_everyone()  # whoever returns finds the files
     return report
@@ -278,11 +278,11 @@ def _inter_observer_scores(data: TestSet, photo: Photo, protocol: str) -> dict[s
     }
 
 
-def _csv(rows: Sequence[dict]) -> str:
+def _csv(dataset: str, rows: Sequence[dict]) -> str:
     text = io.StringIO()
-    writer = csv.DictWriter(text, ("model", "stem", *METRICS), lineterminator="\n")
+    writer = csv.DictWriter(text, ("dataset", "model", "stem", *METRICS), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({"dataset": dataset, **row} for row in rows)
     return text.getvalue()
 
 
@@ -299,7 +299,7 @@ def long_table(report: dict) -> pd.DataFrame:
 def format_table(report: dict) -> str:
     """The score table as Markdown, with intervals and with what was left out, if anything was."""
     lines = [
-        "| model | " + " | ".join(METRICS) + " |",
+        f"| {report['dataset']}, {report['split']} | " + " | ".join(METRICS) + " |",
         "|---" * (len(METRICS) + 1) + "|",
     ]
     notes = []

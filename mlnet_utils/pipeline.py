@@ -213,8 +213,9 @@ def score_table(metrics: Mapping[str, Any]) -> str:
     """The scores of a ``metrics.json`` as aligned text, one model per line."""
     rows = metrics["rows"]
     names = list(rows[0]["metrics"]) if rows else []
-    width = max([len(row["model"]) for row in rows] + [len("mean per photo")])
-    lines = [f"{'mean per photo':<{width}}" + "".join(f"{name:>10}" for name in names)]
+    title = f"{metrics['dataset']}, mean per photo"
+    width = max(len(name) for name in (title, *(row["model"] for row in rows)))
+    lines = [f"{title:<{width}}" + "".join(f"{name:>10}" for name in names)]
     for row in rows:
         means = [row["metrics"].get(name, {}).get("mean") for name in names]
         cells = "".join(f"{'-' if mean is None else format(mean, '.3f'):>10}" for mean in means)

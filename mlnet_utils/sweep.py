@@ -336,13 +336,14 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
     """Write ``sweep.csv`` (a row per training) and ``per_image.csv`` (a row per photo too).
 
     Returns:
-        The first table: cell, seed, split, epochs, seconds, the mean of every metric's finite
-        scores, and, where there are any, the number of photos whose score is infinite.
+        The first table: cell, seed, dataset, split, epochs, seconds, the mean of every metric's
+        finite scores, and, where there are any, the number of photos whose score is infinite.
     """
     rows, photos = [], []
     for job in jobs:
         report = read_json(job.folder / "metrics.json", "the sweep")
-        row = {"cell": job.cell, "seed": job.seed, "split": report["split"]}
+        row = {"cell": job.cell, "seed": job.seed}
+        row |= {key: report[key] for key in ("dataset", "split")}
         row["epochs"] = len(pd.read_csv(job.folder / "log.csv"))
         times = job.folder / "times.csv"  # missing where training was killed before its last act
         seconds = pd.read_csv(times)["train_seconds"].sum() if times.is_file() else math.nan
@@ -351,13 +352,13 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
         row |= {name: scores[name]["mean"] for name in METRICS}
         rows.append(row | {f"{name} infinite": scores[name]["infinite"] for name in METRICS})
         single = pd.read_csv(job.folder / "per_image.csv", dtype={"stem": str})
-        photos.append(single.assign(cell=job.cell, seed=job.seed))
+        photos.append(single.assign(cell=job.cell, seed=job.seed, dataset=report["dataset"]))
     infinite = [f"{name} infinite" for name in METRICS]
     infinite = [name for name in infinite if any(row[name] for row in rows)]
-    columns = ["cell", "seed", "split", "epochs", "train_seconds", *METRICS, *infinite]
+    columns = ["cell", "seed", "dataset", "split", "epochs", "train_seconds", *METRICS, *infinite]
     table = pd.DataFrame(rows, columns=columns)
     write_text(folder / TABLE, table.to_csv(index=False))
-    columns = ["cell", "seed", "stem", *METRICS]
+    columns = ["cell", "seed", "dataset", "stem", *METRICS]
     if photos:
         write_text(folder / PER_IMAGE, pd.concat(photos)[columns].to_csv(index=False))
     else:  # nor the photos of an earlier call
@@ -376,4 +377,5 @@ def summary(folder: str | Path) -> str:
     endless = np.isinf(photos[list(METRICS)]).groupby([photos["cell"], photos["stem"]]).any()
     counts = endless.groupby("cell").sum().add_suffix(" infinite")  # with any seed, as in `study`
     means = means.join(counts.loc[:, counts.any()])
-    return f"{means.to_string()}\n\n{display_path(Path(folder) / TABLE)}"
+    title = ", ".join(table[["dataset", "split"]].iloc[0])
+    return f"{title}\n{means.to_string()}\n\n{display_path(Path(folder) / TABLE)}"

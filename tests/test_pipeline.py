@@ -182,8 +182,8 @@ def test_parameters_are_injected_and_progress_is_printed(tmp_path, monkeypatch, 
 
 def test_score_table_aligns_and_marks_what_is_undefined():
     assert score_table(METRICS).splitlines() == [
-        "mean per photo        CC        KL",
-        "ML-Net             0.812         -",
+        "toy, mean per photo        CC        KL",
+        "ML-Net                  0.812         -",
     ]
 
 

@@ -168,9 +168,10 @@ def test_photos_whose_score_is_infinite_are_counted(tmp_path):
     assert table["IG infinite"].to_list() == [0, 0, 1, 2]
     assert not {f"{metric} infinite" for metric in METRICS if metric != "IG"} & set(table)
     lines = sweep.summary(tmp_path).splitlines()
-    assert lines[0].endswith("IG infinite")
-    assert lines[3].split()[0] == "b"
-    assert lines[3].split()[-1] == "2"  # photos, as `study` counts them
+    assert lines[0] == "synthetic, test"
+    assert lines[1].endswith("IG infinite")
+    assert lines[4].split()[0] == "b"
+    assert lines[4].split()[-1] == "2"  # photos, as `study` counts them
     every = pd.read_csv(tmp_path / sweep.PER_IMAGE, dtype={"stem": str})
     judged = study.compare(every, ["b"], resamples=10).set_index("metric")
     assert judged.loc["IG", "infinite"] == 2
