@@ -36,6 +36,7 @@ from mlnet_utils.runtime import data_root as resolve_data_root
 from mlnet_utils.runtime import run_dir as resolve_run_dir
 
 STATE_FILE = "pipeline.json"
+WEIGHTS = "backbone weights"  # an input: the checksum of their file, None where there is none
 OWN_PARAMETERS = ("PRESET", "RUN_DIR", "DATA_ROOT")  # set through the arguments of `reproduce`
 
 
@@ -126,7 +127,7 @@ def reproduce(
         "preset": _digest(config.to_dict()),
         "package": f"{__version__} {_package_digest()}",
         "data folder": str(data_folder.resolve()),
-        "backbone weights": sha256_file(weights) if weights.is_file() else None,
+        WEIGHTS: sha256_file(weights) if weights.is_file() else None,
     }
     started = time.monotonic()
     for number, stage in enumerate(stages, start=1):
@@ -146,8 +147,7 @@ def reproduce(
             print(f"{label}: unchanged, skipped", flush=True)
             continue
         print(f"{label}: running ({reason})", flush=True)
-        # A training notices itself that it is another, but not that the weights' file is.
-        if stage.resumes and (force or "backbone weights" in changed):
+        if stage.resumes and (force or _other_weights(stage, state, stage_inputs)):
             _set_aside(folder / stage.resumes)
         # Forgotten before it starts: a stage that is interrupted or fails counts as not done.
         state.pop(stage.name, None)
@@ -301,6 +301,12 @@ def _changed(stage: Stage, state: Mapping[str, Any], inputs: Mapping[str, Any]) 
     """The inputs that are not what they were at the stage's last success."""
     then = state.get(stage.name, {"inputs": inputs})["inputs"]
     return [key for key in inputs if _digest(inputs[key]) != _digest(then.get(key))]
+
+
+def _other_weights(stage: Stage, state: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
+    """Whether the stage started from other weights: a training only notices other settings."""
+    then = state.get(stage.name, {"inputs": {}})["inputs"]
+    return WEIGHTS in then and then[WEIGHTS] != inputs[WEIGHTS]  # early versions did not note them
 
 
 def _reason_to_run(

@@ -297,15 +297,19 @@ def test_force_sets_aside_what_a_stage_would_go_on_with(finished, nothing_runs, 
 
 def test_other_backbone_weights_train_anew(finished, nothing_runs, monkeypatch, tmp_path, capsys):
     folder, weights = finished / "runs/tiny", tmp_path / "weights.pth"
-    monkeypatch.setitem(
-        pipeline.load_config.__globals__["PRESETS"]["tiny"], "backbone_weights", "imagenet"
-    )
+    presets = pipeline.load_config.__globals__["PRESETS"]
+    monkeypatch.setitem(presets["tiny"], "backbone_weights", "imagenet")
     monkeypatch.setenv("BACKBONE_WEIGHTS", str(weights))
     weights.write_bytes(b"one")
-    with pytest.raises(NotebookError, match="would run"):
-        resuming(finished)
-    assert "(changed: preset, backbone weights)" in capsys.readouterr().out
-    assert (folder / "data.before/meta.json").is_file()
+    state = json.loads((folder / "pipeline.json").read_text())
+    unknown = json.loads((folder / "pipeline.json").read_text())
+    del unknown["01_first"]["inputs"]["backbone weights"]
+    for noted, aside in ((unknown, False), (state, True)):
+        (folder / "pipeline.json").write_text(json.dumps(noted))
+        with pytest.raises(NotebookError, match="would run"):
+            resuming(finished)
+        assert "(changed: preset, backbone weights)" in capsys.readouterr().out
+        assert (folder / "data.before").exists() is aside
 
 
 def test_a_changed_package_does_not_set_anything_aside(finished, nothing_runs, monkeypatch):
