@@ -21,11 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, NamedTuple
 
-from mlnet_utils.runtime import progress, read_json
+from mlnet_utils.runtime import progress, read_json, sha256_file
 
 RECORD = ".complete.json"  # written last; its presence means that a folder is whole
-# What packers leave behind, and CAT2000's folders of saliency maps among the stimuli.
-SKIPPED = frozenset({"__MACOSX", ".svn", ".DS_Store", "Thumbs.db", "Output"})
+# What packers leave behind, CAT2000's folders of saliency maps among the stimuli, and the record in
+# an archive that was packed from an unpacked folder, which is not the record of this unpacking.
+SKIPPED = frozenset({"__MACOSX", ".svn", ".DS_Store", "Thumbs.db", "Output", RECORD})
 BLOCK = 1 << 20
 DAMAGE = (
     *(zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, gzip.BadGzipFile),
@@ -59,6 +60,7 @@ def unpack(
     holds: tuple[str, ...],
     known: Mapping[str, str] | None = None,
     limits: Limits | None = None,
+    accept: Callable[[], None] = lambda: None,
 ) -> dict:
     """Unpack a zip or tar file into a new folder.
 
@@ -69,6 +71,8 @@ def unpack(
         holds: files or folders that prove that this is the right archive.
         known: SHA-256 of files whose content is known, by their path in the target.
         limits: what is refused as a bomb.
+        accept: called when all is well, before the target appears, so that a kill in between
+            never leaves a target without what this notes.
 
     Returns:
         The record that was written into the target: ``files``, path to [bytes, SHA-256].
@@ -93,6 +97,7 @@ def unpack(
                 raise ArchiveError(f"{archive}: {name} has SHA-256 {files[name][1]}, not {sha256}")
         record = {"archive": archive.name, "files": files}
         (temporary / RECORD).write_text(json.dumps(record), encoding="utf-8")
+        accept()
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -100,20 +105,29 @@ def unpack(
 
 
 def problems(target: str | Path) -> list[str]:
-    """What is missing or has another size than when the folder was unpacked, a sentence each.
+    """What is missing or has other content than when the folder was unpacked, a sentence each.
 
     Raises:
         FileNotFoundError: the folder has no record: it was not unpacked by :func:`unpack`.
+        ValueError: the record is damaged.
     """
     target = Path(target)
     record = read_json(target / RECORD, "`python -m mlnet_utils download`")
+    try:
+        files = [(target / name, size, sha256) for name, (size, sha256) in record["files"].items()]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{target / RECORD} is no record of unpacked files: expected `files` with bytes and "
+            f"SHA-256 of each ({error!r}); delete {target} and download it again"
+        ) from error
     found = []
-    for name, (size, _) in record["files"].items():
-        path = target / name
+    for path, size, sha256 in progress(files, f"verifying {target.name}", unit="file"):
         if not path.is_file():
             found.append(f"{path} is missing")
         elif path.stat().st_size != size:
             found.append(f"{path} has {path.stat().st_size} bytes instead of {size}")
+        elif sha256_file(path) != sha256:
+            found.append(f"{path} has other content")
     return found
 
 
@@ -207,6 +221,10 @@ def _checked(members: Iterator[_Member], archive: Path, limits: Limits) -> list[
                 raise ArchiveError(f"{archive} holds {member.path} twice: refused")
             names.add(name)
             kept.append(member)
+    folders = {str(parent).casefold() for member in kept for parent in member.path.parents}
+    for member in kept:
+        if str(member.path).casefold() in folders:
+            raise ArchiveError(f"{archive} holds {member.path} as a file and a folder: refused")
     return kept
 
 

@@ -6,6 +6,7 @@ the dataset, which appears only when it is whole. Layouts are described in ``dat
 
 import hashlib
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 
 from mlnet_utils.archives import BLOCK, RECORD, ArchiveError, problems, unpack
@@ -33,8 +34,9 @@ def acquire(
 ) -> Path:
     """Make a dataset complete: fetch what is missing, verify, unpack.
 
-    What is complete already is only checked. Archives that lie in ``<folder>/archives`` under
-    their names are used without a download; those handed over are used where they are.
+    What is complete already is only compared with its record, by the files' SHA-256. Archives that
+    lie in ``<folder>/archives`` under their names are used without a download; those handed over
+    are used where they are.
 
     Args:
         name: a key of :data:`SOURCES`.
@@ -46,7 +48,7 @@ def acquire(
         The dataset's folder.
 
     Raises:
-        ValueError: unknown name, or an archive that is none of this dataset's.
+        ValueError: unknown name, an archive that is none of this dataset's, a damaged record.
         FileNotFoundError: an archive that was handed over does not exist.
         FileExistsError: a folder is there that this program did not unpack.
         TransferError: a download failed; says what to do by hand.
@@ -72,12 +74,12 @@ def acquire(
         else:
             digest = _verified(path, archive, folder)
         try:
-            unpack(path, target, archive.holds, archive.known, source.limits)
+            accept = partial(_record, folder, archive.name, digest)
+            unpack(path, target, archive.holds, archive.known, source.limits, accept)
         except ArchiveError:
             if downloaded:  # without a known checksum the damage shows only now
                 path.unlink()
             raise
-        _record(folder, archive.name, digest)
     return folder
 
 
@@ -116,7 +118,7 @@ def _download(
     part = path.with_name(f"{path.name}.part")
     try:
         if archive.drive:
-            fetch_drive(archive.drive, part, retries)
+            fetch_drive(archive.drive, part, archive.about, retries)
         else:
             fetch(archive.url, part, archive.size, retries)
         if is_web_page(part):
@@ -159,7 +161,7 @@ def _verified(path: Path, archive: Archive, folder: Path) -> str:
         raise ArchiveError(
             f"{path} is not {archive.name}: its MD5 is {md5}, not {archive.md5}; {what}"
         )
-    recorded = _recorded(folder).get(archive.name, {}).get("sha256", "")
+    recorded = _recorded(folder).get(archive.name, "")
     for expected, where in ((archive.sha256, "the source"), (recorded, folder / CHECKSUMS)):
         if expected and sha256 != expected:
             raise ArchiveError(
@@ -185,10 +187,21 @@ def _all_archives() -> list[tuple[str, Archive]]:
     return [(name, archive) for name, source in SOURCES.items() for archive in source.archives]
 
 
-def _recorded(folder: Path) -> dict:
+def _recorded(folder: Path) -> dict[str, str]:
+    """SHA-256 of every archive that was accepted, by name."""
     path = folder / CHECKSUMS
-    return read_json(path, "the first download") if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    content = read_json(path, "the first download")
+    try:
+        return {name: str(entry["sha256"]) for name, entry in content.items()}
+    except (AttributeError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is no record of archives: expected `sha256` for each name ({error!r}); "
+            "delete it, and what is downloaded next is recorded anew"
+        ) from error
 
 
 def _record(folder: Path, name: str, sha256: str) -> None:
-    write_json(folder / CHECKSUMS, {**_recorded(folder), name: {"sha256": sha256}})
+    recorded = {**_recorded(folder), name: sha256}
+    write_json(folder / CHECKSUMS, {key: {"sha256": recorded[key]} for key in recorded})

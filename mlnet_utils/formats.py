@@ -39,14 +39,7 @@ def read_osie(root: str | Path) -> list[Photo]:
     root = Path(root)
     path = need(root / "data" / "eye" / "fixations.mat", "osie")
     stimuli = need(root / "data" / "stimuli", "osie")
-    cells = load_mat(path, "fixations")["fixations"].ravel()
-    try:
-        records = {str(c[0, 0].img[0]): c[0, 0].subjects.ravel() for c in cells}
-    except (AttributeError, IndexError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not OSIE's: expected a cell array `fixations` of structs with `img` and "
-            f"`subjects` ({error}); download it again"
-        ) from error
+    records = _osie_records(path)
     files = {file.name: file for file in sorted(stimuli.glob("*.jpg"))}
     check_pairs("osie", f"photos in {stimuli}", files, f"records in {path}", records)
     return check_looked_at(
@@ -58,19 +51,42 @@ def read_osie(root: str | Path) -> list[Photo]:
     )
 
 
-def _osie_photo(file: Path, root: Path, subjects: np.ndarray) -> Photo:
+def _osie_records(path: Path) -> dict[str, list[np.ndarray]]:
+    """(3, N) float32 x, y, duration of every subject, 1-based, by the photo's file name."""
+    cells, records = load_mat(path, "fixations")["fixations"], {}
+    try:
+        for cell in cells.ravel():
+            name = str(cell[0, 0].img[0])
+            if name in records:
+                raise ValueError(f"two records of {name}")
+            records[name] = [
+                # Stacked for each subject, so that x and y of two subjects never pair.
+                np.stack(
+                    [
+                        np.asarray(getattr(subject[0, 0], field), np.float32).ravel()
+                        for field in ("fix_x", "fix_y", "fix_duration")
+                    ]
+                )
+                for subject in cell[0, 0].subjects.ravel()
+            ]
+    except (AttributeError, IndexError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not OSIE's: expected a cell array `fixations` of structs with `img` and "
+            f"`subjects`, each with as many fix_x as fix_y and fix_duration ({error}); download "
+            "it again"
+        ) from error
+    return records
+
+
+def _osie_photo(file: Path, root: Path, subjects: list[np.ndarray]) -> Photo:
     width, height = photo_size(file)
     if (width, height) != (OSIE_WIDTH, OSIE_HEIGHT):
         raise ValueError(
             f"osie: {file} is {width}x{height} instead of {OSIE_WIDTH}x{OSIE_HEIGHT}: the "
             "fixations belong to the original photos; download it again"
         )
-    seen = [subject[0, 0] for subject in subjects]
-    x, y, durations = (
-        np.concatenate([getattr(one, name).ravel() for one in seen]).astype(np.float32)
-        for name in ("fix_x", "fix_y", "fix_duration")
-    )
-    observers = np.repeat(np.arange(len(seen)), [one.fix_x.size for one in seen])
+    x, y, durations = np.concatenate([np.zeros((3, 0), np.float32), *subjects], axis=1)
+    observers = np.repeat(np.arange(len(subjects)), [one.shape[1] for one in subjects])
     points, observers, durations, dropped = keep_inside(
         np.stack([x, y], axis=1) - 1, height, width, observers.astype(np.int16), durations
     )
@@ -111,8 +127,19 @@ def read_cat2000(root: str | Path) -> list[Photo]:
         check_pairs(f"cat2000 {category}", "photos", files, "fixation files", points)
         for stem, file in files.items():
             size = photo_size(file)
-            values = load_mat(points[stem], "fixLocs")["fixLocs"]
-            marked = marked_points(values, points[stem], size)
+            marked = marked_points(_fix_locs(points[stem]), points[stem], size)
             image = file.relative_to(root).as_posix()
             photos.append(pooled(f"{category}_{stem}", image, size, marked))
     return check_looked_at("cat2000", photos)
+
+
+def _fix_locs(path: Path) -> np.ndarray:
+    values = load_mat(path, "fixLocs")["fixLocs"]
+    if hasattr(values, "toarray"):  # MATLAB's sparse matrices, which suit a map of a few pixels
+        values = values.toarray()
+    if values.dtype.kind not in "buif":
+        raise ValueError(
+            f"{path} is not CAT2000's: expected a matrix `fixLocs` of numbers, got "
+            f"{values.dtype} of shape {values.shape}; download it again"
+        )
+    return values

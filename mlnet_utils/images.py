@@ -1,11 +1,56 @@
 """Photos of any kind to pixels: colour modes, transparency, 16 bits, rotation."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
+
+_ORIENTATION = 0x0112  # EXIF tag
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+@contextmanager
+def blame_file(problem: str) -> Iterator[None]:
+    """Turn whatever a reader raises about a damaged file into an error that names the file.
+
+    Args:
+        problem: the beginning of the message, such as "photo x.jpg cannot be decoded".
+    """
+    try:
+        yield
+    # Readers check little of what they read: struct.error, IndexError, zlib.error, BadZipFile...
+    except Exception as error:
+        raise ValueError(f"{problem} ({error}): get it again") from error
+
+
+def orientation(image: Image.Image) -> int:
+    """How a photo's EXIF says that the camera was held, 1 to 8; 1, upright, where it is unknown."""
+    try:
+        return int(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF, which must not cost the pixels
+        return 1
+
+
+def to_upright(image: Image.Image) -> Image.Transpose | None:
+    """Decode a photo, and say what turns it as the camera was held; None = it is upright.
+
+    Pillow's ``exif_transpose`` would also write the EXIF anew, which fails where any other of its
+    entries is damaged.
+    """
+    image.load()  # which turns a TIFF, and then there is no orientation any more
+    return _UPRIGHT.get(orientation(image))
 
 
 def read_image(path: str | Path, upright: bool = True) -> Tensor:
@@ -23,17 +68,14 @@ def read_image(path: str | Path, upright: bool = True) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"photo {path} does not exist")
-    try:
-        with Image.open(path) as image:
-            return decode(image, upright)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"photo {path} cannot be decoded ({error})") from error
+    with blame_file(f"photo {path} cannot be decoded"), Image.open(path) as image:
+        return decode(image, upright)
 
 
 def decode(image: Image.Image, upright: bool = True) -> Tensor:
     """A PIL image of any mode as (3, H, W) uint8 RGB, see :func:`read_image`."""
-    if upright:
-        image = ImageOps.exif_transpose(image)
+    if upright and (turn := to_upright(image)) is not None:
+        image = image.transpose(turn)
     if image.mode.startswith("I"):  # 16-bit greyscale, which convert("RGB") would clip
         values = np.asarray(image)
         pixels = (values / 256).clip(0, 255).astype(np.uint8)
@@ -74,20 +116,20 @@ def read_density(path: str | Path) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"density map {path} does not exist")
-    try:
-        if path.suffix == ".npz":
+    with blame_file(f"density map {path} cannot be read"):
+        if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 values = arrays["density"].astype(np.float64)
         else:
             with Image.open(path) as image:
                 values = np.asarray(image.convert("F"), dtype=np.float64)
-    except (OSError, ValueError, KeyError, SyntaxError) as error:
-        raise ValueError(f"density map {path} cannot be read ({error})") from error
     if (
         values.ndim != 2
         or not np.isfinite(values).all()
         or values.min() < 0
         or not values.sum() > 0
     ):
-        raise ValueError(f"density map {path} must be 2-D, non-negative and not zero everywhere")
+        raise ValueError(
+            f"density map {path} must be 2-D, finite, non-negative and not zero everywhere"
+        )
     return torch.from_numpy(values / values.sum())

@@ -4,21 +4,25 @@ Every mismatch is one error with the number of files and the first names. Fixati
 photo are dropped and counted, never an error: trackers and web pages record them.
 """
 
-import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from struct import error as StructError
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from mlnet_utils.images import blame_file, to_upright
 from mlnet_utils.photos import NOBODY, Photo
 from mlnet_utils.transforms import inside
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-_ROTATION = 0x0112  # EXIF tag; from 5 on, width and height are swapped
+_SIDEWAYS = (
+    Image.Transpose.ROTATE_90,
+    Image.Transpose.ROTATE_270,
+    Image.Transpose.TRANSPOSE,
+    Image.Transpose.TRANSVERSE,
+)
 _NAMED = 5  # files that an error names
 
 
@@ -103,6 +107,21 @@ def keep_inside(points: np.ndarray, height: int, width: int, *others: np.ndarray
     return (points[keep], *(other[keep] for other in others), int((~keep).sum()))
 
 
+def as_observers(numbers: np.ndarray, source: str) -> np.ndarray:
+    """Observers' numbers as they are stored: (N,) int16.
+
+    Raises:
+        ValueError: there are more observers than numbers.
+    """
+    most = np.iinfo(np.int16).max
+    if numbers.max(initial=0) > most:
+        raise ValueError(
+            f"{source}: {int(numbers.max()) + 1:,} observers, at most {most + 1:,} can be told "
+            "apart; number those of each photo from the same few, or leave them out"
+        )
+    return numbers.astype(np.int16)
+
+
 # ---- files -------------------------------------------------------------------------------------
 def photo_size(path: Path) -> tuple[int, int]:
     """Width and height of a photo as it is shown, after decoding all of it.
@@ -110,15 +129,11 @@ def photo_size(path: Path) -> tuple[int, int]:
     Raises:
         ValueError: the file is cut off or no image.
     """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            if image.getexif().get(_ROTATION, 1) >= 5:
-                width, height = height, width
-            image.draft("L", (1, 1))  # the cheapest way through all of a JPEG
-            image.load()
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise ValueError(f"photo {path} cannot be decoded ({error}): get it again") from error
+    with blame_file(f"photo {path} cannot be decoded"), Image.open(path) as image:
+        width, height = image.size
+        image.draft("L", (1, 1))  # the cheapest way through all of a JPEG
+        if to_upright(image) in _SIDEWAYS:
+            width, height = height, width
     return width, height
 
 
@@ -129,15 +144,9 @@ def load_mat(path: Path, *names: str) -> dict[str, Any]:
         ValueError: the file is empty, damaged, of version 7.3, or lacks a variable.
     """
     from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
 
-    damage = (OSError, ValueError, TypeError, KeyError, IndexError, NotImplementedError)
-    try:
+    with blame_file(f"{path} is empty, damaged or not MATLAB's"):
         values = loadmat(path, struct_as_record=False)
-    except (*damage, MatReadError, zlib.error, StructError) as error:
-        raise ValueError(
-            f"{path} is empty, damaged or not MATLAB's ({error}): get it again"
-        ) from error
     values = {name: value for name, value in values.items() if not name.startswith("__")}
     missing = [name for name in names if name not in values]
     if missing:
@@ -154,17 +163,16 @@ def read_map(path: Path) -> np.ndarray:
     Raises:
         ValueError: the file cannot be read or is not one matrix.
     """
-    try:
-        if path.suffix == ".npy":
+    suffix = path.suffix.lower()
+    with blame_file(f"map {path} cannot be read"):
+        if suffix == ".npy":
             values = np.load(path, allow_pickle=False)
-        elif path.suffix == ".mat":
+        elif suffix == ".mat":
             (values,) = load_mat(path).values()
         else:
             with Image.open(path) as image:
                 values = np.asarray(image.convert("F"))
         values = np.asarray(values, np.float64)
-    except (OSError, ValueError, TypeError, SyntaxError) as error:
-        raise ValueError(f"map {path} cannot be read ({error}): get it again") from error
     if values.ndim != 2:
         raise ValueError(
             f"map {path} must be one matrix, got shape {values.shape}: save it with one channel"
@@ -184,14 +192,18 @@ def marked_points(values: np.ndarray, path: Path, size: tuple[int, int]) -> np.n
         size: width and height of the photo.
 
     Raises:
-        ValueError: the map is of another size than the photo, or blurred, which would make every
-            metric that needs fixations wrong without a sign.
+        ValueError: the map is of another size than the photo, holds values that are no numbers, or
+            is blurred, which would make every metric that needs fixations wrong without a sign.
     """
     width, height = size
     if values.shape != (height, width):
         raise ValueError(
             f"map {path} is {'x'.join(map(str, values.shape[::-1]))}, but its photo is "
             f"{width}x{height}: get the map of this photo, unresized"
+        )
+    if not np.isfinite(values).all():
+        raise ValueError(
+            f"map {path} holds values that are not finite: save it with 0 where nobody looked"
         )
     top = values.max()
     marked = (values > top / 2) & (top > 0)

@@ -11,6 +11,7 @@ import numpy as np
 from mlnet_utils.layouts import (
     NOBODY,
     PHOTO_SUFFIXES,
+    as_observers,
     by_stem,
     check_looked_at,
     check_pairs,
@@ -21,8 +22,10 @@ from mlnet_utils.layouts import (
 )
 from mlnet_utils.photos import SPLITS, Photo
 from mlnet_utils.runtime import progress
+from mlnet_utils.truth import density_of
 
-COLUMNS = ("image", "x", "y")  # and optionally observer, duration (ms)
+COLUMNS = ("image", "x", "y")
+OPTIONAL = ("observer", "duration")  # ms
 FIXATION_SUFFIXES = (*PHOTO_SUFFIXES, ".npy", ".mat")
 DENSITY_SUFFIXES = (*PHOTO_SUFFIXES, ".npz")
 
@@ -96,12 +99,14 @@ def read_folder(
         parts = path.relative_to(images).parts
         photo.split = parts[0] if parts[0] in SPLITS and len(parts) > 1 else ""
         if stem in drawn:
-            _check_size(drawn[stem], photo)
+            density_of(photo, drawn[stem])  # decoded only to be checked
             photo.density = Path(os.path.relpath(drawn[stem], images)).as_posix()
         if stem in marked:
             size = (photo.width, photo.height)
             points = marked_points(read_map(marked[stem]), marked[stem], size)
-            _look(photo, points, np.full(len(points), NOBODY), np.full(len(points), np.nan))
+            _look(
+                photo, points, np.full(len(points), NOBODY, np.int16), np.full(len(points), np.nan)
+            )
         elif rows:
             _look(photo, *rows[stem])
         photos.append(photo)
@@ -109,7 +114,13 @@ def read_folder(
 
 
 def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    return [path for path in folder.rglob("*") if path.suffix.lower() in suffixes]
+    """Files of these kinds, but for what programs hide: ``._a.jpg``, ``.ipynb_checkpoints/``."""
+    return [
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
 
 
 def _maps(
@@ -122,21 +133,12 @@ def _maps(
     return maps
 
 
-def _check_size(path: Path, photo: Photo) -> None:
-    """Pictures of densities must be of the photo's size; ``.npz`` is checked where it is read."""
-    if path.suffix.lower() in PHOTO_SUFFIXES and photo_size(path) != (photo.width, photo.height):
-        raise ValueError(
-            f"density map {path} is {'x'.join(map(str, photo_size(path)))}, but its photo is "
-            f"{photo.width}x{photo.height}: make it again at the photo's size"
-        )
-
-
 def _look(photo: Photo, points: np.ndarray, observers: np.ndarray, durations: np.ndarray) -> None:
     photo.fixations, photo.observers, photo.durations, photo.dropped = keep_inside(
         points.astype(np.float32),
         photo.height,
         photo.width,
-        observers.astype(np.int16),
+        observers,
         durations.astype(np.float32),
     )
 
@@ -153,8 +155,15 @@ def _read_csv(
             lacking = [name for name in COLUMNS if name not in columns]
             if lacking:
                 raise ValueError(f"columns {columns}, but {', '.join(lacking)} is needed")
+            twice = [name for name in (*COLUMNS, *OPTIONAL) if columns.count(name) > 1]
+            if twice:
+                raise ValueError(f"columns {columns}, but only one {', '.join(twice)} can be meant")
             for row in reader:
                 line = reader.line_num
+                if any(row.get(None, ())):
+                    raise ValueError(
+                        f"more than {len(columns)} values; is a comma a decimal point?"
+                    )
                 x, y = (float(row[name]) - first_pixel for name in ("x", "y"))
                 duration = float(row.get("duration") or math.nan)
                 observer = names.setdefault((row.get("observer") or "").strip(), len(names) - 1)
@@ -164,4 +173,7 @@ def _read_csv(
         raise ValueError(f"{path}, line {line}: {error}") from error
     check_pairs("own photos", "photos", stems, f"rows of {path.name}", rows)
     arrays = {stem: np.array(values, np.float64) for stem, values in rows.items()}
-    return {stem: (values[:, :2], values[:, 2], values[:, 3]) for stem, values in arrays.items()}
+    return {
+        stem: (values[:, :2], as_observers(values[:, 2], str(path)), values[:, 3])
+        for stem, values in arrays.items()
+    }

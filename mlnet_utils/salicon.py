@@ -7,10 +7,10 @@ score very differently on them, so nothing here reads one without being told whi
 import json
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from mlnet_utils.images import read_density
 from mlnet_utils.layouts import (
     by_stem,
     check_looked_at,
@@ -24,6 +24,7 @@ from mlnet_utils.layouts import (
 from mlnet_utils.photos import SPLITS, Photo
 from mlnet_utils.runtime import progress
 from mlnet_utils.transforms import density_from_points
+from mlnet_utils.truth import density_of
 
 EDITIONS = ("2015", "2017")
 POINTS = ("fixations", "location")  # detected fixations, or all mouse samples
@@ -64,7 +65,9 @@ def read_salicon_mat(root: str | Path, edition: str, points: str = "fixations") 
             check_pairs(f"{dataset} {split}", "photos", files, "density maps", drawn)
         for stem, path in progress(files.items(), f"reading {split}", len(files), "photo"):
             photo = _photo(path, root, split)
-            photo.density = drawn[stem].relative_to(root).as_posix() if drawn else ""
+            if drawn:
+                photo.density = drawn[stem].relative_to(root).as_posix()
+                density_of(photo, drawn[stem])  # or an error: training would meet it hours later
             if split != "test":
                 workers = _workers(recorded[stem], edition, points, (photo.width, photo.height))
                 _look(photo, workers)
@@ -130,14 +133,21 @@ def fit_sigma(photos: list[Photo], root: str | Path, low: float = 2, high: float
         The sigma, to 0.05 pixels, whose densities correlate best with the maps on average.
 
     Raises:
-        ValueError: no photo has both fixations and a map.
+        ValueError: no photo has both fixations and a map, or a map is damaged, of another size
+            than its photo, or the same everywhere.
     """
     from scipy.optimize import minimize_scalar
 
     both = [photo for photo in photos if photo.density and len(photo.fixations)]
     if not both:
         raise ValueError("fitting sigma needs photos with both fixations and density maps")
-    maps = [read_density(Path(root) / photo.density).numpy().ravel() for photo in both]
+    maps = []
+    for photo in both:
+        path = Path(root) / photo.density
+        values = density_of(photo, path).numpy()
+        if values.min() == values.max():
+            raise ValueError(f"density map {path} is the same everywhere: it shows no blur to fit")
+        maps.append(values.ravel())
 
     def distance(sigma: float) -> float:
         ours = (density_from_points(p.fixations, p.height, p.width, sigma) for p in both)
@@ -165,29 +175,39 @@ def _look(photo: Photo, workers: list[np.ndarray]) -> None:
 def _workers(path: Path, edition: str, points: str, size: tuple[int, int]) -> list[np.ndarray]:
     """(N, 2) float64 x, y, 0-based, of every worker in a file of either edition."""
     values = load_mat(path, "gaze", "resolution")
-    gaze, resolution = values["gaze"], tuple(map(int, values["resolution"].ravel()[::-1]))
-    if resolution != size:
+    try:
+        height, width = map(int, values["resolution"].ravel())
+        rows, columns = values["gaze"].shape
+        # As floats, since 1 less than 0 would wrap around in the files' unsigned integers.
+        workers = [_pairs(getattr(worker, points)) - 1 for worker in values["gaze"].ravel()]
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is of a photo of {'x'.join(map(str, resolution))}, but the photo is "
+            f"{path} is not SALICON's: expected `gaze` structs with `{points}` of x, y, and a "
+            f"`resolution` of rows and columns ({error}); get it again"
+        ) from error
+    if (width, height) != size:
+        raise ValueError(
+            f"{path} is of a photo of {width}x{height}, but the photo is "
             f"{'x'.join(map(str, size))}: get the original of both"
         )
     # The editions store workers along different axes, which tells them apart.
-    rows, columns = gaze.shape
     if {"2015": rows, "2017": columns}[edition] > 1:
         raise ValueError(
             f"{path} is not of SALICON's {edition} edition: it holds {rows}x{columns} workers; "
             "the editions' fixations differ and must not be mixed"
         )
-    try:
-        # As floats, since 1 less than 0 would wrap around in the files' unsigned integers.
-        return [
-            np.asarray(getattr(worker, points), np.float64).reshape(-1, 2) - 1
-            for worker in gaze.ravel()
-        ]
-    except (AttributeError, ValueError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not SALICON's: expected `gaze` structs with `{points}` of x, y ({error})"
-        ) from error
+    return workers
+
+
+def _pairs(values: Any) -> np.ndarray:
+    """(N, 2) float64 from N x 2 numbers in a file; nothing at all has whatever shape it likes."""
+    pairs = np.asarray(values, np.float64)
+    if not pairs.size:
+        return np.zeros((0, 2))
+    # Reshaping instead would make pairs of numbers that are none: of rows x, y, or of x, y, time.
+    if pairs.ndim != 2 or pairs.shape[1] != 2:
+        raise ValueError(f"points of shape {pairs.shape} instead of N x 2")
+    return pairs
 
 
 def _read_annotations(path: Path) -> tuple[dict[str, dict], dict[int, list[np.ndarray]]]:
@@ -195,20 +215,23 @@ def _read_annotations(path: Path) -> tuple[dict[str, dict], dict[int, list[np.nd
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         entries = {Path(entry["file_name"]).stem: entry for entry in content["images"]}
+        known = {entry["id"] for entry in entries.values()}
+        if not len(known) == len(entries) == len(content["images"]):
+            raise ValueError("images that share a name or an id")
         samples = defaultdict(lambda: defaultdict(list))
         for note in content["annotations"]:
-            row_column = np.asarray(note["fixations"], np.float64).reshape(-1, 2)
+            row_column = _pairs(note["fixations"])
             samples[note["image_id"]][note["worker_id"]].append(row_column[:, ::-1] - 1)
         for entry in entries.values():
-            entry["id"], entry["width"], entry["height"]
+            entry["width"], entry["height"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not SALICON's JSON: expected `images` with file_name, id, width, height "
-            f"and `annotations` with image_id, worker_id, fixations ({error!r})"
+            f"and `annotations` with image_id, worker_id, fixations of row, column ({error!r})"
         ) from error
-    unknown = sorted(set(samples) - {entry["id"] for entry in entries.values()})
+    unknown = sorted(map(str, set(samples) - known))  # as text, since ids of both kinds do not sort
     if unknown:
-        raise ValueError(f"{path}: annotations of unknown images {named(list(map(str, unknown)))}")
+        raise ValueError(f"{path}: annotations of unknown images {named(unknown)}")
     workers = {
         image: [np.concatenate(parts) for parts in by_worker.values()]
         for image, by_worker in samples.items()

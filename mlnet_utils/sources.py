@@ -26,6 +26,7 @@ class Archive:
     md5: str = ""
     sha256: str = ""
     size: int = 0  # bytes
+    about: int = 0  # bytes, roughly: of a file on Google Drive, to see whether the disk has room
     known: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of files inside, by path
 
     @property
@@ -56,6 +57,7 @@ _SALICON_IMAGES = Archive(
     ("train", "val", "test"),
     drive="1g8j-hTT-51IG1UFwP0xTGhLdgIUCW5e5",
     md5="eb2a1bb706633d1b31fc2e01422c5757",
+    about=3_000_000_000,  # salicon.net says 3.0G
 )
 _OSIE = "https://github.com/NUS-VIP/predicting-human-gaze-beyond-pixels"
 _OSIE_FIXATIONS = "2aab9133a407e4eff3f57ab5799872b162dbc77ca462c0391762eb5e67deadb9"
@@ -81,6 +83,7 @@ SOURCES = {
                 ("train", "val"),
                 drive="1PnO7szbdub1559LfjYHMy65EDC4VhJC8",
                 published="maps.zip",
+                about=400_000_000,
             ),
             _SALICON_IMAGES,
         ),

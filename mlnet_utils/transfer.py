@@ -6,7 +6,9 @@ part. Whoever calls this verifies the part and only then gives it the file's nam
 
 import contextlib
 import errno
+import glob
 import http.client
+import inspect
 import os
 import re
 import sys
@@ -52,6 +54,26 @@ class Retries:
         self.sleep(min(max(asked, self.first_wait * 2 ** (failures - 1)), self.longest_wait))
 
 
+class _Patience:
+    """Counts the attempts in a row that bring nothing.
+
+    Against the most bytes there ever were, so that a file that always starts anew ends sometime.
+    """
+
+    def __init__(self, url: str, retries: Retries | None, bytes_here: Callable[[], int]):
+        self.url, self.retries, self.bytes_here = url, retries or Retries(), bytes_here
+        self.failures, self.most = 0, bytes_here()
+
+    def failed(self, reason: str, asked: float = 0.0) -> None:
+        """Wait before the next attempt, or give up."""
+        here = self.bytes_here()
+        self.failures = 1 if here > self.most else self.failures + 1
+        self.most = max(self.most, here)
+        if self.failures >= self.retries.attempts:
+            raise TransferError(f"{self.url}: {reason}, after {self.failures} attempts")
+        self.retries.wait(self.failures, asked)
+
+
 def is_web_page(path: str | Path) -> bool:
     """Whether a file starts as HTML does."""
     with open(path, "rb") as file:
@@ -83,7 +105,7 @@ def fetch(url: str, part: Path, size: int = 0, retries: Retries | None = None) -
         TransferError: it failed for good; says why.
         OSError: there is too little disk space.
     """
-    retries, failures, most = retries or Retries(), 0, _bytes_in(part)
+    patience = _Patience(url, retries, lambda: _bytes_in(part))
     part.parent.mkdir(parents=True, exist_ok=True)
     while True:
         asked = 0.0
@@ -99,12 +121,7 @@ def fetch(url: str, part: Path, size: int = 0, retries: Retries | None = None) -
                     asked = float(error.headers.get("Retry-After"))
         except _CutOff as error:
             reason = str(error)
-        # Against the most there ever was, so that a file that always starts anew ends sometime.
-        failures = 1 if _bytes_in(part) > most else failures + 1
-        most = max(most, _bytes_in(part))
-        if failures >= retries.attempts:
-            raise TransferError(f"{url}: {reason}, after {failures} attempts")
-        retries.wait(failures, asked)
+        patience.failed(reason, asked)
 
 
 def _attempt(url: str, part: Path, size: int) -> None:
@@ -203,6 +220,8 @@ def _state(url: str, part: Path) -> dict:
     if not (part.is_file() and _state_path(part).is_file()):
         return {}
     state = read_json(_state_path(part), "the download")
+    if not isinstance(state, dict) or not {"url", "validator", "size"} <= state.keys():
+        return {}
     return state if state["url"] == url and state["validator"] and state["size"] else {}
 
 
@@ -216,12 +235,19 @@ def _bytes_in(part: Path) -> int:
 
 
 # ---- Google Drive ------------------------------------------------------------------------------
-def fetch_drive(file_id: str, part: Path, retries: Retries | None = None) -> None:
+def fetch_drive(file_id: str, part: Path, about: int = 0, retries: Retries | None = None) -> None:
     """Fetch a file from Google Drive with gdown, which knows Drive's confirmation pages.
+
+    Args:
+        file_id: Drive's.
+        part: the file to write; gdown keeps what it has of it beside it, for the next call.
+        about: roughly the file's bytes, 0 if unknown; Drive does not say before it sends.
+        retries: attempts and waiting.
 
     Raises:
         ImportError: gdown is not installed.
         TransferError: Drive refuses (quota, permission), or the network failed for good.
+        OSError: there is too little disk space.
     """
     try:
         import gdown
@@ -231,12 +257,16 @@ def fetch_drive(file_id: str, part: Path, retries: Retries | None = None) -> Non
             "downloads from Google Drive need gdown: pip install 'mlnet-utils[download]'"
         ) from None
     passing = (OSError, getattr(exceptions, "DownloadError", OSError))  # gdown 5 has no such class
-    retries, failures, url = retries or Retries(), 0, DRIVE.format(file_id)
+    url = DRIVE.format(file_id)
+    patience = _Patience(url, retries, lambda: _bytes_of_gdown(part))
     part.parent.mkdir(parents=True, exist_ok=True)
+    need_space(part.parent, about - patience.most, f"downloading {url} (a rough size)")
+    options = {"quiet": not sys.stderr.isatty(), "use_cookies": False, "resume": True}
+    if "timeout" in inspect.signature(gdown.download).parameters:  # gdown 5 has none
+        options["timeout"] = TIMEOUT
     while True:
         try:
-            quiet = not sys.stderr.isatty()
-            if gdown.download(url, str(part), quiet=quiet, use_cookies=False, resume=True):
+            if gdown.download(url, str(part), **options):
                 return
             reason = "the transfer was cut"  # gdown 5 says no more
         except exceptions.FileURLRetrievalError as error:
@@ -248,7 +278,9 @@ def fetch_drive(file_id: str, part: Path, retries: Retries | None = None) -> Non
             if getattr(error, "errno", None) == errno.ENOSPC or PASSING.isdisjoint(status):
                 raise TransferError(f"{url}: {error}") from error
             reason = str(error)
-        failures += 1
-        if failures >= retries.attempts:
-            raise TransferError(f"{url}: {reason}, after {failures} attempts")
-        retries.wait(failures)
+        patience.failed(reason)
+
+
+def _bytes_of_gdown(part: Path) -> int:
+    """Bytes that are here of a file: gdown keeps a part of it under a name that starts with its."""
+    return sum(map(_bytes_in, part.parent.glob(f"{glob.escape(part.name)}*")))

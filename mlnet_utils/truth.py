@@ -31,7 +31,7 @@ def photo_density(
         ValueError: the density map is needed and is damaged or of another size than the photo.
     """
     if _by_map(photo, photo.fixations):
-        return _read_map(photo, root).to(device)
+        return density_of(photo, Path(root) / photo.density).to(device)
     return density_from_points(photo.fixations, photo.height, photo.width, sigma, device)
 
 
@@ -59,16 +59,17 @@ def grid_density(
     """
     points = photo.fixations if points is None else points
     if _by_map(photo, points):
-        return map_on_grid(_read_map(photo, root), box, grid)
+        return map_on_grid(density_of(photo, Path(root) / photo.density), box, grid)
     return density_on_grid(points, box, grid, sigma)
 
 
-def _by_map(photo: Photo, points: np.ndarray) -> bool:
-    return bool(photo.density) and not len(points)
+def density_of(photo: Photo, path: Path) -> Tensor:
+    """(H, W) float64 that sums to 1: a photo's density map.
 
-
-def _read_map(photo: Photo, root: str | Path) -> Tensor:
-    path = Path(root) / photo.density
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged, no density, or of another size than the photo.
+    """
     density = read_density(path)
     if tuple(density.shape) != (photo.height, photo.width):
         raise ValueError(
@@ -76,3 +77,7 @@ def _read_map(photo: Photo, root: str | Path) -> Tensor:
             f"{photo.width}x{photo.height}: make it again at the photo's size"
         )
     return density
+
+
+def _by_map(photo: Photo, points: np.ndarray) -> bool:
+    return bool(photo.density) and not len(points)

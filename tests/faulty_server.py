@@ -4,11 +4,13 @@ import contextlib
 import re
 import socket
 import struct
+import sys
 import threading
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 PAGE = b"<!DOCTYPE html>\n<html><body>Too many users have viewed this file</body></html>"
+STALL = 5  # seconds, for longer than which clients should not wait; then the file goes on
 
 
 @dataclass
@@ -22,6 +24,7 @@ class Served:
     kind: str = "application/octet-stream"
     cuts: list[int] = field(default_factory=list)  # bytes after which each request is cut off
     reset: bool = False  # cut off with a reset instead of an end
+    stalls: list[int] = field(default_factory=list)  # bytes after which each request hangs
     announce: int | None = None  # a false Content-Length
     chunked: bool = False  # no Content-Length at all
     errors: list[int] = field(default_factory=list)  # status codes answered first
@@ -39,6 +42,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         served.requests.append(dict(self.headers))
+        stall = served.stalls.pop(0) if served.stalls else None
+        if stall == 0:
+            self.server.closing.wait(STALL)
         if served.errors:
             self._error(served)
             return
@@ -64,6 +70,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         cut = served.cuts.pop(0) if served.cuts else None
         with contextlib.suppress(ConnectionError):  # clients may refuse a file by its headers
+            if stall:
+                self.wfile.write(body[:stall])
+                body = body[stall:]
+                self.server.closing.wait(STALL)
             self.wfile.write(body if cut is None else body[:cut])
         if cut is not None or served.announce is not None or served.chunked:
             self._hang_up(served.reset)
@@ -91,13 +101,22 @@ class _Handler(BaseHTTPRequestHandler):
         """Silence: tests print nothing."""
 
 
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        """Silence where a client that was treated badly hangs up."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
 class FaultyServer:
     """Use as a context manager; set ``files[name] = Served(...)`` and fetch ``url(name)``."""
 
     def __init__(self):
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
-        self.server.daemon_threads = True
+        self.server = _Server(("127.0.0.1", 0), _Handler)
         self.server.files = self.files = {}
+        self.server.closing = threading.Event()
         self.thread = threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True)
 
     def url(self, name: str) -> str:
@@ -109,6 +128,7 @@ class FaultyServer:
 
     def __exit__(self, *_):
         with contextlib.suppress(OSError):
+            self.server.closing.set()
             self.server.shutdown()
         self.server.server_close()
         self.thread.join()

@@ -61,15 +61,39 @@ def test_an_archive_without_a_top_folder(tmp_path, target):
     assert left(target) == [RECORD, "a", "a/1", "b", "b/2"]
 
 
+@pytest.mark.parametrize(
+    "junk", ["__MACOSX", ".svn", ".DS_Store", "Thumbs.db", "Output", ".complete.json"]
+)
+@pytest.mark.parametrize("place", ["{}", "{}/x", "train/{}", "train/{}/x"])
+def test_what_packers_leave_behind_is_skipped(tmp_path, target, junk, place):
+    files = {"train/1": b"1", place.format(junk): b"{}"}
+    unpack(make_zip(tmp_path / "x.zip", files), target, ("train",))
+    assert left(target) == [RECORD, "train", "train/1"]
+    assert problems(target) == []
+
+
 def test_files_that_change_later_are_named(tmp_path, target):
-    unpack(make_zip(tmp_path / "x.zip", FILES), target, ("train",))
+    unpack(make_zip(tmp_path / "x.zip", {**FILES, "top/train/c": b"c"}), target, ("train",))
     (target / "train/a.bin").unlink()
     (target / "train/b.bin").write_bytes(b"longer")
-    first, second = problems(target)
-    assert first == f"{target / 'train/a.bin'} is missing"
-    assert second == f"{target / 'train/b.bin'} has 6 bytes instead of 2"
+    (target / "train/c").write_bytes(b"C")
+    assert problems(target) == [
+        f"{target / 'train/a.bin'} is missing",
+        f"{target / 'train/b.bin'} has 6 bytes instead of 2",
+        f"{target / 'train/c'} has other content",
+    ]
     (target / RECORD).unlink()
     with pytest.raises(FileNotFoundError, match=r"complete.json is missing"):
+        problems(target)
+
+
+@pytest.mark.parametrize(
+    "record", ["[]", "{}", '{"files": []}', '{"files": {"a": 1}}', '{"files": {"a": [1]}}']
+)
+def test_records_that_are_none(target, record):
+    target.mkdir()
+    (target / RECORD).write_text(record)
+    with pytest.raises(ValueError, match=r"complete.json is no record .*delete .*data and downl"):
         problems(target)
 
 
@@ -133,6 +157,10 @@ ATTACKS = {
     "pipe": (lambda p: special_tar(p, tarfile.FIFOTYPE), "link or device"),
     "encrypted": (encrypted_zip, "encrypted"),
     "same name twice": (twice_zip, "twice"),
+    "file and folder": (
+        lambda p: make_zip(p, {"train/1/x/y": b"1", "train/1": b"2"}),
+        "holds train/1 as a file and a folder",
+    ),
     "something else": (lambda p: make_zip(p, {"other/x": b"1"}), "no folder in it holds train"),
     "empty": (lambda p: make_zip(p, {}), "starts with nothing"),
 }

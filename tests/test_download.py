@@ -86,6 +86,49 @@ def test_what_is_complete_is_not_fetched_again(server, sources, tmp_path):
     assert len(server.files["points.zip"].requests) == 1
 
 
+def test_what_is_complete_is_compared_with_its_record(sources, tmp_path):
+    folder = acquire("tiny", tmp_path)
+    (folder / "points/train/1.mat").write_bytes(b"two")  # of the same size
+    with pytest.raises(ArchiveError, match=r"1 files have changed .*1.mat has other content\)"):
+        acquire("tiny", tmp_path)
+    (folder / "points/.complete.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"points/.complete.json is no record of unpacked files"):
+        acquire("tiny", tmp_path)
+
+
+def test_a_kill_never_leaves_a_folder_whose_archive_is_not_recorded(sources, tmp_path, monkeypatch):
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(download, "_record", killed)
+        with pytest.raises(KeyboardInterrupt):
+            acquire("tiny", tmp_path)
+    assert not (tmp_path / "tiny/points").exists()
+    folder = acquire("tiny", tmp_path)
+    assert set(json.loads((folder / "checksums.json").read_text())) == {
+        "points-1.zip",
+        "photos.zip",
+    }
+
+
+@pytest.mark.parametrize("content", ["[]", '{"points-1.zip": "12"}', '{"points-1.zip": {}}'])
+def test_checksums_that_are_none(sources, tmp_path, content):
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/checksums.json").write_text(content)
+    with pytest.raises(
+        ValueError, match=r"tiny/checksums.json is no record of archives.*delete it"
+    ):
+        acquire("tiny", tmp_path)
+
+
+def test_a_drive_file_that_does_not_fit_is_not_fetched(server, sources, tmp_path):
+    change(sources, 1, about=10**18)
+    with pytest.raises(OSError, match=r"photos \(a rough size\) needs 1000000000.00 GB"):
+        acquire("tiny", tmp_path)
+    assert not server.files["photos"].requests
+
+
 def test_an_archive_that_is_kept_saves_a_download(server, sources, tmp_path):
     acquire("tiny", tmp_path)
     (tmp_path / "tiny/points/train/1.mat").unlink()
@@ -236,6 +279,7 @@ def test_every_source_is_complete(name, archive):
     assert bool(archive.url) != bool(archive.drive)
     assert archive.page.startswith(("https://", "http://saliency.mit.edu/"))
     assert len(archive.md5) in (0, 32)
+    assert not archive.about or (archive.drive and archive.about % 10**8 == 0)  # one digit or so
     assert archive.holds
     assert all(len(sha256) == 64 for sha256 in archive.known.values())
 

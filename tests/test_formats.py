@@ -4,10 +4,11 @@ import shutil
 
 import numpy as np
 import pytest
-from miniatures import save_mat, save_osie, save_photo, truncate
+from miniatures import cells, save_mat, save_osie, save_photo, truncate
 from PIL import Image
 from scipy.io import loadmat
 from scipy.ndimage import gaussian_filter
+from scipy.sparse import csc_matrix
 
 from mlnet_utils.formats import read_cat2000, read_osie
 from mlnet_utils.layouts import (
@@ -84,14 +85,60 @@ def test_osie_photo_nobody_looked_at(osie):
         read_osie(osie)
 
 
+def osie_record(*subjects):
+    return {"img": "1001.jpg", "subjects": cells(subjects)}
+
+
+def osie_subject(x, y, durations):
+    return {"fix_x": np.ones(x), "fix_y": np.ones(y), "fix_duration": np.ones(durations)}
+
+
 @pytest.mark.parametrize(
     "content",
-    [np.zeros((1, 3)), np.array([[{"img": "1001.jpg"}]], object), np.array([[1, 2]], object)],
-    ids=["numbers", "no subjects", "cells of numbers"],
+    [
+        np.zeros((1, 3)),
+        cells([{"img": "1001.jpg"}]),
+        cells([1, 2]),
+        cells([osie_record(1, 2)]),
+        cells([{"img": "1001.jpg", "subjects": np.zeros((1, 3))}]),
+        cells([osie_record({"fix_x": np.ones(2), "fix_y": np.ones(2)})]),
+        cells([osie_record({key: {"x": 1} for key in ("fix_x", "fix_y", "fix_duration")})]),
+        cells([osie_record({"fix_x": "a", "fix_y": "b", "fix_duration": "c"})]),
+        cells([osie_record(osie_subject(3, 2, 2))]),
+        # As many x as y in all, which must not pair across the subjects.
+        cells([osie_record(osie_subject(3, 2, 2), osie_subject(2, 3, 3))]),
+        cells([osie_record(osie_subject(1, 1, 1))] * 2),
+        cells([{"img": "", "subjects": cells([])}]),
+    ],
+    ids=[
+        *("numbers", "no subjects", "cells of numbers", "subjects of numbers", "subjects a matrix"),
+        *(
+            "no durations",
+            "structs",
+            "text",
+            "lengths",
+            "lengths that add up",
+            "two records",
+            "no name",
+        ),
+    ],
 )
 def test_osie_of_another_structure(osie, content):
     save_mat(osie / "data/eye/fixations.mat", fixations=content)
     with pytest.raises(ValueError, match=r"fixations.mat is not OSIE's: expected a cell array"):
+        read_osie(osie)
+
+
+def test_osie_record_without_subjects(osie):
+    records = [osie_record(), {**osie_record(osie_subject(1, 1, 1)), "img": "1002.jpg"}]
+    save_mat(osie / "data/eye/fixations.mat", fixations=cells(records))
+    with pytest.raises(ValueError, match=r"1 photos have no fixation on them .*: 1001"):
+        read_osie(osie)
+
+
+def test_osie_cut_off(osie):
+    truncate(osie / "data/eye/fixations.mat")
+    with pytest.raises(ValueError, match=r"fixations.mat is empty, damaged"):
         read_osie(osie)
 
 
@@ -146,6 +193,25 @@ def test_cat2000_is_read_as_published(cat2000):
     assert action.fixations.tolist() == [[0, 10], [20, 10], [63, 10]]
     assert art.fixations.tolist() == [[0, 11], [20, 11], [63, 11]]
     assert set(action.observers) == {NOBODY}
+
+
+@pytest.mark.parametrize("kind", [csc_matrix, lambda values: values == 1])
+def test_cat2000_as_sparse_and_as_logical_matrices(cat2000, kind):
+    path = cat2000 / "trainSet/FIXATIONLOCS/Art/001.mat"
+    save_mat(path, fixLocs=kind(loadmat(path)["fixLocs"].astype(float)))
+    _, art = read_cat2000(cat2000)
+    assert art.fixations.tolist() == [[0, 11], [20, 11], [63, 11]]
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"a": 1}, np.full((48, 64), "", object), np.full((48, 64), 1j), "text"],
+    ids=["struct", "cells", "complex", "text"],
+)
+def test_cat2000_of_another_structure(cat2000, content):
+    save_mat(cat2000 / "trainSet/FIXATIONLOCS/Art/001.mat", fixLocs=content)
+    with pytest.raises(ValueError, match=r"Art/001.mat is not CAT2000's: expected a matrix"):
+        read_cat2000(cat2000)
 
 
 def test_cat2000_faults(cat2000):

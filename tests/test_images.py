@@ -1,11 +1,12 @@
 """Decoding: every kind of photo that people have, and every kind of broken file."""
 
 import random
+import struct
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
 
 from mlnet_utils.images import decode, read_image, to_bytes
 
@@ -142,6 +143,28 @@ def test_all_eight_orientations(tmp_path, orientation, name):
 def test_unreadable_exif_does_not_cost_the_photo(tmp_path):
     colourful().save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*garbage that is no table")
     assert read_image(tmp_path / "x.jpg").shape == (3, 40, 50)
+
+
+def test_an_exif_that_cannot_be_written_again_still_turns_the_photo(tmp_path):
+    """Pillow's own way to turn a photo rewrites its EXIF, and gives up on such an entry."""
+    held = struct.pack(">HHII", ROTATION, 3, 1, 6 << 16)
+    text_for_a_number = struct.pack(">HHI4s", 0x0111, 2, 4, b"abc\0")
+    table = struct.pack(">H", 2) + held + text_for_a_number + struct.pack(">I", 0)
+    exif = b"Exif\0\0MM\0*" + struct.pack(">I", 8) + table
+    colourful().save(tmp_path / "x.jpg", exif=exif)
+    with Image.open(tmp_path / "x.jpg") as image, pytest.raises(struct.error):
+        ImageOps.exif_transpose(image)
+    assert read_image(tmp_path / "x.jpg").shape == (3, 50, 40)
+
+
+def test_whatever_a_reader_raises_names_the_file(tmp_path, monkeypatch):
+    def fails(_):
+        raise struct.error("required argument is not an integer")
+
+    saved(tmp_path, colourful(), "x.png")
+    monkeypatch.setattr(Image, "open", fails)
+    with pytest.raises(ValueError, match=r"photo .*x.png cannot be decoded \(required argument"):
+        read_image(tmp_path / "x.png")
 
 
 def test_first_frame_of_an_animation(tmp_path):

@@ -60,11 +60,62 @@ def test_a_list_that_counts_from_one(images, tmp_path):
         ("image,x,y\na,1,1\nd,1,1\n", r"2 photos without rows of f.csv: b, c.v2; 1 rows of .*: d"),
         ("image,x,y\na,1,1\nb,-9,1\nc.v2,nan,1\n", r"2 photos have no fixation.*\(2 .*: b, c.v2"),
         ("image,x,y\na,\x00,1\n", "line 2: "),
+        ("image,x,y,x\na,1,1,2\n", "line 1: columns .* but only one x can be meant"),
+        ("image,x,y\na,1,5,2\n", "line 2: more than 3 values; is a comma a decimal point"),
     ],
 )
 def test_faulty_lists(images, tmp_path, text, message):
     with pytest.raises(ValueError, match=message):
         read_folder(images, write(tmp_path / "f.csv", text))
+
+
+def test_more_observers_than_can_be_told_apart(images, tmp_path):
+    rows = [f"{stem},1,1,{n}" for stem in ("a", "b", "c.v2") for n in range(32_769)]
+    path = write(tmp_path / "f.csv", "\n".join(["image,x,y,observer", *rows]))
+    with pytest.raises(ValueError, match=r"f.csv: 32,769 observers, at most 32,768 can be told"):
+        read_folder(images, path)
+
+
+def test_hidden_files_are_no_photos(images, tmp_path):
+    for name in ("._a.jpg", ".ipynb_checkpoints/a-checkpoint.jpg"):
+        save_photo(images / name)
+    assert len(read_folder(images, write(tmp_path / "f.csv", CSV))) == 3
+
+
+def test_suffixes_in_capitals(images, tmp_path):
+    folder = tmp_path / "maps"
+    folder.mkdir()
+    marked = np.zeros((48, 64))
+    marked[3, 4] = 1
+    for stem in ("a", "b", "c.v2"):
+        with open(folder / f"{stem}.NPY", "wb") as file:
+            np.save(file, marked)
+    assert read_folder(images, fixation_maps=folder)[0].fixations.tolist() == [[4, 3]]
+    with open(folder / "a.NPY", "wb") as file:
+        np.save(file, marked / marked)
+    with pytest.raises(ValueError, match=r"a.NPY holds values that are not finite"):
+        read_folder(images, fixation_maps=folder)
+    densities = tmp_path / "densities"
+    densities.mkdir()
+    for stem in ("a", "b", "c.v2"):
+        with open(densities / f"{stem}.NPZ", "wb") as file:
+            np.savez(file, density=np.ones((48, 64)))
+    assert len(read_folder(images, density_maps=densities)) == 3
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.zeros((48, 64)), "not zero everywhere"),
+        (-np.ones((48, 64)), "non-negative"),
+        (np.ones((10, 10)), "is 10x10, but"),
+    ],
+)
+def test_densities_are_looked_at_when_they_are_read(images, tmp_path, values, message):
+    folder = make_maps(tmp_path / "maps", names=("a.png", "b.png"))
+    np.savez(folder / "c.v2.npz", density=values)
+    with pytest.raises(ValueError, match=rf"c.v2.npz .*{message}"):
+        read_folder(images, density_maps=folder)
 
 
 def test_a_list_that_is_no_text(images, tmp_path):

@@ -69,7 +69,14 @@ def test_maps_are_noted_where_they_are(root, edition):
     photos = read_salicon_mat(root, edition)
     assert photos[2].density == f"maps-{edition}/val/{STEMS['val'][0]}.png"
     assert photos[3].density == ""
-    (root / photos[0].density).unlink()
+    drawn = root / photos[0].density
+    save_photo(drawn, 320, 240)
+    with pytest.raises(ValueError, match=rf"{drawn.name} is 320x240, but its photo is 640x480"):
+        read_salicon_mat(root, edition)
+    truncate(save_photo(drawn, 640, 480))
+    with pytest.raises(ValueError, match=rf"maps.*{drawn.name} cannot be read .*truncated"):
+        read_salicon_mat(root, edition)
+    drawn.unlink()
     with pytest.raises(ValueError, match=r"train: 1 photos without density maps: COCO_train2014"):
         read_salicon_mat(root, edition)
 
@@ -123,6 +130,28 @@ def spoil_size(path, edition):
     save_salicon_mat(path, WORKERS, edition, resolution=(240, 320))
 
 
+def spoil_shape(path, edition):
+    save_gaze(path, np.arange(8).reshape(2, 4))  # rows of x and of y
+
+
+def spoil_columns(path, edition):
+    save_gaze(path, np.arange(6).reshape(2, 3))
+
+
+def spoil_dimensions(path, edition):
+    save_mat(path, gaze=np.zeros((2, 2, 2)), resolution=np.array([[480, 640]]))
+
+
+def save_gaze(path, points, resolution=((480, 640),)):
+    gaze = np.empty((1, 1), [("location", object), ("fixations", object)])
+    gaze[0, 0] = (points, points)
+    save_mat(path, gaze=gaze, resolution=resolution)
+
+
+def spoil_resolution(resolution):
+    return lambda path, edition: save_gaze(path, [[1, 1]], resolution)
+
+
 def spoil_points(path, edition):
     save_salicon_mat(path, [[], [(641, 1)]], edition)
 
@@ -133,6 +162,13 @@ def spoil_points(path, edition):
         (spoil_by_emptying, r"0001.mat is empty, damaged"),
         (spoil_structure, r"0001.mat is not SALICON's: expected `gaze` structs"),
         (spoil_fields, r"0001.mat is not SALICON's: expected `gaze` structs"),
+        (spoil_shape, r"0001.mat is not SALICON's: .* \(points of shape \(2, 4\) instead of N x 2"),
+        (spoil_columns, r"0001.mat is not SALICON's: .* \(points of shape \(2, 3\)"),
+        (spoil_dimensions, r"0001.mat is not SALICON's: expected `gaze` structs"),
+        (spoil_resolution({"rows": 480}), r"0001.mat is not SALICON's: .*`resolution` of rows"),
+        (spoil_resolution("480x640"), r"0001.mat is not SALICON's: .*`resolution` of rows"),
+        (spoil_resolution([[np.nan, 640]]), r"0001.mat is not SALICON's: .*`resolution` of rows"),
+        (spoil_resolution([[np.inf, 640]]), r"0001.mat is not SALICON's: .*`resolution` of rows"),
         (spoil_variables, r"0001.mat holds I instead of gaze, resolution: it belongs to another"),
         (spoil_size, r"0001.mat is of a photo of 320x240, but the photo is 640x480"),
         (spoil_points, r"1 photos have no fixation on them \(1 .*COCO_train2014_000000000001"),
@@ -165,6 +201,14 @@ def test_the_blur_of_published_maps_is_found(tmp_path, sigma):
         photo.density = f"{number}.png"
         photos.append(photo)
     assert fit_sigma(photos, tmp_path) == pytest.approx(sigma, abs=0.15)
+    for pixels, message in (
+        (np.ones((60, 80)), r"2.png is 80x60, but its photo is 160x120"),
+        (np.ones((120, 160)), r"2.png is the same everywhere"),
+        (np.zeros((120, 160)), r"2.png must be 2-D, .*not zero everywhere"),
+    ):
+        Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "2.png")
+        with pytest.raises(ValueError, match=message):
+            fit_sigma(photos, tmp_path)
     with pytest.raises(ValueError, match="needs photos with both fixations and density maps"):
         fit_sigma([Photo("a", "a.jpg", 160, 120)], tmp_path)
 
@@ -201,6 +245,24 @@ def test_json_is_read(example):
     assert photo.dropped == 1
 
 
+def with_note(**changes):
+    content = annotations()
+    content["annotations"][0].update(changes)
+    return content
+
+
+def without_height():
+    content = annotations()
+    del content["images"][0]["height"]
+    return content
+
+
+def with_images(*changes):
+    content = annotations()
+    content["images"] = [{**content["images"][0], **change} for change in changes]
+    return content
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -210,6 +272,18 @@ def test_json_is_read(example):
         (annotations(width=640), r"a.jpg is 64x48, but .*json says 640x48: get the original"),
         (annotations(file_name="b.jpg"), r"1 photos of .*json are missing in .*images: b"),
         (annotations(id=8), r"annotations of unknown images 7"),
+        (
+            {**with_note(image_id="x"), "images": with_images({"id": 8})["images"]},
+            r"annotations of unknown images 7, x",
+        ),
+        (with_note(fixations=[[1, 2, 3], [4, 5, 6]]), r"is not SALICON's JSON: .*\(2, 3\)"),
+        (with_note(fixations=[1, 2, 3, 4]), r"is not SALICON's JSON: .*\(4,\) instead of N x 2"),
+        (with_note(fixations=None), r"is not SALICON's JSON: .*shape \(\)"),
+        (with_note(worker_id=[1]), r"is not SALICON's JSON: .*unhashable"),
+        (annotations(id=[7]), r"is not SALICON's JSON: .*unhashable"),
+        (with_images({}, {"file_name": "x/a.jpg"}), r"not SALICON's JSON: .*share a name or an id"),
+        (without_height(), r"is not SALICON's JSON: .*KeyError\('height'\)"),
+        (with_images({}, {"file_name": "b.jpg"}), r"not SALICON's JSON: .*share a name or an id"),
         ({**annotations(), "annotations": []}, r"1 photos have no fixation on them .*: a\."),
     ],
 )

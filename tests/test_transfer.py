@@ -1,5 +1,6 @@
 """Fetching one file from servers that cut, lie, forget, refuse and change their minds."""
 
+import errno
 import shutil
 from collections import namedtuple
 
@@ -199,6 +200,27 @@ def test_attempts_that_bring_bytes_do_not_count(server, part, retries):
     assert part.read_bytes() == CONTENT
 
 
+def test_a_server_that_stalls_is_given_up(server, part, retries, monkeypatch):
+    monkeypatch.setattr(transfer, "TIMEOUT", 0.1)
+    served = server.files["f"] = Served(CONTENT, stalls=[1_200_000])
+    fetch(server.url("f"), part, retries=retries)
+    assert part.read_bytes() == CONTENT
+    assert len(served.requests) == 2
+    part.unlink()
+    served.stalls = [0] * 9  # not even a header
+    with pytest.raises(TransferError, match="timed out, after 3 attempts"):
+        fetch(server.url("f"), part, retries=retries)
+
+
+@pytest.mark.parametrize("state", ["[]", "{}", "1"])
+def test_a_part_of_which_nothing_is_known_starts_anew(server, part, retries, state):
+    cut_first(server, part)
+    part.with_name(f"{part.name}.json").write_text(state)
+    fetch(server.url("f"), part, retries=retries)
+    assert "Range" not in server.files["f"].requests[1]
+    assert part.read_bytes() == CONTENT
+
+
 def test_nobody_at_the_other_end(part, retries):
     with FaultyServer() as closed:
         url = closed.url("f")
@@ -240,26 +262,76 @@ def test_gdown_fetches(drive, part):
 
 def test_gdown_resumes(drive, part, retries):
     served = drive.files["id1"] = Served(CONTENT, cuts=[1_500_000])
-    fetch_drive("id1", part, retries)
+    fetch_drive("id1", part, retries=retries)
     assert part.read_bytes() == CONTENT
     assert len(served.requests) == 3  # gdown asks once more before it asks for the rest
     assert [path.name for path in part.parent.iterdir()] == [part.name]
 
 
+def test_attempts_of_gdown_that_bring_bytes_do_not_count(drive, part, retries):
+    drive.files["id1"] = Served(CONTENT, cuts=[600_000] * 20)  # it keeps whole blocks of 0.5 MB
+    fetch_drive("id1", part, retries=retries)
+    assert part.read_bytes() == CONTENT
+    assert len(retries.waited) > retries.attempts
+
+
+def test_gdown_does_not_wait_for_a_server_that_stalls(drive, part, retries, monkeypatch):
+    monkeypatch.setattr(transfer, "TIMEOUT", 0.1)
+    drive.files["id1"] = Served(CONTENT, stalls=[0] * 9)
+    with pytest.raises(TransferError, match=r"timed out.*after 3 attempts"):
+        fetch_drive("id1", part, retries=retries)
+
+
+def test_gdown_without_timeouts_is_served_too(part, monkeypatch):
+    def download(url, output, quiet, use_cookies, resume):  # as of gdown 5
+        part.write_bytes(b"x")
+        return output
+
+    monkeypatch.setattr(gdown, "download", download)
+    fetch_drive("id1", part)
+    assert part.read_bytes() == b"x"
+
+
+def test_a_full_disk_is_noticed_before_gdown_starts(drive, part, monkeypatch):
+    served = drive.files["id1"] = Served(CONTENT)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 2_999_999))
+    with pytest.raises(
+        OSError, match=r"id1 \(a rough size\) needs 0.00 GB, but the disk .* --root"
+    ):
+        fetch_drive("id1", part, about=3_000_000)
+    assert not served.requests
+    begun = part.with_name(f"{part.name}abcdefgh.part")  # as gdown names it
+    begun.write_bytes(CONTENT[:1])
+    fetch_drive("id1", part, about=3_000_000)
+    assert (part.read_bytes(), begun.exists()) == (CONTENT, False)
+    fetch_drive("id1", part, about=3_000_000)  # all is here
+
+
+def test_a_disk_that_fills_up_is_not_tried_again(part, retries, monkeypatch):
+    def fill(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(gdown, "download", fill)
+    with pytest.raises(TransferError, match="No space left on device"):
+        fetch_drive("id1", part, retries=retries)
+    assert retries.waited == []
+
+
 def test_gdown_errors_are_told_apart(drive, part, retries, monkeypatch):
     with pytest.raises(TransferError, match="404"):
-        fetch_drive("id1", part, retries)
+        fetch_drive("id1", part, retries=retries)
     assert retries.waited == []
     drive.files["id1"] = Served(CONTENT, errors=[503] * 9)
     with pytest.raises(TransferError, match=r"503.*after 3 attempts"):
-        fetch_drive("id1", part, retries)
+        fetch_drive("id1", part, retries=retries)
 
     def refuse(*_, **__):
         raise gdown.exceptions.FileURLRetrievalError("Too many users\n\thave viewed the file")
 
     monkeypatch.setattr(gdown, "download", refuse)
     with pytest.raises(WebPageError, match="Too many users have viewed the file"):
-        fetch_drive("id1", part, retries)
+        fetch_drive("id1", part, retries=retries)
 
 
 def test_without_gdown_the_remedy_is_named(part, monkeypatch):
