@@ -18,6 +18,7 @@ from mlnet_utils.runtime import (
     end_process,
     leave_processes,
     note_command,
+    read_json,
     run_dir,
 )
 
@@ -279,6 +280,7 @@ def train(options: argparse.Namespace) -> int:
     with accelerator.main_process_first():
         if not (folder / "data" / "meta.json").is_file():
             datasets.prepare(config, data_root(options.data_root), folder / "data")
+    datasets.check_same_data(config, read_json(folder / "data" / "meta.json", "`prepare`"))
     result = training.fit(config, folder, accelerator)
     if accelerator.is_main_process:
         print(f"trained {len(result.history)} epochs; best checkpoint: {display_path(result.best)}")

@@ -1,10 +1,9 @@
 """Named datasets, their published splits, preparation, and the Dataset that feeds training."""
 
-import hashlib
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -19,42 +18,9 @@ from mlnet_utils.config import Config
 from mlnet_utils.images import read_image
 from mlnet_utils.photos import SPLITS, Photo, with_hashes, write_prepared
 from mlnet_utils.runtime import cpu_count, progress, versions
+from mlnet_utils.splits import first, split_photos
 from mlnet_utils.transforms import Letterbox, inside, letterbox, pixel_indices
 from mlnet_utils.truth import grid_density
-
-
-# ---- splits ------------------------------------------------------------------------------------
-def hash_order(photos: list[Photo]) -> list[Photo]:
-    """Photos ordered by the SHA-256 of their stem: an order without a seed or a library in it."""
-    return sorted(photos, key=lambda photo: hashlib.sha256(photo.stem.encode()).hexdigest())
-
-
-def hash_split(photos: list[Photo], n_val: int, n_test: int) -> list[Photo]:
-    """Published rule for sets without a split: in hash order, first test, then val, rest train."""
-    if n_val + n_test >= len(photos):
-        raise ValueError(
-            f"cannot take {n_val} validation and {n_test} test photos out of {len(photos)}; with "
-            "fewer photos than published, set `fold: 0` in the preset for fifths"
-        )
-    ordered = hash_order(photos)
-    split = {photo.stem: "test" for photo in ordered[:n_test]}
-    split |= {photo.stem: "val" for photo in ordered[n_test : n_test + n_val]}
-    return [replace(photo, split=split.get(photo.stem, "train")) for photo in photos]
-
-
-def fold_split(photos: list[Photo], fold: int, folds: int = 5) -> list[Photo]:
-    """Cross-validation: in hash order, photo i is tested in fold i mod 5 and validated in the next.
-
-    Raises:
-        ValueError: the fold does not exist.
-    """
-    if not 0 <= fold < folds:
-        raise ValueError(
-            f"config: fold={fold} must be in 0..{folds - 1}, or -1 for the fixed split"
-        )
-    place = {photo.stem: i % folds for i, photo in enumerate(hash_order(photos))}
-    names = {fold: "test", (fold + 1) % folds: "val"}
-    return [replace(photo, split=names.get(place[photo.stem], "train")) for photo in photos]
 
 
 # ---- registry ----------------------------------------------------------------------------------
@@ -145,20 +111,16 @@ def prepare(config: Config, data_root: Path, folder: Path) -> tuple[list[Photo],
             "pixels of one degree of visual angle"
         )
     if spec.read is None:
+        if config.fold >= 0:
+            raise ValueError(f"config: fold={config.fold}, but {spec.name} has its own split")
         root = folder
         photos = synthetic.write_sample(folder, sample_counts(config))
     else:
         root = data_root / spec.folder
         photos = spec.read(root)
-        if config.fold >= 0:
-            if not spec.test:
-                raise ValueError(f"config: fold={config.fold}, but {spec.name} has its own split")
-            photos = fold_split(photos, config.fold)
-        elif spec.test and not all(photo.split for photo in photos):
-            counts = (round(n * len(photos)) if n < 1 else int(n) for n in (spec.val, spec.test))
-            photos = hash_split(photos, *counts)
+        photos = split_photos(photos, spec.name, spec.val, spec.test, config.fold)
         if config.limit:
-            photos = _limit(photos, config.limit, SPLITS)
+            photos = first(photos, config.limit, SPLITS)
         unseen = [p.stem for p in photos if p.split != "test" and not len(p.fixations)]
         if unseen and NEEDS_POINTS.search(config.loss):
             raise ValueError(
@@ -171,14 +133,14 @@ def prepare(config: Config, data_root: Path, folder: Path) -> tuple[list[Photo],
             for photo in progress(photos, f"indexing {spec.name}", unit="photo")
         ]
     if config.train_limit:
-        photos = _limit(photos, config.train_limit, ("train",))
+        photos = first(photos, config.train_limit, ("train",))
     meta = {
         "dataset": spec.name,
         "title": spec.title,
         "root": "." if spec.read is None else str(root.resolve()),
         "sigma_px": sigma,
         "px_per_degree": None if np.isnan(spec.px_per_degree) else spec.px_per_degree,
-        "fold": config.fold,
+        **{key: getattr(config, key) for key in ("fold", "limit", "train_limit")},
         "photos": {split: sum(p.split == split for p in photos) for split in SPLITS},
         "fixations": sum(len(p.fixations) for p in photos),
         "dropped_outside": sum(p.dropped for p in photos),
@@ -194,19 +156,30 @@ def sample_counts(config: Config) -> dict[str, int]:
     return {k: min(v, config.limit) for k, v in counts.items()} if config.limit else counts
 
 
+def check_same_data(config: Config, meta: dict) -> None:
+    """Refuse a configuration that other data were prepared for.
+
+    Raises:
+        ValueError: a key that decides the data differs from the prepared folder's.
+    """
+    wanted = {key: getattr(config, key) for key in ("dataset", "fold", "limit", "train_limit")}
+    wanted["sigma"] = config.sigma or dataset_spec(config.dataset).sigma
+    known = {**wanted, **meta, "sigma": meta["sigma_px"]}  # early folders do not note the limits
+    different = [
+        f"{key}={value} (prepared: {known[key]})"
+        for key, value in wanted.items()
+        if known[key] != value
+    ]
+    if different:
+        raise ValueError(
+            f"the prepared data are of another configuration: {', '.join(different)}; run the verb "
+            "`prepare` again with this one, or choose another run folder"
+        )
+
+
 def photo_root(folder: Path, meta: dict) -> Path:
     """The folder that the photos' paths are relative to."""
     return folder if meta["root"] == "." else Path(meta["root"])
-
-
-def _limit(photos: list[Photo], limit: int, splits: Iterable[str]) -> list[Photo]:
-    """At most the first ``limit`` photos, in hash order, of each of the ``splits``."""
-    left_out = {
-        p.stem
-        for split in splits
-        for p in hash_order([q for q in photos if q.split == split])[limit:]
-    }
-    return [photo for photo in photos if photo.stem not in left_out]
 
 
 # ---- photos to tensors -------------------------------------------------------------------------

@@ -26,6 +26,11 @@ from mlnet_utils.runtime import (
 SPLITS = ("train", "val", "test")
 NOBODY = -1  # observer of fixations that are published without theirs, and without an order
 MADE_BY = "notebook 01_data_preparation"
+INDEX_FILES = ("index.jsonl", "fixations.npz")
+COLUMNS = (
+    *("stem", "image", "width", "height", "split", "density", "sha256"),
+    *("fixations", "observers", "dropped"),
+)
 
 
 def _empty_points() -> np.ndarray:
@@ -132,7 +137,8 @@ def write_prepared(folder: str | Path, photos: list[Photo], meta: dict) -> None:
             observers=np.concatenate([photo.observers for photo in photos]).astype(np.int16),
             durations=np.concatenate([photo.durations for photo in photos]).astype(np.float32),
         )
-    write_json(folder / "meta.json", meta)
+    files = {name: sha256_file(folder / name) for name in INDEX_FILES}
+    write_json(folder / "meta.json", {**meta, "files": files})
 
 
 def read_prepared(folder: str | Path) -> tuple[list[Photo], dict]:
@@ -144,20 +150,25 @@ def read_prepared(folder: str | Path) -> tuple[list[Photo], dict]:
     """
     folder = Path(folder)
     meta = read_json(folder / "meta.json", MADE_BY)
-    for name in ("index.jsonl", "fixations.npz"):
+    for name in INDEX_FILES:
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder / name} is missing: run {MADE_BY} again")
     try:
         lines = (folder / "index.jsonl").read_text(encoding="utf-8").splitlines()
         rows = [json.loads(line) for line in lines]
+        lacking = sorted({key for row in rows for key in COLUMNS if key not in row})
+        if lacking:
+            raise KeyError(f"rows without {', '.join(lacking)}")
         with np.load(folder / "fixations.npz", allow_pickle=False) as arrays:
             points, observers = arrays["points"], arrays["observers"]
             durations, offsets = arrays["durations"], arrays["offsets"]
-    except (ValueError, KeyError, EOFError, BadZipFile) as error:
+    except (ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise ValueError(
             f"{folder}: index.jsonl or fixations.npz is damaged ({error}); run {MADE_BY} again"
         ) from error
-    if len(offsets) != len(rows) + 1 or [r["fixations"] for r in rows] != np.diff(offsets).tolist():
+    counted = [row["fixations"] for row in rows]
+    lengths = {int(offsets[-1]), *map(len, (points, observers, durations))}
+    if counted != np.diff(offsets).tolist() or len(lengths) > 1:
         raise ValueError(f"{folder}: index.jsonl and fixations.npz disagree; run {MADE_BY} again")
     photos = [
         Photo(
@@ -183,7 +194,7 @@ def prepared_digest(folder: str | Path) -> str:
     """SHA-256 over everything in a prepared folder that decides what is learned from it."""
     folder = Path(folder)
     sigma = read_json(folder / "meta.json", MADE_BY)["sigma_px"]
-    parts = [sha256_file(folder / name) for name in ("index.jsonl", "fixations.npz")]
+    parts = [sha256_file(folder / name) for name in INDEX_FILES]
     return hashlib.sha256(" ".join([*parts, repr(float(sigma))]).encode()).hexdigest()
 
 
@@ -191,11 +202,16 @@ def check_prepared(folder: str | Path, root: str | Path) -> list[str]:
     """Re-verify a prepared dataset against its files.
 
     Returns:
-        One sentence per photo or density map that is missing or has changed since preparation;
-        empty if none.
+        One sentence per photo, density map or file of the index that is missing or has changed
+        since preparation; empty if none. The files that fixations were read from are not looked
+        at: what was in them is in the index.
     """
-    photos, _ = read_prepared(folder)
-    problems = []
+    photos, meta = read_prepared(folder)
+    problems = [
+        f"{Path(folder) / name} has changed since preparation (SHA-256 differs)"
+        for name, digest in meta.get("files", {}).items()
+        if sha256_file(Path(folder) / name) != digest
+    ]
     for photo in progress(photos, "checking photos", unit="photo"):
         files = [(photo.image, photo.sha256)]
         files += [(photo.density, photo.density_sha256)] if photo.density else []

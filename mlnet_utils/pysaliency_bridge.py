@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from mlnet_utils.images import orientation
 from mlnet_utils.layouts import check_looked_at, keep_inside
 from mlnet_utils.photos import Photo
 from mlnet_utils.runtime import progress
@@ -36,7 +37,7 @@ def from_pysaliency(stimuli: Any, fixations: Any, folder: str | Path) -> list[Ph
 
     Raises:
         ValueError: no stimuli, fixations on stimuli that do not exist, or stimuli without any.
-        FileExistsError: ``images/`` exists.
+        FileExistsError: ``images/`` exists; it is made only when everything is in order.
     """
     folder = Path(folder)
     if not len(stimuli):
@@ -47,14 +48,18 @@ def from_pysaliency(stimuli: Any, fixations: Any, folder: str | Path) -> list[Ph
             f"pysaliency: fixations are on stimuli {owners.min()} to {owners.max()}, but there "
             f"are {len(stimuli)}: stimuli and fixations do not belong together"
         )
-    (folder / "images").mkdir(parents=True)
+    if (folder / "images").exists():
+        raise FileExistsError(f"{folder / 'images'} exists: choose an empty folder, or remove it")
+    staging = folder / "images.part"
+    shutil.rmtree(staging, ignore_errors=True)  # of a call that failed
+    staging.mkdir(parents=True)
     stems = _stems(stimuli)
     points = _half_a_pixel_less(np.stack([fixations.x, fixations.y], axis=1).reshape(-1, 2))
     _, observers = np.unique(np.asarray(fixations.subjects), return_inverse=True)
     seconds = np.asarray(getattr(fixations, "duration", np.full(len(owners), np.nan)), np.float64)
     photos = []
     for number, stem in enumerate(progress(stems, "reading stimuli", unit="photo")):
-        path = _write_image(stimuli, number, folder / "images" / stem)
+        path = _write_image(stimuli, number, staging / stem)
         height, width = (int(side) for side in stimuli.sizes[number])
         own = owners == number
         kept, observer, duration, dropped = keep_inside(
@@ -63,7 +68,7 @@ def from_pysaliency(stimuli: Any, fixations: Any, folder: str | Path) -> list[Ph
         photos.append(
             Photo(
                 stem=stem,
-                image=path.relative_to(folder).as_posix(),
+                image=f"images/{path.name}",
                 width=width,
                 height=height,
                 fixations=kept,
@@ -72,7 +77,9 @@ def from_pysaliency(stimuli: Any, fixations: Any, folder: str | Path) -> list[Ph
                 dropped=dropped,
             )
         )
-    return check_looked_at("pysaliency", photos)
+    check_looked_at("pysaliency", photos)
+    staging.rename(folder / "images")
+    return photos
 
 
 def to_pysaliency(photos: list[Photo], root: str | Path) -> tuple[Any, Any]:
@@ -81,6 +88,9 @@ def to_pysaliency(photos: list[Photo], root: str | Path) -> tuple[Any, Any]:
     Args:
         photos: records with fixations.
         root: what their paths are relative to.
+
+    Raises:
+        ValueError: a photo is turned by its EXIF.
     """
     pysaliency = _pysaliency()
     counts = [len(photo.fixations) for photo in photos]
@@ -92,6 +102,12 @@ def to_pysaliency(photos: list[Photo], root: str | Path) -> tuple[Any, Any]:
         subjects=np.concatenate([photo.observers for photo in photos]).astype(int),
     )
     files = [str(Path(root) / photo.image) for photo in photos]
+    turned = [path for path in files if not _is_upright(path)]
+    if turned:
+        raise ValueError(
+            f"{len(turned)} photos are turned by their EXIF, e.g. {turned[0]}, which pysaliency "
+            "ignores: save them upright and prepare the dataset again"
+        )
     return pysaliency.FileStimuli(files, cached=False), fixations
 
 
@@ -159,13 +175,19 @@ def _stems(stimuli: Any) -> list[str]:
 
 def _write_image(stimuli: Any, number: int, path: Path) -> Path:
     files = getattr(stimuli, "filenames", None)
-    if files is not None:
+    if files is not None and _is_upright(files[number]):
         path = path.with_name(path.name + Path(files[number]).suffix.lower())
         shutil.copyfile(files[number], path)
     else:
         path = path.with_name(path.name + ".png")
         Image.fromarray(_as_rgb(stimuli.stimuli[number])).save(path)
     return path
+
+
+def _is_upright(path: str | Path) -> bool:
+    """Whether pysaliency, which does not look at EXIF, sees a photo as it is shown."""
+    with Image.open(path) as image:
+        return orientation(image) == 1
 
 
 def _pysaliency() -> ModuleType:

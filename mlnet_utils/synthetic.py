@@ -214,6 +214,7 @@ def write_sample(
                 observers=observers,
                 density=density,
                 sha256=sha256_file(folder / image),
+                density_sha256=sha256_file(folder / density),
             )
         )
     return photos

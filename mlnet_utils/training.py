@@ -156,7 +156,7 @@ class Trainer:
         """Resume, then epoch after epoch until finished or told to stop."""
         started = time.monotonic()
         self.resume()
-        if self.config.cache_features:  # the backbone's weights are final only now
+        if self.config.cache_features and not self.finished:  # now that the weights are loaded
             cache_features(self.model, self.config, self.accelerator, self.data.values())
         with self.signals:
             while not self.finished:

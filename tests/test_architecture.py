@@ -14,7 +14,7 @@ ORDER = (
     "__init__",
     *("runtime", "starting", "config"),
     "transforms",
-    "photos",
+    *("photos", "splits"),
     *("archives", "transfer", "sources", "download"),
     *("synthetic", "images", "truth"),
     *("layouts", "formats", "salicon", "mit1003", "own_photos", "pysaliency_bridge"),

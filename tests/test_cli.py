@@ -89,6 +89,8 @@ def test_prepare_check_train_and_evaluate(tmp_path, capsys):
     assert cli.main(["prepare", *run]) == 0
     assert cli.main(["prepare", *run, "--check"]) == 0
     assert "36 photos are as prepared" in capsys.readouterr().out
+    assert cli.main(["train", *run, "--set", "sigma=30.0"]) == 1
+    assert "sigma=30.0 (prepared: 8.0)" in capsys.readouterr().err
     assert cli.main(["train", *run, "--set", "epochs=1"]) == 0
     assert "trained 1 epochs" in capsys.readouterr().out
     assert cli.main(["evaluate", *run]) == 0

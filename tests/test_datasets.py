@@ -17,15 +17,13 @@ from mlnet_utils.datasets import (
     EpochSampler,
     SaliencyDataset,
     dataset_spec,
-    fold_split,
-    hash_order,
-    hash_split,
     make_loader,
     photo_root,
     prepare,
     read_image,
 )
 from mlnet_utils.photos import SPLITS, Photo, check_prepared, read_prepared
+from mlnet_utils.splits import fold_split, hash_order, hash_split, split_photos
 from mlnet_utils.transforms import Letterbox, density_on_grid
 
 OSIE_LIKE = [Photo(str(number), f"{number}.jpg", 800, 600) for number in range(1001, 1701)]
@@ -75,6 +73,28 @@ def test_impossible_splits_are_errors():
         dataset_spec("ossie")
 
 
+def split_of(photos, n_val=0.1, n_test=0.2, fold=-1):
+    return split_photos(photos, "folder", n_val, n_test, fold)
+
+
+def test_every_split_of_few_photos_has_one():
+    assert Counter(p.split for p in split_of(OSIE_LIKE[:4])) == {"train": 2, "val": 1, "test": 1}
+    assert Counter(p.split for p in split_of(OSIE_LIKE[:3])) == {"train": 1, "val": 1, "test": 1}
+    with pytest.raises(ValueError, match="cannot take 1 validation and 1 test photos out of 2"):
+        split_of(OSIE_LIKE[:2])
+
+
+def test_photos_outside_the_user_s_split_are_an_error():
+    own = [replace(photo, split="test") for photo in OSIE_LIKE[:9]]
+    assert split_of(own) == own
+    with pytest.raises(ValueError, match=r"2 photos are in none of the folders .*, e.g. 1010, whi"):
+        split_of([*own, *OSIE_LIKE[9:11]])
+    with pytest.raises(ValueError, match="fold=0, but folder has its own split"):
+        split_of([*own, *OSIE_LIKE[9:11]], fold=0)
+    with pytest.raises(ValueError, match="fold=0, but folder has its own split"):
+        split_of(OSIE_LIKE, 0, 0, fold=0)
+
+
 # ---- preparation -------------------------------------------------------------------------------
 @pytest.fixture
 def registered(monkeypatch, tiny_photos):
@@ -91,7 +111,7 @@ def test_prepare_splits_hashes_and_describes(registered, tmp_path):
     assert meta["photos"] == {"train": 10, "val": 4, "test": 5}
     assert (meta["sigma_px"], meta["px_per_degree"], meta["fixations"]) == (SIGMA, 30.0, 19 * 12)
     read, meta_read = read_prepared(tmp_path / "data")
-    assert meta_read == meta
+    assert meta_read == {**meta, "files": meta_read["files"]}
     assert [photo.split for photo in read] == [photo.split for photo in photos]
     assert check_prepared(tmp_path / "data", photo_root(tmp_path / "data", meta)) == []
 
@@ -162,6 +182,39 @@ def test_the_edition_is_in_the_record(tmp_path, edition):
     assert (meta["photos"], meta["fixations"]) == ({"train": 1, "val": 1, "test": 1}, 4)
     with pytest.raises(ValueError, match=rf"fold=0, but salicon-{edition} has its own split"):
         prepare(replace(config, fold=0), tmp_path, tmp_path / "run")
+
+
+def test_the_sample_has_no_folds_and_its_maps_are_checked(tmp_path):
+    with pytest.raises(ValueError, match="fold=1, but synthetic has its own split"):
+        prepare(tiny_config(dataset="synthetic", fold=1), tmp_path, tmp_path / "data")
+    prepare(tiny_config(dataset="synthetic", limit=1), tmp_path, tmp_path / "data")
+    assert check_prepared(tmp_path / "data", tmp_path / "data") == []
+    density = next((tmp_path / "data" / "densities").glob("test*.npz"))
+    density.write_bytes(b"tampered")
+    assert "has changed" in check_prepared(tmp_path / "data", tmp_path / "data")[0]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"dataset": "osie"},
+            r"dataset=osie \(prepared: synthetic\), sigma=24.0 \(prepared: 8.0\)",
+        ),
+        ({"fold": 2}, r"fold=2 \(prepared: -1\)"),
+        ({"limit": 5}, r"limit=5 \(prepared: 12\)"),
+        ({"train_limit": 5}, r"train_limit=5 \(prepared: 0\)"),
+        ({"sigma": 9.0}, r"sigma=9.0 \(prepared: 8.0\); run the verb `prepare` again"),
+    ],
+)
+def test_data_of_another_configuration_are_refused(changes, message):
+    meta = {"dataset": "synthetic", "fold": -1, "limit": 12, "train_limit": 0, "sigma_px": 8.0}
+    config = tiny_config(dataset="synthetic", limit=12)
+    datasets.check_same_data(config, meta)
+    early = {key: value for key, value in meta.items() if "limit" not in key}
+    datasets.check_same_data(replace(config, limit=3), early)  # which did not note it
+    with pytest.raises(ValueError, match=message):
+        datasets.check_same_data(replace(config, **changes), meta)
 
 
 @pytest.mark.parametrize("name", sorted(set(datasets.DATASETS) - {"synthetic"}))

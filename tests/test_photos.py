@@ -79,6 +79,33 @@ def test_index_and_fixations_must_belong_together(run_folder):
         read_prepared(run_folder / "data")
 
 
+@pytest.mark.parametrize("row", ["7", '"a text"', '{"stem": "train0"}', "[]"])
+def test_rows_that_are_none_are_errors(run_folder, row):
+    path = run_folder / "data" / "index.jsonl"
+    path.write_text("\n".join([row, *path.read_text().splitlines()[1:]]))
+    with pytest.raises(ValueError, match=r"index.jsonl or fixations.npz is damaged"):
+        read_prepared(run_folder / "data")
+
+
+def test_arrays_of_unequal_length_are_an_error(run_folder):
+    path = run_folder / "data" / "fixations.npz"
+    with np.load(path) as arrays:
+        values = dict(arrays)
+    np.savez(path, **{**values, "observers": values["observers"][:-1]})
+    with pytest.raises(ValueError, match=r"disagree; run notebook 01"):
+        read_prepared(run_folder / "data")
+
+
+@pytest.mark.parametrize("name", ["index.jsonl", "fixations.npz"])
+def test_a_changed_index_is_noticed(run_folder, tiny_photos, name):
+    _, meta = read_prepared(run_folder / "data")
+    other = {**meta["files"], name: meta["files"]["index.jsonl"][::-1]}
+    (run_folder / "data" / "meta.json").write_text(json.dumps({**meta, "files": other}))
+    problems = check_prepared(run_folder / "data", tiny_photos[1])
+    assert len(problems) == 1
+    assert f"{name} has changed" in problems[0]
+
+
 def test_an_interrupted_preparation_does_not_look_complete(run_folder, tiny_photos, monkeypatch):
     def full_disk(*_, **__):
         raise OSError("No space left on device")

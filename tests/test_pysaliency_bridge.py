@@ -2,12 +2,14 @@
 
 import sys
 import warnings
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from miniatures import save_photo
 from PIL import Image
 
+from mlnet_utils.images import read_image
 from mlnet_utils.photos import Photo
 from mlnet_utils.pysaliency_bridge import as_pysaliency_model, from_pysaliency, to_pysaliency
 from mlnet_utils.transforms import pixel_indices
@@ -77,11 +79,28 @@ def test_what_does_not_fit_is_an_error(stimuli, trains, tmp_path):
         from_pysaliency(stimuli, trains[trains.n == 0], tmp_path / "b")
     with pytest.raises(ValueError, match="there are no stimuli"):
         from_pysaliency(pysaliency.Stimuli([]), trains, tmp_path / "c")
-    with pytest.raises(FileExistsError, match="images"):
+    assert len(from_pysaliency(stimuli, trains, tmp_path / "b")) == 2  # nothing was left behind
+    with pytest.raises(FileExistsError, match="images exists: choose an empty folder"):
         from_pysaliency(stimuli, trains, tmp_path / "b")
     floats = pysaliency.Stimuli([np.zeros((10, 20, 3))] * 2)
     with pytest.raises(ValueError, match="must be uint8, got float64"):
         from_pysaliency(floats, trains, tmp_path / "d")
+
+
+def test_photos_turned_by_their_exif(trains, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.arange(10 * 26 * 3, dtype=np.uint8).reshape(10, 26, 3)
+    for name in ("turned.png", "upright.png"):
+        options = {"exif": exif} if name == "turned.png" else {}
+        Image.fromarray(pixels).save(tmp_path / name, **options)
+    stimuli = pysaliency.FileStimuli([tmp_path / "turned.png", tmp_path / "upright.png"])
+    photos = from_pysaliency(stimuli, trains, tmp_path)
+    for photo in photos:  # as pysaliency sees them, which is where the fixations are
+        assert read_image(tmp_path / photo.image).shape == (3, photo.height, photo.width)
+    turned = [replace(photos[0], image="turned.png")]
+    with pytest.raises(ValueError, match=r"1 photos are turned by their EXIF, e.g. .*turned.png"):
+        to_pysaliency(turned, tmp_path)
 
 
 def test_there_and_back(stimuli, trains, tmp_path):
