@@ -178,10 +178,11 @@ def plot_scores(
     colours = dict(zip(models, sns.color_palette(PALETTE, len(models)), strict=True))
     for axis, metric in zip(axes.flat, metrics, strict=False):
         part = table[table["metric"] == metric].set_index("model").reindex(models)
+        axis.margins(x=0.1)  # no dot on the frame
+        axis.xaxis.set_major_locator(MaxNLocator(2))  # panels are narrow, and numbers can be long
+        axis.tick_params(axis="x", labelsize="small")
         if zero:
             axis.axvline(0, color="black", lw=1)
-            axis.xaxis.set_major_locator(MaxNLocator(2))  # small differences have long numbers
-            axis.tick_params(axis="x", labelsize="small")
         for y, (model, row) in enumerate(part.iterrows()):
             if np.isfinite(row["mean"]):
                 axis.plot([row["low"], row["high"]], [y, y], color=colours[model], lw=2.5)
