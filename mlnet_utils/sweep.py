@@ -261,7 +261,8 @@ def _check_alive(job: Job) -> None:
         return
     identity, _, message = note.read_text(encoding="utf-8").partition("\n")
     if identity == _identity(job):
-        raise TrainingDied(f"{message.strip()} (so it was before; to try again, delete {note})")
+        again = f"so it was before; to try again, delete {display_path(note)}"
+        raise TrainingDied(f"{message.strip()} ({again})")
     note.unlink()
 
 
