@@ -147,7 +147,7 @@ def compare(
 
     Returns:
         Columns ``model`` (the cell), ``reference``, ``metric``, ``mean``, ``low``, ``high`` of the
-        difference; ``seeds``, and ``seed_low``, ``seed_high``, the smallest and the largest
+        difference; ``seeds`` that both have, ``seed_low`` and ``seed_high``, smallest and largest
         difference that a single seed has; ``infinite``, the number of photos whose score is
         infinite in either cell, as IG is where a map is zero at a fixation. The difference is then
         NaN: a mean over the other photos would flatter. ``side`` is +1 or -1 where the difference
@@ -158,21 +158,24 @@ def compare(
         ValueError: the reference has no scores.
     """
     names = list(METRICS)
-    endless = np.isinf(scores[names]).groupby([scores["cell"], scores["stem"]]).any()
-    finite = scores.replace([np.inf, -np.inf], np.nan)
-    per_photo = finite.groupby(["cell", "stem"])[names].mean()
-    per_seed = finite.groupby(["cell", "seed"])[names].mean()
-    if reference not in per_photo.index:
+    table = scores.set_index(["cell", "seed", "stem"])[names].sort_index()
+    if reference not in table.index:
         raise ValueError(f"the sweep has no scores of {reference!r}; run it first")
     rows = []
     for cell in cells:
-        if cell not in per_photo.index:
+        if cell not in table.index:
             continue
-        difference = per_photo.loc[cell] - per_photo.loc[reference]
-        by_seed = per_seed.loc[cell] - per_seed.loc[reference]
-        infinite = (endless.loc[cell] | endless.loc[reference]).sum()
+        ours, theirs = table.loc[cell], table.loc[reference]
+        shared = ours.index.unique("seed").intersection(theirs.index.unique("seed"))
+        if len(shared):  # a seed that died in one of the two says nothing of their difference
+            ours, theirs = ours.loc[shared], theirs.loc[shared]
+        endless = [np.isinf(part).groupby("stem").any() for part in (ours, theirs)]
+        ours, theirs = (part.replace([np.inf, -np.inf], np.nan) for part in (ours, theirs))
+        difference = ours.groupby("stem").mean() - theirs.groupby("stem").mean()
+        by_seed = ours.groupby("seed").mean() - theirs.groupby("seed").mean()
+        infinite = (endless[0] | endless[1]).sum()
         # They are all -infinity: clear where only one of the two cells has any.
-        better = endless.loc[reference].any().astype(int) - endless.loc[cell].any()
+        better = endless[1].any().astype(int) - endless[0].any()
         for metric in METRICS:
             if infinite[metric]:
                 difference[metric] = by_seed[metric] = np.nan
@@ -187,7 +190,7 @@ def compare(
                     "mean": difference[metric].mean(),
                     "low": low,
                     "high": high,
-                    "seeds": len(per_seed.loc[cell]),
+                    "seeds": len(shared),
                     "seed_low": seed_low,
                     "seed_high": seed_high,
                     "infinite": infinite[metric],

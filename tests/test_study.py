@@ -68,6 +68,18 @@ def test_a_difference_is_clear_only_where_the_seeds_agree():
     assert found["side"] == 0
 
 
+def test_only_the_seeds_that_both_have_are_compared():
+    table = scores({"reference": 0, "up": 0.1})
+    table.loc[(table["cell"] == "reference") & (table["seed"] == 2), list(METRICS)] += 7
+    table = table[(table["cell"] == "reference") | (table["seed"] < 2)]  # seed 2 died
+    found = study.compare(table, ["up"]).set_index("metric").loc["CC"]
+    assert found["seeds"] == 2
+    assert found["mean"] == pytest.approx(0.1, abs=0.01)
+    alone = study.compare(table[(table["cell"] == "up") | (table["seed"] == 2)], ["up"])
+    assert (alone["seeds"] == 0).all()
+    assert alone["seed_low"].isna().all()
+
+
 def test_missing_scores_are_left_out_and_infinite_ones_said():
     table = scores({"reference": 0, "up": 0.1})
     few = (table["cell"] == "up") & table["stem"].isin(["003", "007"]) & (table["seed"] == 1)
