@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from mlnet_utils.images import orientation
-from mlnet_utils.layouts import check_looked_at, keep_inside
+from mlnet_utils.layouts import as_observers, check_looked_at, keep_inside
 from mlnet_utils.photos import Photo
 from mlnet_utils.runtime import progress
 
@@ -56,6 +56,7 @@ def from_pysaliency(stimuli: Any, fixations: Any, folder: str | Path) -> list[Ph
     stems = _stems(stimuli)
     points = _half_a_pixel_less(np.stack([fixations.x, fixations.y], axis=1).reshape(-1, 2))
     _, observers = np.unique(np.asarray(fixations.subjects), return_inverse=True)
+    observers = as_observers(observers, "pysaliency")
     seconds = np.asarray(getattr(fixations, "duration", np.full(len(owners), np.nan)), np.float64)
     photos = []
     for number, stem in enumerate(progress(stems, "reading stimuli", unit="photo")):
@@ -63,7 +64,7 @@ def from_pysaliency(stimuli: Any, fixations: Any, folder: str | Path) -> list[Ph
         height, width = (int(side) for side in stimuli.sizes[number])
         own = owners == number
         kept, observer, duration, dropped = keep_inside(
-            points[own], height, width, observers[own].astype(np.int16), 1000 * seconds[own]
+            points[own], height, width, observers[own], 1000 * seconds[own]
         )
         photos.append(
             Photo(

@@ -17,7 +17,7 @@ def hash_split(photos: list[Photo], n_val: int, n_test: int) -> list[Photo]:
     if n_val + n_test >= len(photos):
         raise ValueError(
             f"cannot take {n_val} validation and {n_test} test photos out of {len(photos)}; with "
-            "fewer photos than published, set `fold: 0` in the preset for fifths"
+            "fewer photos than published, but at least 5, set `fold: 0` in the preset for fifths"
         )
     ordered = hash_order(photos)
     split = {photo.stem: "test" for photo in ordered[:n_test]}
@@ -29,12 +29,14 @@ def fold_split(photos: list[Photo], fold: int, folds: int = 5) -> list[Photo]:
     """Cross-validation: in hash order, photo i is tested in fold i mod 5 and validated in the next.
 
     Raises:
-        ValueError: the fold does not exist.
+        ValueError: the fold does not exist, or there are fewer photos than folds.
     """
     if not 0 <= fold < folds:
         raise ValueError(
             f"config: fold={fold} must be in 0..{folds - 1}, or -1 for the fixed split"
         )
+    if len(photos) < folds:
+        raise ValueError(f"config: fold={fold}, but {len(photos)} photos cannot make {folds} folds")
     place = {photo.stem: i % folds for i, photo in enumerate(hash_order(photos))}
     names = {fold: "test", (fold + 1) % folds: "val"}
     return [replace(photo, split=names.get(place[photo.stem], "train")) for photo in photos]

@@ -87,6 +87,15 @@ def test_what_does_not_fit_is_an_error(stimuli, trains, tmp_path):
         from_pysaliency(floats, trains, tmp_path / "d")
 
 
+def test_more_subjects_than_can_be_told_apart(stimuli, tmp_path):
+    count = 32_769
+    fixations = pysaliency.Fixations.create_without_history(
+        np.full(count, 1.5), np.full(count, 1.5), np.arange(count) % 2, subjects=np.arange(count)
+    )
+    with pytest.raises(ValueError, match="pysaliency: 32,769 observers, at most 32,768"):
+        from_pysaliency(stimuli, fixations, tmp_path)
+
+
 def test_photos_turned_by_their_exif(trains, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
