@@ -159,9 +159,13 @@ def sample_counts(config: Config) -> dict[str, int]:
 def check_same_data(config: Config, meta: dict) -> None:
     """Refuse a configuration that other data were prepared for.
 
+    Folders of a dataset that no preset can name were written by hand, and are taken as they are.
+
     Raises:
         ValueError: a key that decides the data differs from the prepared folder's.
     """
+    if meta["dataset"] not in DATASETS:
+        return
     wanted = {key: getattr(config, key) for key in ("dataset", "fold", "limit", "train_limit")}
     wanted["sigma"] = config.sigma or dataset_spec(config.dataset).sigma
     known = {**wanted, **meta, "sigma": meta["sigma_px"]}  # early folders do not note the limits

@@ -213,6 +213,7 @@ def test_data_of_another_configuration_are_refused(changes, message):
     meta = {"dataset": "synthetic", "fold": -1, "limit": 12, "train_limit": 0, "sigma_px": 8.0}
     config = tiny_config(dataset="synthetic", limit=12)
     datasets.check_same_data(config, meta)
+    datasets.check_same_data(config, {**meta, "dataset": "by hand", "fold": 3})
     early = {key: value for key, value in meta.items() if "limit" not in key}
     datasets.check_same_data(replace(config, limit=3), early)  # which did not note it
     with pytest.raises(ValueError, match=message):

@@ -385,6 +385,7 @@ def test_a_file_with_its_classifier_is_normalised_as_timm_states(tmp_path, backb
 def test_downloaded_weights_are_normalised_as_timm_states(monkeypatch):
     import timm
 
+    monkeypatch.delenv("BACKBONE_WEIGHTS", raising=False)  # which would replace the download
     create = timm.create_model
     monkeypatch.setattr(
         timm, "create_model", lambda *a, **k: create(*a, **{**k, "pretrained": False})
