@@ -17,8 +17,9 @@ import measure
 import numpy as np
 import torch
 
-from mlnet_utils import datasets, training
+from mlnet_utils import training
 from mlnet_utils.config import load_config
+from mlnet_utils.data import datasets
 from mlnet_utils.evaluation import TestSet
 from mlnet_utils.export import export
 from mlnet_utils.exported import load_exported

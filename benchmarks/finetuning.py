@@ -17,8 +17,9 @@ from pathlib import Path
 import measure
 import pandas as pd
 
-from mlnet_utils import checkpoints, datasets, training
+from mlnet_utils import checkpoints, training
 from mlnet_utils.config import PRESETS, Config, load_config
+from mlnet_utils.data import datasets
 from mlnet_utils.evaluation import TestSet, summarise
 from mlnet_utils.metrics import METRICS
 from mlnet_utils.prediction import load

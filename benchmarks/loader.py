@@ -20,8 +20,8 @@ import torch
 from PIL import Image
 
 from mlnet_utils.config import Config, load_config
-from mlnet_utils.datasets import EpochSampler, SaliencyDataset, make_loader
-from mlnet_utils.photos import Photo
+from mlnet_utils.data.datasets import EpochSampler, SaliencyDataset, make_loader
+from mlnet_utils.data.photos import Photo
 from mlnet_utils.runtime import cpu_count
 
 HEIGHT, WIDTH, FIXATIONS, SIGMA = 480, 640, 460, 19.0

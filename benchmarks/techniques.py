@@ -20,8 +20,8 @@ import matplotlib.pyplot as plt
 import measure
 import torch
 
-from mlnet_utils import datasets
 from mlnet_utils.config import Config, load_config
+from mlnet_utils.data import datasets
 from mlnet_utils.runtime import atomic_path, set_determinism
 from mlnet_utils.training import fit
 

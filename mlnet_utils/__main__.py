@@ -250,7 +250,7 @@ def publish(options: argparse.Namespace) -> int:
 
 
 def download(options: argparse.Namespace) -> int:
-    from mlnet_utils.download import acquire
+    from mlnet_utils.data.download import acquire
 
     folder = acquire(options.name, data_root(options.root), options.archives)
     print(f"{options.name} is complete in {display_path(folder)}")
@@ -258,7 +258,7 @@ def download(options: argparse.Namespace) -> int:
 
 
 def prepare(options: argparse.Namespace) -> int:
-    from mlnet_utils import datasets, photos
+    from mlnet_utils.data import datasets, photos
 
     folder = run_dir(options.run_dir, options.preset) / "data"
     if options.check:
@@ -272,7 +272,8 @@ def prepare(options: argparse.Namespace) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    from mlnet_utils import datasets, optimization, training
+    from mlnet_utils import optimization, training
+    from mlnet_utils.data import datasets
 
     config = load_config(options.preset, **overrides(options.overrides))
     folder = run_dir(options.run_dir, options.preset)

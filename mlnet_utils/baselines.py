@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from mlnet_utils.photos import Photo
-from mlnet_utils.transforms import (
+from mlnet_utils.data.geometry import (
     blur_matrix,
     density_from_points,
     fixation_counts,
     pixel_indices,
 )
+from mlnet_utils.data.photos import Photo
 
 CELLS = 256  # the unit square's grid on which kernel densities are fitted
 BANDWIDTHS = tuple(float(b) for b in np.geomspace(0.01, 0.2, 14))  # shares of the photo's sides

@@ -19,10 +19,12 @@ from torch import Tensor
 
 from mlnet_utils import baselines
 from mlnet_utils.bootstrap import summarise
-from mlnet_utils.datasets import photo_root
-from mlnet_utils.images import read_density, read_image
+from mlnet_utils.data.datasets import photo_root
+from mlnet_utils.data.geometry import fixation_counts, pixel_indices
+from mlnet_utils.data.images import read_density, read_image
+from mlnet_utils.data.photos import Photo, read_prepared
+from mlnet_utils.data.truth import photo_density
 from mlnet_utils.metrics import METRICS, PROTOCOLS, score_all
-from mlnet_utils.photos import Photo, read_prepared
 from mlnet_utils.prediction import Predictor, load
 from mlnet_utils.runtime import (
     display_path,
@@ -33,8 +35,6 @@ from mlnet_utils.runtime import (
     write_json,
     write_text,
 )
-from mlnet_utils.transforms import fixation_counts, pixel_indices
-from mlnet_utils.truth import photo_density
 
 MODEL, UNIFORM, CENTRE = "ML-Net", "uniform", "centre bias"
 OBSERVERS, GOLD = "inter-observer", "gold standard"

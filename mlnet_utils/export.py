@@ -17,15 +17,15 @@ from torch import Tensor, nn
 
 from mlnet_utils.checkpoints import load_model
 from mlnet_utils.config import Config
-from mlnet_utils.datasets import photo_root
+from mlnet_utils.data.datasets import photo_root
+from mlnet_utils.data.images import read_image
+from mlnet_utils.data.photos import read_prepared
+from mlnet_utils.data.splits import hash_order
 from mlnet_utils.evaluation import MODEL
 from mlnet_utils.exported import load_exported, require
 from mlnet_utils.folders import photos_below
-from mlnet_utils.images import read_image
-from mlnet_utils.photos import read_prepared
 from mlnet_utils.prediction import Predictor
 from mlnet_utils.runtime import atomic_path, display_path, read_json, sha256_file, versions
-from mlnet_utils.splits import hash_order
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}
 TOLERANCE = 1e-4  # largest difference from PyTorch, as a share of the map's maximum

@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mlnet_utils.config import Config
-from mlnet_utils.datasets import SaliencyDataset
+from mlnet_utils.data.datasets import SaliencyDataset
+from mlnet_utils.data.photos import Photo
 from mlnet_utils.model import MLNet
-from mlnet_utils.photos import Photo
 from mlnet_utils.runtime import atomic_path, feature_root, progress
 
 BATCH = 8

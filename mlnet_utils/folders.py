@@ -15,8 +15,9 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
+from mlnet_utils.data.geometry import Letterbox
+from mlnet_utils.data.images import read_image
 from mlnet_utils.exported import load_network
-from mlnet_utils.images import read_image
 from mlnet_utils.plots import overlay as paint_overlay
 from mlnet_utils.prediction import Predictor, predict_maps, to_density
 from mlnet_utils.runtime import (
@@ -30,7 +31,6 @@ from mlnet_utils.runtime import (
     versions,
     write_json,
 )
-from mlnet_utils.transforms import Letterbox
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 RECORD = "prediction.json"  # in the output folder: which checkpoint made the maps

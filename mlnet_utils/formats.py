@@ -1,4 +1,4 @@
-"""Readers of OSIE's and CAT2000's layouts: files in, :class:`~mlnet_utils.photos.Photo` out.
+"""Readers of OSIE's and CAT2000's layouts: files in, :class:`~mlnet_utils.data.photos.Photo` out.
 
 The other layouts have modules of their own: ``salicon``, ``mit1003``, ``own_photos``.
 """
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlnet_utils.data.photos import Photo
 from mlnet_utils.layouts import (
     by_stem,
     check_looked_at,
@@ -18,7 +19,6 @@ from mlnet_utils.layouts import (
     photo_size,
     pooled,
 )
-from mlnet_utils.photos import Photo
 from mlnet_utils.runtime import progress
 
 OSIE_HEIGHT, OSIE_WIDTH = 600, 800

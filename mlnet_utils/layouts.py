@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlnet_utils.images import blame_file, to_upright
-from mlnet_utils.photos import NOBODY, Photo
-from mlnet_utils.transforms import inside
+from mlnet_utils.data.geometry import inside
+from mlnet_utils.data.images import blame_file, to_upright
+from mlnet_utils.data.photos import NOBODY, Photo
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _SIDEWAYS = (

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from mlnet_utils.data.photos import Photo
 from mlnet_utils.layouts import (
     by_stem,
     check_looked_at,
@@ -23,7 +24,6 @@ from mlnet_utils.layouts import (
     pooled,
     read_map,
 )
-from mlnet_utils.photos import Photo
 from mlnet_utils.runtime import progress
 
 # Parameters of the authors' checkFixations.m.

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from mlnet_utils.data.photos import SPLITS, Photo
+from mlnet_utils.data.truth import density_of
 from mlnet_utils.layouts import (
     NOBODY,
     PHOTO_SUFFIXES,
@@ -20,9 +22,7 @@ from mlnet_utils.layouts import (
     photo_size,
     read_map,
 )
-from mlnet_utils.photos import SPLITS, Photo
 from mlnet_utils.runtime import progress
-from mlnet_utils.truth import density_of
 
 COLUMNS = ("image", "x", "y")
 OPTIONAL = ("observer", "duration")  # ms

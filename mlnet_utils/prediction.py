@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from mlnet_utils.checkpoints import load_model
 from mlnet_utils.config import Config
-from mlnet_utils.images import decode, read_image, to_bytes
+from mlnet_utils.data.geometry import Letterbox, authors_postprocess, letterbox, unletterbox
+from mlnet_utils.data.images import decode, read_image, to_bytes
 from mlnet_utils.runtime import pick_device
-from mlnet_utils.transforms import Letterbox, authors_postprocess, letterbox, unletterbox
 
 SMALLEST_SIDE = 32  # pixels; anything smaller is an icon, not a photo
 FLOOR = 1e-12  # of a probability, before its logarithm is taken

@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from mlnet_utils.data.geometry import density_from_points
+from mlnet_utils.data.photos import SPLITS, Photo
+from mlnet_utils.data.truth import density_of
 from mlnet_utils.layouts import (
     by_stem,
     check_looked_at,
@@ -21,10 +24,7 @@ from mlnet_utils.layouts import (
     need,
     photo_size,
 )
-from mlnet_utils.photos import SPLITS, Photo
 from mlnet_utils.runtime import progress
-from mlnet_utils.transforms import density_from_points
-from mlnet_utils.truth import density_of
 
 EDITIONS = ("2015", "2017")
 POINTS = ("fixations", "location")  # detected fixations, or all mouse samples

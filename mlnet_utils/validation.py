@@ -9,7 +9,7 @@ from accelerate.utils import broadcast, gather_object
 from torch.utils.data import DataLoader
 
 from mlnet_utils.config import Config
-from mlnet_utils.datasets import SaliencyDataset, make_loader
+from mlnet_utils.data.datasets import SaliencyDataset, make_loader
 from mlnet_utils.losses import Objective, cc_loss, kl_loss, nss_loss
 from mlnet_utils.model import MLNet, network_input
 from mlnet_utils.runtime import keyed_seed

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mlnet_utils.config import Config, load_config
-from mlnet_utils.photos import Photo, write_prepared
+from mlnet_utils.data.photos import Photo, write_prepared
 from mlnet_utils.runtime import sha256_file
 
 SPLIT_SIZES = {"train": 10, "val": 5, "test": 4}

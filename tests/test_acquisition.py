@@ -13,10 +13,10 @@ import pytest
 from faulty_server import FaultyServer, Served
 from miniatures import save_mat, save_osie, save_photo, save_recording, save_salicon_mat
 
-from mlnet_utils import download, transfer
-from mlnet_utils.datasets import DATASETS
-from mlnet_utils.sources import SOURCES
-from mlnet_utils.transfer import Retries
+from mlnet_utils.data import download, transfer
+from mlnet_utils.data.datasets import DATASETS
+from mlnet_utils.data.sources import SOURCES
+from mlnet_utils.data.transfer import Retries
 
 STREET = "i05june05_static_street_boston_p1010764"  # the photo by which MIT1003 is recognised
 

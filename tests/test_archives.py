@@ -12,7 +12,7 @@ from collections import namedtuple
 import numpy as np
 import pytest
 
-from mlnet_utils.archives import RECORD, ArchiveError, Limits, problems, unpack
+from mlnet_utils.data.archives import RECORD, ArchiveError, Limits, problems, unpack
 
 FILES = {"top/train/a.bin": b"a" * 10, "top/train/b.bin": b"bb", "top/val/c.bin": b""}
 JUNK = {"__MACOSX/top/train/._a.bin": b"x", "top/.DS_Store": b"x", "README": b"x"}

@@ -6,8 +6,8 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from mlnet_utils import baselines, metrics
-from mlnet_utils.photos import Photo
-from mlnet_utils.transforms import density_from_points, fixation_counts
+from mlnet_utils.data.geometry import density_from_points, fixation_counts
+from mlnet_utils.data.photos import Photo
 
 H, W = 30, 40
 

@@ -9,7 +9,7 @@ import yaml
 from miniatures import save_mat, save_osie, save_photo, save_recording, save_salicon_mat
 from PIL import Image
 
-from mlnet_utils.photos import NOBODY, read_prepared
+from mlnet_utils.data.photos import NOBODY, read_prepared
 
 nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mlnet_utils.sources import SOURCES
+from mlnet_utils.data.sources import SOURCES
 
 ROOT = Path(__file__).resolve().parent.parent
 ARCHIVES = {

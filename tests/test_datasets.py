@@ -11,8 +11,8 @@ from conftest import SIGMA, tiny_config
 from miniatures import save_photo, save_salicon_mat
 from PIL import Image
 
-from mlnet_utils import datasets
-from mlnet_utils.datasets import (
+from mlnet_utils.data import datasets
+from mlnet_utils.data.datasets import (
     DatasetSpec,
     EpochSampler,
     SaliencyDataset,
@@ -22,9 +22,9 @@ from mlnet_utils.datasets import (
     prepare,
     read_image,
 )
-from mlnet_utils.photos import SPLITS, Photo, check_prepared, read_prepared
-from mlnet_utils.splits import fold_split, hash_order, hash_split, split_photos
-from mlnet_utils.transforms import Letterbox, density_on_grid
+from mlnet_utils.data.geometry import Letterbox, density_on_grid
+from mlnet_utils.data.photos import SPLITS, Photo, check_prepared, read_prepared
+from mlnet_utils.data.splits import fold_split, hash_order, hash_split, split_photos
 
 OSIE_LIKE = [Photo(str(number), f"{number}.jpg", 800, 600) for number in range(1001, 1701)]
 

@@ -9,11 +9,11 @@ import zipfile
 import pytest
 from faulty_server import PAGE, FaultyServer, Served
 
-from mlnet_utils import download, transfer
-from mlnet_utils.archives import ArchiveError
-from mlnet_utils.download import acquire
-from mlnet_utils.sources import SOURCES, Archive, Source
-from mlnet_utils.transfer import Retries, TransferError, WebPageError
+from mlnet_utils.data import download, transfer
+from mlnet_utils.data.archives import ArchiveError
+from mlnet_utils.data.download import acquire
+from mlnet_utils.data.sources import SOURCES, Archive, Source
+from mlnet_utils.data.transfer import Retries, TransferError, WebPageError
 
 FAST = Retries(attempts=2, sleep=lambda _: None)
 

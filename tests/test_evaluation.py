@@ -10,13 +10,14 @@ import pandas as pd
 import pytest
 import torch
 
-from mlnet_utils import baselines, checkpoints, datasets, evaluation
+from mlnet_utils import baselines, checkpoints, evaluation
 from mlnet_utils.__main__ import main
 from mlnet_utils.config import load_config
+from mlnet_utils.data import datasets
+from mlnet_utils.data.geometry import density_from_points, fixation_counts
+from mlnet_utils.data.photos import NOBODY, read_prepared, write_prepared
 from mlnet_utils.metrics import METRICS
 from mlnet_utils.model import MLNet
-from mlnet_utils.photos import NOBODY, read_prepared, write_prepared
-from mlnet_utils.transforms import density_from_points, fixation_counts
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,8 @@ from scipy.io import loadmat
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import csc_matrix
 
+from mlnet_utils.data.geometry import density_from_points, pixel_indices
+from mlnet_utils.data.photos import Photo
 from mlnet_utils.formats import read_cat2000, read_osie
 from mlnet_utils.layouts import (
     NOBODY,
@@ -22,8 +24,6 @@ from mlnet_utils.layouts import (
     photo_size,
     read_map,
 )
-from mlnet_utils.photos import Photo
-from mlnet_utils.transforms import density_from_points, pixel_indices
 
 
 # ---- OSIE --------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps
 
-from mlnet_utils.images import decode, read_image, to_bytes
+from mlnet_utils.data.images import decode, read_image, to_bytes
 
 ROTATION = 0x0112  # EXIF tag
 RAMP = np.linspace(0, 65535, 40 * 50).reshape(40, 50)  # 16 bits

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from mlnet_utils import metric_formulas, metric_inputs, metrics, roc
+from mlnet_utils.data.geometry import density_from_points, fixation_counts
 from mlnet_utils.resize import resize
-from mlnet_utils.transforms import density_from_points, fixation_counts
 
 H, W = 9, 11
 ALL = [*metrics.METRICS, "AUC-unfixated", "AUC-Judd", "AUC-Borji"]

@@ -5,7 +5,7 @@ import pytest
 from miniatures import save_photo, truncate
 from PIL import Image
 
-from mlnet_utils.images import read_density
+from mlnet_utils.data.images import read_density
 from mlnet_utils.layouts import NOBODY
 from mlnet_utils.own_photos import read_folder, read_own
 

@@ -17,18 +17,18 @@ from conftest import tiny_config
 from torch import nn
 
 from mlnet_utils.config import load_config
-from mlnet_utils.datasets import EpochSampler
-from mlnet_utils.losses import Objective, mlnet_loss
-from mlnet_utils.model import MLNet, freeze, max_pool
-from mlnet_utils.optimization import learning_rate, make_optimizer
-from mlnet_utils.training import fit
-from mlnet_utils.transforms import (
+from mlnet_utils.data.datasets import EpochSampler
+from mlnet_utils.data.geometry import (
     Letterbox,
     authors_postprocess,
     density_on_grid,
     letterbox,
     unletterbox,
 )
+from mlnet_utils.losses import Objective, mlnet_loss
+from mlnet_utils.model import MLNet, freeze, max_pool
+from mlnet_utils.optimization import learning_rate, make_optimizer
+from mlnet_utils.training import fit
 
 PAPER = load_config("paper", backbone_weights="none")
 INTENT = load_config("mlnet-pytorch", backbone_weights="none")

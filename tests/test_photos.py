@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlnet_utils.photos import (
+from mlnet_utils.data.photos import (
     NOBODY,
     Photo,
     check_prepared,

@@ -12,6 +12,7 @@ from torch import nn
 
 import mlnet_utils
 from mlnet_utils.checkpoints import save_checkpoint
+from mlnet_utils.data.geometry import Letterbox, authors_postprocess, unletterbox
 from mlnet_utils.model import MLNet
 from mlnet_utils.prediction import (
     FLOOR,
@@ -22,7 +23,6 @@ from mlnet_utils.prediction import (
     predict_maps,
     to_density,
 )
-from mlnet_utils.transforms import Letterbox, authors_postprocess, unletterbox
 
 SIZES = [(60, 80), (32, 32), (33, 200), (200, 33), (61, 75), (400, 300)]  # (height, width)
 

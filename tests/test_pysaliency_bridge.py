@@ -9,10 +9,10 @@ import pytest
 from miniatures import save_photo
 from PIL import Image
 
-from mlnet_utils.images import read_image
-from mlnet_utils.photos import Photo
+from mlnet_utils.data.geometry import pixel_indices
+from mlnet_utils.data.images import read_image
+from mlnet_utils.data.photos import Photo
 from mlnet_utils.pysaliency_bridge import as_pysaliency_model, from_pysaliency, to_pysaliency
-from mlnet_utils.transforms import pixel_indices
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # pysaliency imports a deprecated part of setuptools

@@ -21,7 +21,7 @@ from conftest import prepare_run, tiny_config
 
 from mlnet_utils import checkpoints, training, validation
 from mlnet_utils.checkpoints import load_checkpoint
-from mlnet_utils.photos import read_prepared, write_prepared
+from mlnet_utils.data.photos import read_prepared, write_prepared
 from mlnet_utils.training import fit
 
 pytestmark = pytest.mark.slow

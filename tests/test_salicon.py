@@ -8,9 +8,9 @@ from miniatures import save_mat, save_photo, save_salicon_mat, truncate
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from mlnet_utils.photos import Photo
+from mlnet_utils.data.geometry import density_from_points
+from mlnet_utils.data.photos import Photo
 from mlnet_utils.salicon import fit_sigma, read_salicon_json, read_salicon_mat
-from mlnet_utils.transforms import density_from_points
 
 STEMS = {
     "train": ("COCO_train2014_000000000001", "COCO_train2014_000000000002"),

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mlnet_utils import synthetic
-from mlnet_utils.images import read_density
+from mlnet_utils.data import synthetic
+from mlnet_utils.data.geometry import inside, pixel_indices
+from mlnet_utils.data.images import read_density
 from mlnet_utils.runtime import sha256_file
-from mlnet_utils.transforms import inside, pixel_indices
 
 
 def stimulus(seed=0, **options):

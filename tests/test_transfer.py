@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from faulty_server import PAGE, FaultyServer, Served
 
-from mlnet_utils import transfer
-from mlnet_utils.transfer import Retries, TransferError, WebPageError, fetch, fetch_drive
+from mlnet_utils.data import transfer
+from mlnet_utils.data.transfer import Retries, TransferError, WebPageError, fetch, fetch_drive
 
 CONTENT = np.random.default_rng(0).bytes(3_000_000)  # some blocks of 1 MiB, the last not full
 

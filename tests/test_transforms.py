@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.ndimage import gaussian_filter, gaussian_filter1d
 
-from mlnet_utils.transforms import (
+from mlnet_utils.data.geometry import (
     Letterbox,
     blur_matrix,
     density_from_points,

@@ -8,11 +8,11 @@ import torch
 from conftest import tiny_config
 from PIL import Image
 
-from mlnet_utils.datasets import SaliencyDataset
-from mlnet_utils.images import read_density
-from mlnet_utils.photos import Photo
-from mlnet_utils.transforms import Letterbox, density_from_points, density_on_grid
-from mlnet_utils.truth import grid_density, photo_density
+from mlnet_utils.data.datasets import SaliencyDataset
+from mlnet_utils.data.geometry import Letterbox, density_from_points, density_on_grid
+from mlnet_utils.data.images import read_density
+from mlnet_utils.data.photos import Photo
+from mlnet_utils.data.truth import grid_density, photo_density
 
 POINTS = np.array([[10, 20], [30.4, 5], [30, 5]], np.float32)
 SIGMA = 3.0

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlnet_utils.images import read_density
-from mlnet_utils.photos import Photo
-from mlnet_utils.transforms import Letterbox, density_from_points, density_on_grid, map_on_grid
+from mlnet_utils.data.geometry import Letterbox, density_from_points, density_on_grid, map_on_grid
+from mlnet_utils.data.images import read_density
+from mlnet_utils.data.photos import Photo
 
 
 def photo_density(

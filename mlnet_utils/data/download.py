@@ -9,10 +9,9 @@ from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
-from mlnet_utils.archives import BLOCK, RECORD, ArchiveError, problems, unpack
-from mlnet_utils.runtime import progress, read_json, write_json
-from mlnet_utils.sources import SOURCES, Archive, Source
-from mlnet_utils.transfer import (
+from mlnet_utils.data.archives import BLOCK, RECORD, ArchiveError, problems, unpack
+from mlnet_utils.data.sources import SOURCES, Archive, Source
+from mlnet_utils.data.transfer import (
     Retries,
     TransferError,
     WebPageError,
@@ -21,6 +20,7 @@ from mlnet_utils.transfer import (
     fetch_drive,
     is_web_page,
 )
+from mlnet_utils.runtime import progress, read_json, write_json
 
 ARCHIVES = "archives"  # folder of a dataset that keeps what was downloaded
 CHECKSUMS = "checksums.json"  # SHA-256 of every archive that was ever accepted

@@ -6,7 +6,7 @@ Addresses, ids and MD5 sums are those that the sources, pysaliency and the datas
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from mlnet_utils.archives import Limits
+from mlnet_utils.data.archives import Limits
 
 
 @dataclass(frozen=True)

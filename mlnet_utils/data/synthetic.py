@@ -20,9 +20,9 @@ import numpy as np
 from PIL import Image
 from scipy.special import ndtr
 
-from mlnet_utils.photos import SPLITS, Photo
+from mlnet_utils.data.geometry import pixel_indices
+from mlnet_utils.data.photos import SPLITS, Photo
 from mlnet_utils.runtime import progress, sha256_file
-from mlnet_utils.transforms import pixel_indices
 
 HEIGHT, WIDTH = 240, 320
 OBSERVERS, FIXATIONS = 15, 10  # per photo; fixations per observer on average
@@ -179,7 +179,7 @@ def write_sample(
         One record per photo, with fixations, observers and the path of the true density.
 
     Raises:
-        ValueError: a split that is not one of :data:`mlnet_utils.photos.SPLITS`.
+        ValueError: a split that is not one of :data:`mlnet_utils.data.photos.SPLITS`.
     """
     unknown = [split for split in counts if split not in SPLITS]
     if unknown:

@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from dataclasses import replace
 
-from mlnet_utils.photos import SPLITS, Photo
+from mlnet_utils.data.photos import SPLITS, Photo
 
 
 def hash_order(photos: list[Photo]) -> list[Photo]:

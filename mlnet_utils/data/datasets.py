@@ -13,14 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mlnet_utils import formats, mit1003, own_photos, salicon, synthetic
+from mlnet_utils import formats, mit1003, own_photos, salicon
 from mlnet_utils.config import Config
-from mlnet_utils.images import read_image
-from mlnet_utils.photos import SPLITS, Photo, with_hashes, write_prepared
+from mlnet_utils.data import synthetic
+from mlnet_utils.data.geometry import Letterbox, inside, letterbox, pixel_indices
+from mlnet_utils.data.images import read_image
+from mlnet_utils.data.photos import SPLITS, Photo, with_hashes, write_prepared
+from mlnet_utils.data.splits import first, split_photos
+from mlnet_utils.data.truth import grid_density
 from mlnet_utils.runtime import cpu_count, progress, versions
-from mlnet_utils.splits import first, split_photos
-from mlnet_utils.transforms import Letterbox, inside, letterbox, pixel_indices
-from mlnet_utils.truth import grid_density
 
 
 # ---- registry ----------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlnet_utils.archives import need_space
+from mlnet_utils.data.archives import need_space
 from mlnet_utils.runtime import progress, read_json, write_json
 
 BLOCK = 1 << 20
