@@ -32,7 +32,7 @@ from torch import Tensor
 from mlnet_utils import baselines, metrics
 from mlnet_utils.data.geometry import density_from_points, fixation_counts
 from mlnet_utils.data.photos import Photo
-from mlnet_utils.formats import OSIE_HEIGHT, OSIE_WIDTH, read_osie
+from mlnet_utils.data.readers.formats import OSIE_HEIGHT, OSIE_WIDTH, read_osie
 from mlnet_utils.runtime import atomic_path, data_root, versions, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

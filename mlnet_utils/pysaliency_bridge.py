@@ -17,7 +17,7 @@ from PIL import Image
 
 from mlnet_utils.data.images import orientation
 from mlnet_utils.data.photos import Photo
-from mlnet_utils.layouts import as_observers, check_looked_at, keep_inside
+from mlnet_utils.data.readers.layouts import as_observers, check_looked_at, keep_inside
 from mlnet_utils.runtime import progress
 
 LOWEST = 1e-20  # density of a pixel that a model thinks impossible

@@ -12,8 +12,8 @@ from scipy.sparse import csc_matrix
 
 from mlnet_utils.data.geometry import density_from_points, pixel_indices
 from mlnet_utils.data.photos import Photo
-from mlnet_utils.formats import read_cat2000, read_osie
-from mlnet_utils.layouts import (
+from mlnet_utils.data.readers.formats import read_cat2000, read_osie
+from mlnet_utils.data.readers.layouts import (
     NOBODY,
     by_stem,
     check_looked_at,

@@ -6,8 +6,8 @@ from miniatures import save_photo, truncate
 from PIL import Image
 
 from mlnet_utils.data.images import read_density
-from mlnet_utils.layouts import NOBODY
-from mlnet_utils.own_photos import read_folder, read_own
+from mlnet_utils.data.readers.layouts import NOBODY
+from mlnet_utils.data.readers.own import read_folder, read_own
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from scipy.ndimage import gaussian_filter
 
 from mlnet_utils.data.geometry import density_from_points
 from mlnet_utils.data.photos import Photo
-from mlnet_utils.salicon import fit_sigma, read_salicon_json, read_salicon_mat
+from mlnet_utils.data.readers.salicon import fit_sigma, read_salicon_json, read_salicon_mat
 
 STEMS = {
     "train": ("COCO_train2014_000000000001", "COCO_train2014_000000000002"),

@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from mlnet_utils import formats, mit1003, own_photos, salicon
 from mlnet_utils.config import Config
 from mlnet_utils.data import synthetic
 from mlnet_utils.data.geometry import Letterbox, inside, letterbox, pixel_indices
 from mlnet_utils.data.images import read_image
 from mlnet_utils.data.photos import SPLITS, Photo, with_hashes, write_prepared
+from mlnet_utils.data.readers import formats, mit1003, own, salicon
 from mlnet_utils.data.splits import first, split_photos
 from mlnet_utils.data.truth import grid_density
 from mlnet_utils.runtime import cpu_count, progress, versions
@@ -72,7 +72,7 @@ DATASETS = {
         DatasetSpec(
             "cat2000", "CAT2000", 40.0, _NAN, formats.read_cat2000, "cat2000", val=200, test=400
         ),
-        DatasetSpec("folder", "Own photos", _NAN, _NAN, own_photos.read_own, "folder", 0.1, 0.2),
+        DatasetSpec("folder", "Own photos", _NAN, _NAN, own.read_own, "folder", 0.1, 0.2),
     )
 }
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from mlnet_utils.data.photos import SPLITS, Photo
-from mlnet_utils.data.truth import density_of
-from mlnet_utils.layouts import (
+from mlnet_utils.data.readers.layouts import (
     NOBODY,
     PHOTO_SUFFIXES,
     as_observers,
@@ -22,6 +21,7 @@ from mlnet_utils.layouts import (
     photo_size,
     read_map,
 )
+from mlnet_utils.data.truth import density_of
 from mlnet_utils.runtime import progress
 
 COLUMNS = ("image", "x", "y")

@@ -13,8 +13,7 @@ import numpy as np
 
 from mlnet_utils.data.geometry import density_from_points
 from mlnet_utils.data.photos import SPLITS, Photo
-from mlnet_utils.data.truth import density_of
-from mlnet_utils.layouts import (
+from mlnet_utils.data.readers.layouts import (
     by_stem,
     check_looked_at,
     check_pairs,
@@ -24,6 +23,7 @@ from mlnet_utils.layouts import (
     need,
     photo_size,
 )
+from mlnet_utils.data.truth import density_of
 from mlnet_utils.runtime import progress
 
 EDITIONS = ("2015", "2017")

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from mlnet_utils.data.photos import Photo
-from mlnet_utils.layouts import (
+from mlnet_utils.data.readers.layouts import (
     by_stem,
     check_looked_at,
     check_pairs,
