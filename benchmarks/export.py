@@ -23,7 +23,7 @@ from mlnet_utils.data import datasets
 from mlnet_utils.evaluation import TestSet
 from mlnet_utils.export import export
 from mlnet_utils.exported import load_exported
-from mlnet_utils.metrics import METRICS
+from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.prediction import Predictor, load
 from mlnet_utils.runtime import display_path, progress
 

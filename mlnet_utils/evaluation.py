@@ -17,14 +17,13 @@ from accelerate.utils import gather_object
 from scipy.ndimage import gaussian_filter, shift
 from torch import Tensor
 
-from mlnet_utils import baselines
-from mlnet_utils.bootstrap import summarise
 from mlnet_utils.data.datasets import photo_root
 from mlnet_utils.data.geometry import fixation_counts, pixel_indices
 from mlnet_utils.data.images import read_density, read_image
 from mlnet_utils.data.photos import Photo, read_prepared
 from mlnet_utils.data.truth import photo_density
-from mlnet_utils.metrics import METRICS, PROTOCOLS, score_all
+from mlnet_utils.metrics.bootstrap import summarise
+from mlnet_utils.metrics.protocols import METRICS, PROTOCOLS, baselines, score_all
 from mlnet_utils.prediction import Predictor, load
 from mlnet_utils.runtime import (
     display_path,

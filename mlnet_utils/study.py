@@ -14,11 +14,11 @@ import numpy as np
 import pandas as pd
 from scipy.ndimage import gaussian_filter
 
-from mlnet_utils.bootstrap import bootstrap_interval
 from mlnet_utils.data.geometry import density_from_points
 from mlnet_utils.data.photos import read_prepared
 from mlnet_utils.evaluation import TestSet, summarise
-from mlnet_utils.metrics import METRICS, cc
+from mlnet_utils.metrics.bootstrap import bootstrap_interval
+from mlnet_utils.metrics.protocols import METRICS, cc
 from mlnet_utils.runtime import progress
 from mlnet_utils.sweep import Grid
 

@@ -25,7 +25,7 @@ import yaml
 from mlnet_utils import dispatch, evaluation, training
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.data import datasets
-from mlnet_utils.metrics import METRICS
+from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.runtime import display_path, read_json, write_text
 from mlnet_utils.validation import TrainingDied
 

@@ -10,13 +10,13 @@ import pandas as pd
 import pytest
 import torch
 
-from mlnet_utils import baselines, checkpoints, evaluation
+from mlnet_utils import checkpoints, evaluation
 from mlnet_utils.__main__ import main
 from mlnet_utils.config import load_config
 from mlnet_utils.data import datasets
 from mlnet_utils.data.geometry import density_from_points, fixation_counts
 from mlnet_utils.data.photos import NOBODY, read_prepared, write_prepared
-from mlnet_utils.metrics import METRICS
+from mlnet_utils.metrics.protocols import METRICS, baselines
 from mlnet_utils.model import MLNet
 
 

@@ -11,7 +11,7 @@ import torch
 
 from mlnet_utils import metrics
 from mlnet_utils.data.geometry import density_from_points
-from mlnet_utils.resize import resize
+from mlnet_utils.metrics.resize import resize
 
 VECTORS = Path(__file__).parent / "vectors"
 CASES = json.loads((VECTORS / "cases.json").read_text())

@@ -13,9 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from mlnet_utils import metric_formulas, metric_inputs, metrics, roc
+from mlnet_utils import metrics
 from mlnet_utils.data.geometry import density_from_points, fixation_counts
-from mlnet_utils.resize import resize
+from mlnet_utils.metrics.protocols import functions, inputs, roc
+from mlnet_utils.metrics.resize import resize
 
 H, W = 9, 11
 ALL = [*metrics.METRICS, "AUC-unfixated", "AUC-Judd", "AUC-Borji"]
@@ -203,7 +204,7 @@ def test_at_least_finds_what_nonzero_finds(size):
 def test_results_do_not_depend_on_the_blocks(monkeypatch):
     maps = scene(height=60, width=70, points=30)
     whole = score(maps)
-    monkeypatch.setattr(metric_inputs, "BLOCK", 500)
+    monkeypatch.setattr(inputs, "BLOCK", 500)
     blocks = score(maps)
     same(whole, blocks, tolerance=1e-12)
     for name in ALL:
@@ -271,13 +272,13 @@ def test_a_baseline_that_is_shared_gives_the_same_gains():
 
 def test_sums_asked_for_later_leave_earlier_ones_alone():
     maps = scene()
-    image = metric_inputs.ScoredImage(
+    image = inputs.ScoredImage(
         "x", "mit300", maps["prediction"][0], maps["fixations"][0], maps["density"][0],
-        sums=[metric_formulas.products],
+        sums=[functions.products],
     )  # fmt: skip
-    first = image.pixel_sum(metric_formulas.products)
-    image.pixel_sum(metric_formulas.overlap_sum)
-    assert image.pixel_sum(metric_formulas.products) == first
+    first = image.pixel_sum(functions.products)
+    image.pixel_sum(functions.overlap_sum)
+    assert image.pixel_sum(functions.products) == first
 
 
 # ---- invariances -------------------------------------------------------------------------------
@@ -421,7 +422,7 @@ def test_the_gpu_gives_the_values_of_the_cpu(protocol):
 def test_metrics_do_without_torchmetrics():
     code = (
         "import sys; sys.modules['torchmetrics'] = None; "
-        "import mlnet_utils.metrics, mlnet_utils.bootstrap, mlnet_utils.resize"
+        "import mlnet_utils.metrics, mlnet_utils.metrics.bootstrap, mlnet_utils.metrics.resize"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mlnet_utils.resize import resize
+from mlnet_utils.metrics.resize import resize
 
 VECTORS = Path(__file__).parent / "vectors"
 CASES = ("up4", "up1p6", "down2")

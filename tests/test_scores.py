@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from mlnet_utils import metrics
-from mlnet_utils.bootstrap import bootstrap_interval
-from mlnet_utils.scores import SaliencyMetrics
+from mlnet_utils.metrics.bootstrap import bootstrap_interval
+from mlnet_utils.metrics.scores import SaliencyMetrics
 
 COUNT, H, W = 10, 12, 16
 ROOT = Path(__file__).parent.parent

@@ -15,7 +15,7 @@ from mlnet_utils.config import load_config
 from mlnet_utils.data import datasets
 from mlnet_utils.data.photos import NOBODY, read_prepared, write_prepared
 from mlnet_utils.evaluation import TestSet
-from mlnet_utils.metrics import METRICS, cc
+from mlnet_utils.metrics.protocols import METRICS, cc
 from mlnet_utils.sweep import jobs_of
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from mlnet_utils.bootstrap import summary
-from mlnet_utils.metrics import METRICS, score_all
+from mlnet_utils.metrics.bootstrap import summary
+from mlnet_utils.metrics.protocols import METRICS, score_all
 
 
 class SaliencyMetrics(Metric):

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from mlnet_utils import metric_formulas as formulas
-from mlnet_utils.metric_formulas import FORMULAS, PROTOCOLS
-from mlnet_utils.metric_inputs import ScoredImage, for_each_image
+from mlnet_utils.metrics.functions import FORMULAS, PROTOCOLS
+from mlnet_utils.metrics.inputs import ScoredImage, for_each_image
 
 METRICS = ("AUC", "CC", "KL", "sAUC", "IG", "NSS", "SIM")  # the order of MLNet-Pytorch's table
 

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mlnet_utils import roc
+from mlnet_utils.metrics.protocols import roc
 
 BLOCK = 1 << 16  # pixels per block: 512 KB in float64; on a GPU a map is one block
 
@@ -304,7 +304,7 @@ def for_each_image(
         if not isinstance(value, Tensor) or value.shape != prediction.shape:
             raise ValueError(
                 f"{kind} must have the prediction's shape {tuple(prediction.shape)}, got "
-                f"{_describe(value)}; nothing is resized silently (see mlnet_utils.resize)"
+                f"{_describe(value)}; nothing is resized silently (see mlnet_utils.metrics.resize)"
             )
     if names is not None and len(names) != len(prediction):
         raise ValueError(f"{len(names)} names for {len(prediction)} images")

@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from mlnet_utils.metrics import METRICS
+from mlnet_utils.metrics.protocols import METRICS
 
 
 def bootstrap_interval(
