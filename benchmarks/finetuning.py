@@ -17,11 +17,12 @@ from pathlib import Path
 import measure
 import pandas as pd
 
-from mlnet_utils import checkpoints, training
+from mlnet_utils import training
 from mlnet_utils.config import PRESETS, Config, load_config
 from mlnet_utils.data import datasets
 from mlnet_utils.evaluation import TestSet, summarise
 from mlnet_utils.metrics.protocols import METRICS
+from mlnet_utils.model.network import checkpoints
 from mlnet_utils.prediction import load
 from mlnet_utils.runtime import data_root, display_path, progress, sha256_file
 

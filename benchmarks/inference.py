@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from mlnet_utils.config import load_config
-from mlnet_utils.model import MLNet
+from mlnet_utils.model.network import MLNet
 from mlnet_utils.optimization import choose_precision
 from mlnet_utils.prediction import Predictor
 

@@ -23,7 +23,7 @@ from torchvision.models.vgg import cfgs, make_layers
 
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.features import cache_features
-from mlnet_utils.model import MLNet
+from mlnet_utils.model.network import MLNet
 from mlnet_utils.optimization import choose_precision
 from mlnet_utils.runtime import set_determinism
 

@@ -371,7 +371,7 @@ def _first_process() -> bool:
 
 
 def import_weights(options: argparse.Namespace) -> int:
-    from mlnet_utils import legacy
+    from mlnet_utils.model.network import legacy
 
     config = legacy.import_weights(options.file, options.out)
     where = f"{display_path(options.out)}, normalisation {config.normalisation}"

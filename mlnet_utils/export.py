@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mlnet_utils.checkpoints import load_model
 from mlnet_utils.config import Config
 from mlnet_utils.data.datasets import photo_root
 from mlnet_utils.data.images import read_image
@@ -24,6 +23,7 @@ from mlnet_utils.data.splits import hash_order
 from mlnet_utils.evaluation import MODEL
 from mlnet_utils.exported import load_exported, require
 from mlnet_utils.folders import photos_below
+from mlnet_utils.model.checkpoints import load_model
 from mlnet_utils.prediction import Predictor
 from mlnet_utils.runtime import atomic_path, display_path, read_json, sha256_file, versions
 

@@ -7,7 +7,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from mlnet_utils.config import Config
-from mlnet_utils.model import MLNet
+from mlnet_utils.model.network import MLNet
 
 
 def learning_rate(config: Config, update: int, total: int) -> float:

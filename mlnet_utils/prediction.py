@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
-from mlnet_utils.checkpoints import load_model
 from mlnet_utils.config import Config
 from mlnet_utils.data.geometry import Letterbox, authors_postprocess, letterbox, unletterbox
 from mlnet_utils.data.images import decode, read_image, to_bytes
+from mlnet_utils.model.checkpoints import load_model
 from mlnet_utils.runtime import pick_device
 
 SMALLEST_SIDE = 32  # pixels; anything smaller is an icon, not a photo

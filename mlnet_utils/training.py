@@ -16,14 +16,13 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from mlnet_utils import checkpoints
 from mlnet_utils.config import Config
 from mlnet_utils.data.datasets import EpochSampler, SaliencyDataset, make_loader, photo_root
 from mlnet_utils.data.photos import prepared_digest, read_prepared
 from mlnet_utils.features import cache_features
-from mlnet_utils.losses import Objective
 from mlnet_utils.memory import choose_micro_batch
-from mlnet_utils.model import MLNet, network_input
+from mlnet_utils.model.losses import Objective
+from mlnet_utils.model.network import MLNet, checkpoints, network_input
 from mlnet_utils.optimization import learning_rate, make_accelerator, make_optimizer
 from mlnet_utils.runtime import (
     StopSignals,

@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from mlnet_utils.config import Config
 from mlnet_utils.data.datasets import SaliencyDataset, make_loader
-from mlnet_utils.losses import Objective, cc_loss, kl_loss, nss_loss
-from mlnet_utils.model import MLNet, network_input
+from mlnet_utils.model.losses import Objective, cc_loss, kl_loss, nss_loss
+from mlnet_utils.model.network import MLNet, network_input
 from mlnet_utils.runtime import keyed_seed
 
 BATCH = 16

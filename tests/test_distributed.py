@@ -22,9 +22,9 @@ import torch
 import yaml
 from conftest import prepare_run, tiny_config
 
-from mlnet_utils import checkpoints, evaluation, runtime, training, validation
-from mlnet_utils.checkpoints import load_checkpoint
-from mlnet_utils.model import MLNet
+from mlnet_utils import evaluation, runtime, training, validation
+from mlnet_utils.model.checkpoints import load_checkpoint
+from mlnet_utils.model.network import MLNet, checkpoints
 from mlnet_utils.optimization import make_accelerator
 from mlnet_utils.training import fit
 

@@ -11,7 +11,7 @@ from conftest import tiny_config
 
 from mlnet_utils import features
 from mlnet_utils.features import FeatureCache, backbone_key
-from mlnet_utils.model import MLNet
+from mlnet_utils.model.network import MLNet
 from mlnet_utils.training import Trainer, fit
 
 FROZEN = {"freeze": ("backbone.*",), "freeze_norm": True}

@@ -14,10 +14,10 @@ from PIL import Image
 
 from mlnet_utils import folders
 from mlnet_utils.__main__ import main
-from mlnet_utils.checkpoints import save_checkpoint
 from mlnet_utils.data.images import read_image
 from mlnet_utils.folders import Outputs, begin, list_photos, predict_folder, to_8_bits
-from mlnet_utils.model import MLNet
+from mlnet_utils.model.checkpoints import save_checkpoint
+from mlnet_utils.model.network import MLNet
 from mlnet_utils.plots import overlay
 from mlnet_utils.prediction import load
 from mlnet_utils.video import VIDEO_SUFFIXES, VideoOutputs

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import tiny_config
 
-from mlnet_utils.losses import TERMS, Objective, cc_loss, kl_loss, mlnet_loss, parse_loss
+from mlnet_utils.model.losses import TERMS, Objective, cc_loss, kl_loss, mlnet_loss, parse_loss
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ import yaml
 from conftest import prepare_run
 
 from mlnet_utils import runtime
-from mlnet_utils.checkpoints import load_checkpoint
+from mlnet_utils.model.checkpoints import load_checkpoint
 
 pytestmark = pytest.mark.slow
 

@@ -8,9 +8,9 @@ from accelerate import Accelerator
 from conftest import tiny_config
 from torch.testing import assert_close
 
-from mlnet_utils import checkpoints, memory
+from mlnet_utils import memory
 from mlnet_utils.config import PRESETS, load_config
-from mlnet_utils.model import MLNet
+from mlnet_utils.model.network import MLNet, checkpoints
 from mlnet_utils.training import fit
 
 GB = 10**9

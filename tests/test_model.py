@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mlnet_utils.config import load_config
-from mlnet_utils.model import (
+from mlnet_utils.model.network import (
     NORMALISATIONS,
     MLNet,
     build_backbone,

@@ -25,8 +25,8 @@ from mlnet_utils.data.geometry import (
     letterbox,
     unletterbox,
 )
-from mlnet_utils.losses import Objective, mlnet_loss
-from mlnet_utils.model import MLNet, freeze, max_pool
+from mlnet_utils.model.losses import Objective, mlnet_loss
+from mlnet_utils.model.network import MLNet, freeze, max_pool
 from mlnet_utils.optimization import learning_rate, make_optimizer
 from mlnet_utils.training import fit
 

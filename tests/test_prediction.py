@@ -11,9 +11,9 @@ from PIL import Image
 from torch import nn
 
 import mlnet_utils
-from mlnet_utils.checkpoints import save_checkpoint
 from mlnet_utils.data.geometry import Letterbox, authors_postprocess, unletterbox
-from mlnet_utils.model import MLNet
+from mlnet_utils.model.checkpoints import save_checkpoint
+from mlnet_utils.model.network import MLNet
 from mlnet_utils.prediction import (
     FLOOR,
     SMOOTHLY,

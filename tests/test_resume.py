@@ -19,9 +19,10 @@ import pytest
 import torch
 from conftest import prepare_run, tiny_config
 
-from mlnet_utils import checkpoints, training, validation
-from mlnet_utils.checkpoints import load_checkpoint
+from mlnet_utils import training, validation
 from mlnet_utils.data.photos import read_prepared, write_prepared
+from mlnet_utils.model.checkpoints import load_checkpoint
+from mlnet_utils.model.network import checkpoints
 from mlnet_utils.training import fit
 
 pytestmark = pytest.mark.slow

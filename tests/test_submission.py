@@ -16,8 +16,8 @@ from PIL import Image
 from scipy.special import logsumexp
 
 from mlnet_utils import submission
-from mlnet_utils.checkpoints import save_checkpoint
-from mlnet_utils.model import MLNet
+from mlnet_utils.model.checkpoints import save_checkpoint
+from mlnet_utils.model.network import MLNet
 from mlnet_utils.prediction import load
 from mlnet_utils.submission import benchmark_photos, validate_submission, write_submission
 

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mlnet_utils.config import Config, backbone_file
 from mlnet_utils.data.geometry import IMAGENET_MEAN, IMAGENET_STD
-from mlnet_utils.starting import reason
+from mlnet_utils.model.starting import reason
 
 # Mean and deviation of RGB input in 0..1. "caffe" is the Keras/Caffe VGG-16: BGR, mean only.
 NORMALISATIONS = {

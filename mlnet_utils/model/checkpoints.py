@@ -9,9 +9,8 @@ from typing import Any
 import torch
 
 from mlnet_utils.config import ENGINE_FIELDS, Config, from_dict
-from mlnet_utils.model import MLNet
-from mlnet_utils.runtime import atomic_path, display_path, versions
-from mlnet_utils.starting import (
+from mlnet_utils.model.network import MLNet
+from mlnet_utils.model.starting import (
     ARCHITECTURE,
     FORMAT,
     PIN,
@@ -21,6 +20,7 @@ from mlnet_utils.starting import (
     locate,
     read_start,
 )
+from mlnet_utils.runtime import atomic_path, display_path, versions
 
 OTHER_RUN = (
     "choose another run folder, delete its checkpoints, or set them aside and train anew with "

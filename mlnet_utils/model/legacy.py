@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mlnet_utils.checkpoints import save_checkpoint
 from mlnet_utils.config import Config, load_config
-from mlnet_utils.model import MLNet, VGG16Levels, read_weights
+from mlnet_utils.model.checkpoints import save_checkpoint
+from mlnet_utils.model.network import MLNet, VGG16Levels, read_weights
 from mlnet_utils.runtime import atomic_path, sha256_file
 
 KINDS = ("keras-mlnet", "keras-vgg16", "mlnet-pytorch")
