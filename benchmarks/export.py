@@ -17,7 +17,6 @@ import measure
 import numpy as np
 import torch
 
-from mlnet_utils import training
 from mlnet_utils.config import load_config
 from mlnet_utils.data import datasets
 from mlnet_utils.evaluation import TestSet
@@ -26,6 +25,7 @@ from mlnet_utils.exported import load_exported
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.prediction import Predictor, load
 from mlnet_utils.runtime import display_path, progress
+from mlnet_utils.training.trainer import trainer
 
 FORMS = ("torch.export", "ONNX", "ONNX, 8 bits")
 
@@ -34,7 +34,7 @@ def train_tiny(folder: Path) -> Path:
     """A run of a minute's work, whose scores mean nothing."""
     config = load_config("tiny", epochs=1)
     datasets.prepare(config, folder, folder / "data")
-    training.fit(config, folder)
+    trainer.fit(config, folder)
     return folder
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 import measure
 import pandas as pd
 
-from mlnet_utils import training
 from mlnet_utils.config import PRESETS, Config, load_config
 from mlnet_utils.data import datasets
 from mlnet_utils.evaluation import TestSet, summarise
@@ -25,6 +24,7 @@ from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.model.network import checkpoints
 from mlnet_utils.prediction import load
 from mlnet_utils.runtime import data_root, display_path, progress, sha256_file
+from mlnet_utils.training.trainer import trainer
 
 SHOWN = ("CC", "NSS", "KL", "IG", "AUC", "sAUC", "SIM")
 RANDOM, SAMPLE, IMAGENET = "random weights", "sample model", "ImageNet backbone"
@@ -53,7 +53,7 @@ def starts(sample: Path) -> dict[str, dict]:
 def train(config: Config, data: Path, run: Path) -> tuple[Path, dict]:
     """Train on the prepared data; the best checkpoint and what the training took."""
     shutil.copytree(data, run / "data", dirs_exist_ok=True)
-    result = training.fit(config, run)
+    result = trainer.fit(config, run)
     best = min(result.history, key=lambda row: row["val_loss"])
     return result.best, {
         "seed": config.seed,

@@ -13,9 +13,9 @@ from PIL import Image
 
 from mlnet_utils.config import Config
 from mlnet_utils.data.photos import Photo, write_prepared
-from mlnet_utils.optimization import make_accelerator
 from mlnet_utils.runtime import cpu_count, sha256_file, versions, write_json
-from mlnet_utils.training import Trainer
+from mlnet_utils.training.optimization import make_accelerator
+from mlnet_utils.training.trainer import Trainer
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 

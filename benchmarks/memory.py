@@ -19,7 +19,7 @@ import measure
 import torch
 
 from mlnet_utils.config import load_config
-from mlnet_utils.memory import held_bytes, update_peak
+from mlnet_utils.training.memory import held_bytes, update_peak
 
 VARIANTS = {
     "default": {"micro_batch": 0},

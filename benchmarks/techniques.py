@@ -23,7 +23,7 @@ import torch
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.data import datasets
 from mlnet_utils.runtime import atomic_path, set_determinism
-from mlnet_utils.training import fit
+from mlnet_utils.training.trainer import fit
 
 FIGURE = measure.RESULTS.parent.parent / "figures" / "techniques.png"
 REFERENCE = "reference"

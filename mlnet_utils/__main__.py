@@ -272,8 +272,8 @@ def prepare(options: argparse.Namespace) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
-    from mlnet_utils import optimization, training
     from mlnet_utils.data import datasets
+    from mlnet_utils.training.trainer import optimization, trainer
 
     config = load_config(options.preset, **overrides(options.overrides))
     folder = run_dir(options.run_dir, options.preset)
@@ -282,7 +282,7 @@ def train(options: argparse.Namespace) -> int:
         if not (folder / "data" / "meta.json").is_file():
             datasets.prepare(config, data_root(options.data_root), folder / "data")
     datasets.check_same_data(config, read_json(folder / "data" / "meta.json", "`prepare`"))
-    result = training.fit(config, folder, accelerator)
+    result = trainer.fit(config, folder, accelerator)
     if accelerator.is_main_process:
         print(f"trained {len(result.history)} epochs; best checkpoint: {display_path(result.best)}")
     return 0

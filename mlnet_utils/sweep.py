@@ -22,12 +22,13 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from mlnet_utils import dispatch, evaluation, training
+from mlnet_utils import dispatch, evaluation
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.data import datasets
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.runtime import display_path, read_json, write_text
-from mlnet_utils.validation import TrainingDied
+from mlnet_utils.training.trainer import trainer
+from mlnet_utils.training.validation import TrainingDied
 
 DATA_KEYS = ("dataset", "limit", "train_limit", "sigma", "fold")  # what decides prepared data
 GRID_KEYS = ("preset", "seeds", "split", "common", "cells")
@@ -221,7 +222,7 @@ def _train_and_score(job: Job) -> None:
                 stages=[stage for stage in pipeline.STAGES if stage.name == "02_training"],
             )
         else:
-            training.fit(config, job.folder)
+            trainer.fit(config, job.folder)
     except Exception as error:
         in_notebook = getattr(error.__cause__, "ename", "")  # where only its name is left
         if isinstance(error, TrainingDied) or in_notebook == TrainingDied.__name__:

@@ -127,7 +127,7 @@ def test_style(path):
 @pytest.mark.parametrize(
     ("name", "source", "message"),
     [
-        ("config", "from mlnet_utils.training import fit", "config imports training"),
+        ("config", "from mlnet_utils.training.trainer import fit", "config imports training"),
         ("losses", "def f():\n    from mlnet_utils import evaluation", "losses imports evaluation"),
         ("model", "import mlnet_utils.pipeline", "model imports pipeline"),
         ("photos", "from . import datasets\nfrom .datasets import x", "photos imports datasets"),

@@ -22,11 +22,11 @@ import torch
 import yaml
 from conftest import prepare_run, tiny_config
 
-from mlnet_utils import evaluation, runtime, training, validation
+from mlnet_utils import evaluation, runtime
 from mlnet_utils.model.checkpoints import load_checkpoint
 from mlnet_utils.model.network import MLNet, checkpoints
-from mlnet_utils.optimization import make_accelerator
-from mlnet_utils.training import fit
+from mlnet_utils.training.optimization import make_accelerator
+from mlnet_utils.training.trainer import fit, trainer, validation
 
 pytestmark = pytest.mark.slow
 
@@ -53,14 +53,14 @@ def only_one_writes() -> None:
 
 def signal_in_step(which: int, rank: int, update: int) -> None:
     """Send a signal to one process, in the middle of an update."""
-    original = training.Trainer.losses
+    original = trainer.Trainer.losses
 
     def losses(self, batch):
         if self.updates == update and self.rank == rank:
             os.kill(os.getpid(), which)
         return original(self, batch)
 
-    training.Trainer.losses = losses
+    trainer.Trainer.losses = losses
 
 
 def kill_second(update: int) -> None:
@@ -73,31 +73,31 @@ def terminate_second(update: int) -> None:
 
 def nan_in_second(update: int) -> None:
     """The loss of one photo, in one process, is not a number."""
-    original = training.Trainer.losses
+    original = trainer.Trainer.losses
 
     def losses(self, batch):
         scale = float("nan") if self.updates == update and self.rank == 1 else 1.0
         return original(self, batch) * scale
 
-    training.Trainer.losses = losses
+    trainer.Trainer.losses = losses
 
 
 def record_keys(_: int) -> None:
     """Write down what the updates' random numbers are drawn from."""
-    original, path = training.keyed_seed, Path(f"keys{os.environ['RANK']}.txt").resolve()
+    original, path = trainer.keyed_seed, Path(f"keys{os.environ['RANK']}.txt").resolve()
 
     def keyed_seed(*key):
         with open(path, "a") as file:
             print(*key, file=file)
         return original(*key)
 
-    training.keyed_seed = keyed_seed
+    trainer.keyed_seed = keyed_seed
 
 
 def hide_checkpoints_from_second(_: int) -> None:
     """As if the second machine did not see the storage of the first."""
     if os.environ["RANK"] == "1":
-        training.checkpoints.load_latest = lambda *_: None
+        trainer.checkpoints.load_latest = lambda *_: None
 
 
 def train_here(folder: Path, options: dict, environment: dict, accident: str, number: int) -> None:
@@ -138,7 +138,7 @@ def local_environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def server():
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["conftest", "mlnet_utils.training", "timm"])
+    context.set_forkserver_preload(["conftest", "mlnet_utils.training.trainer", "timm"])
     return context
 
 
@@ -224,7 +224,7 @@ def test_the_logged_scores_are_those_of_the_saved_weights(train, monkeypatch, em
     assert codes == [0, 0]
     monkeypatch.setattr(validation, "BATCH", 2)
     model, config, content = checkpoints.load_model(folder / "checkpoints" / "best.pt")
-    trainer = training.Trainer(config, folder, make_accelerator(config))
+    trainer = trainer.Trainer(config, folder, make_accelerator(config))
     trainer.judged.load_state_dict(model.state_dict())
     trainer.epoch = content["scores"]["epoch"] - 1
     assert trainer.validate().items() <= content["scores"].items()
@@ -416,11 +416,11 @@ def test_two_nodes_find_each_other(preset, run_folder):
 def test_a_notebook_launches_processes(run_folder, preset):
     """As in docs/training.md, in an interpreter that has started nothing else."""
     code = (
-        "from accelerate import notebook_launcher\n"
-        "from mlnet_utils import config, training\n"
+        "from accelerate import notebook_launcher\nfrom mlnet_utils import config\n",
+        "from mlnet_utils.training.trainer import trainer\n"
         f"small = config.load_config({preset[4]!r}, epochs=2)\n"
-        f"notebook_launcher(training.fit, (small, {str(run_folder)!r}), num_processes=2,\n"
-        f"                  use_port={free_port()!r})\n"
+        f"notebook_launcher(trainer.fit, (small, {str(run_folder)!r}), num_processes=2,\n"
+        f"                  use_port={free_port()!r})\n",
     )
     root = Path(runtime.__file__).parent.parent
     environment = {**os.environ, **local_environment(), "PYTHONPATH": str(root)}

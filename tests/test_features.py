@@ -9,10 +9,9 @@ import torch
 from accelerate import Accelerator
 from conftest import tiny_config
 
-from mlnet_utils import features
-from mlnet_utils.features import FeatureCache, backbone_key
 from mlnet_utils.model.network import MLNet
-from mlnet_utils.training import Trainer, fit
+from mlnet_utils.training.features import FeatureCache, backbone_key
+from mlnet_utils.training.trainer import Trainer, features, fit
 
 FROZEN = {"freeze": ("backbone.*",), "freeze_norm": True}
 

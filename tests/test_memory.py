@@ -8,10 +8,9 @@ from accelerate import Accelerator
 from conftest import tiny_config
 from torch.testing import assert_close
 
-from mlnet_utils import memory
 from mlnet_utils.config import PRESETS, load_config
 from mlnet_utils.model.network import MLNet, checkpoints
-from mlnet_utils.training import fit
+from mlnet_utils.training.trainer import fit, memory
 
 GB = 10**9
 STILL = {"dropout": 0.0, "freeze_norm": True, "optimizer": "sgd", "lr": 0.02}

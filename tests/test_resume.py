@@ -19,11 +19,10 @@ import pytest
 import torch
 from conftest import prepare_run, tiny_config
 
-from mlnet_utils import training, validation
 from mlnet_utils.data.photos import read_prepared, write_prepared
 from mlnet_utils.model.checkpoints import load_checkpoint
 from mlnet_utils.model.network import checkpoints
-from mlnet_utils.training import fit
+from mlnet_utils.training.trainer import fit, trainer, validation
 
 pytestmark = pytest.mark.slow
 
@@ -95,7 +94,7 @@ def die_in_validation(number: int) -> None:
 
 def die_before_the_log(number: int) -> None:
     """Kill when an epoch is over and nothing of it is on disk yet."""
-    original, calls = training.write_text, []
+    original, calls = trainer.write_text, []
 
     def write_text(path, text):
         calls.append(path)
@@ -103,19 +102,19 @@ def die_before_the_log(number: int) -> None:
             die()
         original(path, text)
 
-    training.write_text = write_text
+    trainer.write_text = write_text
 
 
 def signal_in_step(number: int, which: int = signal.SIGINT) -> None:
     """Send this process a signal in the middle of an update."""
-    original = training.Trainer.losses
+    original = trainer.Trainer.losses
 
     def losses(self, batch):
         if self.updates == number:
             os.kill(os.getpid(), which)
         return original(self, batch)
 
-    training.Trainer.losses = losses
+    trainer.Trainer.losses = losses
 
 
 def sigterm_in_step(number: int) -> None:
@@ -168,7 +167,7 @@ def server():
     """A process that has imported everything, from which each training is forked."""
     context = multiprocessing.get_context("forkserver")
     slow_imports = ["torchvision.transforms.v2", "timm"]  # which happen within functions
-    context.set_forkserver_preload(["conftest", "mlnet_utils.training", *slow_imports])
+    context.set_forkserver_preload(["conftest", "mlnet_utils.training.trainer", *slow_imports])
     return context
 
 

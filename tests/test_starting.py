@@ -11,9 +11,9 @@ from conftest import tiny_config
 import mlnet_utils.__main__ as cli
 from mlnet_utils.config import Config, describe, from_dict, load_config
 from mlnet_utils.model.network import MLNet, checkpoints, starting
-from mlnet_utils.optimization import make_accelerator
 from mlnet_utils.runtime import sha256_file
-from mlnet_utils.training import Trainer, fit
+from mlnet_utils.training.optimization import make_accelerator
+from mlnet_utils.training.trainer import Trainer, fit
 
 # An architecture that differs from both the paper's and the preset's in every key that it can.
 OTHER = {"levels": 2, "channels": 5, "head": "density", "prior_cells": (3, 4), "seed": 7}

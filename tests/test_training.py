@@ -11,12 +11,11 @@ import torch
 from accelerate import Accelerator
 from conftest import prepare_run, tiny_config
 
-from mlnet_utils import optimization
 from mlnet_utils.data.photos import read_prepared, write_prepared
 from mlnet_utils.model.network import MLNet, checkpoints
-from mlnet_utils.optimization import choose_precision, learning_rate, make_optimizer
-from mlnet_utils.training import LOG_FIELDS, TIME_FIELDS, Trainer, fit
-from mlnet_utils.validation import TrainingDied, validation_loader
+from mlnet_utils.training.optimization import choose_precision, learning_rate, make_optimizer
+from mlnet_utils.training.trainer import LOG_FIELDS, TIME_FIELDS, Trainer, fit, optimization
+from mlnet_utils.training.validation import TrainingDied, validation_loader
 
 # Nothing that depends on how the batch is divided (batch-norm's statistics, dropout), and an
 # optimiser that does not blow up rounding errors where gradients are almost zero, as Adam does.

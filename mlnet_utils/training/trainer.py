@@ -19,11 +19,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mlnet_utils.config import Config
 from mlnet_utils.data.datasets import EpochSampler, SaliencyDataset, make_loader, photo_root
 from mlnet_utils.data.photos import prepared_digest, read_prepared
-from mlnet_utils.features import cache_features
-from mlnet_utils.memory import choose_micro_batch
 from mlnet_utils.model.losses import Objective
 from mlnet_utils.model.network import MLNet, checkpoints, network_input
-from mlnet_utils.optimization import learning_rate, make_accelerator, make_optimizer
 from mlnet_utils.runtime import (
     StopSignals,
     keyed_seed,
@@ -33,7 +30,10 @@ from mlnet_utils.runtime import (
     set_determinism,
     write_text,
 )
-from mlnet_utils.validation import TrainingDied, advice, validate, validation_loader
+from mlnet_utils.training.features import cache_features
+from mlnet_utils.training.memory import choose_micro_batch
+from mlnet_utils.training.optimization import learning_rate, make_accelerator, make_optimizer
+from mlnet_utils.training.validation import TrainingDied, advice, validate, validation_loader
 
 LOG_FIELDS = ("epoch", "updates", "lr", "train_loss", "val_loss", "val_cc", "val_nss", "val_kl")
 TIME_FIELDS = ("epoch", "updates", "train_seconds", "validation_seconds", "images_per_second")
