@@ -20,10 +20,10 @@ import torch
 from mlnet_utils.config import load_config
 from mlnet_utils.data import datasets
 from mlnet_utils.evaluation import TestSet
-from mlnet_utils.export import export
-from mlnet_utils.exported import load_exported
 from mlnet_utils.metrics.protocols import METRICS
-from mlnet_utils.prediction import Predictor, load
+from mlnet_utils.predict.export import export
+from mlnet_utils.predict.exported import load_exported
+from mlnet_utils.predict.predictor import Predictor, load
 from mlnet_utils.runtime import display_path, progress
 from mlnet_utils.training.trainer import trainer
 

@@ -22,7 +22,7 @@ from mlnet_utils.data import datasets
 from mlnet_utils.evaluation import TestSet, summarise
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.model.network import checkpoints
-from mlnet_utils.prediction import load
+from mlnet_utils.predict.predictor import load
 from mlnet_utils.runtime import data_root, display_path, progress, sha256_file
 from mlnet_utils.training.trainer import trainer
 

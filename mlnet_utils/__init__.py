@@ -9,7 +9,7 @@ __all__ = ["__version__", "load"]
 
 def __getattr__(name: str):
     if name == "load":
-        from mlnet_utils.prediction import load
+        from mlnet_utils.predict.predictor import load
 
         return load
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -321,13 +321,13 @@ def sweep(options: argparse.Namespace) -> int:
 def predict(options: argparse.Namespace) -> int:
     call = (options.checkpoint, options.paths, options.out)
     if options.video:
-        from mlnet_utils.video import predict_videos
+        from mlnet_utils.predict.video import predict_videos
 
         if options.npy:
             raise ValueError("--npy is for photos; a video's maps are written as a video only")
         result = predict_videos(*call, overlay=options.overlay, force=options.force)
     else:
-        from mlnet_utils.folders import predict_folder
+        from mlnet_utils.predict.folders import predict_folder
 
         result = predict_folder(
             *call, overlay=options.overlay, npy=options.npy, force=options.force
@@ -338,7 +338,7 @@ def predict(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
-    from mlnet_utils.export import export as write
+    from mlnet_utils.predict.export import export as write
 
     report = write(options.checkpoint, options.out, options.format, options.int8, options.photos)
     print(report.summary())
@@ -346,7 +346,7 @@ def export(options: argparse.Namespace) -> int:
 
 
 def submit(options: argparse.Namespace) -> int:
-    from mlnet_utils import submission
+    from mlnet_utils.predict import submission
 
     place = (options.split, options.photos, data_root(options.data_root))
     path = submission.write_submission(options.checkpoint, options.dataset, options.out, *place)
@@ -356,7 +356,7 @@ def submit(options: argparse.Namespace) -> int:
 
 
 def check_submission(options: argparse.Namespace) -> int:
-    from mlnet_utils import submission
+    from mlnet_utils.predict import submission
 
     root = data_root(options.data_root)
     _, sizes = submission.benchmark_photos(options.dataset, options.split, options.photos, root)

@@ -24,7 +24,7 @@ from mlnet_utils.data.photos import Photo, read_prepared
 from mlnet_utils.data.truth import photo_density
 from mlnet_utils.metrics.bootstrap import summarise
 from mlnet_utils.metrics.protocols import METRICS, PROTOCOLS, baselines, score_all
-from mlnet_utils.prediction import Predictor, load
+from mlnet_utils.predict.predictor import Predictor, load
 from mlnet_utils.runtime import (
     display_path,
     given_command,

@@ -11,10 +11,10 @@ import torch
 from PIL import Image
 
 from mlnet_utils import __main__ as cli
-from mlnet_utils import submission
 from mlnet_utils.config import load_config
-from mlnet_utils.exported import load_exported
 from mlnet_utils.model.network import MLNet, checkpoints
+from mlnet_utils.predict import submission
+from mlnet_utils.predict.exported import load_exported
 
 VERBS = next(
     action.choices for action in cli.parser()._actions if getattr(action, "choices", None)

@@ -14,12 +14,12 @@ from conftest import make_photo, tiny_config
 from PIL import Image
 
 from mlnet_utils import export as export_module
-from mlnet_utils.export import CHECKED, FEWEST_CALIBRATED, export
-from mlnet_utils.exported import load_exported, load_network
-from mlnet_utils.folders import predict_folder
 from mlnet_utils.model.checkpoints import save_checkpoint
 from mlnet_utils.model.network import MLNet
-from mlnet_utils.prediction import Predictor, load
+from mlnet_utils.predict.export import CHECKED, FEWEST_CALIBRATED, export
+from mlnet_utils.predict.exported import load_exported, load_network
+from mlnet_utils.predict.folders import predict_folder
+from mlnet_utils.predict.predictor import Predictor, load
 from mlnet_utils.runtime import display_path, sha256_file
 
 SCORES = {"epoch": 3, "val_cc": 0.5}

@@ -12,15 +12,15 @@ import torch
 from conftest import tiny_config
 from PIL import Image
 
-from mlnet_utils import folders
 from mlnet_utils.__main__ import main
 from mlnet_utils.data.images import read_image
-from mlnet_utils.folders import Outputs, begin, list_photos, predict_folder, to_8_bits
 from mlnet_utils.model.checkpoints import save_checkpoint
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.plots import overlay
-from mlnet_utils.prediction import load
-from mlnet_utils.video import VIDEO_SUFFIXES, VideoOutputs
+from mlnet_utils.predict import folders
+from mlnet_utils.predict.folders import Outputs, begin, list_photos, predict_folder, to_8_bits
+from mlnet_utils.predict.predictor import load
+from mlnet_utils.predict.video import VIDEO_SUFFIXES, VideoOutputs
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -366,7 +366,7 @@ def test_to_8_bits_spans_the_range():
 SHARE = """
 import os, sys
 from pathlib import Path
-from mlnet_utils.folders import predict_folder
+from mlnet_utils.predict.folders import predict_folder
 from mlnet_utils.runtime import end_process, leave_processes
 checkpoint, album, out = sys.argv[1:]
 result = predict_folder(checkpoint, [album], out, batch_size=2)

@@ -14,7 +14,7 @@ import mlnet_utils
 from mlnet_utils.data.geometry import Letterbox, authors_postprocess, unletterbox
 from mlnet_utils.model.checkpoints import save_checkpoint
 from mlnet_utils.model.network import MLNet
-from mlnet_utils.prediction import (
+from mlnet_utils.predict.predictor import (
     FLOOR,
     SMOOTHLY,
     Predictor,

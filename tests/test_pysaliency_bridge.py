@@ -12,7 +12,7 @@ from PIL import Image
 from mlnet_utils.data.geometry import pixel_indices
 from mlnet_utils.data.images import read_image
 from mlnet_utils.data.photos import Photo
-from mlnet_utils.pysaliency_bridge import as_pysaliency_model, from_pysaliency, to_pysaliency
+from mlnet_utils.predict.pysaliency import as_pysaliency_model, from_pysaliency, to_pysaliency
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # pysaliency imports a deprecated part of setuptools

@@ -15,11 +15,11 @@ from conftest import tiny_config
 from PIL import Image
 from scipy.special import logsumexp
 
-from mlnet_utils import submission
 from mlnet_utils.model.checkpoints import save_checkpoint
 from mlnet_utils.model.network import MLNet
-from mlnet_utils.prediction import load
-from mlnet_utils.submission import benchmark_photos, validate_submission, write_submission
+from mlnet_utils.predict import submission
+from mlnet_utils.predict.predictor import load
+from mlnet_utils.predict.submission import benchmark_photos, validate_submission, write_submission
 
 NAMES = [f"COCO_test2014_{number:012d}" for number in (42, 7, 523957)]
 SIZES = {f"{name}.jpg": (64, 48) for name in NAMES}

@@ -10,12 +10,12 @@ import torch
 from conftest import tiny_config
 
 from mlnet_utils.__main__ import main
-from mlnet_utils.folders import to_8_bits
 from mlnet_utils.model.checkpoints import save_checkpoint
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.plots import overlay
-from mlnet_utils.prediction import load
-from mlnet_utils.video import predict_videos
+from mlnet_utils.predict.folders import to_8_bits
+from mlnet_utils.predict.predictor import load
+from mlnet_utils.predict.video import predict_videos
 
 av = pytest.importorskip("av")
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mlnet_utils.data.geometry import Letterbox
 from mlnet_utils.data.images import read_image
-from mlnet_utils.exported import load_network
 from mlnet_utils.plots import overlay as paint_overlay
-from mlnet_utils.prediction import Predictor, predict_maps, to_density
+from mlnet_utils.predict.exported import load_network
+from mlnet_utils.predict.predictor import Predictor, predict_maps, to_density
 from mlnet_utils.runtime import (
     atomic_path,
     cpu_count,

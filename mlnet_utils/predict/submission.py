@@ -25,7 +25,7 @@ from accelerate import PartialState
 from PIL import Image
 from scipy.special import logsumexp
 
-from mlnet_utils.folders import photos_below, predict_folder
+from mlnet_utils.predict.folders import photos_below, predict_folder
 from mlnet_utils.runtime import atomic_path, data_root, display_path, progress
 
 # Share of a uniform density that is mixed in before the logarithm: a network with a ReLU head

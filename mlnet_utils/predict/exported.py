@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mlnet_utils.config import from_dict
-from mlnet_utils.prediction import Predictor, load
+from mlnet_utils.predict.predictor import Predictor, load
 
 SUFFIXES = (".onnx", ".pt2")
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mlnet_utils.folders import FolderResult, Outputs, begin, gather, to_8_bits
 from mlnet_utils.plots import overlay as paint_overlay
-from mlnet_utils.prediction import Predictor
+from mlnet_utils.predict.folders import FolderResult, Outputs, begin, gather, to_8_bits
+from mlnet_utils.predict.predictor import Predictor
 from mlnet_utils.runtime import atomic_path, progress
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
@@ -59,7 +59,7 @@ def predict_videos(
 
     Raises:
         ModuleNotFoundError: the extra ``video`` is not installed.
-        FileNotFoundError, ValueError: see :func:`~mlnet_utils.folders.predict_folder`.
+        FileNotFoundError, ValueError: see :func:`~mlnet_utils.predict.folders.predict_folder`.
     """
     av, outputs = _require_av(), VideoOutputs(overlay)
     predictor, targets, share, result = begin(
