@@ -19,7 +19,7 @@ import torch
 
 from mlnet_utils.config import load_config
 from mlnet_utils.data import datasets
-from mlnet_utils.evaluation import TestSet
+from mlnet_utils.experiments.evaluation import TestSet
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.predict.export import export
 from mlnet_utils.predict.exported import load_exported

@@ -19,7 +19,7 @@ import pandas as pd
 
 from mlnet_utils.config import PRESETS, Config, load_config
 from mlnet_utils.data import datasets
-from mlnet_utils.evaluation import TestSet, summarise
+from mlnet_utils.experiments.evaluation import TestSet, summarise
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.model.network import checkpoints
 from mlnet_utils.predict.predictor import load

@@ -289,7 +289,7 @@ def train(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
-    from mlnet_utils import evaluation
+    from mlnet_utils.experiments import evaluation
 
     folder = run_dir(options.run_dir, options.preset)
     report = evaluation.evaluate(folder, options.checkpoint, options.split, options.protocol)

@@ -22,7 +22,8 @@ import torch
 import yaml
 from conftest import prepare_run, tiny_config
 
-from mlnet_utils import evaluation, runtime
+from mlnet_utils import runtime
+from mlnet_utils.experiments import evaluation
 from mlnet_utils.model.checkpoints import load_checkpoint
 from mlnet_utils.model.network import MLNet, checkpoints
 from mlnet_utils.training.optimization import make_accelerator

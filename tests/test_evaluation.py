@@ -10,12 +10,12 @@ import pandas as pd
 import pytest
 import torch
 
-from mlnet_utils import evaluation
 from mlnet_utils.__main__ import main
 from mlnet_utils.config import load_config
 from mlnet_utils.data import datasets
 from mlnet_utils.data.geometry import density_from_points, fixation_counts
 from mlnet_utils.data.photos import NOBODY, read_prepared, write_prepared
+from mlnet_utils.experiments import evaluation
 from mlnet_utils.metrics.protocols import METRICS, baselines
 from mlnet_utils.model.network import MLNet, checkpoints
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from mlnet_utils import study
 from mlnet_utils.config import load_config
 from mlnet_utils.data import datasets
 from mlnet_utils.data.photos import NOBODY, read_prepared, write_prepared
-from mlnet_utils.evaluation import TestSet
+from mlnet_utils.experiments import study
+from mlnet_utils.experiments.evaluation import TestSet
+from mlnet_utils.experiments.sweep import jobs_of
 from mlnet_utils.metrics.protocols import METRICS, cc
-from mlnet_utils.sweep import jobs_of
 
 
 def scores(shifts, photos=40, seeds=(0, 1, 2)):

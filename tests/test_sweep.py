@@ -15,11 +15,11 @@ import pytest
 import yaml
 
 from mlnet_utils import __main__ as cli
-from mlnet_utils import study, sweep
 from mlnet_utils.data.photos import read_prepared
+from mlnet_utils.experiments import study, sweep
+from mlnet_utils.experiments.sweep import Grid, read_grid, run_sweep
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.model.network import checkpoints
-from mlnet_utils.sweep import Grid, read_grid, run_sweep
 
 WILD = {"lr": 1e30, "optimizer": "sgd"}  # dies in its first epoch
 FAST = {"epochs": 1, "limit": 6, "height": 32, "width": 40, "prior_cells": [2, 2]}

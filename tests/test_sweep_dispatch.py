@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mlnet_utils import dispatch
+from mlnet_utils.experiments import dispatch
 from mlnet_utils.runtime import StopSignals
 
 

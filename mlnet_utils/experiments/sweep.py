@@ -22,9 +22,9 @@ import numpy as np
 import pandas as pd
 import yaml
 
-from mlnet_utils import dispatch, evaluation
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.data import datasets
+from mlnet_utils.experiments import dispatch, evaluation
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.runtime import display_path, read_json, write_text
 from mlnet_utils.training.trainer import trainer
