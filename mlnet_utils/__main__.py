@@ -221,7 +221,7 @@ def overrides(pairs: list[str]) -> dict:
 
 # ---- verbs -------------------------------------------------------------------------------------
 def reproduce(options: argparse.Namespace) -> int:
-    from mlnet_utils import pipeline
+    from mlnet_utils.running import pipeline
 
     pipeline.reproduce(
         options.preset,
@@ -235,13 +235,13 @@ def reproduce(options: argparse.Namespace) -> int:
 
 
 def _stages(options: argparse.Namespace) -> tuple:
-    from mlnet_utils import pipeline
+    from mlnet_utils.running import pipeline
 
     return (*pipeline.STAGES, pipeline.STUDY) if options.study else pipeline.STAGES
 
 
 def publish(options: argparse.Namespace) -> int:
-    from mlnet_utils import pipeline
+    from mlnet_utils.running import pipeline
 
     folder = run_dir(options.run_dir, options.preset)
     for path in pipeline.publish(folder, stages=_stages(options)):

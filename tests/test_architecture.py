@@ -129,7 +129,7 @@ def test_style(path):
     [
         ("config", "from mlnet_utils.training.trainer import fit", "config imports training"),
         ("losses", "def f():\n    from mlnet_utils import evaluation", "losses imports evaluation"),
-        ("model", "import mlnet_utils.pipeline", "model imports pipeline"),
+        ("model", "import mlnet_utils.running.pipeline", "model imports pipeline"),
         ("photos", "from . import datasets\nfrom .datasets import x", "photos imports datasets"),
         ("plots", "from mlnet_utils.config import Config", "plots imports config, but may only"),
         (
@@ -191,6 +191,6 @@ def test_training_path_needs_no_notebook_packages():
 
 
 def test_import_check_fires():
-    result = import_without(NOT_FOR_TRAINING, ["mlnet_utils.execution"])
+    result = import_without(NOT_FOR_TRAINING, ["mlnet_utils.running.notebooks"])
     assert result.returncode == 1
     assert "No module named 'nbformat'" in result.stderr

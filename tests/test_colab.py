@@ -15,7 +15,7 @@ import pytest
 nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
 nbclient = pytest.importorskip("nbclient", reason="needs the extra `notebooks`")
 
-from mlnet_utils.pipeline import STAGES  # noqa: E402
+from mlnet_utils.running.pipeline import STAGES  # noqa: E402
 
 # Looked for, not imported: setuptools replaces parts of Python when it is.
 installs = find_spec("pip") is not None and find_spec("setuptools") is not None

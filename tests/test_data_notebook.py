@@ -18,7 +18,7 @@ from nbclient import NotebookClient  # noqa: E402
 from papermill.iorw import load_notebook_node  # noqa: E402
 from papermill.parameterize import parameterize_notebook  # noqa: E402
 
-from mlnet_utils.execution import _kernel_of_this_python  # noqa: E402
+from mlnet_utils.running.notebooks import _kernel_of_this_python  # noqa: E402
 
 NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "01_data_preparation.ipynb"
 SIZES = ((64, 48), (48, 80), (37, 37))  # landscape, portrait, odd

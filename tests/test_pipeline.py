@@ -11,9 +11,9 @@ import pytest
 nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
 pytest.importorskip("papermill", reason="needs the extra `notebooks`")
 
-from mlnet_utils import pipeline  # noqa: E402
-from mlnet_utils.execution import NotebookError  # noqa: E402
-from mlnet_utils.pipeline import PublishError, Stage, publish, reproduce, score_table  # noqa: E402
+from mlnet_utils.running import pipeline  # noqa: E402
+from mlnet_utils.running.notebooks import NotebookError  # noqa: E402
+from mlnet_utils.running.pipeline import PublishError, Stage, publish, reproduce, score_table  # noqa: E402
 
 FIRST = Stage("01_first", ("data/meta.json",))
 SECOND = Stage("02_second", ("figures/*.png",))

@@ -211,7 +211,7 @@ def _train_and_score(job: Job) -> None:
     _link_data(job)
     try:
         if job.notebooks:
-            from mlnet_utils import pipeline
+            from mlnet_utils.running import pipeline
 
             write_text(job.preset_file, yaml.safe_dump({**config.to_dict(), "preset": job.preset}))
             pipeline.reproduce(

@@ -17,7 +17,7 @@ from typing import Any
 
 from mlnet_utils import __version__
 from mlnet_utils.config import backbone_file, load_config
-from mlnet_utils.execution import (
+from mlnet_utils.running.notebooks import (
     converted,
     machine_paths,
     parameters_of,

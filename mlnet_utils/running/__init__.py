@@ -1,0 +1,1 @@
+"""The notebooks executed headlessly, one stage after another."""
