@@ -25,7 +25,7 @@ from mlnet_utils.predict.export import export
 from mlnet_utils.predict.exported import load_exported
 from mlnet_utils.predict.predictor import Predictor, load
 from mlnet_utils.runtime import display_path, progress
-from mlnet_utils.training.trainer import trainer
+from mlnet_utils.training import trainer
 
 FORMS = ("torch.export", "ONNX", "ONNX, 8 bits")
 

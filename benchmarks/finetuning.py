@@ -21,10 +21,10 @@ from mlnet_utils.config import PRESETS, Config, load_config
 from mlnet_utils.data import datasets
 from mlnet_utils.experiments.evaluation import TestSet, summarise
 from mlnet_utils.metrics.protocols import METRICS
-from mlnet_utils.model.network import checkpoints
+from mlnet_utils.model import checkpoints
 from mlnet_utils.predict.predictor import load
 from mlnet_utils.runtime import data_root, display_path, progress, sha256_file
-from mlnet_utils.training.trainer import trainer
+from mlnet_utils.training import trainer
 
 SHOWN = ("CC", "NSS", "KL", "IG", "AUC", "sAUC", "SIM")
 RANDOM, SAMPLE, IMAGENET = "random weights", "sample model", "ImageNet backbone"

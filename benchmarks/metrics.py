@@ -33,7 +33,7 @@ from mlnet_utils import metrics
 from mlnet_utils.data.geometry import density_from_points, fixation_counts
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers.formats import OSIE_HEIGHT, OSIE_WIDTH, read_osie
-from mlnet_utils.metrics.protocols import baselines
+from mlnet_utils.metrics import baselines
 from mlnet_utils.runtime import atomic_path, data_root, versions, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -24,7 +24,7 @@ from mlnet_utils.data.geometry import density_from_points
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers.formats import read_osie
 from mlnet_utils.experiments.evaluation import protocol_truth
-from mlnet_utils.metrics.protocols import baselines
+from mlnet_utils.metrics import baselines
 from mlnet_utils.runtime import data_root, progress, versions, write_json
 
 ROOT = Path(__file__).resolve().parent.parent

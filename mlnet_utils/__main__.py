@@ -273,7 +273,7 @@ def prepare(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     from mlnet_utils.data import datasets
-    from mlnet_utils.training.trainer import optimization, trainer
+    from mlnet_utils.training import optimization, trainer
 
     config = load_config(options.preset, **overrides(options.overrides))
     folder = run_dir(options.run_dir, options.preset)
@@ -299,7 +299,7 @@ def evaluate(options: argparse.Namespace) -> int:
 
 
 def sweep(options: argparse.Namespace) -> int:
-    from mlnet_utils import sweep as sweeps
+    from mlnet_utils.experiments import sweep as sweeps
 
     grid = sweeps.read_grid(options.grid)
     folder = options.out or run_dir("", grid.name)
@@ -371,7 +371,7 @@ def _first_process() -> bool:
 
 
 def import_weights(options: argparse.Namespace) -> int:
-    from mlnet_utils.model.network import legacy
+    from mlnet_utils.model import legacy
 
     config = legacy.import_weights(options.file, options.out)
     where = f"{display_path(options.out)}, normalisation {config.normalisation}"

@@ -15,7 +15,7 @@ from typing import Any, get_origin, get_type_hints
 
 import yaml
 
-from mlnet_utils.model.network import starting
+from mlnet_utils.model import starting
 
 
 @dataclass(frozen=True)

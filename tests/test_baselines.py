@@ -8,7 +8,7 @@ from scipy.ndimage import gaussian_filter
 from mlnet_utils import metrics
 from mlnet_utils.data.geometry import density_from_points, fixation_counts
 from mlnet_utils.data.photos import Photo
-from mlnet_utils.metrics.protocols import baselines
+from mlnet_utils.metrics import baselines
 
 H, W = 30, 40
 

@@ -12,7 +12,8 @@ from PIL import Image
 
 from mlnet_utils import __main__ as cli
 from mlnet_utils.config import load_config
-from mlnet_utils.model.network import MLNet, checkpoints
+from mlnet_utils.model import checkpoints
+from mlnet_utils.model.network import MLNet
 from mlnet_utils.predict import submission
 from mlnet_utils.predict.exported import load_exported
 

@@ -24,10 +24,12 @@ from conftest import prepare_run, tiny_config
 
 from mlnet_utils import runtime
 from mlnet_utils.experiments import evaluation
+from mlnet_utils.model import checkpoints
 from mlnet_utils.model.checkpoints import load_checkpoint
-from mlnet_utils.model.network import MLNet, checkpoints
+from mlnet_utils.model.network import MLNet
+from mlnet_utils.training import trainer, validation
 from mlnet_utils.training.optimization import make_accelerator
-from mlnet_utils.training.trainer import fit, trainer, validation
+from mlnet_utils.training.trainer import fit
 
 pytestmark = pytest.mark.slow
 
@@ -225,10 +227,10 @@ def test_the_logged_scores_are_those_of_the_saved_weights(train, monkeypatch, em
     assert codes == [0, 0]
     monkeypatch.setattr(validation, "BATCH", 2)
     model, config, content = checkpoints.load_model(folder / "checkpoints" / "best.pt")
-    trainer = trainer.Trainer(config, folder, make_accelerator(config))
-    trainer.judged.load_state_dict(model.state_dict())
-    trainer.epoch = content["scores"]["epoch"] - 1
-    assert trainer.validate().items() <= content["scores"].items()
+    run = trainer.Trainer(config, folder, make_accelerator(config))
+    run.judged.load_state_dict(model.state_dict())
+    run.epoch = content["scores"]["epoch"] - 1
+    assert run.validate().items() <= content["scores"].items()
 
 
 def test_processes_draw_different_dropout(train):
@@ -417,8 +419,8 @@ def test_two_nodes_find_each_other(preset, run_folder):
 def test_a_notebook_launches_processes(run_folder, preset):
     """As in docs/training.md, in an interpreter that has started nothing else."""
     code = (
-        "from accelerate import notebook_launcher\nfrom mlnet_utils import config\n",
-        "from mlnet_utils.training.trainer import trainer\n"
+        "from accelerate import notebook_launcher\nfrom mlnet_utils import config\n"
+        "from mlnet_utils.training import trainer\n"
         f"small = config.load_config({preset[4]!r}, epochs=2)\n"
         f"notebook_launcher(trainer.fit, (small, {str(run_folder)!r}), num_processes=2,\n"
         f"                  use_port={free_port()!r})\n",

@@ -16,8 +16,10 @@ from mlnet_utils.data import datasets
 from mlnet_utils.data.geometry import density_from_points, fixation_counts
 from mlnet_utils.data.photos import NOBODY, read_prepared, write_prepared
 from mlnet_utils.experiments import evaluation
-from mlnet_utils.metrics.protocols import METRICS, baselines
-from mlnet_utils.model.network import MLNet, checkpoints
+from mlnet_utils.metrics import baselines
+from mlnet_utils.metrics.protocols import METRICS
+from mlnet_utils.model import checkpoints
+from mlnet_utils.model.network import MLNet
 
 
 @pytest.fixture(scope="module")

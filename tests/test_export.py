@@ -13,9 +13,9 @@ import torch
 from conftest import make_photo, tiny_config
 from PIL import Image
 
-from mlnet_utils import export as export_module
 from mlnet_utils.model.checkpoints import save_checkpoint
 from mlnet_utils.model.network import MLNet
+from mlnet_utils.predict import export as export_module
 from mlnet_utils.predict.export import CHECKED, FEWEST_CALIBRATED, export
 from mlnet_utils.predict.exported import load_exported, load_network
 from mlnet_utils.predict.folders import predict_folder

@@ -10,8 +10,9 @@ from accelerate import Accelerator
 from conftest import tiny_config
 
 from mlnet_utils.model.network import MLNet
+from mlnet_utils.training import features
 from mlnet_utils.training.features import FeatureCache, backbone_key
-from mlnet_utils.training.trainer import Trainer, features, fit
+from mlnet_utils.training.trainer import Trainer, fit
 
 FROZEN = {"freeze": ("backbone.*",), "freeze_norm": True}
 

@@ -9,8 +9,10 @@ from conftest import tiny_config
 from torch.testing import assert_close
 
 from mlnet_utils.config import PRESETS, load_config
-from mlnet_utils.model.network import MLNet, checkpoints
-from mlnet_utils.training.trainer import fit, memory
+from mlnet_utils.model import checkpoints
+from mlnet_utils.model.network import MLNet
+from mlnet_utils.training import memory
+from mlnet_utils.training.trainer import fit
 
 GB = 10**9
 STILL = {"dropout": 0.0, "freeze_norm": True, "optimizer": "sgd", "lr": 0.02}

@@ -15,7 +15,7 @@ from hypothesis.extra import numpy as hnp
 
 from mlnet_utils import metrics
 from mlnet_utils.data.geometry import density_from_points, fixation_counts
-from mlnet_utils.metrics.protocols import functions, inputs, roc
+from mlnet_utils.metrics import functions, inputs, roc
 from mlnet_utils.metrics.resize import resize
 
 H, W = 9, 11

@@ -20,9 +20,10 @@ import torch
 from conftest import prepare_run, tiny_config
 
 from mlnet_utils.data.photos import read_prepared, write_prepared
+from mlnet_utils.model import checkpoints
 from mlnet_utils.model.checkpoints import load_checkpoint
-from mlnet_utils.model.network import checkpoints
-from mlnet_utils.training.trainer import fit, trainer, validation
+from mlnet_utils.training import trainer, validation
+from mlnet_utils.training.trainer import fit
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,8 @@ from conftest import tiny_config
 
 import mlnet_utils.__main__ as cli
 from mlnet_utils.config import Config, describe, from_dict, load_config
-from mlnet_utils.model.network import MLNet, checkpoints, starting
+from mlnet_utils.model import checkpoints, starting
+from mlnet_utils.model.network import MLNet
 from mlnet_utils.runtime import sha256_file
 from mlnet_utils.training.optimization import make_accelerator
 from mlnet_utils.training.trainer import Trainer, fit

@@ -19,7 +19,7 @@ from mlnet_utils.data.photos import read_prepared
 from mlnet_utils.experiments import study, sweep
 from mlnet_utils.experiments.sweep import Grid, read_grid, run_sweep
 from mlnet_utils.metrics.protocols import METRICS
-from mlnet_utils.model.network import checkpoints
+from mlnet_utils.model import checkpoints
 
 WILD = {"lr": 1e30, "optimizer": "sgd"}  # dies in its first epoch
 FAST = {"epochs": 1, "limit": 6, "height": 32, "width": 40, "prior_cells": [2, 2]}

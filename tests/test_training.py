@@ -12,9 +12,11 @@ from accelerate import Accelerator
 from conftest import prepare_run, tiny_config
 
 from mlnet_utils.data.photos import read_prepared, write_prepared
-from mlnet_utils.model.network import MLNet, checkpoints
+from mlnet_utils.model import checkpoints
+from mlnet_utils.model.network import MLNet
+from mlnet_utils.training import optimization
 from mlnet_utils.training.optimization import choose_precision, learning_rate, make_optimizer
-from mlnet_utils.training.trainer import LOG_FIELDS, TIME_FIELDS, Trainer, fit, optimization
+from mlnet_utils.training.trainer import LOG_FIELDS, TIME_FIELDS, Trainer, fit
 from mlnet_utils.training.validation import TrainingDied, validation_loader
 
 # Nothing that depends on how the batch is divided (batch-norm's statistics, dropout), and an

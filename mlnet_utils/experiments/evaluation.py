@@ -22,8 +22,9 @@ from mlnet_utils.data.geometry import fixation_counts, pixel_indices
 from mlnet_utils.data.images import read_density, read_image
 from mlnet_utils.data.photos import Photo, read_prepared
 from mlnet_utils.data.truth import photo_density
+from mlnet_utils.metrics import baselines
 from mlnet_utils.metrics.bootstrap import summarise
-from mlnet_utils.metrics.protocols import METRICS, PROTOCOLS, baselines, score_all
+from mlnet_utils.metrics.protocols import METRICS, PROTOCOLS, score_all
 from mlnet_utils.predict.predictor import Predictor, load
 from mlnet_utils.runtime import (
     display_path,

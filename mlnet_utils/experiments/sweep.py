@@ -27,7 +27,7 @@ from mlnet_utils.data import datasets
 from mlnet_utils.experiments import dispatch, evaluation
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.runtime import display_path, read_json, write_text
-from mlnet_utils.training.trainer import trainer
+from mlnet_utils.training import trainer
 from mlnet_utils.training.validation import TrainingDied
 
 DATA_KEYS = ("dataset", "limit", "train_limit", "sigma", "fold")  # what decides prepared data

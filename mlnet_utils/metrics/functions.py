@@ -1,7 +1,7 @@
 """The metrics' formulas, for one image. The public functions in metrics.py say what they mean.
 
-A formula takes a :class:`~mlnet_utils.metrics.inputs.ScoredImage`, follows its protocol, and returns
-a float, NaN where undefined. What is added up over all pixels is a function of a block of pixels,
+A formula takes a :class:`~mlnet_utils.metrics.inputs.ScoredImage`, follows its protocol, and
+returns a float, NaN where undefined. What is added up over all pixels is a function of a block of pixels,
 which ``image.pixel_sum`` adds up for all the wanted metrics in one pass over the maps.
 """
 
@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mlnet_utils.metrics import roc
 from mlnet_utils.metrics.inputs import Block, ScoredImage, warn_if_8bit
-from mlnet_utils.metrics.protocols import roc
 from mlnet_utils.metrics.resize import resize
 
 NAN = math.nan

@@ -18,7 +18,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from mlnet_utils.metrics.protocols import roc
+from mlnet_utils.metrics import roc
 
 BLOCK = 1 << 16  # pixels per block: 512 KB in float64; on a GPU a map is one block
 

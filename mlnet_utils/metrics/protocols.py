@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mlnet_utils import metric_formulas as formulas
+from mlnet_utils.metrics import functions as formulas
 from mlnet_utils.metrics.functions import FORMULAS, PROTOCOLS
 from mlnet_utils.metrics.inputs import ScoredImage, for_each_image
 

@@ -75,7 +75,7 @@ def load_network(
 
 
 class OnnxNetwork(nn.Module):
-    """An ONNX file in the place of :class:`~mlnet_utils.model.network.MLNet`, run by onnxruntime."""
+    """An ONNX file in the place of :class:`MLNet`, run by onnxruntime."""
 
     def __init__(self, path: Path, threads: int = 0):
         super().__init__()

@@ -19,8 +19,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from mlnet_utils.config import Config
 from mlnet_utils.data.datasets import EpochSampler, SaliencyDataset, make_loader, photo_root
 from mlnet_utils.data.photos import prepared_digest, read_prepared
+from mlnet_utils.model import checkpoints
 from mlnet_utils.model.losses import Objective
-from mlnet_utils.model.network import MLNet, checkpoints, network_input
+from mlnet_utils.model.network import MLNet, network_input
 from mlnet_utils.runtime import (
     StopSignals,
     keyed_seed,
