@@ -1,4 +1,4 @@
-"""The package's structure: imports go one way, the training path stays light, files stay small."""
+"""The package's structure: imports go one way between rooms, and the training path stays light."""
 
 import ast
 import subprocess
@@ -9,43 +9,30 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parent.parent / "mlnet_utils"
 
-# A module may import only modules that stand before it.
-ORDER = (
-    "__init__",
-    *("runtime", "starting", "config"),
-    "transforms",
-    *("photos", "splits"),
-    *("archives", "transfer", "sources", "download"),
-    *("synthetic", "images", "truth"),
-    *("layouts", "formats", "salicon", "mit1003", "own_photos", "pysaliency_bridge"),
-    "datasets",
-    *("model", "features", "losses", "checkpoints", "optimization", "memory", "validation"),
-    "training",
-    *("roc", "resize", "metric_inputs", "metric_formulas", "metrics"),
-    *("bootstrap", "scores"),
-    "plots",  # takes arrays: isolated below
-    *("legacy", "prediction", "exported", "folders", "video", "baselines", "evaluation"),
-    *("export", "submission"),
-    *("execution", "pipeline", "dispatch", "sweep", "study"),
-    "__main__",
-)
-METRICS = {"roc", "resize", "metric_inputs", "metric_formulas", "metrics"}
-# Modules that could be copied into another project: they may import only these.
-ISOLATED = {
-    **{name: METRICS | {"runtime", "transforms"} for name in METRICS},
+# A room is a folder of the package, or a module at its top. Each may import from itself and from:
+FOUNDATION = {"config", "runtime"}
+MAY_IMPORT = {
+    "__init__": set(),
+    "runtime": set(),
     "plots": {"runtime"},
-    "execution": {"runtime"},
-    "dispatch": {"runtime"},
-    "pipeline": {"__init__", "config", "runtime", "execution"},
+    "config": {"runtime"},
+    "data": FOUNDATION,
+    "model": FOUNDATION | {"data"},
+    "metrics": FOUNDATION | {"data"},
+    "training": FOUNDATION | {"data", "model", "metrics"},
+    "predict": FOUNDATION | {"data", "model", "metrics", "plots"},
+    "experiments": FOUNDATION | {"data", "model", "metrics", "training", "predict", "plots"},
+    "running": FOUNDATION | {"__init__", "model"},
 }
-MAY_PRINT = {"__main__", "pipeline", "sweep", "memory", "training", "runtime"}
-MAX_LINES = 400
+NO_CODE = {"presets", "weights"}  # rooms of files
+FEWEST = 14  # entries at the package's top
+MAY_PRINT = {"__main__", "running", "experiments", "training", "runtime"}
 
 TRAINING_PATH = (
-    *("config", "runtime", "transforms", "photos", "formats", "datasets"),
-    *("model", "features", "losses", "checkpoints", "optimization", "memory", "validation"),
-    "training",
-    *("metrics", "evaluation"),
+    *("config", "runtime", "data.geometry", "data.photos", "data.datasets"),
+    *("model.network", "model.losses", "model.checkpoints", "model.legacy"),
+    *("training.trainer", "training.features", "metrics", "experiments.evaluation"),
+    "experiments.sweep",
 )
 NOT_FOR_TRAINING = (
     *("papermill", "nbformat", "nbclient", "nbconvert", "jupyter", "jupyter_client"),
@@ -54,112 +41,139 @@ NOT_FOR_TRAINING = (
 
 
 def modules(folder=PACKAGE):
-    """Name and syntax tree of every module."""
-    return {path.stem: ast.parse(path.read_text("utf-8")) for path in folder.glob("*.py")}
+    """Dotted name below the package and source of every module, in all rooms."""
+    return {
+        ".".join(path.relative_to(folder).with_suffix("").parts): path.read_text("utf-8")
+        for path in sorted(folder.rglob("*.py"))
+    }
 
 
-def package_imports(tree, names):
-    """The package's modules that a module imports, anywhere in it."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("mlnet_utils"):
-            inner = node.module.removeprefix("mlnet_utils").lstrip(".")
-            if inner:
-                found.add(inner)
-            else:
-                found |= {a.name if a.name in names else "__init__" for a in node.names}
+def room_of(module):
+    return module.split(".")[0]
+
+
+def imported_rooms(source):
+    """The rooms from which a module imports, anywhere in it (relative imports are refused)."""
+    rooms = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.level:
-            found.add((node.module or "__init__").split(".")[0])
-        elif isinstance(node, ast.Import):
-            found |= {
-                a.name.removeprefix("mlnet_utils").lstrip(".") or "__init__"
-                for a in node.names
-                if a.name.split(".")[0] == "mlnet_utils"
-            }
-    return found
-
-
-def order_problems(trees):
-    problems = [f"{name}: add it to ORDER" for name in trees if name not in ORDER]
-    for name, tree in trees.items():
-        if name not in ORDER or name == "__init__":  # which imports inside a function only
+            raise ValueError(f"line {node.lineno}: relative import")
+        elif isinstance(node, ast.ImportFrom) and node.module == "mlnet_utils":
+            rooms |= {a.name if not a.name.startswith("__") else "__init__" for a in node.names}
             continue
-        for used in sorted(package_imports(tree, trees)):
-            if used not in ORDER or ORDER.index(used) >= ORDER.index(name):
-                problems.append(f"{name} imports {used}, which does not stand before it")
-            elif used not in ISOLATED.get(name, ORDER):
-                problems.append(f"{name} imports {used}, but may only use {ISOLATED[name]}")
+        elif isinstance(node, ast.ImportFrom):
+            names = [node.module]
+        else:
+            continue
+        inner = [name.split(".") for name in names if name.split(".")[0] == "mlnet_utils"]
+        rooms |= {[*name, "__init__"][1] for name in inner}
+    return rooms
+
+
+def direction_problems(sources):
+    problems = []
+    for module, source in sources.items():
+        room = room_of(module)
+        if room in ("__init__", "__main__"):  # imports inside functions only; the command line
+            continue
+        if room not in MAY_IMPORT:
+            problems.append(f"{module}: {room} is no room")
+            continue
+        for used in sorted(imported_rooms(source) - MAY_IMPORT[room] - {room}):
+            problems.append(f"{module} imports from {used}")
     return problems
 
 
-def style_problems(name, source):
+def style_problems(module, source):
     problems = []
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and any(a.name == "*" for a in node.names):
-            problems.append(f"{name}:{node.lineno}: import *")
+            problems.append(f"{module}:{node.lineno}: import *")
         if isinstance(node, ast.ExceptHandler) and node.type is None:
-            problems.append(f"{name}:{node.lineno}: bare except")
+            problems.append(f"{module}:{node.lineno}: bare except")
         is_print = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
-        if is_print and name not in MAY_PRINT:
-            problems.append(f"{name}:{node.lineno}: print")
-    if name in ("utils", "helpers", "misc", "common"):
-        problems.append(f"{name}: a name that says nothing")
-    if len(source.splitlines()) > MAX_LINES:
-        problems.append(f"{name}: {len(source.splitlines())} lines, at most {MAX_LINES}")
+        if is_print and room_of(module) not in MAY_PRINT:
+            problems.append(f"{module}:{node.lineno}: print")
+    if module.split(".")[-1] in ("utils", "helpers", "misc", "common"):
+        problems.append(f"{module}: a name that says nothing")
     return problems
 
 
 def test_imports_go_one_way():
-    assert order_problems(modules()) == []
+    assert direction_problems(modules()) == []
+
+
+def test_the_top_is_small():
+    entries = [path for path in PACKAGE.iterdir() if path.name != "__pycache__"]
+    assert len(entries) <= FEWEST
+    rooms = {path.name for path in entries if path.is_dir()} - NO_CODE
+    assert rooms <= set(MAY_IMPORT)
+
+
+def test_every_room_says_what_lives_in_it():
+    rooms = [path.parent for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE]
+    for room in set(rooms):
+        assert ast.get_docstring(ast.parse((room / "__init__.py").read_text("utf-8"))), room
 
 
 def test_init_imports_nothing_at_import_time():
-    body = modules()["__init__"].body
+    body = ast.parse(modules()["__init__"]).body
     assert not [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
-def test_style(path):
-    assert style_problems(path.stem, path.read_text("utf-8")) == []
+def test_style():
+    assert [line for item in modules().items() for line in style_problems(*item)] == []
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "message"),
+    ("module", "source", "used"),
     [
-        ("config", "from mlnet_utils.training.trainer import fit", "config imports training"),
-        ("losses", "def f():\n    from mlnet_utils import evaluation", "losses imports evaluation"),
-        ("model", "import mlnet_utils.running.pipeline", "model imports pipeline"),
-        ("photos", "from . import datasets\nfrom .datasets import x", "photos imports datasets"),
-        ("plots", "from mlnet_utils.config import Config", "plots imports config, but may only"),
-        (
-            "metrics",
-            "from mlnet_utils.model.network import MLNet",
-            "metrics imports model, but may only",
-        ),
-        ("newcomer", "", "newcomer: add it to ORDER"),
-        ("transforms", "from mlnet_utils import transforms", "transforms imports transforms"),
+        ("config", "from mlnet_utils.training.trainer import fit", "training"),
+        ("model.losses", "def f():\n    from mlnet_utils import experiments", "experiments"),
+        ("model.network", "import mlnet_utils.running.pipeline", "running"),
+        ("data.readers.osie", "from mlnet_utils.model.network import MLNet", "model"),
+        ("plots", "from mlnet_utils.config import Config", "config"),
+        ("training.trainer", "from mlnet_utils.predict import predictor", "predict"),
+        ("data.photos", "from mlnet_utils import __version__", "__init__"),
     ],
 )
-def test_order_check_fires(name, source, message):
-    trees = {known: ast.parse("") for known in ORDER} | {name: ast.parse(source)}
-    problems = order_problems(trees)
-    assert len(problems) == 1
-    assert problems[0].startswith(message)
+def test_direction_check_fires(module, source, used):
+    assert direction_problems({module: source}) == [f"{module} imports from {used}"]
+
+
+def test_direction_check_knows_all_rooms():
+    assert direction_problems({"newcomer": ""}) == ["newcomer: newcomer is no room"]
+    with pytest.raises(ValueError, match="relative"):
+        direction_problems({"data.photos": "from . import images"})
 
 
 @pytest.mark.parametrize(
-    ("name", "source", "message"),
+    ("module", "source", "message"),
     [
-        ("model", "from math import *", "model:1: import *"),
-        ("model", "try:\n    x\nexcept:\n    y", "model:3: bare except"),
-        ("model", "def f():\n    print(1)", "model:2: print"),
-        ("utils", "", "utils: a name that says nothing"),
-        ("model", "x = 1\n" * 401, "model: 401 lines, at most 400"),
+        ("model.network", "from math import *", "model.network:1: import *"),
+        ("model.network", "try:\n    x\nexcept:\n    y", "model.network:3: bare except"),
+        ("model.network", "def f():\n    print(1)", "model.network:2: print"),
+        ("data.utils", "", "data.utils: a name that says nothing"),
     ],
 )
-def test_style_check_fires(name, source, message):
-    assert style_problems(name, source) == [message]
+def test_style_check_fires(module, source, message):
+    assert style_problems(module, source) == [message]
+
+
+def test_import_is_light():
+    """No torch, and half a second at most, even on a busy machine (best of three)."""
+    code = (
+        "import sys, time; start = time.perf_counter(); import mlnet_utils, mlnet_utils.config; "
+        "print(time.perf_counter() - start); assert 'torch' not in sys.modules"
+    )
+    command = [sys.executable, "-c", code]
+    runs = [
+        subprocess.run(command, capture_output=True, text=True, cwd=PACKAGE.parent, check=True)
+        for _ in range(3)
+    ]
+    assert min(float(run.stdout) for run in runs) < 0.5
 
 
 # A finder that stands first and refuses, as if the packages were not installed.

@@ -1,8 +1,8 @@
 """The metrics' formulas, for one image. The public functions in metrics.py say what they mean.
 
 A formula takes a :class:`~mlnet_utils.metrics.inputs.ScoredImage`, follows its protocol, and
-returns a float, NaN where undefined. What is added up over all pixels is a function of a block of pixels,
-which ``image.pixel_sum`` adds up for all the wanted metrics in one pass over the maps.
+returns a float, NaN where undefined. What is added up over all pixels is a function of a block of
+pixels, which ``image.pixel_sum`` adds up for all the wanted metrics in one pass over the maps.
 """
 
 import math

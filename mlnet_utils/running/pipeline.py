@@ -274,11 +274,11 @@ def _digest(value: Any) -> str:
 
 
 def _package_digest() -> str:
-    """Digest of the modules that a notebook may use: all but the two that only start it."""
-    files = sorted(Path(__file__).parent.glob("*.py"))
-    return _digest(
-        {f.name: sha256_file(f) for f in files if f.name not in ("pipeline.py", "__main__.py")}
-    )
+    """Digest of the code that a notebook may use: all rooms but this one and the command line."""
+    here = Path(__file__).resolve().parent
+    files = sorted(here.parent.rglob("*.py"))
+    used = [f for f in files if f.parent != here and f.name != "__main__.py"]
+    return _digest({f.relative_to(here.parent).as_posix(): sha256_file(f) for f in used})
 
 
 def _read_state(folder: Path) -> dict[str, Any]:

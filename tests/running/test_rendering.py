@@ -11,7 +11,7 @@ import pytest
 nbconvert = pytest.importorskip("nbconvert", reason="needs the extra `notebooks`")
 nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted([*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("results/*/notebooks/*.ipynb")])
 CHROMIUM = next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""

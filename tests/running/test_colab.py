@@ -24,7 +24,7 @@ pytestmark = [
     pytest.mark.skipif(not installs, reason="needs pip and setuptools, to install offline"),
 ]
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 RUN = "drive:mlnet/tiny"
 # The package comes from a copy of this repository, and nothing from the internet.
 SETTINGS = {

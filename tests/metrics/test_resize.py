@@ -8,7 +8,7 @@ import torch
 
 from mlnet_utils.metrics.resize import resize
 
-VECTORS = Path(__file__).parent / "vectors"
+VECTORS = Path(__file__).parents[1] / "vectors"
 CASES = ("up4", "up1p6", "down2")
 REFERENCES = {
     "mit300": ("pysaliency_zoom1", "resizing_model"),

@@ -22,7 +22,7 @@ from mlnet_utils.predict.folders import Outputs, begin, list_photos, predict_fol
 from mlnet_utils.predict.predictor import load
 from mlnet_utils.predict.video import VIDEO_SUFFIXES, VideoOutputs
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_checkpoint(path: Path, seed: int = 0) -> Path:

@@ -16,7 +16,7 @@ from mlnet_utils.metrics.bootstrap import bootstrap_interval
 from mlnet_utils.metrics.scores import SaliencyMetrics
 
 COUNT, H, W = 10, 12, 16
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def split():

@@ -13,7 +13,7 @@ from mlnet_utils import metrics
 from mlnet_utils.data.geometry import density_from_points
 from mlnet_utils.metrics.resize import resize
 
-VECTORS = Path(__file__).parent / "vectors"
+VECTORS = Path(__file__).parents[1] / "vectors"
 CASES = json.loads((VECTORS / "cases.json").read_text())
 NAMES = sorted(set(CASES) - {"set480"})
 ARRAYS = dict(np.load(VECTORS / "cases.npz"))

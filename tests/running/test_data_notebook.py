@@ -20,7 +20,7 @@ from papermill.parameterize import parameterize_notebook  # noqa: E402
 
 from mlnet_utils.running.notebooks import _kernel_of_this_python  # noqa: E402
 
-NOTEBOOK = Path(__file__).resolve().parent.parent / "notebooks" / "01_data_preparation.ipynb"
+NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "01_data_preparation.ipynb"
 SIZES = ((64, 48), (48, 80), (37, 37))  # landscape, portrait, odd
 TEN = [f"{number:03d}" for number in range(10)]
 

@@ -11,7 +11,7 @@ from mlnet_utils.data.readers.layouts import NOBODY
 from mlnet_utils.data.readers.mit1003 import detect_fixations, read_mit1003
 
 LONG = "i1" * 40  # MATLAB cuts names of variables to 63 characters, SciPy's writer to 31
-VECTORS = Path(__file__).parent / "vectors" / "mit1003_fixations.npz"
+VECTORS = Path(__file__).parents[1] / "vectors" / "mit1003_fixations.npz"
 PLACES = ((400, 300), (100.5, 80.25), (700, 500), (1500, 90))  # the last is outside
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from mlnet_utils.data.sources import SOURCES
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 ARCHIVES = {
     archive.name: archive for source in SOURCES.values() for archive in source.archives
 }.values()
