@@ -6,6 +6,7 @@ Nothing here knows about saliency; nothing here imports torch until it must.
 import contextlib
 import functools
 import hashlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -19,9 +20,30 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 REPORTED_PACKAGES = ("mlnet-utils", "torch", "torchvision", "timm", "accelerate", "numpy", "scipy")
+
+
+# ---- optional packages -------------------------------------------------------------------------
+def require(module: str, extra: str) -> ModuleType:
+    """Import a package that only some features need.
+
+    Args:
+        module: dotted name of what is imported, e.g. ``"onnxruntime"``.
+        extra: the extra of this project that installs it.
+
+    Raises:
+        ImportError: it is not installed; names the command that installs it.
+    """
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"this needs the package {error.name!r}: pip install 'mlnet-utils[{extra}]', or from a "
+            f"checkout pip install -e '.[{extra}]'"
+        ) from error
 
 
 # ---- folders -----------------------------------------------------------------------------------

@@ -223,3 +223,9 @@ def test_import_of_the_package_is_light():
     code = "import sys, mlnet_utils, mlnet_utils.runtime; sys.exit('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=runtime.checkout_root())
     assert result.returncode == 0
+
+
+def test_a_missing_package_names_the_extra():
+    assert runtime.require("json", "export") is __import__("json")
+    with pytest.raises(ImportError, match=r"no_such_package.*mlnet-utils\[export\]"):
+        runtime.require("no_such_package.inner", "export")
