@@ -14,6 +14,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from mlnet_utils.data.geometry import inside
 from mlnet_utils.runtime import (
     atomic_path,
     progress,
@@ -79,6 +80,53 @@ class Photo:
                 f"photo {self.stem}: {n} fixations but {len(self.observers)} observers and "
                 f"{len(self.durations)} durations"
             )
+
+    @classmethod
+    def from_points(
+        cls,
+        stem: str,
+        image: str,
+        size: tuple[int, int],
+        points: np.ndarray,
+        observers: np.ndarray | None = None,
+        durations: np.ndarray | None = None,
+        **rest: str,
+    ) -> "Photo":
+        """A photo with the recorded points that lie on it; the others are dropped and counted.
+
+        Points outside are never an error: trackers and web pages record them.
+
+        Args:
+            stem: see :class:`Photo`; likewise ``image``.
+            image: path of the photo.
+            size: width and height of the photo.
+            points: (N, 2) x, y, 0-based, pixel centres at integers.
+            observers: (N,) numbers from 0; None = published without observers.
+            durations: (N,) milliseconds; None = unknown.
+            **rest: ``split`` and ``density``.
+
+        Raises:
+            ValueError: the arrays differ in length, or an observer's number exceeds int16.
+        """
+        points = np.asarray(points, np.float32).reshape(-1, 2)
+        observers = np.full(len(points), NOBODY) if observers is None else np.asarray(observers)
+        most = np.iinfo(np.int16).max
+        if observers.max(initial=0) > most:
+            raise ValueError(
+                f"photo {stem}: {int(observers.max()) + 1:,} observers, at most {most + 1:,} can "
+                "be told apart; number those of each photo from the same few, or leave them out"
+            )
+        if durations is None:
+            durations = np.full(len(points), np.nan)
+        given = {
+            "fixations": points,
+            "observers": observers.astype(np.int16),
+            "durations": np.asarray(durations, np.float32),
+        }
+        photo = cls(stem, image, *size, **given, **rest)  # or an error: lengths that differ
+        kept = inside(points, photo.height, photo.width)
+        on_photo = {name: values[kept] for name, values in given.items()}
+        return replace(photo, **on_photo, dropped=int((~kept).sum()))
 
     @property
     def known_observers(self) -> np.ndarray:

@@ -192,3 +192,33 @@ def test_fixations_without_observers_have_no_order(tmp_path):
     assert (found["per_photo"], found["per_observer"], len(found["saccades"])) == ([3], [], 0)
     write_prepared(tmp_path, [pooled], {"sigma_px": 1})
     assert json.loads((tmp_path / "index.jsonl").read_text())["observers"] == 0
+
+
+def test_points_outside_a_photo_are_dropped_and_counted():
+    points = [[0, 0], [-1, 3], [8.4, 6.4], [8.5, 2], [np.nan, 1]]
+    photo = Photo.from_points(
+        "x", "x.png", (9, 7), points, observers=[0, 0, 1, 1, 2], durations=[5, 6, 7, 8, 9],
+        split="val", density="x.npz",
+    )  # fmt: skip
+    assert (photo.width, photo.height, photo.dropped) == (9, 7, 3)
+    assert (photo.split, photo.density) == ("val", "x.npz")
+    np.testing.assert_array_equal(photo.fixations, np.float32([[0, 0], [8.4, 6.4]]))
+    assert (photo.observers.tolist(), photo.durations.tolist()) == ([0, 1], [5, 7])
+    dtypes = (photo.fixations.dtype, photo.observers.dtype, photo.durations.dtype)
+    assert dtypes == (np.float32, np.int16, np.float32)
+
+
+def test_points_may_come_without_observers_and_durations():
+    photo = Photo.from_points("x", "x.png", (9, 7), np.array([[1, 2], [9, 9]]))
+    assert photo.observers.tolist() == [NOBODY]
+    assert np.isnan(photo.durations).all()
+    empty = Photo.from_points("x", "x.png", (9, 7), [])
+    assert (empty.fixations.shape, len(empty.observers), empty.dropped) == ((0, 2), 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("rest", "number"), [({"observers": [2**15]}, "32,769"), ({"durations": [1, 2]}, "2 durations")]
+)
+def test_arrays_that_do_not_fit_the_points(rest, number):
+    with pytest.raises(ValueError, match=f"x: .*{number}"):
+        Photo.from_points("x", "x.png", (9, 7), [[1, 2]], **rest)
