@@ -25,7 +25,7 @@ from mlnet_utils.data.truth import photo_density
 from mlnet_utils.metrics import baselines
 from mlnet_utils.metrics.bootstrap import summarise
 from mlnet_utils.metrics.protocols import METRICS, PROTOCOLS, score_all
-from mlnet_utils.predict.predictor import Predictor, load
+from mlnet_utils.predict.predictor import MODEL, Predictor, load
 from mlnet_utils.runtime import (
     display_path,
     given_command,
@@ -36,7 +36,7 @@ from mlnet_utils.runtime import (
     write_text,
 )
 
-MODEL, UNIFORM, CENTRE = "ML-Net", "uniform", "centre bias"
+UNIFORM, CENTRE = "uniform", "centre bias"
 OBSERVERS, GOLD = "inter-observer", "gold standard"
 MODELS = (MODEL, UNIFORM, CENTRE, OBSERVERS, GOLD)
 PHOTOS_FOR_GOLD = 100  # training photos on which the gold standard's two numbers are chosen

@@ -20,11 +20,10 @@ from mlnet_utils.data.datasets import photo_root
 from mlnet_utils.data.images import read_image
 from mlnet_utils.data.photos import read_prepared
 from mlnet_utils.data.splits import hash_order
-from mlnet_utils.experiments.evaluation import MODEL
 from mlnet_utils.model.checkpoints import load_model
 from mlnet_utils.predict.exported import load_exported, require
 from mlnet_utils.predict.folders import photos_below
-from mlnet_utils.predict.predictor import Predictor
+from mlnet_utils.predict.predictor import MODEL, Predictor
 from mlnet_utils.runtime import atomic_path, display_path, read_json, sha256_file, versions
 
 FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}

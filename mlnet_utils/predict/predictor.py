@@ -17,6 +17,7 @@ from mlnet_utils.data.images import decode, read_image, to_bytes
 from mlnet_utils.model.checkpoints import load_model
 from mlnet_utils.runtime import pick_device
 
+MODEL = "ML-Net"  # the network's name in tables of scores
 SMALLEST_SIDE = 32  # pixels; anything smaller is an icon, not a photo
 FLOOR = 1e-12  # of a probability, before its logarithm is taken
 SMOOTHLY = {"mode": "bilinear", "antialias": True, "align_corners": False}
