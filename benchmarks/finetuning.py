@@ -35,7 +35,7 @@ TRUNK = ("backbone", "backbone_weights", "backbone_args", "backbone_drop", "chan
 
 def starts(sample: Path) -> dict[str, dict]:
     """What each start sets, beside the preset's recipe."""
-    own = load_config("finetune", start_from=sample)
+    own = checkpoints.with_start(load_config("finetune", start_from=sample))
     same = {"head": own.head, "prior_cells": own.prior_cells, "channels": own.channels}
     nothing = {"start_from": "", "head": "density"}
     mobilenet = {key: PRESETS["osie"][key] for key in TRUNK if key in PRESETS["osie"]}
@@ -106,7 +106,7 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
         small = load_config("tiny", dataset="synthetic", limit=4, epochs=1)
         datasets.prepare(small, data_root(), folder / "data")
         train(small, folder / "data", folder / "sample")
-    own = load_config("finetune", start_from=options.sample)
+    own = checkpoints.with_start(load_config("finetune", start_from=options.sample))
     shared |= {"height": own.height, "width": own.width}
     changes = starts(options.sample)
     if options.smoke:

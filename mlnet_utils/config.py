@@ -15,8 +15,6 @@ from typing import Any, get_origin, get_type_hints
 
 import yaml
 
-from mlnet_utils.model import starting
-
 
 @dataclass(frozen=True)
 class Config:
@@ -93,6 +91,10 @@ class Config:
     test_scales: tuple = (1.0,)  # average predictions at these multiples of the input size
     bootstrap: int = 2000  # resamples of the confidence intervals
 
+    # Keys that were set, by a preset or its user: those that a checkpoint to start from may not
+    # contradict (model.checkpoints.with_start). No setting itself: neither compared nor stored.
+    given: frozenset = field(default=frozenset(), compare=False, repr=False)
+
     def __post_init__(self):
         for name, expected in get_type_hints(type(self)).items():
             object.__setattr__(self, name, _coerce(name, getattr(self, name), expected))
@@ -150,6 +152,7 @@ class Config:
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
+            if key != "given"
         }
 
 
@@ -168,6 +171,8 @@ CHOICES = {
     "precision": ("auto", "fp32", "bf16", "fp16"),
     "protocol": ("mit300", "salicon", "salicon2015"),
 }
+
+FIELDS = {f.name for f in dataclasses.fields(Config)} - {"given"}
 
 # Fields that may differ between a checkpoint and the run that resumes it.
 ENGINE_FIELDS = (
@@ -313,15 +318,14 @@ def load_config(preset: str | Path = "sample", **overrides: Any) -> Config:
 
     A YAML file holds a mapping of the fields of :class:`Config`; its optional key ``preset``
     names the preset that it starts from (default ``paper``, the plain defaults). An override
-    that is None keeps the preset's value. With ``start_from``, the architecture is that of the
-    checkpoint.
+    that is None keeps the preset's value. The checkpoint that ``start_from`` names is not opened:
+    ``model.checkpoints.with_start`` takes over its architecture when the run begins.
 
     Raises:
-        ValueError: unknown preset, unknown key, wrong type or value out of range, or a key that
-            contradicts the checkpoint to start from.
+        ValueError: unknown preset, unknown key, wrong type or value out of range, or weights of a
+            backbone beside ``start_from``.
         FileNotFoundError: the path of a YAML file that does not exist.
     """
-    known = {f.name for f in dataclasses.fields(Config)}
     name = str(preset)
     if name in PRESETS:
         values = {**PRESETS[name], "preset": name}
@@ -331,21 +335,25 @@ def load_config(preset: str | Path = "sample", **overrides: Any) -> Config:
         raise ValueError(
             f"unknown preset {name!r}: use one of {', '.join(PRESETS)} or the path of a .yaml file"
         )
-    values = {**values, **{k: v for k, v in overrides.items() if v is not None or k not in known}}
-    return _build(starting.inherit(values) if values.get("start_from") else values)
+    values |= {k: v for k, v in overrides.items() if v is not None or k not in FIELDS}
+    if values.get("start_from") and values.setdefault("backbone_weights", "none") != "none":
+        raise ValueError(
+            f"config: backbone_weights={values['backbone_weights']!r} and start_from exclude each "
+            "other: a checkpoint holds all weights, the backbone's too; set one of them"
+        )
+    return from_dict(values)
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Rebuild a configuration that :meth:`Config.to_dict` wrote."""
-    return _build(values)
+    """Rebuild a configuration that :meth:`Config.to_dict` wrote.
 
-
-def _build(values: dict[str, Any]) -> Config:
-    known = {f.name for f in dataclasses.fields(Config)}
-    unknown = sorted(set(values) - known)
+    Raises:
+        ValueError: unknown key, wrong type or value out of range.
+    """
+    unknown = sorted(set(values) - FIELDS)
     if unknown:
-        raise ValueError(f"unknown configuration key {', '.join(unknown)}; known: {sorted(known)}")
-    return Config(**values)
+        raise ValueError(f"unknown configuration key {', '.join(unknown)}; known: {sorted(FIELDS)}")
+    return Config(**values, given=frozenset(values))
 
 
 def describe(config: Config) -> list[tuple[str, str, str]]:
@@ -388,6 +396,8 @@ def _coerce(name: str, value: Any, expected: type) -> Any:
     expected = get_origin(expected) or expected
     if expected is tuple and isinstance(value, list | tuple):
         return tuple(value)
+    if expected is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     if expected is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if expected is float and isinstance(value, str):

@@ -26,6 +26,7 @@ from mlnet_utils.config import Config, load_config
 from mlnet_utils.data import datasets
 from mlnet_utils.experiments import dispatch, evaluation
 from mlnet_utils.metrics.protocols import METRICS
+from mlnet_utils.model import checkpoints
 from mlnet_utils.runtime import display_path, read_json, write_text
 from mlnet_utils.training import trainer
 from mlnet_utils.training.validation import TrainingDied
@@ -101,6 +102,7 @@ class Job:
     def config(self) -> Config:
         """The configuration of this training."""
         config = load_config(self.preset, **self.changes, seed=self.seed)
+        config = checkpoints.with_start(config, self.folder / "checkpoints")
         return replace(config, preset=slug(self.cell))
 
 
@@ -161,7 +163,7 @@ def jobs_of(grid: Grid, folder: Path, data_root: Path, notebooks: bool) -> list[
                 best = folder / slug(parent) / str(seed) / "checkpoints" / "best.pt"
                 values["start_from"] = str(best)
             try:
-                config = load_config(grid.preset, **_without_start(values))
+                config = load_config(grid.preset, **values)
             except ValueError as error:
                 raise ValueError(f"grid {grid.name}, cell {cell!r}: {error}") from None
             jobs.append(
@@ -179,11 +181,6 @@ def jobs_of(grid: Grid, folder: Path, data_root: Path, notebooks: bool) -> list[
                 )
             )
     return jobs
-
-
-def _without_start(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """A cell's changes without the checkpoint that it starts from, which may not exist yet."""
-    return {key: value for key, value in changes.items() if key != "start_from"}
 
 
 def data_key(config: Config, data_root: Path) -> str:
@@ -304,7 +301,7 @@ def run_sweep(
     jobs = jobs_of(grid, folder, Path(data_root), notebooks)
     for job in jobs:
         if not (job.data / "meta.json").is_file():
-            config = load_config(grid.preset, **_without_start(job.changes))
+            config = load_config(grid.preset, **job.changes)
             datasets.prepare(config, job.data_root, job.data)
     start = functools.partial(dispatch.one_by_one, run_job)
     if cluster:

@@ -1,4 +1,4 @@
-"""Checkpoints: written atomically, read with ``weights_only=True``, never half-trusted."""
+"""Checkpoints: written atomically, read without running code, and taken over by a new training."""
 
 import dataclasses
 import os
@@ -9,18 +9,19 @@ from typing import Any
 import torch
 
 from mlnet_utils.config import ENGINE_FIELDS, Config, from_dict
-from mlnet_utils.model.network import MLNet
-from mlnet_utils.model.starting import (
-    ARCHITECTURE,
-    FORMAT,
-    PIN,
-    USUAL,
-    check_architecture,
-    load_checkpoint,
-    locate,
-    read_start,
+from mlnet_utils.model.network import MLNet, reason
+from mlnet_utils.runtime import atomic_path, checkout_root, display_path, sha256_file, versions
+
+FORMAT = "mlnet-checkpoint-1"
+PIN = "#sha256="  # between a path and the checksum of the file that is meant
+
+# Keys that decide which weights there are and what they mean: always those of the start.
+ARCHITECTURE = (
+    *("backbone", "backbone_args", "backbone_drop", "normalisation", "levels", "channels"),
+    *("head", "prior_cells", "compat"),
 )
-from mlnet_utils.runtime import atomic_path, display_path, versions
+# Taken from the start unless they are set: the network works at any size.
+USUAL = ("height", "width", "channels_last")
 
 OTHER_RUN = (
     "choose another run folder, delete its checkpoints, or set them aside and train anew with "
@@ -55,6 +56,30 @@ def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any)
             f"checkpoint {path} could not be written ({error}); is the disk full? The one "
             "before it is intact: make room and run the same command again"
         ) from error
+
+
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unreadable, truncated, or not one of this project's checkpoints.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"checkpoint {path} does not exist; notebook 02_training makes it")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a truncated or foreign file
+        raise ValueError(
+            f"checkpoint {path} cannot be read ({reason(error)}); was it cut short?"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is not a checkpoint of this project; weights of the earlier implementations "
+            "are converted by `python -m mlnet_utils import-weights`"
+        )
+    return content
 
 
 def load_model(path: str | Path) -> tuple[MLNet, Config, dict[str, Any]]:
@@ -157,21 +182,102 @@ def _complete(stored: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---- starting from another training's weights --------------------------------------------------
-def resolve_start(config: Config, folder: Path) -> Config:
-    """The configuration of a run whose start checkpoint may be gone by now.
+def with_start(config: Config, folder: Path | None = None) -> Config:
+    """The configuration with the architecture of the checkpoint that it starts from.
+
+    Call it where a run begins. ``load_config`` opens no file; a configuration without
+    ``start_from`` stays as it is, and so does one that has been completed before.
 
     Args:
-        config: as ``load_config`` gave it; without the file it knows no architecture.
-        folder: the run's checkpoints; once there is one, it knows.
+        config: as ``load_config`` gave it.
+        folder: the run's checkpoints. A training that has begun does not need the file any more:
+            its own checkpoints know the architecture.
+
+    Returns:
+        The same with the start's architecture, and its input size unless one is set;
+        ``start_from`` is the path as readers should see it, with the file's SHA-256.
 
     Raises:
-        FileNotFoundError: the file to start from is missing, and the training has not begun.
+        FileNotFoundError: the file is missing, and the training has not begun.
+        ValueError: no checkpoint, another file than the checksum names, or a key of the
+            architecture that is set to another value than the start's.
     """
-    if not config.start_from or locate(config.start_from)[0].is_file():
+    if not config.start_from:
         return config
-    path, digest = locate(config.start_from)
+    if locate(config.start_from)[0].is_file():
+        content, start_from = read_start(config.start_from)
+        stored = _complete(content["config"])
+    else:
+        stored = _stored_by_the_run(config.start_from, folder)
+        if not stored:
+            return config  # no checkpoint of the run can be read: load_latest says so
+        start_from = stored["start_from"]
+    default, wanted = Config().to_dict(), config.to_dict()
+    chosen = {key for key in wanted if key in config.given or wanted[key] != default[key]}
+    different = [
+        f"{key}={wanted[key]!r} where the checkpoint has {stored[key]!r}"
+        for key in ARCHITECTURE
+        if key in chosen and wanted[key] != stored[key]
+    ]
+    if different:
+        raise ValueError(
+            f"config: {'; '.join(different)} (start_from={start_from.partition(PIN)[0]}): weights "
+            "fit only the network they were trained in; leave these keys out, and they are taken "
+            "from the checkpoint"
+        )
+    taken = [*ARCHITECTURE, *(key for key in USUAL if key not in chosen)]
+    return dataclasses.replace(
+        config,
+        **{key: stored[key] for key in taken},
+        start_from=start_from,
+        given=config.given.union(ARCHITECTURE, USUAL),
+    )
+
+
+def locate(start_from: str) -> tuple[Path, str]:
+    """The file that ``start_from`` names, and its checksum if one is given, else ``""``.
+
+    A relative path is one of the working folder, if it is there, else one of the checkout.
+    """
+    name, _, digest = start_from.partition(PIN)
+    path = Path(name).expanduser()
+    root = checkout_root()
+    if root and not path.is_file():
+        path = root / path  # an absolute path stays as it is
+    return path, digest
+
+
+def read_start(start_from: str) -> tuple[dict[str, Any], str]:
+    """The checkpoint to start from, and ``start_from`` with the file's checksum.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: no checkpoint of this project, or not the one that the checksum names.
+    """
+    path, wanted = locate(start_from)
+    content = load_checkpoint(path)
+    digest = sha256_file(path)
+    if wanted not in ("", digest):
+        raise ValueError(
+            f"config: start_from asks for {path} with SHA-256 {wanted}, but the file has {digest}: "
+            f"leave {PIN}... out to start from the file as it is now"
+        )
+    return content, f"{display_path(path)}{PIN}{digest}"
+
+
+def _stored_by_the_run(start_from: str, folder: Path | None) -> dict[str, Any]:
+    """The configuration in the run's own checkpoints, if they began at ``start_from``.
+
+    Returns:
+        ``{}`` where there are checkpoints, but none can be read.
+
+    Raises:
+        FileNotFoundError: there are none, or they began elsewhere.
+    """
+    path, digest = locate(start_from)
     wanted = f"{display_path(path)}{PIN}{digest}"
-    existing = [folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()]
+    names = ("last.pt", "previous.pt") if folder else ()
+    existing = [folder / name for name in names if (folder / name).exists()]
     for checkpoint in existing:
         try:
             stored = _complete(load_checkpoint(checkpoint)["config"])
@@ -179,16 +285,14 @@ def resolve_start(config: Config, folder: Path) -> Config:
             continue
         # Without a checksum, the path has to do.
         if wanted in (stored["start_from"], stored["start_from"].partition(PIN)[0] + PIN):
-            unset, default = config.to_dict(), Config().to_dict()
-            known = {k: stored[k] for k in (*ARCHITECTURE, *USUAL) if unset[k] == default[k]}
-            return dataclasses.replace(config, **known, start_from=stored["start_from"])
+            return stored
         break
     else:
         if existing:
-            return config  # none can be read: load_latest says so
+            return {}
     raise FileNotFoundError(
-        f"config: start_from={config.start_from} does not exist: name the checkpoint to start "
-        "from, e.g. checkpoints/best.pt of another run"
+        f"config: start_from={start_from} does not exist: name the checkpoint to start from, e.g. "
+        "checkpoints/best.pt of another run"
     )
 
 
@@ -197,12 +301,11 @@ def load_start(model: MLNet, config: Config) -> None:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, has changed since, or is of another architecture.
+        ValueError: it cannot be read, has changed since, or lacks weights of the network.
     """
     if not config.start_from:
         return
     content, start_from = read_start(config.start_from)
-    check_architecture(config.to_dict(), _complete(content["config"]), start_from)
     try:
         model.load_state_dict(content["model"])
     except RuntimeError as error:

@@ -1,5 +1,6 @@
 """ML-Net in three visible parts: multi-level features, encoding, learned prior (paper, 3)."""
 
+import pickle
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 from mlnet_utils.config import Config, backbone_file
 from mlnet_utils.data.geometry import IMAGENET_MEAN, IMAGENET_STD
-from mlnet_utils.model.starting import reason
 
 # Mean and deviation of RGB input in 0..1. "caffe" is the Keras/Caffe VGG-16: BGR, mean only.
 NORMALISATIONS = {
@@ -214,6 +214,12 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"weights file {path} must hold a state dict of tensors")
     return state
+
+
+def reason(error: Exception) -> str:
+    """The cause for which torch cannot read a file, without its advice to let the file run code."""
+    unsafe = isinstance(error, pickle.UnpicklingError)
+    return "it holds something other than tensors and plain values" if unsafe else str(error)
 
 
 # ---- the network -------------------------------------------------------------------------------

@@ -104,11 +104,16 @@ def reproduce(
 
     Raises:
         ValueError: unknown preset or parameter, or a value of the wrong type (nothing has run).
-        FileNotFoundError: a notebook or the YAML file is missing (nothing has run).
+        FileNotFoundError: a notebook, the YAML file or the checkpoint to start from is missing
+            (nothing has run).
         NotebookError: a stage failed, or did not write what it promised.
     """
     config = load_config(preset)
     folder = resolve_run_dir(run_dir, preset)
+    if config.start_from:  # its SHA-256 is an input too
+        from mlnet_utils.model.checkpoints import with_start
+
+        config = with_start(config, folder / "checkpoints")
     # Folders that a notebook finds by itself are not injected: they would only put this machine's
     # paths into the executed copies.
     wanted = {"PRESET": str(preset)}

@@ -89,7 +89,7 @@ class Trainer:
 
     def __init__(self, config: Config, run_dir: Path, accelerator: Accelerator):
         self.folder = run_dir / "checkpoints"
-        self.config = config = checkpoints.resolve_start(config, self.folder)
+        self.config = config = checkpoints.with_start(config, self.folder)
         self.run_dir, self.accelerator = run_dir, accelerator
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         self.device = accelerator.device

@@ -10,7 +10,8 @@ from conftest import tiny_config
 
 import mlnet_utils.__main__ as cli
 from mlnet_utils.config import Config, describe, from_dict, load_config
-from mlnet_utils.model import checkpoints, starting
+from mlnet_utils.model import checkpoints
+from mlnet_utils.model.checkpoints import with_start
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.runtime import sha256_file
 from mlnet_utils.training.optimization import make_accelerator
@@ -36,10 +37,15 @@ def start(tmp_path):
     return path
 
 
-def finetune(start, **overrides):
-    """The preset, small, and on whatever is prepared."""
+def asked(start, **overrides):
+    """The preset as users ask for it, small, and on whatever is prepared."""
     small = {"sigma": 6.0, "batch_size": 4, "epochs": 2, "precision": "fp32"}
-    return load_config("finetune", start_from=str(start), **{**small, **overrides})
+    return load_config("finetune", start_from=start, **{**small, **overrides})
+
+
+def finetune(start, **overrides):
+    """The same with the architecture of the start."""
+    return with_start(asked(start, **overrides))
 
 
 def rewrite(path, **changes):
@@ -49,7 +55,7 @@ def rewrite(path, **changes):
 # ---- the configuration -------------------------------------------------------------------------
 def test_the_architecture_and_the_size_come_from_the_checkpoint(start):
     config, source = finetune(start), tiny_config(**OTHER)
-    for key in (*starting.ARCHITECTURE, *starting.USUAL):
+    for key in (*checkpoints.ARCHITECTURE, *checkpoints.USUAL):
         assert getattr(config, key) == getattr(source, key), key
     assert (config.preset, config.lr, config.dataset) == ("finetune", 3e-4, "folder")
     assert config.backbone_weights == "none"
@@ -58,7 +64,7 @@ def test_the_architecture_and_the_size_come_from_the_checkpoint(start):
 
 def test_the_architecture_fields_exist():
     fields = {field.name for field in dataclasses.fields(Config)}
-    assert set(starting.ARCHITECTURE) | set(starting.USUAL) < fields
+    assert set(checkpoints.ARCHITECTURE) | set(checkpoints.USUAL) < fields
 
 
 def test_the_file_is_recorded_with_its_checksum_and_without_the_machine(start, monkeypatch):
@@ -71,7 +77,7 @@ def test_the_file_is_recorded_with_its_checksum_and_without_the_machine(start, m
 
 
 def test_a_relative_path_is_also_looked_for_in_the_checkout(start, monkeypatch):
-    monkeypatch.setattr(starting, "checkout_root", lambda: start.parent)
+    monkeypatch.setattr(checkpoints, "checkout_root", lambda: start.parent)
     assert finetune("start.pt").channels == OTHER["channels"]
 
 
@@ -85,7 +91,7 @@ def test_a_key_that_agrees_with_the_checkpoint_may_be_set(start, tmp_path):
     preset.write_text(
         f"preset: finetune\nstart_from: {start}\nsigma: 6\nprior_cells: [3, 4]\nlevels: 2\n"
     )
-    assert load_config(preset).levels == 2
+    assert with_start(load_config(preset)).levels == 2
 
 
 @pytest.mark.parametrize(
@@ -93,12 +99,12 @@ def test_a_key_that_agrees_with_the_checkpoint_may_be_set(start, tmp_path):
     [
         ("backbone", "vgg16", "backbone='vgg16' where the checkpoint has 'test_resnet'"),
         ("backbone_args", {"x": 1}, r"backbone_args=\{'x': 1\} where the checkpoint has \{\}"),
-        ("backbone_drop", ("act1",), r"backbone_drop=\('act1',\) where the checkpoint has \[\]"),
+        ("backbone_drop", ("act1",), r"backbone_drop=\['act1'\] where the checkpoint has \[\]"),
         ("normalisation", "caffe", "normalisation='caffe' where the checkpoint has 'auto'"),
         ("levels", 3, "levels=3 where the checkpoint has 2"),
         ("channels", 64, "channels=64 where the checkpoint has 5"),
         ("head", "paper", "head='paper' where the checkpoint has 'density'"),
-        ("prior_cells", (6, 8), r"prior_cells=\(6, 8\) where the checkpoint has \[3, 4\]"),
+        ("prior_cells", (6, 8), r"prior_cells=\[6, 8\] where the checkpoint has \[3, 4\]"),
         ("compat", "theano", "compat='theano' where the checkpoint has ''"),
     ],
 )
@@ -109,7 +115,7 @@ def test_a_key_that_contradicts_the_checkpoint_is_an_error(start, key, value, me
 
 def test_presets_with_an_architecture_of_their_own_are_checked_too(start):
     with pytest.raises(ValueError, match="backbone='mobilenetv1_100' where the checkpoint has"):
-        load_config("osie", start_from=str(start))
+        with_start(load_config("osie", start_from=start))
 
 
 def test_weights_of_the_backbone_and_a_checkpoint_exclude_each_other(start):
@@ -190,7 +196,7 @@ def test_the_paper_s_head_can_be_fine_tuned_too(run_folder, tmp_path):
 
 
 def test_a_missing_checkpoint_is_an_error_when_the_training_starts(run_folder):
-    config = finetune("gone/best.pt")
+    config = asked("gone/best.pt")
     assert config.backbone_weights == "none"  # nothing is downloaded on the way to the error
     with pytest.raises(FileNotFoundError, match=r"start_from=gone/best.pt does not exist: name"):
         fit(config, run_folder)
@@ -208,7 +214,7 @@ def test_a_training_continues_without_the_file_it_started_from(start, run_folder
     trainer.end_epoch(trainer.validate())
     start_from = config.start_from if named else str(start)
     start.unlink()
-    fit(finetune(start_from), run_folder)
+    fit(asked(start_from), run_folder)
     assert (run_folder / "log.csv").read_bytes() == (whole / "log.csv").read_bytes()
     a, b = (
         checkpoints.load_checkpoint(folder / "checkpoints" / "last.pt")["model"]
@@ -216,9 +222,9 @@ def test_a_training_continues_without_the_file_it_started_from(start, run_folder
     )
     assert all(torch.equal(a[key], b[key]) for key in a)
     with pytest.raises(FileNotFoundError, match="does not exist"):
-        fit(finetune(tmp_path / "other.pt"), run_folder)
+        fit(asked(tmp_path / "other.pt"), run_folder)
     with pytest.raises(ValueError, match=r"another configuration \(lr: 0.0003 there, 0.1 here\)"):
-        fit(finetune(start_from, lr=0.1), run_folder)
+        fit(asked(start_from, lr=0.1), run_folder)
 
 
 def test_unreadable_checkpoints_are_reported_before_a_missing_start(start, run_folder):
@@ -227,7 +233,7 @@ def test_unreadable_checkpoints_are_reported_before_a_missing_start(start, run_f
         (run_folder / "checkpoints" / name).write_bytes(b"")
     start.unlink()
     with pytest.raises(ValueError, match=r"last.pt cannot be read.*delete the folder"):
-        fit(finetune(start, epochs=1), run_folder)
+        fit(asked(start, epochs=1), run_folder)
 
 
 def test_continuing_from_another_file_is_an_error(start, run_folder):
