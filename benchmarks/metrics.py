@@ -32,7 +32,7 @@ from torch import Tensor
 from mlnet_utils import metrics
 from mlnet_utils.data.geometry import density_from_points, fixation_counts
 from mlnet_utils.data.photos import Photo
-from mlnet_utils.data.readers.formats import OSIE_HEIGHT, OSIE_WIDTH, read_osie
+from mlnet_utils.data.readers.osie import SIZE, read_osie
 from mlnet_utils.metrics import baselines
 from mlnet_utils.runtime import atomic_path, data_root, versions, write_json
 
@@ -51,7 +51,7 @@ def photos(count: int) -> tuple[list[Photo], str]:
     return [simulated(index) for index in range(count)], "simulated"
 
 
-def simulated(index: int, height: int = OSIE_HEIGHT, width: int = OSIE_WIDTH) -> Photo:
+def simulated(index: int, height: int = SIZE[1], width: int = SIZE[0]) -> Photo:
     """About 140 fixations of 15 observers around four places and the centre."""
     generator = np.random.default_rng(index)
     places = np.vstack([generator.uniform(0.15, 0.85, (4, 2)), [[0.5, 0.5]]])
@@ -233,7 +233,7 @@ def scaling(repeats: int) -> dict[str, list[dict]]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     few = [simulated(index) for index in range(80)]
-    centre = baselines.CentreBias.fit(few)(OSIE_HEIGHT, OSIE_WIDTH)
+    centre = baselines.CentreBias.fit(few)(SIZE[1], SIZE[0])
     maps = inputs(few, baselines.LeaveOneOut(few), centre)
     for count in (5, 10, 20, 40, 80):
         part = {kind: value[:count] for kind, value in maps.items()}
@@ -242,7 +242,7 @@ def scaling(repeats: int) -> dict[str, list[dict]]:
             {"images": count, "seconds": min(timed(call)[1] for _ in range(repeats))}
         )
     for scale in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2):
-        height, width = round(OSIE_HEIGHT * scale), round(OSIE_WIDTH * scale)
+        height, width = round(SIZE[1] * scale), round(SIZE[0] * scale)
         few = [simulated(index, height, width) for index in range(4)]
         centre = baselines.CentreBias.fit(few)(height, width)
         call = our_calls(inputs(few, baselines.LeaveOneOut(few), centre))["total"]

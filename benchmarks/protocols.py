@@ -22,7 +22,7 @@ from torch import Tensor
 from mlnet_utils import metrics
 from mlnet_utils.data.geometry import density_from_points
 from mlnet_utils.data.photos import Photo
-from mlnet_utils.data.readers.formats import read_osie
+from mlnet_utils.data.readers.osie import read_osie
 from mlnet_utils.experiments.evaluation import protocol_truth
 from mlnet_utils.metrics import baselines
 from mlnet_utils.runtime import data_root, progress, versions, write_json

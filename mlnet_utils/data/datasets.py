@@ -3,8 +3,6 @@
 import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,74 +16,12 @@ from mlnet_utils.data import synthetic
 from mlnet_utils.data.geometry import Letterbox, inside, letterbox, pixel_indices
 from mlnet_utils.data.images import read_image
 from mlnet_utils.data.photos import SPLITS, Photo, with_hashes, write_prepared
-from mlnet_utils.data.readers import formats, mit1003, own, salicon
+from mlnet_utils.data.readers import DATASETS, dataset_spec
 from mlnet_utils.data.splits import first, split_photos
 from mlnet_utils.data.truth import grid_density
 from mlnet_utils.runtime import cpu_count, progress, versions
 
-
-# ---- registry ----------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class DatasetSpec:
-    """What is known of a dataset. ``read`` takes its folder and returns the photos."""
-
-    name: str
-    title: str
-    sigma: float  # pixels of the photo
-    px_per_degree: float  # NaN where it is not published
-    read: Callable[[Path], list[Photo]] | None
-    folder: str
-    val: float = 0  # photos of the published split rule, below 1 a share of them;
-    test: float = 0  # 0 = the files have their own split
-
-
-_NAN = float("nan")
 NEEDS_POINTS = re.compile(r"\b(ce|nss)\b")  # losses that a density map cannot serve
-DATASETS = {
-    spec.name: spec
-    for spec in (
-        DatasetSpec("synthetic", "Synthetic stimuli", 8.0, _NAN, None, "synthetic"),
-        DatasetSpec("osie", "OSIE", 24.0, 24.0, formats.read_osie, "osie", val=50, test=150),
-        # The evaluators of 2015 blur with 19 px; for 2017 it is not stated: salicon.fit_sigma.
-        *(
-            DatasetSpec(
-                f"salicon-{edition}",
-                f"SALICON {edition}",
-                19.0,
-                _NAN,
-                partial(salicon.read_salicon_mat, edition=edition),
-                "salicon",
-            )
-            for edition in salicon.EDITIONS
-        ),
-        DatasetSpec(
-            "salicon-json",
-            "SALICON 2014 (JSON, mouse samples)",
-            19.0,
-            _NAN,
-            salicon.read_salicon_json,
-            "salicon_examples",
-        ),
-        DatasetSpec(
-            "mit1003", "MIT1003", 24.0, 35.0, mit1003.read_mit1003, "mit1003", val=103, test=200
-        ),
-        DatasetSpec(
-            "cat2000", "CAT2000", 40.0, _NAN, formats.read_cat2000, "cat2000", val=200, test=400
-        ),
-        DatasetSpec("folder", "Own photos", _NAN, _NAN, own.read_own, "folder", 0.1, 0.2),
-    )
-}
-
-
-def dataset_spec(name: str) -> DatasetSpec:
-    """Look up a dataset by name.
-
-    Raises:
-        ValueError: unknown name; lists the known ones.
-    """
-    if name not in DATASETS:
-        raise ValueError(f"unknown dataset {name!r}: use one of {', '.join(DATASETS)}")
-    return DATASETS[name]
 
 
 # ---- preparation -------------------------------------------------------------------------------

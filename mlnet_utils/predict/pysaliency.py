@@ -17,7 +17,7 @@ from PIL import Image
 
 from mlnet_utils.data.images import orientation
 from mlnet_utils.data.photos import Photo
-from mlnet_utils.data.readers.layouts import as_observers, check_looked_at, keep_inside
+from mlnet_utils.data.readers.files import check_looked_at
 from mlnet_utils.runtime import progress
 
 LOWEST = 1e-20  # density of a pixel that a model thinks impossible
@@ -56,26 +56,20 @@ def from_pysaliency(stimuli: Any, fixations: Any, folder: str | Path) -> list[Ph
     stems = _stems(stimuli)
     points = _half_a_pixel_less(np.stack([fixations.x, fixations.y], axis=1).reshape(-1, 2))
     _, observers = np.unique(np.asarray(fixations.subjects), return_inverse=True)
-    observers = as_observers(observers, "pysaliency")
     seconds = np.asarray(getattr(fixations, "duration", np.full(len(owners), np.nan)), np.float64)
     photos = []
     for number, stem in enumerate(progress(stems, "reading stimuli", unit="photo")):
         path = _write_image(stimuli, number, staging / stem)
         height, width = (int(side) for side in stimuli.sizes[number])
         own = owners == number
-        kept, observer, duration, dropped = keep_inside(
-            points[own], height, width, observers[own], 1000 * seconds[own]
-        )
         photos.append(
-            Photo(
-                stem=stem,
-                image=f"images/{path.name}",
-                width=width,
-                height=height,
-                fixations=kept,
-                observers=observer,
-                durations=duration.astype(np.float32),
-                dropped=dropped,
+            Photo.from_points(
+                stem,
+                f"images/{path.name}",
+                (width, height),
+                points[own],
+                observers[own],
+                1000 * seconds[own],
             )
         )
     check_looked_at("pysaliency", photos)

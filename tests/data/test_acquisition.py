@@ -14,7 +14,7 @@ from faulty_server import FaultyServer, Served
 from miniatures import save_mat, save_osie, save_photo, save_recording, save_salicon_mat
 
 from mlnet_utils.data import download, transfer
-from mlnet_utils.data.datasets import DATASETS
+from mlnet_utils.data.readers import DATASETS
 from mlnet_utils.data.sources import SOURCES
 from mlnet_utils.data.transfer import Retries
 

@@ -13,10 +13,8 @@ from PIL import Image
 
 from mlnet_utils.data import datasets
 from mlnet_utils.data.datasets import (
-    DatasetSpec,
     EpochSampler,
     SaliencyDataset,
-    dataset_spec,
     make_loader,
     photo_root,
     prepare,
@@ -24,6 +22,8 @@ from mlnet_utils.data.datasets import (
 )
 from mlnet_utils.data.geometry import Letterbox, density_on_grid
 from mlnet_utils.data.photos import SPLITS, Photo, check_prepared, read_prepared
+from mlnet_utils.data.readers import DATASETS, dataset_spec
+from mlnet_utils.data.readers.spec import DatasetSpec
 from mlnet_utils.data.splits import fold_split, hash_order, hash_split, split_photos
 
 OSIE_LIKE = [Photo(str(number), f"{number}.jpg", 800, 600) for number in range(1001, 1701)]
@@ -104,7 +104,7 @@ def registered(monkeypatch, tiny_photos):
     photos, root = tiny_photos
     unsplit = [replace(photo, split="") for photo in photos]
     spec = DatasetSpec("osie", "Tiny", SIGMA, 30.0, lambda _: unsplit, root.name, val=4, test=5)
-    monkeypatch.setitem(datasets.DATASETS, "osie", spec)
+    monkeypatch.setitem(DATASETS, "osie", spec)
     return root.parent
 
 
@@ -220,7 +220,7 @@ def test_data_of_another_configuration_are_refused(changes, message):
         datasets.check_same_data(replace(config, **changes), meta)
 
 
-@pytest.mark.parametrize("name", sorted(set(datasets.DATASETS) - {"synthetic"}))
+@pytest.mark.parametrize("name", sorted(set(DATASETS) - {"synthetic"}))
 def test_a_dataset_that_is_absent_says_how_to_get_it(name, tmp_path):
     with pytest.raises(FileNotFoundError, match=rf"download {name}|own photos: .*does not exist"):
         prepare(tiny_config(dataset=name, sigma=5.0), tmp_path, tmp_path / "run")

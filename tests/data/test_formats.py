@@ -11,10 +11,9 @@ from scipy.ndimage import gaussian_filter
 from scipy.sparse import csc_matrix
 
 from mlnet_utils.data.geometry import density_from_points, pixel_indices
-from mlnet_utils.data.photos import Photo
-from mlnet_utils.data.readers.formats import read_cat2000, read_osie
-from mlnet_utils.data.readers.layouts import (
-    NOBODY,
+from mlnet_utils.data.photos import NOBODY, Photo
+from mlnet_utils.data.readers.cat2000 import read_cat2000
+from mlnet_utils.data.readers.files import (
     by_stem,
     check_looked_at,
     check_pairs,
@@ -24,6 +23,7 @@ from mlnet_utils.data.readers.layouts import (
     photo_size,
     read_map,
 )
+from mlnet_utils.data.readers.osie import read_osie
 
 
 # ---- OSIE --------------------------------------------------------------------------------------
@@ -125,7 +125,7 @@ def osie_subject(x, y, durations):
 )
 def test_osie_of_another_structure(osie, content):
     save_mat(osie / "data/eye/fixations.mat", fixations=content)
-    with pytest.raises(ValueError, match=r"fixations.mat is not OSIE's: expected a cell array"):
+    with pytest.raises(ValueError, match=r"fixations.mat is not that of osie: expected a cell"):
         read_osie(osie)
 
 

@@ -7,7 +7,7 @@ import pytest
 from miniatures import save_mat, save_photo, save_recording, truncate
 from PIL import Image
 
-from mlnet_utils.data.readers.layouts import NOBODY
+from mlnet_utils.data.photos import NOBODY
 from mlnet_utils.data.readers.mit1003 import detect_fixations, read_mit1003
 
 LONG = "i1" * 40  # MATLAB cuts names of variables to 63 characters, SciPy's writer to 31

@@ -6,7 +6,7 @@ from miniatures import save_photo, truncate
 from PIL import Image
 
 from mlnet_utils.data.images import read_density
-from mlnet_utils.data.readers.layouts import NOBODY
+from mlnet_utils.data.photos import NOBODY
 from mlnet_utils.data.readers.own import read_folder, read_own
 
 
@@ -72,7 +72,7 @@ def test_faulty_lists(images, tmp_path, text, message):
 def test_more_observers_than_can_be_told_apart(images, tmp_path):
     rows = [f"{stem},1,1,{n}" for stem in ("a", "b", "c.v2") for n in range(32_769)]
     path = write(tmp_path / "f.csv", "\n".join(["image,x,y,observer", *rows]))
-    with pytest.raises(ValueError, match=r"f.csv: 32,769 observers, at most 32,768 can be told"):
+    with pytest.raises(ValueError, match=r"photo a: 32,769 observers, at most 32,768 can be told"):
         read_folder(images, path)
 
 

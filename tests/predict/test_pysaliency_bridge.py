@@ -92,7 +92,7 @@ def test_more_subjects_than_can_be_told_apart(stimuli, tmp_path):
     fixations = pysaliency.Fixations.create_without_history(
         np.full(count, 1.5), np.full(count, 1.5), np.arange(count) % 2, subjects=np.arange(count)
     )
-    with pytest.raises(ValueError, match="pysaliency: 32,769 observers, at most 32,768"):
+    with pytest.raises(ValueError, match="32,769 observers, at most 32,768"):
         from_pysaliency(stimuli, fixations, tmp_path)
 
 

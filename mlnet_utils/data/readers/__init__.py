@@ -1,1 +1,38 @@
-"""One file per data set: its layout on disk and how it becomes photos with fixations."""
+"""One file per dataset: its address, checksum, layout, reader and citation together.
+
+``spec`` has the form of these entries, ``files`` what the readers share. Download and unpacking
+live in ``data.download``; splits and preparation in the room above.
+"""
+
+from mlnet_utils.data.readers import cat2000, eyecrowd, mit1003, osie, own, salicon
+from mlnet_utils.data.readers.spec import UNKNOWN, DatasetSpec
+
+SYNTHETIC = DatasetSpec(
+    "synthetic",
+    "Synthetic stimuli",
+    8.0,
+    UNKNOWN,
+    None,
+    "synthetic",
+    by_hand="`prepare` makes it",
+)
+DATASETS = {
+    spec.name: spec
+    for spec in (
+        *(SYNTHETIC, osie.SPEC, *salicon.SPECS, mit1003.SPEC, cat2000.SPEC, eyecrowd.SPEC),
+        own.SPEC,
+    )
+}
+# Test photos of two benchmarks, for submissions: their fixations are secret, so nothing reads them.
+TEST_PHOTOS = {spec.name: spec for spec in (mit1003.MIT300, cat2000.TEST)}
+
+
+def dataset_spec(name: str) -> DatasetSpec:
+    """Look up a dataset by name.
+
+    Raises:
+        ValueError: unknown name; lists the known ones.
+    """
+    if name not in DATASETS:
+        raise ValueError(f"unknown dataset {name!r}: use one of {', '.join(DATASETS)}")
+    return DATASETS[name]

@@ -11,19 +11,18 @@ from pathlib import Path
 import numpy as np
 
 from mlnet_utils.data.photos import Photo
-from mlnet_utils.data.readers.layouts import (
+from mlnet_utils.data.readers.files import (
     by_stem,
     check_looked_at,
     check_pairs,
-    keep_inside,
     load_mat,
     marked_points,
     named,
     need,
     photo_size,
-    pooled,
     read_map,
 )
+from mlnet_utils.data.readers.spec import UNKNOWN, Archive, DatasetSpec
 from mlnet_utils.runtime import progress
 
 # Parameters of the authors' checkFixations.m.
@@ -60,7 +59,7 @@ def _from_maps(root: Path, photos: dict[str, Path]) -> Iterator[Photo]:
     for stem, path in photos.items():
         size = photo_size(path)
         points = marked_points(read_map(maps[stem]), maps[stem], size)
-        yield pooled(stem, path.relative_to(root).as_posix(), size, points)
+        yield Photo.from_points(stem, path.relative_to(root).as_posix(), size, points)
 
 
 def _from_recordings(root: Path, photos: dict[str, Path]) -> Iterator[Photo]:
@@ -77,35 +76,17 @@ def _from_recordings(root: Path, photos: dict[str, Path]) -> Iterator[Photo]:
                 f"{named(lacking)}; download DATA.zip again"
             )
     for stem, path in photos.items():
-        yield _photo(stem, path, root, [files[stem] for files in recordings])
-
-
-def _photo(stem: str, path: Path, root: Path, recordings: list[Path]) -> Photo:
-    width, height = photo_size(path)
-    points, durations, observers = [], [], []
-    for observer, recording in enumerate(recordings):
-        found, lasting = detect_fixations(_eye_positions(recording))
-        # The authors take floor() of a fixation as the 1-based pixel.
-        points.append(np.floor(found[1:]) - 1)
-        durations.append(lasting[1:])
-        observers.append(np.full(len(found) - 1, observer))
-    kept, observer, duration, dropped = keep_inside(
-        np.concatenate(points).astype(np.float32),
-        height,
-        width,
-        np.concatenate(observers).astype(np.int16),
-        np.concatenate(durations).astype(np.float32),
-    )
-    return Photo(
-        stem=stem,
-        image=path.relative_to(root).as_posix(),
-        width=width,
-        height=height,
-        fixations=kept,
-        observers=observer,
-        durations=duration,
-        dropped=dropped,
-    )
+        size = photo_size(path)
+        found = [detect_fixations(_eye_positions(files[stem])) for files in recordings]
+        # The authors take floor() of a fixation as the 1-based pixel, and leave out the first.
+        yield Photo.from_points(
+            stem,
+            path.relative_to(root).as_posix(),
+            size,
+            np.concatenate([np.floor(points[1:]) - 1 for points, _ in found]),
+            np.repeat(np.arange(len(found)), [len(points) - 1 for points, _ in found]),
+            np.concatenate([durations[1:] for _, durations in found]),
+        )
 
 
 def _eye_positions(path: Path) -> np.ndarray:
@@ -208,3 +189,62 @@ def _merged(saccades: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
     if merged and n - 1 - merged[-1][1] <= SHORTEST_FIXATION:
         merged[-1] = (merged[-1][0], n - 1)
     return merged
+
+
+# ---- the dataset -------------------------------------------------------------------------------
+_ADDRESS = "https://people.csail.mit.edu/tjudd/WherePeopleLook/"
+_FIRST = "i05june05_static_street_boston_p1010764"
+SPEC = DatasetSpec(
+    name="mit1003",
+    title="MIT1003",
+    sigma=24.0,
+    px_per_degree=35.0,
+    read=read_mit1003,
+    folder="mit1003",
+    val=103,
+    test=200,
+    archives=(
+        Archive(
+            name="ALLSTIMULI.zip",
+            into="ALLSTIMULI",
+            holds=(f"{_FIRST}.jpeg",),
+            url=f"{_ADDRESS}ALLSTIMULI.zip",
+            md5="0d7df8b954ecba69b6796e77b9afe4b6",
+            about=235_000_000,
+        ),
+        Archive(
+            name="DATA.zip",
+            into="DATA",
+            holds=("ajs", "hp"),
+            url=f"{_ADDRESS}DATA.zip",
+            md5="ea19d74ad0a0144428c53e9d75c2d71c",
+        ),
+        Archive(
+            name="ALLFIXATIONMAPS.zip",
+            into="ALLFIXATIONMAPS",
+            holds=(f"{_FIRST}_fixMap.jpg",),
+            url=f"{_ADDRESS}ALLFIXATIONMAPS.zip",
+        ),
+    ),
+    citation="T. Judd, K. Ehinger, F. Durand, A. Torralba. Learning to Predict Where Humans Look. "
+    "ICCV 2009.",
+)
+MIT300 = DatasetSpec(
+    name="mit300",
+    title="MIT300",
+    sigma=UNKNOWN,
+    px_per_degree=UNKNOWN,
+    read=None,
+    folder="mit300",
+    archives=(
+        Archive(
+            name="BenchmarkIMAGES.zip",
+            into="BenchmarkIMAGES",
+            holds=("i1.jpg",),
+            url="http://saliency.mit.edu/BenchmarkIMAGES.zip",
+            md5="03ed32bdf5e4289950cd28df89451260",
+        ),
+    ),
+    citation="T. Judd, F. Durand, A. Torralba. A Benchmark of Computational Models of Saliency to "
+    "Predict Human Fixations. MIT Technical Report, 2012.",
+)

@@ -8,19 +8,18 @@ from pathlib import Path
 
 import numpy as np
 
-from mlnet_utils.data.photos import SPLITS, Photo
-from mlnet_utils.data.readers.layouts import (
-    NOBODY,
+from mlnet_utils.data.photos import NOBODY, SPLITS, Photo
+from mlnet_utils.data.readers.files import (
     PHOTO_SUFFIXES,
-    as_observers,
     by_stem,
     check_looked_at,
     check_pairs,
-    keep_inside,
     marked_points,
     photo_size,
     read_map,
+    visible_files,
 )
+from mlnet_utils.data.readers.spec import UNKNOWN, DatasetSpec
 from mlnet_utils.data.truth import density_of
 from mlnet_utils.runtime import progress
 
@@ -87,7 +86,7 @@ def read_folder(
         raise ValueError("own photos: give a fixation list or fixation maps, not both")
     if not (fixations_csv or fixation_maps or density_maps):
         raise ValueError("own photos: give a fixation list, fixation maps or density maps")
-    files = by_stem(_files(images, PHOTO_SUFFIXES), "own photos")
+    files = by_stem(visible_files(images, PHOTO_SUFFIXES), "own photos")
     if not files:
         raise ValueError(f"own photos: {images} holds none of {', '.join(PHOTO_SUFFIXES)}")
     marked = _maps(fixation_maps, files, "fixation maps", FIXATION_SUFFIXES)
@@ -95,32 +94,19 @@ def read_folder(
     rows = _read_csv(Path(fixations_csv), set(files), first_pixel) if fixations_csv else {}
     photos = []
     for stem, path in progress(files.items(), "reading photos", len(files), "photo"):
-        photo = Photo(stem, path.relative_to(images).as_posix(), *photo_size(path))
-        parts = path.relative_to(images).parts
-        photo.split = parts[0] if parts[0] in SPLITS and len(parts) > 1 else ""
-        if stem in drawn:
-            density_of(photo, drawn[stem])  # decoded only to be checked
-            photo.density = Path(os.path.relpath(drawn[stem], images)).as_posix()
+        size, place = photo_size(path), path.relative_to(images)
+        looked = rows.get(stem, (np.zeros((0, 2)),))
         if stem in marked:
-            size = (photo.width, photo.height)
-            points = marked_points(read_map(marked[stem]), marked[stem], size)
-            _look(
-                photo, points, np.full(len(points), NOBODY, np.int16), np.full(len(points), np.nan)
-            )
-        elif rows:
-            _look(photo, *rows[stem])
+            looked = (marked_points(read_map(marked[stem]), marked[stem], size),)
+        split = place.parts[0] if place.parts[0] in SPLITS and len(place.parts) > 1 else ""
+        density = Path(os.path.relpath(drawn[stem], images)).as_posix() if drawn else ""
+        photo = Photo.from_points(
+            stem, place.as_posix(), size, *looked, split=split, density=density
+        )
+        if drawn:
+            density_of(photo, drawn[stem])  # decoded only to be checked
         photos.append(photo)
     return check_looked_at("own photos", photos)
-
-
-def _files(folder: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """Files of these kinds, but for what programs hide: ``._a.jpg``, ``.ipynb_checkpoints/``."""
-    return [
-        path
-        for path in folder.rglob("*")
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
 
 
 def _maps(
@@ -128,19 +114,9 @@ def _maps(
 ) -> dict[str, Path]:
     if not folder:
         return {}
-    maps = by_stem(_files(Path(folder), suffixes), "own photos")
+    maps = by_stem(visible_files(Path(folder), suffixes), "own photos")
     check_pairs("own photos", "photos", files, kind, maps)
     return maps
-
-
-def _look(photo: Photo, points: np.ndarray, observers: np.ndarray, durations: np.ndarray) -> None:
-    photo.fixations, photo.observers, photo.durations, photo.dropped = keep_inside(
-        points.astype(np.float32),
-        photo.height,
-        photo.width,
-        observers,
-        durations.astype(np.float32),
-    )
 
 
 def _read_csv(
@@ -174,6 +150,19 @@ def _read_csv(
     check_pairs("own photos", "photos", stems, f"rows of {path.name}", rows)
     arrays = {stem: np.array(values, np.float64) for stem, values in rows.items()}
     return {
-        stem: (values[:, :2], as_observers(values[:, 2], str(path)), values[:, 3])
+        stem: (values[:, :2], values[:, 2].astype(int), values[:, 3])
         for stem, values in arrays.items()
     }
+
+
+SPEC = DatasetSpec(
+    name="folder",
+    title="Own photos",
+    sigma=UNKNOWN,
+    px_per_degree=UNKNOWN,
+    read=read_own,
+    folder="folder",
+    val=0.1,
+    test=0.2,
+    by_hand="place images/ and fixations.csv, fixation_maps/ or density_maps/",
+)

@@ -6,6 +6,7 @@ score very differently on them, so nothing here reads one without being told whi
 
 import json
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,16 @@ import numpy as np
 
 from mlnet_utils.data.geometry import density_from_points
 from mlnet_utils.data.photos import SPLITS, Photo
-from mlnet_utils.data.readers.layouts import (
+from mlnet_utils.data.readers.files import (
     by_stem,
     check_looked_at,
     check_pairs,
-    keep_inside,
     load_mat,
     named,
     need,
     photo_size,
 )
+from mlnet_utils.data.readers.spec import UNKNOWN, Archive, DatasetSpec
 from mlnet_utils.data.truth import density_of
 from mlnet_utils.runtime import progress
 
@@ -64,14 +65,12 @@ def read_salicon_mat(root: str | Path, edition: str, points: str = "fixations") 
         if drawn:
             check_pairs(f"{dataset} {split}", "photos", files, "density maps", drawn)
         for stem, path in progress(files.items(), f"reading {split}", len(files), "photo"):
-            photo = _photo(path, root, split)
+            size = photo_size(path)
+            workers = [] if split == "test" else _workers(recorded[stem], edition, points, size)
+            density = drawn[stem].relative_to(root).as_posix() if drawn else ""
+            photos.append(_photo(path, root, size, workers, split=split, density=density))
             if drawn:
-                photo.density = drawn[stem].relative_to(root).as_posix()
-                density_of(photo, drawn[stem])  # or an error: training would meet it hours later
-            if split != "test":
-                workers = _workers(recorded[stem], edition, points, (photo.width, photo.height))
-                _look(photo, workers)
-            photos.append(photo)
+                density_of(photos[-1], drawn[stem])  # or an error: training would meet it later
     if not photos:
         raise ValueError(f"{dataset}: {images} holds no photos in train, val or test")
     check_looked_at(dataset, [photo for photo in photos if photo.split != "test"])
@@ -105,14 +104,14 @@ def read_salicon_json(root: str | Path) -> list[Photo]:
                 f"{named(missing)}"
             )
         for stem, entry in progress(entries.items(), f"reading {split}", len(entries), "photo"):
-            photo = _photo(files[stem], root, split)
-            if (photo.width, photo.height) != (entry["width"], entry["height"]):
+            width, height = photo_size(files[stem])
+            if (width, height) != (entry["width"], entry["height"]):
                 raise ValueError(
-                    f"{files[stem]} is {photo.width}x{photo.height}, but {path} says "
+                    f"{files[stem]} is {width}x{height}, but {path} says "
                     f"{entry['width']}x{entry['height']}: get the original photo"
                 )
-            _look(photo, workers[entry["id"]])
-            photos.append(photo)
+            looked = workers[entry["id"]]
+            photos.append(_photo(files[stem], root, (width, height), looked, split=split))
     known = {photo.stem for photo in photos}
     if len(known) < len(photos):
         raise ValueError(f"{dataset}: the files in {root / 'annotations'} share photos; keep one")
@@ -158,18 +157,14 @@ def fit_sigma(photos: list[Photo], root: str | Path, low: float = 2, high: float
     return float(minimize_scalar(distance, bounds=(low, high), options={"xatol": 0.05}).x)
 
 
-def _photo(path: Path, root: Path, split: str) -> Photo:
-    return Photo(path.stem, path.relative_to(root).as_posix(), *photo_size(path), split=split)
-
-
-def _look(photo: Photo, workers: list[np.ndarray]) -> None:
-    """Give a photo the (N, 2) x, y of each worker, 0-based; workers are numbered per photo."""
-    points = np.concatenate([np.zeros((0, 2)), *workers]).astype(np.float32)
+def _photo(
+    path: Path, root: Path, size: tuple[int, int], workers: list[np.ndarray], **rest: str
+) -> Photo:
+    """A photo with the (N, 2) x, y of each worker, 0-based; workers are numbered per photo."""
+    points = np.concatenate([np.zeros((0, 2)), *workers])
     observers = np.repeat(np.arange(len(workers)), [len(worker) for worker in workers])
-    photo.fixations, photo.observers, photo.dropped = keep_inside(
-        points, photo.height, photo.width, observers.astype(np.int16)
-    )
-    photo.durations = np.full(len(photo.fixations), np.nan, np.float32)
+    image = path.relative_to(root).as_posix()
+    return Photo.from_points(path.stem, image, size, points, observers, **rest)
 
 
 def _workers(path: Path, edition: str, points: str, size: tuple[int, int]) -> list[np.ndarray]:
@@ -237,3 +232,61 @@ def _read_annotations(path: Path) -> tuple[dict[str, dict], dict[int, list[np.nd
         for image, by_worker in samples.items()
     }
     return entries, defaultdict(list, workers)
+
+
+# ---- the datasets ------------------------------------------------------------------------------
+def _fixations(edition: str, drive: str, md5: str) -> Archive:
+    return Archive(
+        name=f"fixations-{edition}.zip",
+        into=f"fixations-{edition}",
+        holds=("train", "val"),
+        drive=drive,
+        published="fixations.zip",
+        md5=md5,
+    )
+
+
+_IMAGES = Archive(  # the photos of both editions
+    name="images.zip",
+    into="images",
+    holds=("train", "val", "test"),
+    drive="1g8j-hTT-51IG1UFwP0xTGhLdgIUCW5e5",
+    md5="eb2a1bb706633d1b31fc2e01422c5757",
+    about=3_000_000_000,  # salicon.net says 3.0G
+)
+_MAPS = Archive(  # of 2017; for 2015 none are public
+    name="maps-2017.zip",
+    into="maps-2017",
+    holds=("train", "val"),
+    drive="1PnO7szbdub1559LfjYHMy65EDC4VhJC8",
+    published="maps.zip",
+    about=400_000_000,
+)
+_2017 = _fixations("2017", "1P-jeZXCsjoKO79OhFUgnj6FGcyvmLDPj", "462b70f4f9e8ea446ac628e46cea8d3d")
+_2015 = _fixations("2015", "1WVEiXba-I4GN33f0uUl4KhaN1rK7qzs6", "9a22db9d718200fb90252e5010c004c4")
+_SHARED = {
+    "sigma": 19.0,  # that of the evaluators of 2015; for 2017 it is not stated, see fit_sigma
+    "px_per_degree": UNKNOWN,
+    "citation": "M. Jiang, S. Huang, J. Duan, Q. Zhao. SALICON: Saliency in Context. CVPR 2015.",
+}
+SPECS = (
+    *(
+        DatasetSpec(
+            name=f"salicon-{edition}",
+            title=f"SALICON {edition}",
+            read=partial(read_salicon_mat, edition=edition),
+            folder="salicon",
+            archives=archives,
+            **_SHARED,
+        )
+        for edition, archives in (("2015", (_2015, _IMAGES)), ("2017", (_2017, _MAPS, _IMAGES)))
+    ),
+    DatasetSpec(
+        name="salicon-json",
+        title="SALICON 2014 (JSON, mouse samples)",
+        read=read_salicon_json,
+        folder="salicon_examples",
+        by_hand="place annotations/fixations_<split>.json and the photos below images/",
+        **_SHARED,
+    ),
+)

@@ -1,7 +1,6 @@
-"""What the readers of all datasets share: pairing by stem, files that are damaged, fixation maps.
+"""The files of all datasets: pairing by stem, photos, MATLAB's files, maps of fixated pixels.
 
-Every mismatch is one error with the number of files and the first names. Fixations outside the
-photo are dropped and counted, never an error: trackers and web pages record them.
+Every mismatch is one error with the number of files and the first names.
 """
 
 from collections import defaultdict
@@ -12,9 +11,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlnet_utils.data.geometry import inside
 from mlnet_utils.data.images import blame_file, to_upright
-from mlnet_utils.data.photos import NOBODY, Photo
+from mlnet_utils.data.photos import Photo
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _SIDEWAYS = (
@@ -34,6 +32,21 @@ def need(path: Path, dataset: str) -> Path:
             "there, or set MLNET_DATA to the folder that holds the datasets (see data/README.md)"
         )
     return path
+
+
+def visible_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
+    """Files of these kinds, at any depth, but for what programs hide: ``._a.jpg``, ``.ipynb_...``.
+
+    Args:
+        folder: where to look.
+        suffixes: with their dot, in lower case; those of files may be in capitals.
+    """
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    ]
 
 
 # ---- pairing -----------------------------------------------------------------------------------
@@ -99,27 +112,6 @@ def named(names: Sequence[str]) -> str:
     """The first few names."""
     rest = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def keep_inside(points: np.ndarray, height: int, width: int, *others: np.ndarray):
-    """Drop fixations outside the photo: (points, *others, number dropped)."""
-    keep = inside(points, height, width)
-    return (points[keep], *(other[keep] for other in others), int((~keep).sum()))
-
-
-def as_observers(numbers: np.ndarray, source: str) -> np.ndarray:
-    """Observers' numbers as they are stored: (N,) int16.
-
-    Raises:
-        ValueError: there are more observers than numbers.
-    """
-    most = np.iinfo(np.int16).max
-    if numbers.max(initial=0) > most:
-        raise ValueError(
-            f"{source}: {int(numbers.max()) + 1:,} observers, at most {most + 1:,} can be told "
-            "apart; number those of each photo from the same few, or leave them out"
-        )
-    return numbers.astype(np.int16)
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -214,9 +206,3 @@ def marked_points(values: np.ndarray, path: Path, size: tuple[int, int]) -> np.n
         )
     y, x = np.nonzero(marked)
     return np.stack([x, y], axis=1).astype(np.float32)
-
-
-def pooled(stem: str, image: str, size: tuple[int, int], points: np.ndarray, **rest: Any) -> Photo:
-    """A photo whose fixations are published without observers."""
-    observers = np.full(len(points), NOBODY, np.int16)
-    return Photo(stem, image, *size, fixations=points, observers=observers, **rest)

@@ -1,0 +1,108 @@
+"""CAT2000 (Borji and Itti, 2015): 2000 photos of 1920x1080, 18 observers, 5 s of free viewing.
+
+``trainSet/{Stimuli,FIXATIONLOCS}/<category>/<number>``, 20 categories of 100.
+"""
+
+from pathlib import Path
+
+import numpy as np
+
+from mlnet_utils.data.photos import Photo
+from mlnet_utils.data.readers.files import (
+    by_stem,
+    check_looked_at,
+    check_pairs,
+    load_mat,
+    marked_points,
+    need,
+    photo_size,
+)
+from mlnet_utils.data.readers.spec import UNKNOWN, Archive, DatasetSpec
+from mlnet_utils.runtime import progress
+
+
+def read_cat2000(root: str | Path) -> list[Photo]:
+    """CAT2000's training set in its original layout.
+
+    Numbers repeat across categories, so the stem is ``<category>_<number>``. ``fixLocs`` marks
+    fixated pixels; observers are only in ``allFixData.mat``, a MATLAB object that nothing else
+    reads.
+
+    Raises:
+        FileNotFoundError: a part of the layout is missing.
+        ValueError: photos and maps that do not pair, damaged files, maps of another size.
+    """
+    root = Path(root)
+    stimuli = need(root / "trainSet" / "Stimuli", "cat2000")
+    located = need(root / "trainSet" / "FIXATIONLOCS", "cat2000")
+    photos = []
+    categories = sorted(path.name for path in stimuli.iterdir() if path.is_dir())
+    maps = {path.name for path in located.iterdir() if path.is_dir()}
+    check_pairs("cat2000", f"categories in {stimuli}", categories, f"in {located}", maps)
+    for category in progress(categories, "reading cat2000", unit="category"):
+        # Not recursive: some packings keep saliency maps in a folder Output among the stimuli.
+        files = by_stem((stimuli / category).glob("*.jpg"), "cat2000")
+        points = by_stem((located / category).glob("*.mat"), "cat2000")
+        check_pairs(f"cat2000 {category}", "photos", files, "fixation files", points)
+        for stem, file in files.items():
+            size = photo_size(file)
+            marked = marked_points(_fix_locs(points[stem]), points[stem], size)
+            image = file.relative_to(root).as_posix()
+            photos.append(Photo.from_points(f"{category}_{stem}", image, size, marked))
+    return check_looked_at("cat2000", photos)
+
+
+def _fix_locs(path: Path) -> np.ndarray:
+    values = load_mat(path, "fixLocs")["fixLocs"]
+    if hasattr(values, "toarray"):  # MATLAB's sparse matrices, which suit a map of a few pixels
+        values = values.toarray()
+    if values.dtype.kind not in "buif":
+        raise ValueError(
+            f"{path} is not CAT2000's: expected a matrix `fixLocs` of numbers, got "
+            f"{values.dtype} of shape {values.shape}; download it again"
+        )
+    return values
+
+
+_CITATION = (
+    "A. Borji, L. Itti. CAT2000: A Large Scale Fixation Dataset for Boosting Saliency Research. "
+    "arXiv:1505.03581, 2015."
+)
+SPEC = DatasetSpec(
+    name="cat2000",
+    title="CAT2000",
+    sigma=40.0,
+    px_per_degree=UNKNOWN,
+    read=read_cat2000,
+    folder="cat2000",
+    val=200,
+    test=400,
+    archives=(
+        Archive(
+            name="trainSet.zip",
+            into="trainSet",
+            holds=("Stimuli", "FIXATIONLOCS"),
+            url="http://saliency.mit.edu/trainSet.zip",
+            md5="56ad5c77e6c8f72ed9ef2901628d6e48",
+        ),
+    ),
+    citation=_CITATION,
+)
+TEST = DatasetSpec(
+    name="cat2000-test",
+    title="CAT2000, test photos",
+    sigma=40.0,
+    px_per_degree=UNKNOWN,
+    read=None,
+    folder="cat2000",
+    archives=(
+        Archive(
+            name="testSet.zip",
+            into="testSet",
+            holds=("Stimuli",),
+            url="http://saliency.mit.edu/testSet.zip",
+            md5="903ec668df2e5a8470aef9d8654e7985",
+        ),
+    ),
+    citation=_CITATION,
+)

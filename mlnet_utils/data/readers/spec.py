@@ -1,0 +1,55 @@
+"""The form in which each file of this room states what is known of its dataset."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mlnet_utils.data.photos import Photo
+
+UNKNOWN = float("nan")
+
+
+@dataclass(frozen=True)
+class Archive:
+    """One file at a source, and the folder of the dataset that it becomes.
+
+    Addresses, ids and checksums are those that the sources, pysaliency and the datasets' users
+    publish. Exactly one of ``url`` and ``drive`` is set.
+    """
+
+    name: str  # its file name here, under <folder>/archives
+    into: str  # the folder that it becomes
+    holds: tuple[str, ...]  # files or folders in that folder, by which the archive is recognised
+    url: str = ""
+    drive: str = ""  # id of a file on Google Drive
+    published: str = ""  # its file name at the source, where that differs
+    md5: str = ""  # "" where the source publishes none
+    about: int = 0  # bytes, roughly, where the source says: does the disk have room?
+    known: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of files inside, by path
+
+    @property
+    def names(self) -> set[str]:
+        """File names under which a user may hand it over."""
+        return {self.name, self.published or self.name}
+
+    @property
+    def page(self) -> str:
+        """The address to open in a browser."""
+        return f"https://drive.google.com/file/d/{self.drive}/view" if self.drive else self.url
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """What is known of a dataset."""
+
+    name: str
+    title: str
+    sigma: float  # pixels of the photo that the authors blur fixations with
+    px_per_degree: float  # NaN where it is not published
+    read: Callable[[Path], list[Photo]] | None  # takes the dataset's folder
+    folder: str  # below the data root
+    val: float = 0  # photos of the published split rule, below 1 a share of them;
+    test: float = 0  # 0 = the files have their own split
+    archives: tuple[Archive, ...] = ()
+    by_hand: str = ""  # for a dataset without archives: how it comes into its folder
+    citation: str = ""
