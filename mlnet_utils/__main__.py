@@ -223,7 +223,7 @@ def overrides(pairs: list[str]) -> dict:
 def reproduce(options: argparse.Namespace) -> int:
     from mlnet_utils.running import pipeline
 
-    pipeline.reproduce(
+    folder = pipeline.reproduce(
         options.preset,
         run_dir=run_dir(options.run_dir, options.preset),
         data_root=data_root(options.data_root),
@@ -231,6 +231,9 @@ def reproduce(options: argparse.Namespace) -> int:
         force=options.force,
         stages=_stages(options),
     )
+    from mlnet_utils.experiments import evaluation  # after the run: it imports torch
+
+    print(evaluation.format_table(read_json(folder / "metrics.json", "notebook 03_evaluation")))
     return 0
 
 

@@ -221,7 +221,7 @@ def test_declaration_check_fires():
 # ---- light import, one version -----------------------------------------------------------------
 def test_one_version_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))
-    newest = re.search(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    newest = re.search(r"^## (\d\S*)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
     found = {
         "__init__.py": mlnet_utils.__version__,
         "pyproject.toml": PROJECT["version"],

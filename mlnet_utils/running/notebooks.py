@@ -1,19 +1,19 @@
-"""One notebook: its parameters, its execution on this Python, a copy that is fit for readers."""
+"""A notebook: its parameters, its execution on this Python, an executed copy fit for readers."""
 
 import ast
 import contextlib
 import hashlib
 import json
-import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import nbformat
 import papermill
-from ipykernel.kernelspec import write_kernel_spec
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
@@ -22,58 +22,58 @@ from mlnet_utils.runtime import display_path, write_text
 
 INJECTED_TAG = "injected-parameters"  # papermill's tags
 ERROR_TAG = "papermill-error-cell-tag"
-KERNEL_NAME = "mlnet-this-python"
 KERNEL_START_SECONDS = 180  # a cold file system on a busy machine
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
 class NotebookError(RuntimeError):
-    """A notebook failed; the message names it, the cell and the error."""
+    """A notebook failed; the message names the notebook, the cell and the error."""
+
+
+class ThisPython(AsyncKernelManager):
+    """A kernel of the running interpreter.
+
+    The kernel name ``python3`` may belong to another environment: Jupyter searches a user's
+    kernels before those of the interpreter.
+    """
+
+    def __init__(self, **options: Any):
+        super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **options)
 
 
 # ---- reading -----------------------------------------------------------------------------------
 def parameters_of(path: Path) -> dict[str, Any]:
-    """Name and value of every parameter of a notebook.
+    """Name and value of every parameter of a notebook: the cell tagged ``parameters``.
 
     Raises:
-        ValueError: a value is not a literal, papermill cannot read a line, or the notebook holds
-            a cell of injected parameters.
+        ValueError: the notebook does not have exactly one such cell, a line of the cell is not
+            ``NAME = literal``, or an earlier run has injected a cell of parameters.
     """
-    notebook = nbformat.read(path, as_version=4)
-    if any(INJECTED_TAG in cell.metadata.get("tags", ()) for cell in notebook.cells):
+    cells = nbformat.read(path, as_version=4).cells
+    if any(INJECTED_TAG in cell.metadata.get("tags", ()) for cell in cells):
         raise ValueError(f"{path} holds parameters injected by an earlier run: delete that cell")
+    tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())]
+    if len(tagged) != 1:
+        raise ValueError(f"{path}: {len(tagged)} cells are tagged `parameters`; tag exactly 1")
     values = {}
-    for name, found in papermill.inspect_notebook(_as_template(path)).items():
+    for statement in ast.parse(tagged[0]).body:
         try:
-            values[name] = ast.literal_eval(found["default"])
-        except (ValueError, SyntaxError):
+            (target,) = getattr(statement, "targets", None) or [statement.target]
+            values[target.id] = ast.literal_eval(statement.value)
+        except (AttributeError, ValueError):
             raise ValueError(
-                f"{path}: parameter {name} = {found['default']} is not a literal; a derived value "
-                "would go stale when another one is injected"
+                f"{path}: `{ast.unparse(statement)}` is not NAME = literal; a derived value would "
+                "go stale when another value is injected"
             ) from None
-    assigned = {
-        node.id
-        for cell in notebook.cells
-        if "parameters" in cell.metadata.get("tags", ())
-        for node in ast.walk(ast.parse(cell.source))
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
-    }
-    unread = sorted(assigned - set(values))
-    if unread:
-        raise ValueError(
-            f"{path}: papermill cannot read the parameter {', '.join(unread)}; write one literal "
-            "per line, without another '=' in its comment"
-        )
     return values
 
 
-def _as_template(path: Path) -> str:
-    """papermill takes braces in a path for placeholders."""
-    return str(path).replace("{", "{{").replace("}", "}}")
-
-
 def converted(name: str, value: Any, default: Any) -> Any:
-    """``value`` in the type of the notebook's own value."""
+    """``value`` in the type of the notebook's own value, ``default``.
+
+    Raises:
+        ValueError: the value cannot be read as that type.
+    """
     if isinstance(value, str) and not isinstance(default, str):
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
@@ -87,25 +87,23 @@ def converted(name: str, value: Any, default: Any) -> Any:
 
 
 def source_digest(path: Path) -> str:
-    """Digest of what a notebook says, whatever outputs it was saved with."""
+    """Digest of the cells and tags of a notebook, without outputs."""
     cells = nbformat.read(path, as_version=4).cells
-    said = [[cell.cell_type, cell.source, cell.metadata.get("tags", [])] for cell in cells]
-    return hashlib.sha256(json.dumps(said).encode()).hexdigest()
+    content = [[cell.cell_type, cell.source, cell.metadata.get("tags", [])] for cell in cells]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def machine_paths(path: Path) -> list[str]:
     """Folders of this machine that occur in a notebook's sources or text outputs."""
-    text = "\n".join(_texts(path))
-    folders = {Path.home(), Path.cwd(), Path(sys.prefix), Path(tempfile.gettempdir())}
-    return sorted(str(f) for f in folders if len(f.parts) > 1 and str(f) in text)
-
-
-def _texts(path: Path) -> Iterator[str]:
+    texts = []
     for cell in nbformat.read(path, as_version=4).cells:
-        yield cell.source
+        texts.append(cell.source)
         for output in cell.get("outputs", ()):
-            yield output.get("text", "")
-            yield from (str(v) for k, v in output.get("data", {}).items() if k.startswith("text/"))
+            texts.append(output.get("text", ""))
+            texts += [str(v) for k, v in output.get("data", {}).items() if k.startswith("text/")]
+    folders = {Path.home(), Path.cwd(), Path(sys.prefix), Path(tempfile.gettempdir())}
+    named = [str(folder) for folder in folders if len(folder.parts) > 1]
+    return sorted(folder for folder in named if any(folder in text for text in texts))
 
 
 # ---- executing ---------------------------------------------------------------------------------
@@ -129,10 +127,27 @@ def run_notebook(
     Raises:
         NotebookError: a cell failed, the kernel died, or ``check`` found a fault.
     """
-    failed = target.with_name(f"{target.stem}.failed.ipynb")
+    failed, error = target.with_name(f"{target.stem}.failed.ipynb"), None
     with tempfile.TemporaryDirectory(prefix="mlnet-") as scratch:
         executed = Path(scratch) / "executed.ipynb"
-        error = _execute(source, executed, parameters, Path(scratch))
+        try:
+            papermill.execute_notebook(
+                str(source).replace("{", "{{").replace("}", "}}"),  # placeholders of papermill
+                str(executed),
+                parameters=dict(parameters),
+                kernel_name="python3",
+                language="python",
+                kernel_manager_class=ThisPython,
+                # At its usual level the kernel warns about sockets and about its own shutdown.
+                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+                progress_bar=False,
+                start_timeout=KERNEL_START_SECONDS,
+                stdout_file=sys.stdout,
+                stderr_file=sys.stderr,
+            )
+        # nbclient raises a plain RuntimeError for a kernel that does not start.
+        except (PapermillExecutionError, RuntimeError) as found:
+            error = found
         notebook = nbformat.read(executed, as_version=4)
     problem = _describe(error, notebook) if error else check()
     _clean(notebook)
@@ -142,51 +157,6 @@ def run_notebook(
             f"{source.name}: {problem}\nThe executed copy is {display_path(failed)}"
         ) from error
     failed.unlink(missing_ok=True)
-
-
-def _execute(
-    source: Path, executed: Path, parameters: Mapping[str, Any], scratch: Path
-) -> Exception | None:
-    """Run the notebook; return what stopped it, or None."""
-    with _kernel_of_this_python(scratch) as kernel:
-        try:
-            papermill.execute_notebook(
-                _as_template(source),
-                _as_template(executed),
-                parameters=dict(parameters),
-                kernel_name=kernel,
-                language="python",
-                progress_bar=False,
-                start_timeout=KERNEL_START_SECONDS,
-                stdout_file=sys.stdout,
-                stderr_file=sys.stderr,
-            )
-        # nbclient raises a plain RuntimeError for a kernel that does not start.
-        except (PapermillExecutionError, RuntimeError) as error:
-            return error
-    return None
-
-
-@contextlib.contextmanager
-def _kernel_of_this_python(scratch: Path) -> Iterator[str]:
-    """Register a kernel for the running interpreter, under a name that nobody else uses.
-
-    The name ``python3`` may belong to another environment: a user's own kernels are searched
-    before those of the interpreter.
-    """
-    # At its usual level the kernel warns about local sockets and about its own shutdown.
-    write_kernel_spec(
-        scratch / "kernels" / KERNEL_NAME, extra_arguments=["--IPKernelApp.log_level=CRITICAL"]
-    )
-    before = os.environ.get("JUPYTER_PATH")
-    os.environ["JUPYTER_PATH"] = os.pathsep.join(filter(None, [str(scratch), before]))
-    try:
-        yield KERNEL_NAME
-    finally:
-        if before is None:
-            del os.environ["JUPYTER_PATH"]
-        else:
-            os.environ["JUPYTER_PATH"] = before
 
 
 def _describe(error: Exception, notebook: NotebookNode) -> str:

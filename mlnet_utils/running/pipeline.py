@@ -1,8 +1,8 @@
 """Run the numbered notebooks in order with papermill; publish only what succeeded.
 
 A stage is one notebook and the files it promises. The pipeline knows stages and paths, and nothing
-about saliency: what a stage computes is written in its notebook, how one is executed in
-``execution``. Needs the extra ``notebooks`` (``pip install "mlnet-utils[notebooks]"``).
+about saliency: the computations of a stage are written in its notebook. Needs the extra
+``notebooks`` (``pip install "mlnet-utils[notebooks]"``).
 """
 
 import functools
@@ -81,7 +81,7 @@ def reproduce(
     force: bool = False,
     stages: Sequence[Stage] = STAGES,
 ) -> Path:
-    """Run every stage whose inputs have changed, in order, and print where the results are.
+    """Run every stage with changed inputs, in order, and print the folder of the results.
 
     A stage is skipped when its notebook, its parameters, the preset's content, the package and
     the records of the stages before it are what they were at its last success, and the files it
@@ -109,71 +109,65 @@ def reproduce(
         NotebookError: a stage failed, or did not write what it promised.
     """
     config = load_config(preset)
-    folder = resolve_run_dir(run_dir, preset)
+    folder, data_folder = resolve_run_dir(run_dir, preset), resolve_data_root(data_root)
     if config.start_from:  # its SHA-256 is an input too
         from mlnet_utils.model.checkpoints import with_start
 
         config = with_start(config, folder / "checkpoints")
     # Folders that a notebook finds by itself are not injected: they would only put this machine's
     # paths into the executed copies.
-    wanted = {"PRESET": str(preset)}
+    own = {"PRESET": str(preset)}
     if folder.resolve() != resolve_run_dir("", preset).resolve():
-        wanted["RUN_DIR"] = str(folder.resolve())
-    data_folder = resolve_data_root(data_root)
+        own["RUN_DIR"] = str(folder.resolve())
     if data_folder.resolve() != resolve_data_root().resolve():
-        wanted["DATA_ROOT"] = str(data_folder.resolve())
+        own["DATA_ROOT"] = str(data_folder.resolve())
     sources = _sources(notebooks_dir, stages)
-    injections = _injections(sources, wanted, dict(parameters or {}))
+    injections = _injections(sources, own, parameters or {})
 
     folder.mkdir(parents=True, exist_ok=True)
     state = _read_state(folder)
     weights = Path(backbone_file(config)).expanduser()
-    inputs = {
+    shared = {
         "preset": _digest(config.to_dict()),
         "package": f"{__version__} {_package_digest()}",
         "data folder": str(data_folder.resolve()),
         WEIGHTS: sha256_file(weights) if weights.is_file() else None,
     }
     started = time.monotonic()
-    for number, stage in enumerate(stages, start=1):
-        label = f"[{number}/{len(stages)}] {stage.name}"
-        stage_inputs = {
-            **inputs,
+    for number, stage in enumerate(stages):
+        label = f"[{number + 1}/{len(stages)}] {stage.name}"
+        inputs = {
+            **shared,
             "notebook": source_digest(sources[stage.name]),
             "parameters": injections[stage.name],
-            "earlier records": {
-                earlier.name: sha256_file(folder / earlier.record)
-                for earlier in stages[: number - 1]
-            },
+            "earlier records": _records(folder, stages[:number]),
         }
-        changed = _changed(stage, state, stage_inputs)
-        reason = "forced" if force else _reason_to_run(folder, stage, state, changed)
+        inputs = json.loads(json.dumps(inputs))  # as the state file will hold them
+        done = state.get(stage.name)
+        reason = "forced" if force else _reason_to_run(folder, stage, done, inputs)
         if not reason:
             print(f"{label}: unchanged, skipped", flush=True)
             continue
         print(f"{label}: running ({reason})", flush=True)
-        if stage.resumes and (force or _other_weights(stage, state, stage_inputs)):
+        if stage.resumes and (force or (done and _other_weights(done, inputs))):
             _set_aside(folder / stage.resumes)
         # Forgotten before it starts: a stage that is interrupted or fails counts as not done.
         state.pop(stage.name, None)
         write_json(folder / STATE_FILE, state)
+        (folder / stage.record).unlink(missing_ok=True)
         stage_started = time.monotonic()
-        before = _identity(folder / stage.record)
         run_notebook(
             sources[stage.name],
             _executed(folder, stage),
             injections[stage.name],
-            check=functools.partial(_broken_promise, folder, stage, before),
+            check=functools.partial(_broken_promise, folder, stage),
         )
-        seconds = time.monotonic() - stage_started
-        state[stage.name] = {
-            "inputs": stage_inputs,
-            "outputs": _output_digests(folder, stage),
-            "seconds": round(seconds, 1),
-        }
+        seconds = round(time.monotonic() - stage_started, 1)
+        outputs = _output_digests(folder, stage)
+        state[stage.name] = {"inputs": inputs, "outputs": outputs, "seconds": seconds}
         write_json(folder / STATE_FILE, state)
         print(f"{label}: done in {seconds:.1f} s", flush=True)
-    print(f"Finished in {time.monotonic() - started:.1f} s.\n\n{_summary(folder, stages)}")
+    print(f"Finished in {time.monotonic() - started:.1f} s; results: {display_path(folder)}")
     return folder
 
 
@@ -201,8 +195,13 @@ def publish(
     state = _read_state(run_dir)
     copies: list[tuple[Path, Path]] = []
     for index, stage in enumerate(stages):
+        if stage.name not in state:
+            raise PublishError(
+                f"not published: {stage.name} has not succeeded in {display_path(run_dir)}"
+            )
         target = repository / "notebooks" / f"{stage.name}.ipynb"
-        problem = _publish_problem(run_dir, stage, stages[:index], state, target)
+        earlier = stages[:index]
+        problem = _publish_problem(run_dir, stage, earlier, state[stage.name], target)
         if problem:
             raise PublishError(f"not published: {stage.name} {problem}")
         copies.append((_executed(run_dir, stage), target))
@@ -214,38 +213,24 @@ def publish(
     return [target for _, target in copies]
 
 
-def score_table(metrics: Mapping[str, Any]) -> str:
-    """The scores of a ``metrics.json`` as aligned text, one model per line."""
-    rows = metrics["rows"]
-    names = list(rows[0]["metrics"]) if rows else []
-    title = f"{metrics['dataset']}, mean per photo"
-    width = max(len(name) for name in (title, *(row["model"] for row in rows)))
-    lines = [f"{title:<{width}}" + "".join(f"{name:>10}" for name in names)]
-    for row in rows:
-        means = [row["metrics"].get(name, {}).get("mean") for name in names]
-        cells = "".join(f"{'-' if mean is None else format(mean, '.3f'):>10}" for mean in means)
-        lines.append(f"{row['model']:<{width}}" + cells)
-    return "\n".join(lines)
-
-
 # ---- before anything runs ----------------------------------------------------------------------
 def _sources(notebooks_dir: str | Path, stages: Sequence[Stage]) -> dict[str, Path]:
-    default = (checkout_root() or Path.cwd()) / "notebooks"
-    root = Path(notebooks_dir) if str(notebooks_dir) else default
+    """Path of every stage's notebook; raises FileNotFoundError if one is missing."""
+    root = Path(str(notebooks_dir) or (checkout_root() or Path.cwd()) / "notebooks")
     sources = {stage.name: root / f"{stage.name}.ipynb" for stage in stages}
-    for path in sources.values():
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"notebook {path} is missing: run from a checkout of the repository, or say where "
-                "the notebooks are"
-            )
+    missing = [str(path) for path in sources.values() if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(
+            f"missing: {', '.join(missing)}; run from a checkout of the repository, or name the "
+            "folder of the notebooks"
+        )
     return sources
 
 
 def _injections(
     sources: Mapping[str, Path], own: Mapping[str, str], extra: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Per notebook, the parameters whose values differ from those the notebook has anyway.
+    """Per notebook, the parameters that differ from the notebook's own values.
 
     papermill itself only warns about unknown parameters and goes on with the defaults.
     """
@@ -254,21 +239,17 @@ def _injections(
         missing = [key for key in OWN_PARAMETERS if key not in known]
         if missing:
             raise ValueError(f"notebook {name} has no parameter {', '.join(missing)}")
-    reserved = sorted(set(extra) & set(OWN_PARAMETERS))
-    if reserved:
-        raise ValueError(f"set {', '.join(reserved)} through preset, run_dir and data_root")
-    everything = {key for known in defaults.values() for key in known}
-    unknown = sorted(set(extra) - everything)
+    free = sorted({key for known in defaults.values() for key in known} - set(OWN_PARAMETERS))
+    unknown = sorted(set(extra) - set(free))
     if unknown:
-        choices = ", ".join(sorted(everything - set(OWN_PARAMETERS))) or "none"
-        raise ValueError(f"no notebook has a parameter {', '.join(unknown)}; there are: {choices}")
+        raise ValueError(
+            f"parameters {', '.join(unknown)}: the notebooks have {', '.join(free) or 'none'}; "
+            f"{', '.join(OWN_PARAMETERS)} are set through preset, run_dir and data_root"
+        )
     result = {}
     for name, known in defaults.items():
-        values = {
-            key: converted(key, value, known[key])
-            for key, value in {**own, **extra}.items()
-            if key in known
-        }
+        wanted = {key: value for key, value in {**own, **extra}.items() if key in known}
+        values = {key: converted(key, value, known[key]) for key, value in wanted.items()}
         result[name] = {key: value for key, value in values.items() if value != known[key]}
     return result
 
@@ -284,6 +265,11 @@ def _package_digest() -> str:
     files = sorted(here.parent.rglob("*.py"))
     used = [f for f in files if f.parent != here and f.name != "__main__.py"]
     return _digest({f.relative_to(here.parent).as_posix(): sha256_file(f) for f in used})
+
+
+def _records(folder: Path, stages: Sequence[Stage]) -> dict[str, str]:
+    """Digest of every stage's record."""
+    return {stage.name: sha256_file(folder / stage.record) for stage in stages}
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -302,30 +288,29 @@ def _output_digests(folder: Path, stage: Stage) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in found}
 
 
-def _changed(stage: Stage, state: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[str]:
-    """The inputs that are not what they were at the stage's last success."""
-    then = state.get(stage.name, {"inputs": inputs})["inputs"]
-    return [key for key in inputs if _digest(inputs[key]) != _digest(then.get(key))]
-
-
-def _other_weights(stage: Stage, state: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
-    """Whether the stage started from other weights: a training only notices other settings."""
-    then = state.get(stage.name, {"inputs": {}})["inputs"]
-    return WEIGHTS in then and then[WEIGHTS] != inputs[WEIGHTS]  # early versions did not note them
+def _touched(folder: Path, stage: Stage, done: Mapping[str, Any]) -> list[str]:
+    """The files of a stage that are not as it left them."""
+    now, then = _output_digests(folder, stage), done["outputs"]
+    return sorted(path for path in then if now.get(path) != then[path])
 
 
 def _reason_to_run(
-    folder: Path, stage: Stage, state: Mapping[str, Any], changed: Sequence[str]
+    folder: Path, stage: Stage, done: Mapping[str, Any] | None, inputs: Mapping[str, Any]
 ) -> str:
-    """Why the stage must run, or ``""`` where it need not."""
-    done = state.get(stage.name)
+    """The reason why a stage must run, or ``""`` where it need not."""
     if done is None:
         return "not done yet"
+    changed = [key for key in inputs if inputs[key] != done["inputs"].get(key)]
     if changed:
         return f"changed: {', '.join(changed)}"
-    now = _output_digests(folder, stage)
-    touched = sorted(path for path in done["outputs"] if now.get(path) != done["outputs"][path])
+    touched = _touched(folder, stage, done)
     return f"changed or missing since: {', '.join(touched)}" if touched else ""
+
+
+def _other_weights(done: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
+    """True where a stage started from other weights: a training only notices other settings."""
+    # Early versions did not note the weights.
+    return done["inputs"].get(WEIGHTS, inputs[WEIGHTS]) != inputs[WEIGHTS]
 
 
 def _set_aside(folder: Path) -> None:
@@ -338,53 +323,25 @@ def _set_aside(folder: Path) -> None:
 
 
 # ---- after a stage -----------------------------------------------------------------------------
-def _identity(path: Path) -> tuple[int, int] | None:
-    """Changes whenever a file is rewritten, even with the same content."""
-    return (path.stat().st_mtime_ns, path.stat().st_ino) if path.is_file() else None
-
-
-def _broken_promise(folder: Path, stage: Stage, before: tuple[int, int] | None) -> str:
-    """What a stage that ran to its end did not write, or ``""``."""
-    for pattern in stage.outputs:
-        if not any(path.is_file() and path.stat().st_size for path in folder.glob(pattern)):
-            return f"ran to its end without writing {pattern} into {display_path(folder)}"
-    if _identity(folder / stage.record) in (None, before):
-        return f"ran to its end without writing its record {stage.record}"
-    return ""
-
-
-def _summary(folder: Path, stages: Sequence[Stage]) -> str:
-    lines = [f"Executed notebooks  {display_path(folder / 'notebooks')}"]
-    metrics = folder / "metrics.json"
-    if metrics.is_file():
-        lines.append(f"Scores              {display_path(metrics)}")
-    if (folder / "figures").is_dir():
-        lines.append(f"Figures             {display_path(folder / 'figures')}")
-    if metrics.is_file():
-        lines += ["", score_table(read_json(metrics, f"notebook {stages[-1].name}"))]
-    return "\n".join(lines)
+def _broken_promise(folder: Path, stage: Stage) -> str:
+    """The files that a stage did not write, as a sentence, or ``""``."""
+    missing = [
+        pattern
+        for pattern in (*stage.outputs, stage.record)
+        if not any(path.is_file() and path.stat().st_size for path in folder.glob(pattern))
+    ]
+    if not missing:
+        return ""
+    return f"ran to its end without writing {', '.join(missing)} into {display_path(folder)}"
 
 
 def _publish_problem(
-    folder: Path,
-    stage: Stage,
-    earlier: Sequence[Stage],
-    state: Mapping[str, Any],
-    target: Path,
+    folder: Path, stage: Stage, earlier: Sequence[Stage], done: Mapping[str, Any], target: Path
 ) -> str:
-    """Why a stage's notebook must not be published, or ``""``."""
-    if stage.name not in state:
-        return f"has not succeeded in {display_path(folder)}"
-    done = state[stage.name]
-    now = {
-        **_output_digests(folder, stage),
-        **{e.record: sha256_file(folder / e.record) for e in earlier},
-    }
-    then = {
-        **done["outputs"],
-        **{f"{name}.json": digest for name, digest in done["inputs"]["earlier records"].items()},
-    }
-    stale = sorted(path for path in then if then[path] != now.get(path))
+    """The reason why a stage's notebook must not be published, or ``""``."""
+    records, then = _records(folder, earlier), done["inputs"]["earlier records"]
+    stale = _touched(folder, stage, done)
+    stale += [f"{name}.json" for name in records if records[name] != then.get(name)]
     if stale:
         return f"is out of date: {', '.join(stale)} changed since it ran"
     if not target.is_file() or source_digest(target) != done["inputs"]["notebook"]:

@@ -13,12 +13,11 @@ from mlnet_utils.data.photos import NOBODY, read_prepared
 
 nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
 
-from jupyter_client.manager import KernelManager  # noqa: E402
 from nbclient import NotebookClient  # noqa: E402
 from papermill.iorw import load_notebook_node  # noqa: E402
 from papermill.parameterize import parameterize_notebook  # noqa: E402
 
-from mlnet_utils.running.notebooks import _kernel_of_this_python  # noqa: E402
+from mlnet_utils.running.notebooks import ThisPython  # noqa: E402
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "01_data_preparation.ipynb"
 SIZES = ((64, 48), (48, 80), (37, 37))  # landscape, portrait, odd
@@ -30,16 +29,12 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def client(tmp_path_factory):
     """One kernel for all: starting one takes longer than the notebook does."""
-    folder = tmp_path_factory.mktemp("kernel")
-    with _kernel_of_this_python(folder) as name:
-        manager = KernelManager(kernel_name=name)
-        client = NotebookClient(
-            nbformat.v4.new_notebook(), km=manager, timeout=300, startup_timeout=180,
-            resources={"metadata": {"path": str(folder)}},
-        )  # fmt: skip
-        client.execute(cleanup_kc=False)
+    client = NotebookClient(
+        nbformat.v4.new_notebook(), kernel_manager_class=ThisPython, timeout=300,
+        startup_timeout=180, resources={"metadata": {"path": str(tmp_path_factory.mktemp("k"))}},
+    )  # fmt: skip
+    with client.setup_kernel():
         yield client
-        manager.shutdown_kernel(now=True)
 
 
 @pytest.fixture
