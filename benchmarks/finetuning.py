@@ -19,8 +19,9 @@ import pandas as pd
 
 from mlnet_utils.config import PRESETS, Config, load_config
 from mlnet_utils.data import datasets
-from mlnet_utils.experiments.evaluation import TestSet, summarise
+from mlnet_utils.experiments.evaluation import TestSet
 from mlnet_utils.metrics.protocols import METRICS
+from mlnet_utils.metrics.summary import summarise
 from mlnet_utils.model import checkpoints
 from mlnet_utils.predict.predictor import load
 from mlnet_utils.runtime import data_root, display_path, progress, sha256_file

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 from torch import Tensor
 
 from mlnet_utils import metrics
@@ -25,6 +26,7 @@ from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers.osie import read_osie
 from mlnet_utils.experiments.evaluation import protocol_truth
 from mlnet_utils.metrics import baselines
+from mlnet_utils.metrics.summary import format_table
 from mlnet_utils.runtime import data_root, progress, versions, write_json
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -100,11 +102,11 @@ def number(value: float) -> float | str:
 def table(by_variant: dict[str, dict[str, np.ndarray]]) -> str:
     """Markdown: one row per protocol, one column per metric; infinities stay in the mean."""
     names = [*metrics.METRICS, "AUC-Judd", "AUC-Borji", "sAUC-grid"]
-    lines = ["| protocol | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for variant, columns in by_variant.items():
-        cells = [f"{columns[name].mean():.3f}" if name in columns else "–" for name in names]
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    means = {
+        variant: {name: column.mean() for name, column in columns.items()}
+        for variant, columns in by_variant.items()
+    }
+    return format_table(pd.DataFrame(means, index=names).T.rename_axis("protocol"))
 
 
 def main() -> None:

@@ -231,9 +231,9 @@ def reproduce(options: argparse.Namespace) -> int:
         force=options.force,
         stages=_stages(options),
     )
-    from mlnet_utils.experiments import evaluation  # after the run: it imports torch
+    from mlnet_utils.metrics.summary import score_table  # after the run: it imports torch
 
-    print(evaluation.format_table(read_json(folder / "metrics.json", "notebook 03_evaluation")))
+    print(score_table(read_json(folder / "metrics.json", "notebook 03_evaluation")))
     return 0
 
 
@@ -293,11 +293,12 @@ def train(options: argparse.Namespace) -> int:
 
 def evaluate(options: argparse.Namespace) -> int:
     from mlnet_utils.experiments import evaluation
+    from mlnet_utils.metrics.summary import score_table
 
     folder = run_dir(options.run_dir, options.preset)
     report = evaluation.evaluate(folder, options.checkpoint, options.split, options.protocol)
     if os.environ.get("RANK", "0") == "0":  # of several processes one reports
-        print(evaluation.format_table(report))
+        print(score_table(report))
     return 0
 
 

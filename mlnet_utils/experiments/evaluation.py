@@ -23,8 +23,9 @@ from mlnet_utils.data.images import read_density, read_image
 from mlnet_utils.data.photos import Photo, read_prepared
 from mlnet_utils.data.truth import photo_density
 from mlnet_utils.metrics import baselines
-from mlnet_utils.metrics.bootstrap import summarise
 from mlnet_utils.metrics.protocols import METRICS, PROTOCOLS, score_all
+from mlnet_utils.metrics.summary import score_table as format_table  # noqa: F401 (notebook 03)
+from mlnet_utils.metrics.summary import summarise
 from mlnet_utils.predict.predictor import MODEL, Predictor, load
 from mlnet_utils.runtime import (
     display_path,
@@ -294,31 +295,6 @@ def long_table(report: dict) -> pd.DataFrame:
         for row in report["rows"]
         for metric, values in row["metrics"].items()
     ).astype({"mean": float, "low": float, "high": float})
-
-
-def format_table(report: dict) -> str:
-    """The score table as Markdown, with intervals and with what was left out, if anything was."""
-    lines = [
-        f"| {report['dataset']}, {report['split']} | " + " | ".join(METRICS) + " |",
-        "|---" * (len(METRICS) + 1) + "|",
-    ]
-    notes = []
-    if not report["fixations"]:
-        notes.append(
-            "AUC, sAUC, NSS and IG need fixations, and these photos have density maps only"
-        )
-    for row in report["rows"]:
-        cells = []
-        for metric, v in row["metrics"].items():
-            if v["mean"] is None:
-                cells.append("–")
-                continue
-            cells.append(f"{v['mean']:.3f} [{v['low']:.3f}, {v['high']:.3f}]")
-            for kind in ("skipped", "infinite"):
-                if v[kind]:
-                    notes.append(f"{row['model']}, {metric}: {v[kind]} photos {kind}")
-        lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, *(["", "; ".join(notes)] if notes else [])])
 
 
 def explained_information(report: dict) -> dict[str, float]:

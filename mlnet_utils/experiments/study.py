@@ -16,10 +16,10 @@ from scipy.ndimage import gaussian_filter
 
 from mlnet_utils.data.geometry import density_from_points
 from mlnet_utils.data.photos import read_prepared
-from mlnet_utils.experiments.evaluation import TestSet, summarise
+from mlnet_utils.experiments.evaluation import TestSet
 from mlnet_utils.experiments.sweep import Grid
-from mlnet_utils.metrics.bootstrap import bootstrap_interval
 from mlnet_utils.metrics.protocols import METRICS, cc
+from mlnet_utils.metrics.summary import bootstrap_interval, summarise
 from mlnet_utils.runtime import progress
 
 REFERENCE = "reference"

@@ -26,6 +26,7 @@ from mlnet_utils.config import Config, load_config
 from mlnet_utils.data import datasets
 from mlnet_utils.experiments import dispatch, evaluation
 from mlnet_utils.metrics.protocols import METRICS
+from mlnet_utils.metrics.summary import format_table
 from mlnet_utils.model import checkpoints
 from mlnet_utils.runtime import display_path, read_json, write_text
 from mlnet_utils.training import trainer
@@ -371,11 +372,11 @@ def summary(folder: str | Path) -> str:
     table = pd.read_csv(Path(folder) / TABLE)
     if table.empty:
         return "no training has finished"
-    means = table.groupby("cell", sort=False)[list(METRICS)].mean().round(3)
+    means = table.groupby("cell", sort=False)[list(METRICS)].mean()
     means.insert(0, "seeds", table.groupby("cell", sort=False).size())
     photos = pd.read_csv(Path(folder) / PER_IMAGE, dtype={"stem": str})
     endless = np.isinf(photos[list(METRICS)]).groupby([photos["cell"], photos["stem"]]).any()
     counts = endless.groupby("cell").sum().add_suffix(" infinite")  # with any seed, as in `study`
     means = means.join(counts.loc[:, counts.any()])
     title = ", ".join(table[["dataset", "split"]].iloc[0])
-    return f"{title}\n{means.to_string()}\n\n{display_path(Path(folder) / TABLE)}"
+    return f"{title}\n{format_table(means)}\n\n{display_path(Path(folder) / TABLE)}"

@@ -47,7 +47,7 @@ def test_every_cell_and_seed_gets_a_run_and_a_row(tmp_path):
     assert len(photos) == 4 * 6
     mean = photos.groupby(["cell", "seed"], sort=False)["CC"].mean()
     assert mean.to_list() == pytest.approx(table["CC"].to_list())
-    assert "Three levels      2" in sweep.summary(tmp_path)
+    assert "| Three levels | 2 " in sweep.summary(tmp_path)
 
 
 def test_what_is_done_is_not_done_again_and_the_rest_is(tmp_path):
@@ -170,9 +170,9 @@ def test_photos_whose_score_is_infinite_are_counted(tmp_path):
     assert not {f"{metric} infinite" for metric in METRICS if metric != "IG"} & set(table)
     lines = sweep.summary(tmp_path).splitlines()
     assert lines[0] == "synthetic, test"
-    assert lines[1].endswith("IG infinite")
-    assert lines[4].split()[0] == "b"
-    assert lines[4].split()[-1] == "2"  # photos, as `study` counts them
+    assert lines[1].endswith("| IG infinite |")
+    assert lines[4].split()[1] == "b"
+    assert lines[4].split()[-2] == "2"  # photos, as `study` counts them
     every = pd.read_csv(tmp_path / sweep.PER_IMAGE, dtype={"stem": str})
     judged = study.compare(every, ["b"], resamples=10).set_index("metric")
     assert judged.loc["IG", "infinite"] == 2
