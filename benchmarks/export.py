@@ -122,7 +122,7 @@ def main() -> None:
     if not options.smoke:
         content = {
             "checkpoint": display_path(checkpoint),
-            "dataset": data.meta["title"],
+            "dataset": data.prepared.meta["title"],
             "backbone": config.backbone,
             "size": [config.height, config.width],
             "split": options.split,

@@ -154,7 +154,7 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
     if not options.smoke:
         content = {
             "dataset": "osie",
-            "photos": test.meta["photos"],
+            "photos": test.prepared.meta["photos"],
             "size": [own.height, own.width],
             "batch": own.batch_size,
             "protocol": "mit300",

@@ -21,7 +21,7 @@ from PIL import Image
 
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.data.datasets import EpochSampler, SaliencyDataset, make_loader
-from mlnet_utils.data.photos import Photo
+from mlnet_utils.data.photos import Photo, Prepared
 from mlnet_utils.runtime import cpu_count
 
 HEIGHT, WIDTH, FIXATIONS, SIGMA = 480, 640, 460, 19.0
@@ -52,12 +52,17 @@ def resident() -> int:
     return int(path.read_text().split()[1]) * 4096 if path.exists() else 0
 
 
+def prepared(photos: list[Photo], folder: Path) -> Prepared:
+    """The photos of a folder, as data that are ready for training."""
+    return Prepared(folder, photos, {"root": ".", "sigma_px": SIGMA})
+
+
 def load(photos: list[Photo], folder: Path, config: Config, workers: int) -> float:
     """Photos per second over one pass, without the first batches.
 
     Those are not timed that the workers load ahead while the first is waited for.
     """
-    dataset = SaliencyDataset(photos, folder, config, SIGMA, augment=True)
+    dataset = SaliencyDataset(prepared(photos, folder), "train", config, augment=True)
     batches = EpochSampler(len(photos), config.batch_size, seed=0, shuffle=True)
     loader = iter(make_loader(dataset, batches, workers))
     for _ in range(1 + 2 * workers):
@@ -70,7 +75,7 @@ def load(photos: list[Photo], folder: Path, config: Config, workers: int) -> flo
 
 def memory_over_an_epoch(photos: list[Photo], folder: Path, config: Config) -> list[dict]:
     """Resident memory of the loading process, ten times in a pass over all photos."""
-    dataset = SaliencyDataset(photos, folder, config, SIGMA, augment=True)
+    dataset = SaliencyDataset(prepared(photos, folder), "train", config, augment=True)
     batches = EpochSampler(len(photos), config.batch_size, seed=0, shuffle=True)
     rows, seen, step = [], 0, len(photos) // 10
     for batch in make_loader(dataset, batches, workers=0):

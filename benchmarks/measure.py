@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from mlnet_utils.config import Config
-from mlnet_utils.data.photos import Photo, write_prepared
+from mlnet_utils.data.photos import Photo, Prepared
 from mlnet_utils.runtime import cpu_count, sha256_file, versions, write_json
 from mlnet_utils.training.optimization import make_accelerator
 from mlnet_utils.training.trainer import Trainer
@@ -67,7 +67,8 @@ def make_trainer(config: Config, folder: Path) -> Trainer:
                 sha256=sha256_file(folder / name),
             )
         )
-    write_prepared(folder / "run" / "data", photos, {"root": str(folder), "sigma_px": 20.0})
+    meta = {"root": str(folder), "sigma_px": 20.0}
+    Prepared(folder / "run" / "data", photos, meta).write()
     trainer = Trainer(config, folder / "run", make_accelerator(config))
     trainer.wrapped.train()
     return trainer

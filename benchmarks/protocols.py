@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mlnet_utils import metrics
 from mlnet_utils.data.geometry import density_from_points
-from mlnet_utils.data.photos import Photo
+from mlnet_utils.data.photos import Photo, Prepared
 from mlnet_utils.data.readers.osie import read_osie
 from mlnet_utils.experiments.evaluation import protocol_truth
 from mlnet_utils.metrics import baselines
@@ -54,10 +54,11 @@ def eight_bit(prediction: Tensor) -> Tensor:
 def score(photo: Photo, prediction: Tensor, others, centre: Tensor, protocol: str) -> dict:
     """All metrics of one prediction under one protocol, with the protocol's own ground truth."""
     extra = {"mit300": ["AUC-Judd", "AUC-Borji"], "salicon": ["sAUC-grid"], "salicon2015": []}
+    osie = Prepared(data_root() / "osie", [photo], {"root": ".", "sigma_px": SIGMA})
     defined = [name for name in metrics.METRICS if protocol in metrics.FORMULAS[name].sums]
     return metrics.score_all(
         prediction[None],
-        **protocol_truth(photo, others, data_root() / "osie", SIGMA, protocol),
+        **protocol_truth(photo, others, osie, protocol),
         baseline=centre[None],
         protocol=protocol,
         metrics=defined + extra[protocol],

@@ -265,11 +265,12 @@ def prepare(options: argparse.Namespace) -> int:
 
     folder = run_dir(options.run_dir, options.preset) / "data"
     if options.check:
-        _, meta = photos.read_prepared(folder)
-        problems = photos.check_prepared(folder, datasets.photo_root(folder, meta))
-        print("\n".join(problems) or f"{sum(meta['photos'].values())} photos are as prepared")
+        prepared = photos.Prepared.read(folder)
+        problems = prepared.check()
+        print("\n".join(problems) or f"{len(prepared.photos)} photos are as prepared")
         return 1 if problems else 0
-    _, meta = datasets.prepare(load_config(options.preset), data_root(options.data_root), folder)
+    config = load_config(options.preset)
+    meta = datasets.prepare(config, data_root(options.data_root), folder).meta
     print(f"{meta['title']}: {meta['photos']}, {meta['fixations']} fixations, in {folder}")
     return 0
 

@@ -69,8 +69,6 @@ class Config:
     patience: int = 5  # code: epochs without a better validation loss; 0 = never stop early
     ema_decay: float = 0.0  # exponential moving average of the weights, 0 = none
     flip: float = 0.0  # probability of mirroring photo and fixations together
-    jitter: float = 0.0  # strength of brightness, contrast and saturation changes
-    crop: float = 0.0  # largest share of each side that a random crop removes
 
     # ---- engine (changes speed and memory, not what is learned)
     precision: str = "fp32"  # code: Theano in float32; "auto", "fp32", "bf16" or "fp16"
@@ -114,7 +112,7 @@ class Config:
         for name in _NOT_NEGATIVE:
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"config: {name}={getattr(self, name)} must be finite, 0 or more")
-        for name in ("dropout", "flip", "ema_decay", "crop", "warmup"):
+        for name in ("dropout", "flip", "ema_decay", "warmup"):
             if not 0 <= getattr(self, name) < 1 and not (name == "flip" and self.flip == 1):
                 raise ValueError(f"config: {name}={getattr(self, name)} must be in [0, 1)")
         for name in ("micro_batch", "workers", "fold"):
@@ -159,7 +157,7 @@ class Config:
 _NOT_NEGATIVE = (
     *("limit", "train_limit", "patience", "seed", "bootstrap"),
     *("sigma", "lr", "backbone_lr_scale", "lr_decay", "momentum", "weight_decay"),
-    *("clip_norm", "jitter"),
+    "clip_norm",
 )
 
 CHOICES = {
@@ -179,6 +177,10 @@ ENGINE_FIELDS = (
     *("workers", "cache", "checkpoint_every", "bootstrap"),
     *("test_flip", "test_scales", "protocol"),
 )
+
+# Keys that earlier checkpoints hold, with the values that change nothing. Both changed the photos
+# of a training, so that predictions do not depend on them.
+RETIRED = {"jitter": 0.0, "crop": 0.0}
 
 _DENSITY = {
     "head": "density",
@@ -341,15 +343,19 @@ def load_config(preset: str | Path = "sample", **overrides: Any) -> Config:
             f"config: backbone_weights={values['backbone_weights']!r} and start_from exclude each "
             "other: a checkpoint holds all weights, the backbone's too; set one of them"
         )
-    return from_dict(values)
+    return _strict(values)
 
 
 def from_dict(values: dict[str, Any]) -> Config:
-    """Rebuild a configuration that :meth:`Config.to_dict` wrote.
+    """Rebuild a configuration that :meth:`Config.to_dict` wrote, in this version or before.
 
     Raises:
         ValueError: unknown key, wrong type or value out of range.
     """
+    return _strict({key: value for key, value in values.items() if key not in RETIRED})
+
+
+def _strict(values: dict[str, Any]) -> Config:
     unknown = sorted(set(values) - FIELDS)
     if unknown:
         raise ValueError(f"unknown configuration key {', '.join(unknown)}; known: {sorted(FIELDS)}")

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from mlnet_utils.config import Config, load_config
-from mlnet_utils.data.photos import Photo, write_prepared
+from mlnet_utils.data.photos import Photo, Prepared
 from mlnet_utils.runtime import sha256_file
 
 SPLIT_SIZES = {"train": 10, "val": 5, "test": 4}
@@ -102,7 +102,7 @@ def prepare_run(folder: Path, photos: list[Photo], root: Path) -> Path:
         "fixations": sum(len(photo.fixations) for photo in photos),
         "dropped_outside": 0,
     }
-    write_prepared(folder / "data", photos, meta)
+    Prepared(folder / "data", photos, meta).write()
     return folder
 
 

@@ -33,6 +33,7 @@ def test_every_preset_is_valid_and_survives_a_round_trip(name):
     config = load_config(name)
     assert config.preset == name
     assert from_dict(config.to_dict()) == config
+    assert from_dict({**config.to_dict(), "crop": 0.1}) == config  # of an earlier checkpoint
 
 
 def test_overrides_change_one_key_and_none_keeps_the_preset():
@@ -56,6 +57,8 @@ def test_unknown_preset_and_unknown_keys_are_errors():
         load_config("tiny", epoch=None)
     with pytest.raises(ValueError, match="unknown configuration key momentun"):
         from_dict({**Config().to_dict(), "momentun": 1})
+    with pytest.raises(ValueError, match="crop"):
+        load_config("paper", crop=0.1)
 
 
 @pytest.mark.parametrize(

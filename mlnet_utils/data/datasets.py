@@ -7,34 +7,29 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mlnet_utils.config import Config
 from mlnet_utils.data import synthetic
-from mlnet_utils.data.geometry import Letterbox, inside, letterbox, pixel_indices
+from mlnet_utils.data.geometry import Letterbox, counts_on_grid, letterbox
 from mlnet_utils.data.images import read_image
-from mlnet_utils.data.photos import SPLITS, Photo, with_hashes, write_prepared
+from mlnet_utils.data.photos import SPLITS, Photo, Prepared
 from mlnet_utils.data.readers import DATASETS, dataset_spec
 from mlnet_utils.data.splits import first, split_photos
-from mlnet_utils.data.truth import grid_density
 from mlnet_utils.runtime import cpu_count, progress, versions
 
 NEEDS_POINTS = re.compile(r"\b(ce|nss)\b")  # losses that a density map cannot serve
 
 
 # ---- preparation -------------------------------------------------------------------------------
-def prepare(config: Config, data_root: Path, folder: Path) -> tuple[list[Photo], dict]:
+def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
     """Read a dataset, split it, hash its files, and write the prepared folder.
 
     Args:
         config: names the dataset, the fold and the limit.
         data_root: folder of the raw datasets (not written to).
         folder: the prepared folder to write; synthetic photos are made inside it.
-
-    Returns:
-        The photos and the contents of ``meta.json``.
 
     Raises:
         FileNotFoundError: a part of the dataset is missing; says how to get it.
@@ -66,7 +61,7 @@ def prepare(config: Config, data_root: Path, folder: Path) -> tuple[list[Photo],
                 "mlnet, kl, cc or sim"
             )
         photos = [
-            with_hashes(photo, root)
+            photo.with_hashes(root)
             for photo in progress(photos, f"indexing {spec.name}", unit="photo")
         ]
     if config.train_limit:
@@ -83,8 +78,9 @@ def prepare(config: Config, data_root: Path, folder: Path) -> tuple[list[Photo],
         "dropped_outside": sum(p.dropped for p in photos),
         "versions": versions(),
     }
-    write_prepared(folder, photos, meta)
-    return photos, meta
+    prepared = Prepared(folder, photos, meta)
+    prepared.write()
+    return prepared
 
 
 def sample_counts(config: Config) -> dict[str, int]:
@@ -118,11 +114,6 @@ def check_same_data(config: Config, meta: dict) -> None:
         )
 
 
-def photo_root(folder: Path, meta: dict) -> Path:
-    """The folder that the photos' paths are relative to."""
-    return folder if meta["root"] == "." else Path(meta["root"])
-
-
 # ---- photos to tensors -------------------------------------------------------------------------
 class SaliencyDataset(Dataset):
     """Photos letterboxed to the network's input, densities and fixations on its output grid.
@@ -132,11 +123,19 @@ class SaliencyDataset(Dataset):
     distributed run sees exactly the same data.
     """
 
-    def __init__(
-        self, photos: list[Photo], root: Path, config: Config, sigma: float, augment: bool
-    ):
-        self.photos, self.root, self.config, self.sigma = photos, root, config, sigma
-        self.augment = augment
+    def __init__(self, prepared: Prepared, split: str, config: Config, augment: bool = False):
+        """
+        Args:
+            prepared: the data.
+            split: which of its photos.
+            config: input size, probability of mirroring, seed, and whether items are kept.
+            augment: mirror photos at random.
+
+        Raises:
+            ValueError: the split is empty.
+        """
+        self.prepared, self.config, self.augment = prepared, config, augment
+        self.photos = prepared.split(split)
         self.cached: dict[int, Tensor] = {}
         self.truths: dict[int, tuple[Tensor, Tensor]] = {}
         # (photo, mirrored) -> features to give instead of the photo, see features.FeatureCache
@@ -146,25 +145,27 @@ class SaliencyDataset(Dataset):
         return len(self.photos)
 
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Tensor]:
+        """A photo with its ground truth on the grid of (h, w) cells.
+
+        Returns:
+            ``image`` (3, height, width) uint8, or ``features`` (C, h, w) where these are cached;
+            ``density`` (1, h, w) float32 that sums to 1; ``fixations`` (1, h, w) float32, counts;
+            ``index``, the photo's place in ``photos``.
+
+        Raises:
+            FileNotFoundError, ValueError: a file is missing, damaged, or has changed its size.
+        """
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        photo = self.photos[index]
-        box = Letterbox(photo.height, photo.width, self.config.height, self.config.width)
-        image = None if self.features else self.image(index)
-        points, zoom = photo.fixations, 1.0
         rng = np.random.default_rng([self.config.seed, epoch, index])
-        if self.augment and self.config.crop:
-            image, points, zoom = _crop(image, points, box, self.config.crop, rng)
-        density, counts = self._truth(index, points, box, zoom)
         mirrored = bool(self.augment and rng.random() < self.config.flip)
+        density, counts = self._truth(index)
         if mirrored:
             density, counts = density.flip(-1), counts.flip(-1)
         if self.features:
-            seen = {"features": self.features(photo, mirrored)}
+            seen = {"features": self.features(self.photos[index], mirrored)}
         else:
-            image = image.flip(-1) if mirrored else image
-            if self.augment and self.config.jitter:
-                image = _jitter(image, self.config.jitter, rng)
-            seen = {"image": image}
+            image = self.image(index)
+            seen = {"image": image.flip(-1) if mirrored else image}
         return {
             **seen,
             "density": density[None],
@@ -172,17 +173,15 @@ class SaliencyDataset(Dataset):
             "index": torch.tensor(index),
         }
 
-    def _truth(
-        self, index: int, points: np.ndarray, box: Letterbox, zoom: float
-    ) -> tuple[Tensor, Tensor]:
-        """Density and fixation counts on the grid; kept, when asked, for photos not cropped."""
-        photo, grid = self.photos[index], self.config.grid
-        whole = points is photo.fixations
-        if whole and index in self.truths:
+    def _truth(self, index: int) -> tuple[Tensor, Tensor]:
+        """(h, w) float32 density and fixation counts on the grid."""
+        if index in self.truths:
             return self.truths[index]
-        density = grid_density(photo, self.root, box, grid, self.sigma * zoom, points).float()
-        found = density, _counts_on_grid(points, box, grid)
-        if whole and self.config.cache:
+        photo, grid = self.photos[index], self.config.grid
+        box = Letterbox(photo.height, photo.width, self.config.height, self.config.width)
+        density = self.prepared.grid_density(photo, box, grid).float()
+        found = density, counts_on_grid(photo.fixations, box, grid).float()
+        if self.config.cache:
             self.truths[index] = found
         return found
 
@@ -195,7 +194,7 @@ class SaliencyDataset(Dataset):
         if index in self.cached:
             return self.cached[index]
         photo = self.photos[index]
-        image = read_image(self.root / photo.image)
+        image = read_image(self.prepared.root / photo.image)
         if tuple(image.shape[1:]) != (photo.height, photo.width):
             raise ValueError(
                 f"{photo.image} is {image.shape[2]}x{image.shape[1]}, but was "
@@ -206,56 +205,6 @@ class SaliencyDataset(Dataset):
         if self.config.cache:
             self.cached[index] = image
         return image
-
-
-def _counts_on_grid(points: np.ndarray, box: Letterbox, grid: tuple[int, int]) -> Tensor:
-    """(h, w) float32: fixations per grid cell of the letterboxed photo."""
-    x, y = pixel_indices(points).T
-    column = ((x + 0.5) * box.content_width / box.photo_width + box.left) * grid[1] / box.width
-    row = ((y + 0.5) * box.content_height / box.photo_height + box.top) * grid[0] / box.height
-    flat = row.astype(int).clip(0, grid[0] - 1) * grid[1] + column.astype(int).clip(0, grid[1] - 1)
-    counts = np.bincount(flat, minlength=grid[0] * grid[1]).reshape(grid)
-    return torch.from_numpy(counts).float()
-
-
-def _crop(
-    image: Tensor, points: np.ndarray, box: Letterbox, largest: float, rng: np.random.Generator
-) -> tuple[Tensor, np.ndarray, float]:
-    """Crop a letterboxed photo and enlarge the rest to the same size, fixations included.
-
-    The share that is cut off each side's length takes one of five values up to ``largest``, so
-    that only as many blur matrices are needed. A crop that would lose every fixation is refused.
-
-    Returns:
-        The image, the fixations that remain (photo coordinates) and the enlargement.
-    """
-    share = largest * rng.integers(5) / 4
-    rows, columns = round(box.content_height * (1 - share)), round(box.content_width * (1 - share))
-    top = rng.integers(box.content_height - rows + 1)
-    left = rng.integers(box.content_width - columns + 1)
-    scale = np.array([box.photo_width / box.content_width, box.photo_height / box.content_height])
-    zoom = np.array([box.content_width / columns, box.content_height / rows])
-    moved = ((points + 0.5 - np.array([left, top]) * scale) * zoom - 0.5).astype(np.float32)
-    kept = moved[inside(moved, box.photo_height, box.photo_width)]
-    if share == 0 or not len(kept):
-        return image, points, 1.0
-    image = image.clone()
-    content = image[
-        :, box.top : box.top + box.content_height, box.left : box.left + box.content_width
-    ]
-    window = content[None, :, top : top + rows, left : left + columns].float()
-    content.copy_(F.interpolate(window, size=content.shape[1:], mode="bilinear")[0].round())
-    return image, kept, 1 / (1 - share)
-
-
-def _jitter(image: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
-    """Random brightness, contrast and saturation, each by a factor in 1 +- strength."""
-    from torchvision.transforms.v2 import functional as tv
-
-    low, high = 1 - strength, 1 + strength
-    for change in (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation):
-        image = change(image, rng.uniform(low, high))
-    return image
 
 
 class EpochSampler(Sampler):

@@ -311,3 +311,18 @@ def map_on_grid(density: Tensor, box: Letterbox, grid: tuple[int, int]) -> Tenso
     rows = spread_matrix(box.photo_height, box.height, box.content_height, box.top, grid[0])
     columns = spread_matrix(box.photo_width, box.width, box.content_width, box.left, grid[1])
     return rows @ density @ columns.T
+
+
+def counts_on_grid(points: np.ndarray, box: Letterbox, grid: tuple[int, int]) -> Tensor:
+    """(h, w) int64: fixations per cell of a coarse grid over the letterboxed photo.
+
+    Args:
+        points: (N, 2) x, y, 0-based, inside the photo.
+        box: the photo's letterbox.
+        grid: rows and columns.
+    """
+    x, y = pixel_indices(points).T
+    column = ((x + 0.5) * box.content_width / box.photo_width + box.left) * grid[1] / box.width
+    row = ((y + 0.5) * box.content_height / box.photo_height + box.top) * grid[0] / box.height
+    flat = row.astype(int).clip(0, grid[0] - 1) * grid[1] + column.astype(int).clip(0, grid[1] - 1)
+    return torch.from_numpy(np.bincount(flat, minlength=grid[0] * grid[1]).reshape(grid))

@@ -1,8 +1,8 @@
-"""One record per photo, and the prepared folder: index, fixations, provenance.
+"""Photos with their fixations, and the prepared folder that every stage after the first reads.
 
-Raw data is never changed. Notebook 01 reads it once and writes a *prepared* folder that every
-later stage reads: ``index.jsonl`` (one line per photo), ``fixations.npz`` (all the points) and
-``meta.json`` (dataset, edition, sigma, counts, split rule, versions).
+Raw data is never changed. Notebook 01 reads it once and writes a prepared folder:
+``index.jsonl`` (one line per photo), ``fixations.npz`` (all the points) and ``meta.json``
+(dataset, edition, sigma, counts, split rule, versions).
 """
 
 import hashlib
@@ -10,11 +10,21 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 from zipfile import BadZipFile
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from mlnet_utils.data.geometry import inside
+from mlnet_utils.data.geometry import (
+    Letterbox,
+    density_from_points,
+    density_on_grid,
+    inside,
+    map_on_grid,
+)
+from mlnet_utils.data.images import read_density
 from mlnet_utils.runtime import (
     atomic_path,
     progress,
@@ -25,17 +35,15 @@ from mlnet_utils.runtime import (
 )
 
 SPLITS = ("train", "val", "test")
-NOBODY = -1  # observer of fixations that are published without theirs, and without an order
+NOBODY = -1  # observer of fixations that are published without observers, and without an order
 MADE_BY = "notebook 01_data_preparation"
 INDEX_FILES = ("index.jsonl", "fixations.npz")
-COLUMNS = (
-    *("stem", "image", "width", "height", "split", "density", "sha256"),
-    *("fixations", "observers", "dropped"),
+COLUMNS = ("stem", "image", "width", "height", "split", "density", "sha256")  # of the index
+ARRAYS = (  # of fixations.npz: key, attribute of a photo, type
+    ("points", "fixations", np.float32),
+    ("observers", "observers", np.int16),
+    ("durations", "durations", np.float32),
 )
-
-
-def _empty_points() -> np.ndarray:
-    return np.zeros((0, 2), np.float32)
 
 
 @dataclass
@@ -63,7 +71,7 @@ class Photo:
     width: int
     height: int
     split: str = ""
-    fixations: np.ndarray = field(default_factory=_empty_points)
+    fixations: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.float32))
     observers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int16))
     durations: np.ndarray | None = None
     density: str = ""
@@ -134,148 +142,220 @@ class Photo:
         observers = np.unique(self.observers)
         return observers[observers != NOBODY]
 
+    def with_hashes(self, root: Path) -> "Photo":
+        """The record with the SHA-256 of its files, which lie below ``root``."""
+        density = sha256_file(root / self.density) if self.density else ""
+        return replace(self, sha256=sha256_file(root / self.image), density_sha256=density)
 
-def with_hashes(photo: Photo, root: Path) -> Photo:
-    """The record with the SHA-256 of its files, which lie below ``root``."""
-    density = sha256_file(root / photo.density) if photo.density else ""
-    return replace(photo, sha256=sha256_file(root / photo.image), density_sha256=density)
+    def read_density(self, root: str | Path) -> Tensor:
+        """(H, W) float64 that sums to 1: the photo's density map, which lies below ``root``.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the map is damaged, no density, or of another size than the photo.
+        """
+        path = Path(root) / self.density
+        density = read_density(path)
+        if tuple(density.shape) != (self.height, self.width):
+            raise ValueError(
+                f"density map {path} is {density.shape[1]}x{density.shape[0]}, but its photo is "
+                f"{self.width}x{self.height}: make it again at the photo's size"
+            )
+        return density
 
 
-def write_prepared(folder: str | Path, photos: list[Photo], meta: dict) -> None:
-    """Write the prepared folder; ``meta.json`` last, so that its presence means complete.
+@dataclass(frozen=True)
+class Prepared:
+    """A dataset that is ready for training and evaluation.
 
-    Raises:
-        ValueError: there are no photos, or two share a stem.
+    The ground truth of a photo is its blurred fixations, or its density map where it has no
+    fixations. Fixations come first, because metrics and several losses need points, and because
+    blurring them is exact where a published map is rounded to 8 bits.
+
+    Attributes:
+        folder: the prepared folder.
+        photos: all photos, in the order of the index.
+        meta: contents of ``meta.json``.
     """
-    folder = Path(folder)
-    if not photos:
-        raise ValueError(f"there are no photos to write into {folder}")
-    twice = [stem for stem, n in Counter(photo.stem for photo in photos).items() if n > 1]
-    if twice:
-        raise ValueError(
-            f"{len(twice)} photos share their stem with another ({', '.join(sorted(twice)[:5])}): "
-            "pairing is by stem, so every stem must be unique; rename the files"
-        )
-    (folder / "meta.json").unlink(missing_ok=True)
-    lines = [
-        json.dumps(
-            {
-                "stem": photo.stem,
-                "image": photo.image,
-                "width": photo.width,
-                "height": photo.height,
-                "split": photo.split,
-                "density": photo.density,
-                "sha256": photo.sha256,
-                # Only where there is a map: it is part of what a training's data are known by.
-                **({"density_sha256": photo.density_sha256} if photo.density_sha256 else {}),
-                "fixations": len(photo.fixations),
-                "observers": len(photo.known_observers),
-                "dropped": photo.dropped,
-            }
-        )
-        for photo in photos
-    ]
-    write_text(folder / "index.jsonl", "\n".join(lines) + "\n")
-    with atomic_path(folder / "fixations.npz") as temporary:
-        np.savez_compressed(
-            temporary,
-            offsets=np.cumsum([0] + [len(photo.fixations) for photo in photos]),
-            points=np.concatenate([photo.fixations for photo in photos]).astype(np.float32),
-            observers=np.concatenate([photo.observers for photo in photos]).astype(np.int16),
-            durations=np.concatenate([photo.durations for photo in photos]).astype(np.float32),
-        )
-    files = {name: sha256_file(folder / name) for name in INDEX_FILES}
-    write_json(folder / "meta.json", {**meta, "files": files})
 
+    folder: Path
+    photos: list[Photo]
+    meta: dict[str, Any]
 
-def read_prepared(folder: str | Path) -> tuple[list[Photo], dict]:
-    """Read what :func:`write_prepared` wrote.
+    @property
+    def root(self) -> Path:
+        """The folder that the photos' paths are relative to."""
+        return self.folder if self.meta["root"] == "." else Path(self.meta["root"])
 
-    Raises:
-        FileNotFoundError: the folder is missing or incomplete; names what makes it.
-        ValueError: index and fixations are damaged or do not belong together.
-    """
-    folder = Path(folder)
-    meta = read_json(folder / "meta.json", MADE_BY)
-    for name in INDEX_FILES:
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder / name} is missing: run {MADE_BY} again")
-    try:
-        lines = (folder / "index.jsonl").read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) for line in lines]
-        lacking = sorted({key for row in rows for key in COLUMNS if key not in row})
-        if lacking:
-            raise KeyError(f"rows without {', '.join(lacking)}")
-        with np.load(folder / "fixations.npz", allow_pickle=False) as arrays:
-            points, observers = arrays["points"], arrays["observers"]
-            durations, offsets = arrays["durations"], arrays["offsets"]
-    except (ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
-        raise ValueError(
-            f"{folder}: index.jsonl or fixations.npz is damaged ({error}); run {MADE_BY} again"
-        ) from error
-    counted = [row["fixations"] for row in rows]
-    lengths = {int(offsets[-1]), *map(len, (points, observers, durations))}
-    if counted != np.diff(offsets).tolist() or len(lengths) > 1:
-        raise ValueError(f"{folder}: index.jsonl and fixations.npz disagree; run {MADE_BY} again")
-    photos = [
-        Photo(
-            stem=row["stem"],
-            image=row["image"],
-            width=row["width"],
-            height=row["height"],
-            split=row["split"],
-            fixations=points[start:stop],
-            observers=observers[start:stop],
-            durations=durations[start:stop],
-            density=row["density"],
-            sha256=row["sha256"],
-            density_sha256=row.get("density_sha256", ""),
-            dropped=row["dropped"],
-        )
-        for row, start, stop in zip(rows, offsets[:-1], offsets[1:], strict=True)
-    ]
-    return photos, meta
+    @property
+    def sigma(self) -> float:
+        """Blur of the fixations, in pixels of the photo."""
+        return self.meta["sigma_px"]
 
+    def split(self, name: str) -> list[Photo]:
+        """The photos of one split.
 
-def prepared_digest(folder: str | Path) -> str:
-    """SHA-256 over everything in a prepared folder that decides what is learned from it."""
-    folder = Path(folder)
-    sigma = read_json(folder / "meta.json", MADE_BY)["sigma_px"]
-    parts = [sha256_file(folder / name) for name in INDEX_FILES]
-    return hashlib.sha256(" ".join([*parts, repr(float(sigma))]).encode()).hexdigest()
+        Raises:
+            ValueError: there are none.
+        """
+        photos = [photo for photo in self.photos if photo.split == name]
+        if not photos:
+            raise ValueError(
+                f"the prepared data in {self.folder} have no {name} photos: add some to the "
+                "dataset and prepare it again"
+            )
+        return photos
 
+    # ---- ground truth --------------------------------------------------------------------------
+    def density(
+        self, photo: Photo, sigma: float | None = None, device: torch.device | str = "cpu"
+    ) -> Tensor:
+        """(H, W) float64 density at the photo's size; zero where nothing is known of the photo.
 
-def check_prepared(folder: str | Path, root: str | Path) -> list[str]:
-    """Re-verify a prepared dataset against its files.
+        Args:
+            photo: with fixations, a density map, both, or neither (its truth is secret).
+            sigma: blur of the fixations, in pixels of the photo; None = the dataset's.
+            device: where the density is made.
 
-    Returns:
-        One sentence per photo, density map or file of the index that is missing or has changed
-        since preparation; empty if none. The files that fixations were read from are not looked
-        at: what was in them is in the index.
-    """
-    photos, meta = read_prepared(folder)
-    problems = [
-        f"{Path(folder) / name} has changed since preparation (SHA-256 differs)"
-        for name, digest in meta.get("files", {}).items()
-        if sha256_file(Path(folder) / name) != digest
-    ]
-    for photo in progress(photos, "checking photos", unit="photo"):
-        files = [(photo.image, photo.sha256)]
-        files += [(photo.density, photo.density_sha256)] if photo.density else []
-        for name, digest in files:
-            path = Path(root) / name
+        Raises:
+            FileNotFoundError, ValueError: see :meth:`Photo.read_density`.
+        """
+        if photo.density and not len(photo.fixations):
+            return photo.read_density(self.root).to(device)
+        sigma = self.sigma if sigma is None else sigma
+        return density_from_points(photo.fixations, photo.height, photo.width, sigma, device)
+
+    def grid_density(self, photo: Photo, box: Letterbox, grid: tuple[int, int]) -> Tensor:
+        """(h, w) float64: the same density on the grid that covers the letterboxed photo.
+
+        Args:
+            photo: see :meth:`density`.
+            box: the photo's letterbox.
+            grid: rows and columns.
+
+        Raises:
+            FileNotFoundError, ValueError: see :meth:`Photo.read_density`.
+        """
+        if photo.density and not len(photo.fixations):
+            return map_on_grid(photo.read_density(self.root), box, grid)
+        return density_on_grid(photo.fixations, box, grid, self.sigma)
+
+    # ---- the folder ----------------------------------------------------------------------------
+    def write(self) -> None:
+        """Write the folder; ``meta.json`` last, so that its presence means complete.
+
+        Raises:
+            ValueError: there are no photos, or two share a stem.
+        """
+        if not self.photos:
+            raise ValueError(f"there are no photos to write into {self.folder}: add some")
+        counts = Counter(photo.stem for photo in self.photos)
+        twice = sorted(stem for stem, n in counts.items() if n > 1)
+        if twice:
+            raise ValueError(
+                f"{len(twice)} photos share their stem with another ({', '.join(twice[:5])}): "
+                "pairing is by stem, so every stem must be unique; rename the files"
+            )
+        (self.folder / "meta.json").unlink(missing_ok=True)
+        lines = [json.dumps(_row(photo)) + "\n" for photo in self.photos]
+        write_text(self.folder / "index.jsonl", "".join(lines))
+        arrays = {"offsets": np.cumsum([0] + [len(photo.fixations) for photo in self.photos])}
+        for key, name, dtype in ARRAYS:
+            values = [getattr(photo, name) for photo in self.photos]
+            arrays[key] = np.concatenate(values).astype(dtype)
+        with atomic_path(self.folder / "fixations.npz") as temporary:
+            np.savez_compressed(temporary, **arrays)
+        files = {name: sha256_file(self.folder / name) for name in INDEX_FILES}
+        write_json(self.folder / "meta.json", {**self.meta, "files": files})
+
+    @classmethod
+    def read(cls, folder: str | Path) -> "Prepared":
+        """Read a prepared folder.
+
+        Raises:
+            FileNotFoundError: the folder is missing or incomplete; names what makes it.
+            ValueError: index and fixations are damaged or do not belong together.
+        """
+        folder = Path(folder)
+        meta = read_json(folder / "meta.json", MADE_BY)
+        for name in INDEX_FILES:
+            if not (folder / name).is_file():
+                raise FileNotFoundError(f"{folder / name} is missing: run {MADE_BY} again")
+        try:
+            lines = (folder / "index.jsonl").read_text(encoding="utf-8").splitlines()
+            rows = [json.loads(line) for line in lines]
+            with np.load(folder / "fixations.npz", allow_pickle=False) as stored:
+                arrays = {name: stored[key] for key, name, _ in ARRAYS}
+                offsets = stored["offsets"]
+            counted = [row["fixations"] for row in rows]
+            known = [
+                {
+                    **{key: row[key] for key in (*COLUMNS, "dropped")},
+                    "density_sha256": row.get("density_sha256", ""),
+                }
+                for row in rows
+            ]
+        except (ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
+            raise ValueError(
+                f"{folder}: index.jsonl or fixations.npz is damaged ({error!r}); run {MADE_BY} "
+                "again"
+            ) from error
+        lengths = {int(offsets[-1]), *map(len, arrays.values())}
+        if counted != np.diff(offsets).tolist() or len(lengths) > 1:
+            raise ValueError(
+                f"{folder}: index.jsonl and fixations.npz disagree; run {MADE_BY} again"
+            )
+        photos = [
+            Photo(**values, **{name: array[start:stop] for name, array in arrays.items()})
+            for values, start, stop in zip(known, offsets[:-1], offsets[1:], strict=True)
+        ]
+        return cls(folder, photos, meta)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over all of the folder that decides what is learned from it."""
+        parts = [sha256_file(self.folder / name) for name in INDEX_FILES]
+        return hashlib.sha256(" ".join([*parts, repr(float(self.sigma))]).encode()).hexdigest()
+
+    def check(self) -> list[str]:
+        """Compare the folder and the dataset's files with their hashes.
+
+        Returns:
+            One sentence per photo, density map or file of the index that is missing or has
+            changed since preparation; empty if none. The files that fixations were read from are
+            left out: their content is in the index.
+        """
+        files = [
+            (name, self.folder / name, digest)
+            for name, digest in self.meta.get("files", {}).items()
+        ]
+        for photo in self.photos:
+            files.append((photo.stem, self.root / photo.image, photo.sha256))
+            if photo.density:
+                files.append((photo.stem, self.root / photo.density, photo.density_sha256))
+        problems = []
+        for name, path, digest in progress(files, "checking files", unit="file"):
             if not path.is_file():
-                problems.append(f"{photo.stem}: {path} is missing")
+                problems.append(f"{name}: {path} is missing")
             elif digest and sha256_file(path) != digest:
-                problems.append(
-                    f"{photo.stem}: {path} has changed since preparation (SHA-256 differs)"
-                )
-    return problems
+                problems.append(f"{name}: {path} has changed since preparation (SHA-256 differs)")
+        return problems
+
+
+def _row(photo: Photo) -> dict[str, Any]:
+    """A photo's line in the index."""
+    return {
+        **{key: getattr(photo, key) for key in COLUMNS},
+        # Only where there is a map: the index is part of the digest that a training's data have.
+        **({"density_sha256": photo.density_sha256} if photo.density_sha256 else {}),
+        "fixations": len(photo.fixations),
+        "observers": len(photo.known_observers),
+        "dropped": photo.dropped,
+    }
 
 
 def fixation_statistics(photos: list[Photo], px_per_degree: float | None = None) -> dict:
-    """What the statistics figure of notebook 01 shows.
+    """Numbers of fixations and saccade amplitudes, for the figure of notebook 01.
 
     Args:
         photos: records whose fixations are in viewing order within each observer.

@@ -22,7 +22,7 @@ from scipy.special import ndtr
 
 from mlnet_utils.data.geometry import pixel_indices
 from mlnet_utils.data.photos import SPLITS, Photo
-from mlnet_utils.runtime import progress, sha256_file
+from mlnet_utils.runtime import progress
 
 HEIGHT, WIDTH = 240, 320
 OBSERVERS, FIXATIONS = 15, 10  # per photo; fixations per observer on average
@@ -199,24 +199,12 @@ def write_sample(
         points, observers = draw_fixations(stimulus, rng)
         stem = f"{split}_{number:04d}"
         image, density = f"images/{stem}.png", f"densities/{stem}.npz"
-        # Plain writes, a third of the time of atomic ones: photos.write_prepared puts the index
+        # Plain writes, a third of the time of atomic ones: Prepared.write puts the index
         # that declares them complete last. Compressing harder would also save little.
         Image.fromarray(stimulus.image).save(folder / image, compress_level=1)
         np.savez(folder / density, density=stimulus.density.astype(np.float32))
-        photos.append(
-            Photo(
-                stem=stem,
-                image=image,
-                width=width,
-                height=height,
-                split=split,
-                fixations=points,
-                observers=observers,
-                density=density,
-                sha256=sha256_file(folder / image),
-                density_sha256=sha256_file(folder / density),
-            )
-        )
+        photo = Photo(stem, image, width, height, split, points, observers, density=density)
+        photos.append(photo.with_hashes(folder))
     return photos
 
 

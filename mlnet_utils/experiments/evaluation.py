@@ -17,11 +17,9 @@ from accelerate.utils import gather_object
 from scipy.ndimage import gaussian_filter, shift
 from torch import Tensor
 
-from mlnet_utils.data.datasets import photo_root
 from mlnet_utils.data.geometry import fixation_counts, pixel_indices
-from mlnet_utils.data.images import read_density, read_image
-from mlnet_utils.data.photos import Photo, read_prepared
-from mlnet_utils.data.truth import photo_density
+from mlnet_utils.data.images import read_image
+from mlnet_utils.data.photos import Photo, Prepared
 from mlnet_utils.metrics import baselines
 from mlnet_utils.metrics.protocols import METRICS, PROTOCOLS, score_all
 from mlnet_utils.metrics.summary import score_table as format_table  # noqa: F401 (notebook 03)
@@ -70,18 +68,13 @@ class TestSet:
     __test__ = False  # not a pytest class
 
     def __init__(self, run_dir: Path, split: str):
-        folder = run_dir / "data"
-        photos, self.meta = read_prepared(folder)
-        self.root = photo_root(folder, self.meta)
-        self.sigma = self.meta["sigma_px"]
-        self.photos = [photo for photo in photos if photo.split == split]
-        if not self.photos:
-            raise ValueError(f"the prepared data in {folder} have no {split} photos")
-        train = [photo for photo in photos if photo.split == "train"]
+        self.prepared = Prepared.read(run_dir / "data")
+        self.photos = self.prepared.split(split)
+        train = self.prepared.split("train")
         if any(len(photo.fixations) for photo in train):
             self.centre_bias = baselines.CentreBias.fit(train)
         else:
-            maps = (photo_density(photo, self.root, self.sigma) for photo in train)
+            maps = map(self.prepared.density, train)
             self.centre_bias = baselines.CentreBias.fit_densities(maps)
         self.negatives = baselines.LeaveOneOut(self.photos)
         several = [photo for photo in train if len(photo.known_observers) > 1][:PHOTOS_FOR_GOLD]
@@ -91,7 +84,7 @@ class TestSet:
 
     def image(self, photo: Photo) -> Tensor:
         """(3, H, W) uint8."""
-        return read_image(self.root / photo.image)
+        return read_image(self.prepared.root / photo.image)
 
     def gold(self, photo: Photo) -> Tensor | None:
         """(H, W) the true density where it is known (synthetic), else :class:`GoldStandard`.
@@ -100,14 +93,14 @@ class TestSet:
         fixations in 8 bits, which would be compared with itself, and a gold standard needs
         training photos with several observers.
         """
-        if photo.density and self.meta["dataset"] == "synthetic":
-            return read_density(self.root / photo.density)
+        if photo.density and self.prepared.meta["dataset"] == "synthetic":
+            return photo.read_density(self.prepared.root)
         return self.gold_standard(photo) if self.gold_standard and len(photo.fixations) else None
 
     def truth(self, photo: Photo, protocol: str = "mit300") -> dict[str, Tensor]:
         """What a prediction of this photo is compared with, each (1, H, W)."""
         return {
-            **protocol_truth(photo, self.negatives, self.root, self.sigma, protocol),
+            **protocol_truth(photo, self.negatives, self.prepared, protocol),
             "baseline": self.centre_bias(photo.height, photo.width)[None],
         }
 
@@ -118,7 +111,8 @@ class TestSet:
             sigma, density = SIGMA_2015, "fixated pixels, each once, blurred"
             negatives = f"pixels fixated on {others}, weighted by the number of photos"
         else:
-            sigma, density, negatives = self.sigma, "fixations, blurred", f"fixations of {others}"
+            sigma, density = self.prepared.sigma, "fixations, blurred"
+            negatives = f"fixations of {others}"
         density += "; of photos without fixations their density map"
         return {"sigma_px": sigma, "density": density, "negatives": negatives}
 
@@ -134,24 +128,23 @@ class TestSet:
 
 
 def protocol_truth(
-    photo: Photo, others: baselines.LeaveOneOut, root: str | Path, sigma: float, protocol: str
+    photo: Photo, others: baselines.LeaveOneOut, prepared: Prepared, protocol: str
 ) -> dict[str, Tensor]:
     """A photo's ground truth by a protocol's own definition (docs/metrics.md).
 
     Args:
         photo: one of the split.
         others: where people looked on the other photos of the split.
-        root: what the photo's paths are relative to.
-        sigma: blur of the fixations, in pixels; salicon2015 has its own, :data:`SIGMA_2015`.
+        prepared: the data; salicon2015 has its own blur, :data:`SIGMA_2015`.
         protocol: whose definition.
 
     Returns:
         (1, H, W) ``fixations``, ``density`` and ``negatives``, see ``metrics.score_all``.
 
     Raises:
-        ValueError, FileNotFoundError: what ``truth.photo_density`` and ``others`` raise.
+        ValueError, FileNotFoundError: what ``prepared.density`` and ``others`` raise.
     """
-    blurred = photo
+    blurred, sigma = photo, prepared.sigma
     if protocol == "salicon2015":
         _, once = np.unique(pixel_indices(photo.fixations), axis=0, return_index=True)
         kept = {key: getattr(photo, key)[once] for key in ("fixations", "observers", "durations")}
@@ -160,7 +153,7 @@ def protocol_truth(
         negatives = others(photo)
     return {
         "fixations": fixation_counts(photo.fixations, photo.height, photo.width)[None],
-        "density": photo_density(blurred, root, sigma)[None],
+        "density": prepared.density(blurred, sigma)[None],
         "negatives": negatives[None],
     }
 
@@ -211,8 +204,8 @@ def evaluate(
     rows = gather_object(rows)
     rows.sort(key=lambda row: (MODELS.index(row["model"]), row["stem"]))
     report = {
-        "dataset": data.meta["dataset"],
-        "title": data.meta["title"],
+        "dataset": data.prepared.meta["dataset"],
+        "title": data.prepared.meta["title"],
         "split": split,
         "photos": len(data.photos),
         "fixations": sum(len(photo.fixations) for photo in data.photos),

@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.ndimage import gaussian_filter
 
 from mlnet_utils.data.geometry import density_from_points
-from mlnet_utils.data.photos import read_prepared
+from mlnet_utils.data.photos import Prepared
 from mlnet_utils.experiments.evaluation import TestSet
 from mlnet_utils.experiments.sweep import Grid
 from mlnet_utils.metrics.protocols import METRICS, cc
@@ -278,7 +278,7 @@ def low_level(run_dir: str | Path, split: str = "test", protocol: str = "mit300"
     data, rows = TestSet(Path(run_dir), split), []
     for photo in progress(data.photos, f"scoring {LOW_LEVEL}", unit="photo"):
         bgr = np.ascontiguousarray(data.image(photo).permute(1, 2, 0).numpy()[..., ::-1])
-        blurred = gaussian_filter(model.computeSaliency(bgr)[1].astype(float), data.sigma)
+        blurred = gaussian_filter(model.computeSaliency(bgr)[1].astype(float), data.prepared.sigma)
         density = blurred / max(blurred.sum(), 1e-12)
         density = (1 - UNIFORM_SHARE) * density + UNIFORM_SHARE / density.size
         rows.append({"model": LOW_LEVEL, **data.score(photo, density, protocol)})
@@ -301,12 +301,11 @@ def reachable_cc(run_dir: str | Path, split: str = "test", draws: int = 5) -> di
         ``halves``, the mean over photos of r, and ``reachable``, that of sqrt(R).
 
     Raises:
-        ValueError: no photo has two known observers.
+        ValueError: the split is empty, or no photo has two known observers.
     """
-    photos, meta = read_prepared(Path(run_dir) / "data")
-    photos = [photo for photo in photos if photo.split == split]
+    prepared = Prepared.read(Path(run_dir) / "data")
     generator, agreements = np.random.default_rng(0), []
-    for photo in progress(photos, "dividing the observers", unit="photo"):
+    for photo in progress(prepared.split(split), "dividing the observers", unit="photo"):
         observers = photo.known_observers
         if len(observers) < 2:
             continue
@@ -316,7 +315,7 @@ def reachable_cc(run_dir: str | Path, split: str = "test", draws: int = 5) -> di
             first = np.isin(photo.observers, chosen)
             halves = [
                 density_from_points(
-                    photo.fixations[rows], photo.height, photo.width, meta["sigma_px"]
+                    photo.fixations[rows], photo.height, photo.width, prepared.sigma
                 )
                 for rows in (first, np.isin(photo.observers, observers) & ~first)
             ]

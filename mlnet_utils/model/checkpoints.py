@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mlnet_utils.config import ENGINE_FIELDS, Config, from_dict
+from mlnet_utils.config import ENGINE_FIELDS, RETIRED, Config, from_dict
 from mlnet_utils.model.network import MLNet, reason
 from mlnet_utils.runtime import atomic_path, checkout_root, display_path, sha256_file, versions
 
@@ -149,7 +149,7 @@ def _check_same_run(path: Path, content: dict[str, Any], config: Config, data: s
 
 
 def _check_same_config(path: Path, content: dict[str, Any], config: Config) -> None:
-    stored, wanted = _complete(content["config"]), config.to_dict()
+    stored, wanted = _complete(content["config"]), {**RETIRED, **config.to_dict()}
     different = [
         f"{key}: {stored[key]!r} there, {wanted[key]!r} here"
         for key in wanted
@@ -178,7 +178,7 @@ def _check_first_epoch(best: Path, config: Config) -> None:
 
 def _complete(stored: dict[str, Any]) -> dict[str, Any]:
     """A stored configuration with the keys that are newer than it, at their defaults."""
-    return {**Config().to_dict(), **stored}
+    return {**RETIRED, **Config().to_dict(), **stored}
 
 
 # ---- starting from another training's weights --------------------------------------------------

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from mlnet_utils.config import Config
-from mlnet_utils.data.datasets import photo_root
 from mlnet_utils.data.images import read_image
-from mlnet_utils.data.photos import read_prepared
+from mlnet_utils.data.photos import Prepared
 from mlnet_utils.data.splits import hash_order
 from mlnet_utils.model.checkpoints import load_model
 from mlnet_utils.predict.exported import load_exported, require
@@ -131,10 +130,8 @@ def _photo_files(checkpoint: Path, photos: Sequence[str | Path], int8: bool) -> 
         nested = [photos_below(p) if p.is_dir() else [p] for p in map(Path, photos)]
         files = [file for inner in nested for file in inner]
     elif (data := checkpoint.absolute().parent.parent / "data" / "meta.json").is_file():
-        prepared, meta = read_prepared(data.parent)
-        root = photo_root(data.parent, meta)
-        train = [photo for photo in prepared if photo.split == "train"]
-        files = [root / photo.image for photo in hash_order(train)]
+        prepared = Prepared.read(data.parent)
+        files = [prepared.root / photo.image for photo in hash_order(prepared.split("train"))]
     else:
         raise ValueError(
             f"an export is verified on photos, and {checkpoint} does not lie in the checkpoints/ "

@@ -33,7 +33,7 @@ def check_cacheable(model: MLNet, config: Config) -> None:
     """Refuse to cache what is not the same in every epoch.
 
     Raises:
-        ValueError: a part of the backbone trains, or photos are changed anew in every epoch.
+        ValueError: a part of the backbone trains, or its batch-norm does.
     """
     trained = [name for name, p in model.backbone.named_parameters() if p.requires_grad]
     if trained:
@@ -48,12 +48,6 @@ def check_cacheable(model: MLNet, config: Config) -> None:
             "config: cache_features needs freeze_norm, because batch-norm in training mode makes a "
             "photo's features depend on the other photos of its batch"
         )
-    for key in ("crop", "jitter"):
-        if getattr(config, key):
-            raise ValueError(
-                f"config: cache_features and {key}={getattr(config, key)} exclude each other: "
-                f"{key} changes a photo anew in every epoch (mirroring is fine)"
-            )
 
 
 def cache_features(

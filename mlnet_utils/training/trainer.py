@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from mlnet_utils.config import Config
-from mlnet_utils.data.datasets import EpochSampler, SaliencyDataset, make_loader, photo_root
-from mlnet_utils.data.photos import prepared_digest, read_prepared
+from mlnet_utils.data.datasets import EpochSampler, SaliencyDataset, make_loader
+from mlnet_utils.data.photos import Prepared
 from mlnet_utils.model import checkpoints
 from mlnet_utils.model.losses import Objective
 from mlnet_utils.model.network import MLNet, network_input
@@ -106,15 +106,12 @@ class Trainer:
     def load_data(self) -> None:
         """Loaders whose batches depend on the seed and the epoch, not on who loads them."""
         config = self.config
-        photos, meta = read_prepared(self.run_dir / "data")
-        self.data_digest = prepared_digest(self.run_dir / "data")
-        root = photo_root(self.run_dir / "data", meta)
-        data = {}
-        for split in ("train", "val"):
-            members = [photo for photo in photos if photo.split == split]
-            if not members:
-                raise ValueError(f"the prepared data of {self.run_dir} have no {split} photos")
-            data[split] = SaliencyDataset(members, root, config, meta["sigma_px"], split == "train")
+        prepared = Prepared.read(self.run_dir / "data")
+        self.data_digest = prepared.digest
+        data = {
+            split: SaliencyDataset(prepared, split, config, augment=split == "train")
+            for split in ("train", "val")
+        }
         self.sampler = EpochSampler(
             len(data["train"]), config.batch_size, config.seed, True, self.rank, self.world
         )

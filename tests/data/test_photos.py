@@ -1,199 +1,21 @@
-"""The prepared folder: what is written comes back, and damage is noticed."""
+"""Photos, their ground truth, and the prepared folder: what is written comes back."""
 
 import json
-import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from conftest import SIGMA, tiny_config
 from PIL import Image
 
-from mlnet_utils.data.photos import (
-    NOBODY,
-    Photo,
-    check_prepared,
-    fixation_statistics,
-    prepared_digest,
-    read_prepared,
-    with_hashes,
-    write_prepared,
-)
-from mlnet_utils.runtime import sha256_file
+from mlnet_utils.data.datasets import SaliencyDataset
+from mlnet_utils.data.geometry import Letterbox, density_from_points, density_on_grid
+from mlnet_utils.data.images import read_density
+from mlnet_utils.data.photos import NOBODY, Photo, Prepared, fixation_statistics
 
 
-def test_a_round_trip_keeps_everything(run_folder, tiny_photos):
-    photos, _ = tiny_photos
-    read, meta = read_prepared(run_folder / "data")
-    assert meta["title"] == "Tiny test photos"
-    assert len(read) == len(photos) == 19
-    for before, after in zip(photos, read, strict=True):
-        for name in ("stem", "image", "width", "height", "split", "density", "sha256", "dropped"):
-            assert getattr(before, name) == getattr(after, name)
-        for name in ("fixations", "observers", "durations"):
-            np.testing.assert_array_equal(getattr(before, name), getattr(after, name))
-            assert getattr(before, name).dtype == getattr(after, name).dtype
-
-
-def test_photos_without_fixations_and_durations(tmp_path):
-    photos = [Photo("böse name", "a b/ü.png", 9, 7, "train"), Photo("b", "b.png", 9, 7, "val")]
-    photos[1].fixations = np.array([[1, 2]], np.float32)
-    photos[1].observers = np.array([4], np.int16)
-    photos[1].durations = np.array([np.nan], np.float32)
-    write_prepared(tmp_path, photos, {"sigma_px": 1.0})
-    read, _ = read_prepared(tmp_path)
-    assert (read[0].stem, read[0].image, len(read[0].fixations)) == ("böse name", "a b/ü.png", 0)
-    assert np.isnan(read[1].durations).all()
-
-
-def test_a_photo_s_arrays_must_have_one_length():
-    with pytest.raises(ValueError, match="photo x: 2 fixations but 0 observers and 2 durations"):
-        Photo("x", "x.png", 9, 7, fixations=np.zeros((2, 2), np.float32))
-
-
-def test_stems_must_be_unique_and_photos_there(tmp_path):
-    twins = [Photo("same", "a/same.png", 9, 7), Photo("same", "b/same.png", 9, 7)]
-    with pytest.raises(ValueError, match=r"share their stem with another \(same\).*rename"):
-        write_prepared(tmp_path, twins, {})
-    with pytest.raises(ValueError, match="no photos to write"):
-        write_prepared(tmp_path, [], {})
-
-
-@pytest.mark.parametrize("name", ["meta.json", "index.jsonl", "fixations.npz"])
-def test_a_missing_part_names_the_notebook_that_makes_it(run_folder, name):
-    (run_folder / "data" / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{name} is missing.*01_data_preparation"):
-        read_prepared(run_folder / "data")
-
-
-@pytest.mark.parametrize("name", ["index.jsonl", "fixations.npz"])
-def test_a_damaged_part_is_an_error(run_folder, name):
-    path = run_folder / "data" / name
-    path.write_bytes(path.read_bytes()[:-40])
-    with pytest.raises(ValueError, match=r"damaged|disagree"):
-        read_prepared(run_folder / "data")
-
-
-def test_index_and_fixations_must_belong_together(run_folder):
-    path = run_folder / "data" / "index.jsonl"
-    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
-    with pytest.raises(ValueError, match=r"disagree; run notebook 01"):
-        read_prepared(run_folder / "data")
-
-
-@pytest.mark.parametrize("row", ["7", '"a text"', '{"stem": "train0"}', "[]"])
-def test_rows_that_are_none_are_errors(run_folder, row):
-    path = run_folder / "data" / "index.jsonl"
-    path.write_text("\n".join([row, *path.read_text().splitlines()[1:]]))
-    with pytest.raises(ValueError, match=r"index.jsonl or fixations.npz is damaged"):
-        read_prepared(run_folder / "data")
-
-
-def test_arrays_of_unequal_length_are_an_error(run_folder):
-    path = run_folder / "data" / "fixations.npz"
-    with np.load(path) as arrays:
-        values = dict(arrays)
-    np.savez(path, **{**values, "observers": values["observers"][:-1]})
-    with pytest.raises(ValueError, match=r"disagree; run notebook 01"):
-        read_prepared(run_folder / "data")
-
-
-@pytest.mark.parametrize("name", ["index.jsonl", "fixations.npz"])
-def test_a_changed_index_is_noticed(run_folder, tiny_photos, name):
-    _, meta = read_prepared(run_folder / "data")
-    other = {**meta["files"], name: meta["files"]["index.jsonl"][::-1]}
-    (run_folder / "data" / "meta.json").write_text(json.dumps({**meta, "files": other}))
-    problems = check_prepared(run_folder / "data", tiny_photos[1])
-    assert len(problems) == 1
-    assert f"{name} has changed" in problems[0]
-
-
-def test_an_interrupted_preparation_does_not_look_complete(run_folder, tiny_photos, monkeypatch):
-    def full_disk(*_, **__):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(np, "savez_compressed", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        write_prepared(run_folder / "data", tiny_photos[0], {})
-    with pytest.raises(FileNotFoundError, match=r"meta.json is missing"):
-        read_prepared(run_folder / "data")
-
-
-def test_the_digest_tells_what_is_learned_from(run_folder, tiny_photos):
-    folder = run_folder / "data"
-    digest = prepared_digest(folder)
-    photos, meta = read_prepared(folder)
-    write_prepared(folder, photos, {**meta, "title": "another title"})
-    assert prepared_digest(folder) == digest
-    write_prepared(folder, photos, {**meta, "sigma_px": meta["sigma_px"] + 1})
-    assert prepared_digest(folder) != digest
-    photos[0].fixations[0, 0] += 1
-    write_prepared(folder, photos, meta)
-    assert prepared_digest(folder) != digest
-
-
-def test_changed_and_missing_photos_are_found(run_folder, tiny_photos, tmp_path):
-    root = tmp_path / "copy"
-    shutil.copytree(tiny_photos[1], root)
-    photos, meta = read_prepared(run_folder / "data")
-    for photo in photos:
-        photo.sha256 = sha256_file(root / photo.image)
-    write_prepared(run_folder / "data", photos, meta)
-    assert check_prepared(run_folder / "data", root) == []
-    (root / "train0.png").unlink()
-    (root / "val1.png").write_bytes(b"changed")
-    problems = check_prepared(run_folder / "data", root)
-    assert [problem.split(":")[0] for problem in problems] == ["train0", "val1"]
-    assert "is missing" in problems[0]
-    assert "SHA-256 differs" in problems[1]
-
-
-def test_a_changed_density_map_is_noticed(tmp_path):
-    Image.new("RGB", (40, 40)).save(tmp_path / "x.png")
-    Image.new("L", (40, 40), 9).save(tmp_path / "map.png")
-    photo = with_hashes(Photo("x", "x.png", 40, 40, density="map.png"), tmp_path)
-    write_prepared(tmp_path / "data", [photo], {})
-    assert read_prepared(tmp_path / "data")[0][0].density_sha256 == photo.density_sha256 != ""
-    assert check_prepared(tmp_path / "data", tmp_path) == []
-    Image.new("L", (40, 40), 8).save(tmp_path / "map.png")
-    assert "map.png has changed" in check_prepared(tmp_path / "data", tmp_path)[0]
-    (tmp_path / "map.png").unlink()
-    assert "map.png is missing" in check_prepared(tmp_path / "data", tmp_path)[0]
-
-
-def test_index_is_one_line_of_json_per_photo(run_folder):
-    lines = (run_folder / "data" / "index.jsonl").read_text().splitlines()
-    first = json.loads(lines[0])
-    assert len(lines) == 19
-    assert (first["stem"], first["fixations"], first["observers"]) == ("train0", 12, 3)
-
-
-def test_statistics_follow_each_observer_in_order():
-    photo = Photo(
-        "x", "x.png", 99, 99,
-        fixations=np.array([[0, 0], [10, 10], [3, 4], [10, 10], [3, 4]], np.float32),
-        observers=np.array([0, 1, 0, 1, 0], np.int16),
-    )  # fmt: skip
-    pixels = fixation_statistics([photo, Photo("empty", "e.png", 9, 9)])
-    assert pixels["per_photo"] == [5, 0]
-    assert pixels["per_observer"] == [3, 2]
-    assert pixels["saccades"].tolist() == [5, 0, 0]
-    assert pixels["unit"] == "pixels"
-    degrees = fixation_statistics([photo], px_per_degree=10.0)
-    assert degrees["saccades"].tolist() == [0.5, 0, 0]
-    assert degrees["unit"] == "degrees"
-
-
-def test_fixations_without_observers_have_no_order(tmp_path):
-    pooled = Photo(
-        "x", "x.png", 99, 99,
-        fixations=np.array([[0, 0], [10, 10], [3, 4]], np.float32),
-        observers=np.full(3, NOBODY, np.int16),
-    )  # fmt: skip
-    found = fixation_statistics([pooled])
-    assert (found["per_photo"], found["per_observer"], len(found["saccades"])) == ([3], [], 0)
-    write_prepared(tmp_path, [pooled], {"sigma_px": 1})
-    assert json.loads((tmp_path / "index.jsonl").read_text())["observers"] == 0
-
-
+# ---- a photo -----------------------------------------------------------------------------------
 def test_points_outside_a_photo_are_dropped_and_counted():
     points = [[0, 0], [-1, 3], [8.4, 6.4], [8.5, 2], [np.nan, 1]]
     photo = Photo.from_points(
@@ -222,3 +44,232 @@ def test_points_may_come_without_observers_and_durations():
 def test_arrays_that_do_not_fit_the_points(rest, number):
     with pytest.raises(ValueError, match=f"x: .*{number}"):
         Photo.from_points("x", "x.png", (9, 7), [[1, 2]], **rest)
+
+
+def test_statistics_follow_each_observer_in_order():
+    points = [[0, 0], [10, 10], [3, 4], [10, 10], [3, 4]]
+    photo = Photo.from_points("x", "x.png", (99, 99), points, observers=[0, 1, 0, 1, 0])
+    pixels = fixation_statistics([photo, Photo("empty", "e.png", 9, 9)])
+    assert (pixels["per_photo"], pixels["per_observer"]) == ([5, 0], [3, 2])
+    assert (pixels["saccades"].tolist(), pixels["unit"]) == ([5, 0, 0], "pixels")
+    degrees = fixation_statistics([photo], px_per_degree=10.0)
+    assert (degrees["saccades"].tolist(), degrees["unit"]) == ([0.5, 0, 0], "degrees")
+    pooled = fixation_statistics([Photo.from_points("x", "x.png", (99, 99), points)])
+    assert (pooled["per_photo"], pooled["per_observer"]) == ([5], [])
+    assert len(pooled["saccades"]) == 0
+
+
+# ---- ground truth ------------------------------------------------------------------------------
+POINTS = np.array([[10, 20], [30.4, 5], [30, 5]], np.float32)
+
+
+@pytest.fixture
+def mapped(tmp_path):
+    """Data of one photo, which has a density map and no fixations."""
+    density = density_from_points(POINTS, 48, 64, SIGMA)
+    np.savez(tmp_path / "a.npz", density=density.numpy())
+    Image.new("RGB", (64, 48), (90, 60, 30)).save(tmp_path / "a.png")
+    photo = Photo("a", "a.png", 64, 48, "train", density="a.npz")
+    return Prepared(tmp_path, [photo], {"root": ".", "sigma_px": SIGMA})
+
+
+def looked_at(density):
+    return Photo.from_points("a", "a.png", (64, 48), POINTS, split="train", density=density)
+
+
+def test_fixations_come_before_a_map(mapped):
+    Image.new("L", (64, 48), 5).save(mapped.root / "flat.png")
+    found = mapped.density(looked_at("flat.png"))
+    assert torch.equal(found, density_from_points(POINTS, 48, 64, SIGMA))
+    other = mapped.density(looked_at("flat.png"), sigma=2.0)
+    assert torch.equal(other, density_from_points(POINTS, 48, 64, 2.0))
+
+
+def test_a_map_is_used_where_there_are_no_fixations(mapped):
+    expected = density_from_points(POINTS, 48, 64, SIGMA)
+    torch.testing.assert_close(mapped.density(mapped.photos[0]), expected)
+
+
+@pytest.mark.parametrize(("height", "width"), [(48, 80), (64, 64), (104, 40)])
+def test_on_the_grid_map_and_fixations_agree(mapped, height, width):
+    box, grid = Letterbox(48, 64, height, width), (height // 8, width // 8)
+    by_map = mapped.grid_density(mapped.photos[0], box, grid)
+    torch.testing.assert_close(by_map, density_on_grid(POINTS, box, grid, SIGMA))
+    torch.testing.assert_close(by_map, mapped.grid_density(looked_at("a.npz"), box, grid))
+    assert by_map.sum().item() == pytest.approx(1)
+
+
+def test_a_photo_whose_truth_is_secret_has_none(mapped):
+    assert mapped.density(Photo("a", "a.png", 6, 5)).tolist() == [[0.0] * 6] * 5
+
+
+def test_a_map_of_another_size_or_lost_is_an_error(mapped):
+    (photo,) = mapped.photos
+    Image.new("L", (48, 64), 5).save(mapped.root / "turned.png")
+    with pytest.raises(ValueError, match=r"turned.png is 48x64, .* 64x48"):
+        mapped.density(replace(photo, density="turned.png"))
+    with pytest.raises(FileNotFoundError, match=r"lost.png"):
+        mapped.density(replace(photo, density="lost.png"))
+
+
+def test_training_learns_from_maps(mapped):
+    config = tiny_config(height=48, width=64)
+    by_map = SaliencyDataset(mapped, "train", config)[0]
+    by_points = SaliencyDataset(replace(mapped, photos=[looked_at("a.npz")]), "train", config)[0]
+    torch.testing.assert_close(by_map["density"], by_points["density"])
+    assert (by_map["fixations"].sum(), by_points["fixations"].sum()) == (0, 3)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_densities_are_cached_when_asked(mapped, cache):
+    data = SaliencyDataset(mapped, "train", tiny_config(cache=cache))
+    first = data[0]
+    density = read_density(mapped.root / "a.npz")
+    np.savez(mapped.root / "a.npz", density=density.flip(0).numpy())
+    assert torch.equal(first["density"], data[0]["density"]) is cache
+
+
+@pytest.mark.gpu
+def test_densities_are_made_on_the_device(mapped):
+    for photo in (*mapped.photos, looked_at("a.npz")):
+        found = mapped.density(photo, device="cuda")
+        assert found.is_cuda
+        torch.testing.assert_close(found.cpu(), mapped.density(photo))
+
+
+# ---- the prepared folder -----------------------------------------------------------------------
+def test_a_round_trip_keeps_everything(run_folder, tiny_photos):
+    photos, root = tiny_photos
+    read = Prepared.read(run_folder / "data")
+    assert (read.meta["title"], read.root, read.sigma) == ("Tiny test photos", root, SIGMA)
+    assert len(read.photos) == len(photos) == 19
+    for before, after in zip(photos, read.photos, strict=True):
+        for name in ("stem", "image", "width", "height", "split", "density", "sha256", "dropped"):
+            assert getattr(before, name) == getattr(after, name)
+        for name in ("fixations", "observers", "durations"):
+            np.testing.assert_array_equal(getattr(before, name), getattr(after, name))
+            assert getattr(before, name).dtype == getattr(after, name).dtype
+
+
+def test_photos_without_fixations_durations_or_observers(tmp_path):
+    photos = [
+        Photo("böse name", "a b/ü.png", 9, 7, "train"),
+        Photo.from_points("b", "b.png", (9, 7), [[1, 2]]),
+    ]
+    Prepared(tmp_path, photos, {}).write()
+    empty, pooled = Prepared.read(tmp_path).photos
+    assert (empty.stem, empty.image, len(empty.fixations)) == ("böse name", "a b/ü.png", 0)
+    assert np.isnan(pooled.durations).all()
+    rows = [json.loads(line) for line in (tmp_path / "index.jsonl").read_text().splitlines()]
+    assert [(row["fixations"], row["observers"]) for row in rows] == [(0, 0), (1, 0)]
+
+
+def test_splits(run_folder):
+    prepared = Prepared.read(run_folder / "data")
+    assert [photo.stem for photo in prepared.split("val")] == [f"val{i}" for i in range(5)]
+    with pytest.raises(ValueError, match=r"no dev photos"):
+        prepared.split("dev")
+
+
+def test_stems_must_be_unique_and_photos_there(tmp_path):
+    twins = [Photo("same", "a/same.png", 9, 7), Photo("same", "b/same.png", 9, 7)]
+    with pytest.raises(ValueError, match=r"same"):
+        Prepared(tmp_path, twins, {}).write()
+    with pytest.raises(ValueError, match="no photos"):
+        Prepared(tmp_path, [], {}).write()
+
+
+@pytest.mark.parametrize("name", ["meta.json", "index.jsonl", "fixations.npz"])
+def test_a_missing_part_names_the_notebook_that_makes_it(run_folder, name):
+    (run_folder / "data" / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name}.*01_data_preparation"):
+        Prepared.read(run_folder / "data")
+
+
+def cut_off(path):
+    path.write_bytes(path.read_bytes()[:-40])
+
+
+def drop_a_row(path):
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+
+def drop_an_observer(path):
+    with np.load(path) as arrays:
+        np.savez(path, **{**arrays, "observers": arrays["observers"][:-1]})
+
+
+def first_row(row):
+    def change(path):
+        path.write_text("\n".join([row, *path.read_text().splitlines()[1:]]))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        *(("index.jsonl", first_row(row)) for row in ("7", '"text"', '{"stem": "train0"}', "[]")),
+        ("index.jsonl", cut_off),
+        ("index.jsonl", drop_a_row),
+        ("fixations.npz", cut_off),
+        ("fixations.npz", drop_an_observer),
+    ],
+)
+def test_damaged_files_that_do_not_belong_together_are_errors(run_folder, name, damage):
+    damage(run_folder / "data" / name)
+    with pytest.raises(ValueError, match=rf"{run_folder}.*fixations.npz"):
+        Prepared.read(run_folder / "data")
+
+
+def test_an_interrupted_preparation_does_not_look_complete(run_folder, monkeypatch):
+    def full_disk(*_, **__):
+        raise OSError("No space left on device")
+
+    prepared = Prepared.read(run_folder / "data")
+    monkeypatch.setattr(np, "savez_compressed", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        prepared.write()
+    with pytest.raises(FileNotFoundError, match=r"meta.json"):
+        Prepared.read(run_folder / "data")
+
+
+def test_the_digest_tells_what_is_learned_from(run_folder):
+    prepared = Prepared.read(run_folder / "data")
+    digest = prepared.digest
+    replace(prepared, meta={**prepared.meta, "title": "another title"}).write()
+    assert Prepared.read(run_folder / "data").digest == digest
+    assert replace(prepared, meta={**prepared.meta, "sigma_px": SIGMA + 1}).digest != digest
+    prepared.photos[0].fixations[0, 0] += 1
+    prepared.write()
+    assert prepared.digest != digest
+
+
+@pytest.mark.parametrize("name", ["index.jsonl", "fixations.npz"])
+def test_a_changed_index_is_noticed(run_folder, name):
+    prepared = Prepared.read(run_folder / "data")
+    assert prepared.check() == []
+    prepared.meta["files"][name] = "0" * 64
+    (problem,) = prepared.check()
+    assert f"{name} has changed" in problem
+
+
+def test_changed_and_missing_files_are_found(tmp_path):
+    photos = []
+    for stem in "abc":
+        Image.new("RGB", (40, 40), (ord(stem), 0, 0)).save(tmp_path / f"{stem}.png")
+        Image.new("L", (40, 40), ord(stem)).save(tmp_path / f"{stem}_map.png")
+        photo = Photo(stem, f"{stem}.png", 40, 40, density=f"{stem}_map.png")
+        photos.append(photo.with_hashes(tmp_path))
+    Prepared(tmp_path / "data", photos, {"root": str(tmp_path)}).write()
+    prepared = Prepared.read(tmp_path / "data")
+    assert prepared.photos[0].density_sha256 == photos[0].density_sha256 != ""
+    assert prepared.check() == []
+    (tmp_path / "a.png").unlink()
+    (tmp_path / "b.png").write_bytes(b"changed")
+    Image.new("L", (40, 40), 8).save(tmp_path / "b_map.png")
+    (tmp_path / "c_map.png").unlink()
+    problems = prepared.check()
+    words = [("a.png", "missing"), ("b.png", "changed"), ("b_map", "changed"), ("c_map", "missing")]
+    assert len(problems) == 4
+    assert all(a in line and b in line for line, (a, b) in zip(problems, words, strict=True))

@@ -14,7 +14,7 @@ from mlnet_utils.__main__ import main
 from mlnet_utils.config import load_config
 from mlnet_utils.data import datasets
 from mlnet_utils.data.geometry import density_from_points, fixation_counts
-from mlnet_utils.data.photos import NOBODY, read_prepared, write_prepared
+from mlnet_utils.data.photos import NOBODY, Prepared
 from mlnet_utils.experiments import evaluation
 from mlnet_utils.metrics import baselines
 from mlnet_utils.metrics.protocols import METRICS
@@ -78,7 +78,7 @@ def test_floors_and_ceilings_are_where_they_belong(report):
 def test_the_gold_standard_of_the_sample_is_the_true_density(run):
     data = evaluation.TestSet(run, "test")
     photo = data.photos[0]
-    with np.load(data.root / photo.density) as arrays:
+    with np.load(data.prepared.root / photo.density) as arrays:
         truth = arrays["density"].astype(float)
     np.testing.assert_allclose(data.gold(photo).numpy(), truth / truth.sum())
 
@@ -90,9 +90,9 @@ def poorer(run, tmp_path):
     def evaluate(change):
         folder = tmp_path / "poorer"
         shutil.copytree(run, folder)
-        photos, meta = read_prepared(folder / "data")
-        meta["dataset"] = "folder"  # of the sample, the maps are the truth
-        write_prepared(folder / "data", [change(photo) for photo in photos], meta)
+        prepared = Prepared.read(folder / "data")
+        prepared.meta["dataset"] = "folder"  # of the sample, the maps are the truth
+        dataclasses.replace(prepared, photos=[change(photo) for photo in prepared.photos]).write()
         return folder, evaluation.evaluate(folder)
 
     return evaluate
@@ -184,7 +184,7 @@ def test_salicon2015_has_a_ground_truth_of_its_own(run):
     assert torch.equal(own["negatives"][0], sum(seen, torch.zeros(size, dtype=torch.int32)))
     usual = data.truth(photo, "mit300")
     assert torch.equal(usual["fixations"], own["fixations"])
-    blurred = density_from_points(photo.fixations, *size, data.sigma)
+    blurred = density_from_points(photo.fixations, *size, data.prepared.sigma)
     assert torch.equal(usual["density"][0], blurred)
 
 
@@ -243,8 +243,8 @@ def test_missing_inputs_name_what_makes_them(tmp_path, run):
 
 
 def test_an_empty_split_is_an_error(tmp_path, run):
-    photos, meta = read_prepared(run / "data")
-    train = [photo for photo in photos if photo.split == "train"]
-    write_prepared(tmp_path / "data", train, {**meta, "root": str(run / "data")})
+    prepared = Prepared.read(run / "data")
+    meta = {**prepared.meta, "root": str(run / "data")}
+    Prepared(tmp_path / "data", prepared.split("train"), meta).write()
     with pytest.raises(ValueError, match="no test photos"):
         evaluation.TestSet(tmp_path, "test")

@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 
 from mlnet_utils.config import load_config
 from mlnet_utils.data import datasets
-from mlnet_utils.data.photos import NOBODY, read_prepared, write_prepared
+from mlnet_utils.data.photos import NOBODY, Prepared
 from mlnet_utils.experiments import study
 from mlnet_utils.experiments.evaluation import TestSet
 from mlnet_utils.experiments.sweep import jobs_of
@@ -146,7 +146,7 @@ def test_the_reachable_cc_is_what_the_truth_reaches(tmp_path):
     data = TestSet(tmp_path, "test")
     perfect = [
         cc(
-            torch.from_numpy(gaussian_filter(data.gold(photo).numpy(), data.sigma))[None],
+            torch.from_numpy(gaussian_filter(data.gold(photo).numpy(), data.prepared.sigma))[None],
             data.truth(photo)["density"],
         ).item()
         for photo in data.photos
@@ -159,9 +159,9 @@ def test_the_reachable_cc_is_what_the_truth_reaches(tmp_path):
 
 def test_without_observers_nothing_is_known_of_the_reachable_cc(run_folder, tmp_path):
     shutil.copytree(run_folder / "data", tmp_path / "data")
-    photos, meta = read_prepared(tmp_path / "data")
-    nobody = [replace(p, observers=np.full_like(p.observers, NOBODY)) for p in photos]
-    write_prepared(tmp_path / "data", nobody, meta)
+    prepared = Prepared.read(tmp_path / "data")
+    nobody = [replace(p, observers=np.full_like(p.observers, NOBODY)) for p in prepared.photos]
+    replace(prepared, photos=nobody).write()
     with pytest.raises(ValueError, match=r"no test photo in .* has two known observers"):
         study.reachable_cc(tmp_path)
 

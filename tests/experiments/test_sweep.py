@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from mlnet_utils import __main__ as cli
-from mlnet_utils.data.photos import read_prepared
+from mlnet_utils.data.photos import Prepared
 from mlnet_utils.experiments import study, sweep
 from mlnet_utils.experiments.sweep import Grid, read_grid, run_sweep
 from mlnet_utils.metrics.protocols import METRICS
@@ -107,10 +107,10 @@ def test_a_death_in_a_notebook_is_remembered_too(tmp_path, monkeypatch):
 def test_a_cell_that_changes_before_its_first_checkpoint_reads_its_new_photos(tmp_path):
     cells, data = {"a": WILD}, tmp_path / "a" / "0" / "data"
     run_sweep(grid(cells=cells, seeds=(0,)), tmp_path, tmp_path, notebooks=False)
-    assert read_prepared(data)[1]["photos"]["train"] == 6
+    assert len(Prepared.read(data).split("train")) == 6
     more = grid(cells={"a": {"limit": 8}}, seeds=(0,))
     assert run_sweep(more, tmp_path, tmp_path, notebooks=False) == {}
-    assert read_prepared(data)[1]["photos"]["train"] == 8
+    assert len(Prepared.read(data).split("train")) == 8
 
 
 def test_a_folder_that_was_copied_is_as_good(tmp_path):

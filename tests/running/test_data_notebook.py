@@ -9,7 +9,7 @@ import yaml
 from miniatures import save_mat, save_osie, save_photo, save_recording, save_salicon_mat
 from PIL import Image
 
-from mlnet_utils.data.photos import NOBODY, read_prepared
+from mlnet_utils.data.photos import NOBODY, Prepared
 
 nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
 
@@ -57,7 +57,7 @@ def look(client, tmp_path):
         text = "".join(out.text for out in outputs if out.get("name") == "stdout")
         assert "photos in two splits: 0\nindex reads back: True" in text
         record = json.loads((tmp_path / "run/01_data_preparation.json").read_text())
-        return read_prepared(tmp_path / "run/data")[0], record, text
+        return Prepared.read(tmp_path / "run/data").photos, record, text
 
     return run
 

@@ -104,8 +104,6 @@ def test_the_key_changes_with_all_that_changes_features():
     [
         ({"freeze": ()}, r"parameters train, e.g. backbone\.\S+: set freeze to \['backbone"),
         ({"freeze_norm": False}, "needs freeze_norm"),
-        ({"crop": 0.1}, "crop=0.1 exclude each other"),
-        ({"jitter": 0.1}, "jitter=0.1 exclude each other"),
     ],
 )
 def test_what_changes_from_epoch_to_epoch_is_not_cached(changes, words, run_folder):

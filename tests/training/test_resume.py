@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import prepare_run, tiny_config
 
-from mlnet_utils.data.photos import read_prepared, write_prepared
+from mlnet_utils.data.photos import Prepared
 from mlnet_utils.model import checkpoints
 from mlnet_utils.model.checkpoints import load_checkpoint
 from mlnet_utils.training import trainer, validation
@@ -28,7 +28,7 @@ from mlnet_utils.training.trainer import fit
 pytestmark = pytest.mark.slow
 
 # Everything that could go out of step: dropout, augmentation, batch-norm, averaging, momentum.
-OPTIONS = {"epochs": 3, "dropout": 0.5, "flip": 0.5, "jitter": 0.2, "ema_decay": 0.8,
+OPTIONS = {"epochs": 3, "dropout": 0.5, "flip": 0.5, "ema_decay": 0.8,
            "patience": 2, "checkpoint_every": 2}  # fmt: skip
 KILLS = 10
 PATIENCE = 600  # seconds, for a machine that does other things
@@ -372,9 +372,9 @@ def test_a_training_from_the_beginning_counts_its_own_seconds(train, run_folder)
 
 
 def test_other_data_are_an_error(stopped):
-    photos, meta = read_prepared(stopped / "data")
-    photos[0].fixations[0] += 1
-    write_prepared(stopped / "data", photos, meta)
+    prepared = Prepared.read(stopped / "data")
+    prepared.photos[0].fixations[0] += 1
+    prepared.write()
     with pytest.raises(ValueError, match="was trained on other prepared data"):
         fit(tiny_config(**OPTIONS), stopped)
 

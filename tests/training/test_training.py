@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from conftest import prepare_run, tiny_config
 
-from mlnet_utils.data.photos import read_prepared, write_prepared
+from mlnet_utils.data.photos import Prepared
 from mlnet_utils.model import checkpoints
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.training import optimization
@@ -95,7 +95,7 @@ def test_a_finished_training_returns_at_once(run_folder, capsys):
 def test_the_same_seed_gives_the_same_log_and_another_seed_another(run_folder):
     logs = []
     for seed in (0, 0, 1):
-        checkpoint = weights_after(run_folder, seed=seed, flip=0.5, jitter=0.1)
+        checkpoint = weights_after(run_folder, seed=seed, flip=0.5)
         logs.append((run_folder / "log.csv").read_text())
         for path in (run_folder / "checkpoints").iterdir():
             path.unlink()
@@ -106,8 +106,8 @@ def test_the_same_seed_gives_the_same_log_and_another_seed_another(run_folder):
 def test_what_training_needs_must_be_there(tmp_path, run_folder, tiny_photos):
     with pytest.raises(FileNotFoundError, match=r"meta.json is missing.*01_data_preparation"):
         fit(tiny_config(), tmp_path / "nothing")
-    photos, meta = read_prepared(run_folder / "data")
-    write_prepared(run_folder / "data", [p for p in photos if p.split != "val"], meta)
+    prepared = Prepared.read(run_folder / "data")
+    dataclasses.replace(prepared, photos=prepared.split("train")).write()
     with pytest.raises(ValueError, match="have no val photos"):
         fit(tiny_config(), run_folder)
     with pytest.raises(ValueError, match=r"freeze=\('\*',\) leaves no parameter to train"):

@@ -20,7 +20,6 @@ from mlnet_utils.data.readers.files import (
     visible_files,
 )
 from mlnet_utils.data.readers.spec import UNKNOWN, DatasetSpec
-from mlnet_utils.data.truth import density_of
 from mlnet_utils.runtime import progress
 
 COLUMNS = ("image", "x", "y")
@@ -104,7 +103,7 @@ def read_folder(
             stem, place.as_posix(), size, *looked, split=split, density=density
         )
         if drawn:
-            density_of(photo, drawn[stem])  # decoded only to be checked
+            photo.read_density(images)  # or an error: training would meet it hours later
         photos.append(photo)
     return check_looked_at("own photos", photos)
 

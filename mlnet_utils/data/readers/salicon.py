@@ -24,7 +24,6 @@ from mlnet_utils.data.readers.files import (
     photo_size,
 )
 from mlnet_utils.data.readers.spec import UNKNOWN, Archive, DatasetSpec
-from mlnet_utils.data.truth import density_of
 from mlnet_utils.runtime import progress
 
 EDITIONS = ("2015", "2017")
@@ -70,7 +69,7 @@ def read_salicon_mat(root: str | Path, edition: str, points: str = "fixations") 
             density = drawn[stem].relative_to(root).as_posix() if drawn else ""
             photos.append(_photo(path, root, size, workers, split=split, density=density))
             if drawn:
-                density_of(photos[-1], drawn[stem])  # or an error: training would meet it later
+                photos[-1].read_density(root)  # or an error: training would meet it later
     if not photos:
         raise ValueError(f"{dataset}: {images} holds no photos in train, val or test")
     check_looked_at(dataset, [photo for photo in photos if photo.split != "test"])
@@ -143,7 +142,7 @@ def fit_sigma(photos: list[Photo], root: str | Path, low: float = 2, high: float
     maps = []
     for photo in both:
         path = Path(root) / photo.density
-        values = density_of(photo, path).numpy()
+        values = photo.read_density(root).numpy()
         if values.min() == values.max():
             raise ValueError(f"density map {path} is the same everywhere: it shows no blur to fit")
         maps.append(values.ravel())
