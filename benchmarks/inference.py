@@ -25,7 +25,7 @@ from PIL import Image
 from mlnet_utils.config import load_config
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.predict.predictor import Predictor
-from mlnet_utils.training.optimization import choose_precision
+from mlnet_utils.training.trainer import choose_precision
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 WIDTH, HEIGHT = 800, 600  # of a photo

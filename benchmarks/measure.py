@@ -14,8 +14,7 @@ from PIL import Image
 from mlnet_utils.config import Config
 from mlnet_utils.data.photos import Photo, Prepared
 from mlnet_utils.runtime import cpu_count, sha256_file, versions, write_json
-from mlnet_utils.training.optimization import make_accelerator
-from mlnet_utils.training.trainer import Trainer
+from mlnet_utils.training.trainer import Trainer, make_accelerator
 
 RESULTS = Path(__file__).resolve().parent.parent / "results" / "benchmarks"
 

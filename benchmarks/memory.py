@@ -4,8 +4,7 @@
     python benchmarks/memory.py --smoke   # seconds, to see that it works
 
 On a GPU: the most that torch allocated there. On a CPU: the most resident memory of the process,
-less what it held before the network was built. Beside it, what ``micro_batch=-1`` would have
-computed beforehand. Every variant runs in a process of its own.
+less what it held before the network was built. Every variant runs in a process of its own.
 """
 
 import argparse
@@ -19,7 +18,6 @@ import measure
 import torch
 
 from mlnet_utils.config import load_config
-from mlnet_utils.training.memory import held_bytes, update_peak
 
 VARIANTS = {
     "default": {"micro_batch": 0},
@@ -53,11 +51,7 @@ def peak(changes: dict, size: tuple[int, int], batch: int, updates: int, results
     found = reserved = resident_peak() - before
     if torch.cuda.is_available():
         found, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    precision = trainer.accelerator.mixed_precision
-    half = precision in ("bf16", "fp16")
-    computed = held_bytes(trainer.model, config, half)
-    computed += update_peak(trainer.model, config, trainer.micro_batch, half)
-    results.put((found, reserved, computed, precision))
+    results.put((found, reserved, trainer.accelerator.mixed_precision))
 
 
 def main() -> None:
@@ -84,14 +78,13 @@ def main() -> None:
         process.join()
         if process.exitcode:
             sys.exit(f"{name}: the measuring process ended with code {process.exitcode}")
-        allocated, reserved, computed, precision = results.get()
+        allocated, reserved, precision = results.get()
         rows.append(
             {
                 "training": name,
                 "precision": {"no": "fp32"}.get(precision, precision),
                 "peak GB": allocated / 1e9,
                 "reserved GB": reserved / 1e9,
-                "computed GB": computed / 1e9,
             }
         )
     measure.print_table(rows)

@@ -25,7 +25,7 @@ from mlnet_utils.config import Config, load_config
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.runtime import set_determinism
 from mlnet_utils.training.features import cache_features
-from mlnet_utils.training.optimization import choose_precision
+from mlnet_utils.training.trainer import choose_precision
 
 # What MLNet-Pytorch freezes: the first 23 entries of its model.parameters(), which are its prior
 # and the first eleven convolutions. The prior is left trainable here, in both.

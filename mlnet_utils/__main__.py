@@ -277,11 +277,11 @@ def prepare(options: argparse.Namespace) -> int:
 
 def train(options: argparse.Namespace) -> int:
     from mlnet_utils.data import datasets
-    from mlnet_utils.training import optimization, trainer
+    from mlnet_utils.training import trainer
 
     config = load_config(options.preset, **overrides(options.overrides))
     folder = run_dir(options.run_dir, options.preset)
-    accelerator = optimization.make_accelerator(config)  # one of several processes, if launched so
+    accelerator = trainer.make_accelerator(config)  # one of several processes, if launched so
     with accelerator.main_process_first():
         if not (folder / "data" / "meta.json").is_file():
             datasets.prepare(config, data_root(options.data_root), folder / "data")

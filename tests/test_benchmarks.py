@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
     ("name", "columns"),
     [
         ("training", ["MLNet-Pytorch's loop", "this engine", "VGG-16 trunk", "features.28"]),
-        ("memory", ["default", "checkpointing", "peak GB", "computed GB"]),
+        ("memory", ["default", "checkpointing", "peak GB"]),
         ("finetuning", ["random weights", "sample model, as it is", "ImageNet backbone", "CC"]),
         ("inference", ["network, fp32", "whole photos", "paper", "osie", "sample"]),
         ("techniques", ["reference", "micro-batches of 4", "seed 1", "of the seeds'"]),

@@ -30,7 +30,7 @@ from mlnet_utils.metrics.summary import format_table
 from mlnet_utils.model import checkpoints
 from mlnet_utils.runtime import display_path, read_json, write_text
 from mlnet_utils.training import trainer
-from mlnet_utils.training.validation import TrainingDied
+from mlnet_utils.training.trainer import TrainingDied
 
 DATA_KEYS = ("dataset", "limit", "train_limit", "sigma", "fold")  # what decides prepared data
 GRID_KEYS = ("preset", "seeds", "split", "common", "cells")

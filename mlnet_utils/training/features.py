@@ -1,9 +1,9 @@
 """Features of a frozen backbone: computed once per photo, kept on disk, shared by all runs.
 
 Training the encoding and the prior on a frozen backbone would compute the same features in every
-epoch; that pass is most of the work. Here it is done once. The files of a photo are named after
-its SHA-256, their folder after everything else that decides the numbers: weights, input size,
-normalisation, precision. A file that is there is therefore the right one, whichever run made it.
+epoch; that pass is most of the work. The files of a photo are named after its SHA-256, their folder
+after everything else that decides the numbers: weights, input size, normalisation, precision. A
+file that is there is therefore the right one, whichever run made it.
 """
 
 import hashlib
@@ -29,8 +29,31 @@ DECIDING = ("backbone", "backbone_args", "backbone_drop", "normalisation", "comp
             "width")  # fmt: skip
 
 
+def cache_features(
+    model: MLNet, config: Config, accelerator: Accelerator, data: Iterable[SaliencyDataset]
+) -> None:
+    """Compute the features of all photos that are not cached yet, and let datasets give those.
+
+    Args:
+        model: with the weights that it will keep: features of others would be cached as its own.
+        config: of the run.
+        accelerator: device, precision and processes; the processes share the work.
+        data: the run's datasets.
+
+    Raises:
+        ValueError: features would change from epoch to epoch, or a photo has no SHA-256.
+        OSError: there is no room for the files.
+    """
+    check_cacheable(model, config)
+    folder = feature_root() / backbone_key(model, config, accelerator.mixed_precision)
+    cache = FeatureCache(folder, config, model.backbone.channels)
+    for dataset in data:
+        cache.fill(model, dataset, accelerator)
+        dataset.features = cache
+
+
 def check_cacheable(model: MLNet, config: Config) -> None:
-    """Refuse to cache what is not the same in every epoch.
+    """Refuse to cache features that differ from epoch to epoch.
 
     Raises:
         ValueError: a part of the backbone trains, or its batch-norm does.
@@ -42,53 +65,38 @@ def check_cacheable(model: MLNet, config: Config) -> None:
             f"train, e.g. backbone.{trained[0]}: set freeze to ['backbone.*'], or cache_features "
             "to false"
         )
-    norms = [m for m in model.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    if norms and not config.freeze_norm:
+    if not config.freeze_norm and any(
+        isinstance(module, nn.BatchNorm2d) for module in model.backbone.modules()
+    ):
         raise ValueError(
             "config: cache_features needs freeze_norm, because batch-norm in training mode makes a "
             "photo's features depend on the other photos of its batch"
         )
 
 
-def cache_features(
-    model: MLNet, config: Config, accelerator: Accelerator, data: Iterable[SaliencyDataset]
-) -> None:
-    """Compute the features of all photos that are not cached yet, and let datasets give those.
-
-    Args:
-        model: with the weights that it will keep: features of others would be cached as its own.
-        config: of the run.
-        accelerator: device, precision and processes.
-        data: the run's datasets.
-
-    Raises:
-        ValueError, OSError: see :class:`FeatureCache` and :meth:`FeatureCache.fill`.
-    """
-    cache = FeatureCache(model, config, accelerator.mixed_precision, feature_root())
-    for dataset in data:
-        cache.fill(model, dataset, accelerator)
-        dataset.features = cache
+def backbone_key(model: MLNet, config: Config, precision: str) -> str:
+    """A name for the function from photo to features: equal names, equal features."""
+    digest = hashlib.sha256()
+    values = config.to_dict()
+    digest.update(json.dumps([precision, *(values[key] for key in DECIDING)]).encode())
+    state = {**model.backbone.state_dict(), "mean": model.mean, "std": model.std}
+    for name, value in sorted(state.items()):
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return f"{config.backbone}-{config.height}x{config.width}-{digest.hexdigest()[:16]}"
 
 
 class FeatureCache:
-    """The features of all levels, one file per photo and orientation, and how to read them."""
+    """The features of all levels, one file per photo and orientation.
 
-    def __init__(self, model: MLNet, config: Config, precision: str, root: Path):
-        """
-        Args:
-            model: its backbone is hashed, not kept: loader processes get a copy of this object.
-            config: of the run.
-            precision: accelerate's name of it.
-            root: folder of all caches.
+    Args:
+        folder: of the files.
+        config: of the run.
+        channels: of the backbone's three levels, from the shallowest.
+    """
 
-        Raises:
-            ValueError: see :func:`check_cacheable`.
-        """
-        check_cacheable(model, config)
-        self.folder = root / backbone_key(model, config, precision)
-        self.shape = (sum(model.backbone.channels), *config.grid)
-        # The deepest levels, which are used, come last.
-        self.first_used = self.shape[0] - sum(model.backbone.channels[-config.levels :])
+    def __init__(self, folder: Path, config: Config, channels: tuple[int, ...]):
+        self.folder, self.shape = folder, (sum(channels), *config.grid)
+        self.first_used = sum(channels[: -config.levels])  # the deepest levels, which come last
 
     def path(self, photo: Photo, mirrored: bool) -> Path:
         """The file of one photo.
@@ -111,27 +119,18 @@ class FeatureCache:
         path = self.path(photo, mirrored)
         try:
             stored = np.load(path, mmap_mode="r")
+            if stored.shape != self.shape:
+                raise ValueError(f"shape {stored.shape}, expected {self.shape}")
         except (OSError, ValueError, EOFError) as error:
             raise ValueError(
-                f"cached features {path} cannot be read ({error}); delete it and train again"
+                f"cached features {path} cannot be read ({error}); delete the file and train again"
             ) from error
-        if stored.shape != self.shape:
-            raise ValueError(
-                f"cached features {path} have the shape {stored.shape}, expected {self.shape}; "
-                "delete it and train again"
-            )
         return torch.from_numpy(np.array(stored[self.first_used :]))
 
     def fill(self, model: MLNet, data: SaliencyDataset, accelerator: Accelerator) -> None:
-        """Compute what is not there yet; several processes share the work.
+        """Write the files of a dataset that are not there yet, see :func:`cache_features`.
 
-        Args:
-            model: the network, on the accelerator's device.
-            data: its photos; those that training mirrors are kept in both orientations.
-            accelerator: device, precision and processes.
-
-        Raises:
-            OSError: there is no room for the files.
+        Photos that training mirrors are kept in both orientations.
         """
         ways = (False, True) if data.augment and data.config.flip else (False,)
         missing = [
@@ -140,7 +139,14 @@ class FeatureCache:
             for mirrored in ways
             if not self.path(photo, mirrored).is_file()
         ][accelerator.process_index :: accelerator.num_processes]
-        self._check_room(len(missing))
+        self.folder.mkdir(parents=True, exist_ok=True)
+        needed = 2 * len(missing) * int(np.prod(self.shape))
+        if needed > (free := shutil.disk_usage(self.folder).free):
+            raise OSError(
+                f"the features of {len(missing)} photos need {needed / 1e9:.1f} GB in "
+                f"{self.folder}, which has {free / 1e9:.1f} GB left: make room, or set "
+                "cache_features to false"
+            )
         training = model.training
         model.eval()
         for start in progress(range(0, len(missing), BATCH), "caching features", unit="batch"):
@@ -150,32 +156,13 @@ class FeatureCache:
                 levels = model.extract(torch.stack(images).to(accelerator.device))
             features = torch.cat(levels, dim=1).float().cpu()
             for (index, mirrored), single in zip(part, features, strict=True):
-                self._write(self.path(data.photos[index], mirrored), single)
+                self.write(self.path(data.photos[index], mirrored), single)
         model.train(training)
         accelerator.wait_for_everyone()
 
-    def _write(self, path: Path, features: Tensor) -> None:
+    def write(self, path: Path, features: Tensor) -> None:
+        """Write one photo's features atomically, in 16 bits where these hold them."""
         half = features.half()  # 11 significant bits, bf16 has 8
         kept = half if half.isfinite().all() else features
         with atomic_path(path) as temporary:
             np.save(temporary, kept.numpy())
-
-    def _check_room(self, files: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        needed, free = 2 * files * int(np.prod(self.shape)), shutil.disk_usage(self.folder).free
-        if needed > free:
-            raise OSError(
-                f"the features of {files} photos need {needed / 1e9:.1f} GB in {self.folder}, "
-                f"which has {free / 1e9:.1f} GB left: make room, or set cache_features to false"
-            )
-
-
-def backbone_key(model: MLNet, config: Config, precision: str) -> str:
-    """A name for the function from photo to features: equal names, equal features."""
-    digest = hashlib.sha256()
-    values = config.to_dict()
-    digest.update(json.dumps([precision, *(values[key] for key in DECIDING)]).encode())
-    state = {**model.backbone.state_dict(), "mean": model.mean, "std": model.std}
-    for name, value in sorted(state.items()):
-        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-    return f"{config.backbone}-{config.height}x{config.width}-{digest.hexdigest()[:16]}"

@@ -1,8 +1,6 @@
 """Training on Hugging Face accelerate: one loop for a notebook, a cluster job, and a resume."""
 
 import contextlib
-import csv
-import io
 import math
 import time
 import warnings
@@ -12,15 +10,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import Tensor
+from accelerate.state import AcceleratorState
+from accelerate.utils import broadcast, find_executable_batch_size, gather_object
+from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader
 
 from mlnet_utils.config import Config
 from mlnet_utils.data.datasets import EpochSampler, SaliencyDataset, make_loader
 from mlnet_utils.data.photos import Prepared
 from mlnet_utils.model import checkpoints
-from mlnet_utils.model.losses import Objective
+from mlnet_utils.model.losses import Objective, cc_loss, kl_loss, nss_loss
 from mlnet_utils.model.network import MLNet, network_input
 from mlnet_utils.runtime import (
     StopSignals,
@@ -32,21 +32,23 @@ from mlnet_utils.runtime import (
     write_text,
 )
 from mlnet_utils.training.features import cache_features
-from mlnet_utils.training.memory import choose_micro_batch
-from mlnet_utils.training.optimization import learning_rate, make_accelerator, make_optimizer
-from mlnet_utils.training.validation import TrainingDied, advice, validate, validation_loader
 
 LOG_FIELDS = ("epoch", "updates", "lr", "train_loss", "val_loss", "val_cc", "val_nss", "val_kl")
 TIME_FIELDS = ("epoch", "updates", "train_seconds", "validation_seconds", "images_per_second")
 UPDATES_BETWEEN_READS = 20  # reading the loss makes the CPU wait for the GPU
-# What a checkpoint stores of the loop itself, beside weights and optimiser.
+VALIDATION_BATCH = 16
+# The part of a checkpoint that belongs to the loop itself, beside weights and optimiser.
 PROGRESS = ("epoch", "batch", "updates", "loss_sum", "loss_count", "best_loss", "bad_epochs",
-            "finished", "history")  # fmt: skip
+            "finished", "history", "micro_batch")  # fmt: skip
+
+
+class TrainingDied(RuntimeError):
+    """The network's output became constant, or the loss infinite: going on cannot help."""
 
 
 @dataclass
 class FitResult:
-    """What a finished training left behind."""
+    """The best checkpoint, one row of scores per epoch, and the seconds that this call took."""
 
     best: Path
     history: list[dict[str, float]]
@@ -61,11 +63,17 @@ def fit(config: Config, run_dir: str | Path, accelerator: Accelerator | None = N
     an interruption continues at the last step checkpoint; on a CPU the result is the same to the
     bit. Ctrl-C and SIGTERM save first. A finished run returns at once.
 
+    Args:
+        config: of the training.
+        run_dir: folder of the run.
+        accelerator: device, processes and precision; default: :func:`make_accelerator`.
+
     Raises:
         FileNotFoundError: the prepared data, or the checkpoint to start from, are missing.
         TrainingDied: the output died or the loss is not finite; the message says what to try.
         ValueError: the checkpoints belong to another configuration or cannot be read.
         OSError: a checkpoint cannot be written; the one before it stays.
+        RuntimeError: not even one photo fits into the GPU's memory, or another process died.
         KeyboardInterrupt: stopped by a signal; the message says how to continue.
     """
     trainer = Trainer(config, Path(run_dir), accelerator or make_accelerator(config))
@@ -74,18 +82,17 @@ def fit(config: Config, run_dir: str | Path, accelerator: Accelerator | None = N
     except TrainingDied:
         raise
     except RuntimeError as error:
-        world = trainer.accelerator.num_processes
-        if world == 1:
+        if trainer.world == 1:
             raise
         raise RuntimeError(
-            f"process {trainer.accelerator.process_index} of {world} stopped at update "
-            f"{trainer.updates}: {error}. If another process died, its own error is the cause. "
-            "The same command continues from the last checkpoint"
+            f"process {trainer.rank} of {trainer.world} stopped at update {trainer.updates}: "
+            f"{error}. If another process died, its own error is the cause. The same command "
+            "continues from the last checkpoint"
         ) from error
 
 
 class Trainer:
-    """The state of one training: what a step changes and what a checkpoint holds."""
+    """The state of one training: everything that a step changes and a checkpoint holds."""
 
     def __init__(self, config: Config, run_dir: Path, accelerator: Accelerator):
         self.folder = run_dir / "checkpoints"
@@ -96,15 +103,21 @@ class Trainer:
         set_determinism(config.deterministic)
         self.load_data()
         self.build()
+        self.share = -(-config.batch_size // self.world)  # this process's photos of a batch
+        self.micro_batch = max(config.micro_batch, 0)  # photos per forward pass; 0 = the share
         self.epoch = self.batch = self.updates = 0
         self.loss_sum, self.loss_count = 0.0, 0
         self.best_loss, self.bad_epochs, self.finished = math.inf, 0, False
         self.history: list[dict[str, float]] = []
-        self.unread: list[Tensor] = []  # (loss, stop) of updates whose result was not read yet
+        self.unread: list[Tensor] = []  # (loss, stop) of updates that were not read yet
         self.signals = StopSignals()
 
     def load_data(self) -> None:
-        """Loaders whose batches depend on the seed and the epoch, not on who loads them."""
+        """Loaders of batches that depend on the seed and the epoch, not on the number of processes.
+
+        Raises:
+            FileNotFoundError, ValueError: the prepared data are missing, or have an empty split.
+        """
         config = self.config
         prepared = Prepared.read(self.run_dir / "data")
         self.data_digest = prepared.digest
@@ -129,7 +142,6 @@ class Trainer:
         if config.channels_last:
             self.model = self.model.to(memory_format=torch.channels_last)
         self.model.to(self.device)
-        self.micro_batch = choose_micro_batch(config, self.model, self.accelerator)
         optimizer = make_optimizer(config, self.model)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
@@ -153,8 +165,10 @@ class Trainer:
         """Resume, then epoch after epoch until finished or told to stop."""
         started = time.monotonic()
         self.resume()
-        if self.config.cache_features and not self.finished:  # now that the weights are loaded
-            cache_features(self.model, self.config, self.accelerator, self.data.values())
+        if not self.finished:  # now that the weights are loaded
+            self.fit_into_memory()
+            if self.config.cache_features:
+                cache_features(self.model, self.config, self.accelerator, self.data.values())
         with self.signals:
             while not self.finished:
                 begun, updates = time.monotonic(), self.updates
@@ -193,7 +207,7 @@ class Trainer:
         rate = learning_rate(self.config, self.updates, self.total_updates)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["lr_scale"]
-        micro = self.micro_batch
+        micro = self.micro_batch or self.share
         starts = range(0, len(batch["index"]), micro)
         loss_sum = torch.zeros((), device=self.device)
         for start in starts:
@@ -222,13 +236,13 @@ class Trainer:
         self.updates += 1
         self.batch += 1
 
-    def losses(self, batch: dict[str, Tensor]) -> Tensor:
-        """(B,) training loss of each photo."""
+    def losses(self, batch: dict[str, Tensor], network: nn.Module | None = None) -> Tensor:
+        """(B,) training loss of each photo; by default of the network that processes share."""
         batch = {key: value.to(self.device, non_blocking=True) for key, value in batch.items()}
         seen = network_input(batch)
         if self.config.channels_last:
             seen = {k: v.contiguous(memory_format=torch.channels_last) for k, v in seen.items()}
-        prediction = self.forward(**seen).float()
+        prediction = (network or self.forward)(**seen).float()
         return self.objective.per_image(prediction, batch["density"], batch["fixations"])
 
     def read_losses(self) -> None:
@@ -255,16 +269,105 @@ class Trainer:
             "run the same command again to continue"
         )
 
-    def validate(self) -> dict[str, float]:
-        """Scores of the judged network on the validation photos."""
+    def fit_into_memory(self) -> None:
+        """With ``micro_batch=-1``, halve the photos per forward pass until they fit into a GPU.
 
-        def stop_if_asked() -> None:
+        Forward and backward pass are tried with this process's share of a batch, or after a resume
+        with the size in the checkpoint; the smallest size that a process found is that of all. The
+        share stays whole without a GPU, and where batch-norm normalises by the photos that pass
+        together: pieces would change the result.
+
+        Raises:
+            RuntimeError: not even one photo fits.
+        """
+        norms = [m for m in self.model.train().modules() if isinstance(m, nn.BatchNorm2d)]
+        chosen = self.config.micro_batch >= 0 or any(norm.training for norm in norms)
+        if chosen or not has_own_memory(self.device):
+            return
+        size, grid = min(self.micro_batch or self.share, self.share), (1, *self.config.grid)
+        photo = (3, self.config.height, self.config.width)
+        # The optimiser's numbers, which its first step makes, and the gradients' copies of DDP.
+        copies = 1 if self.optimizer.state else 3
+        trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        reserve = [torch.empty_like(parameter) for parameter in trained for _ in range(copies)]
+
+        def halve() -> int:
+            nonlocal size
+            size //= 2
+            return size
+
+        @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)
+        def update(photos: int) -> None:
+            self.optimizer.zero_grad(set_to_none=True)
+            batch = {
+                "image": torch.zeros(photos, *photo, dtype=torch.uint8),
+                "density": torch.ones(photos, *grid),
+                "fixations": torch.ones(photos, *grid),
+            }
+            self.losses(batch, self.model).sum().backward()
+
+        try:
+            update()
+        except RuntimeError:
+            if size:
+                raise
+        self.optimizer.zero_grad(set_to_none=True)
+        del reserve
+        size = min(gather_object([size]))
+        if not size:
+            raise RuntimeError(
+                "training on one photo needs more memory than the GPU has: set checkpointing=true, "
+                "precision='auto' or a smaller height and width"
+            )
+        if size < self.share:
+            self.micro_batch = size
+            if self.accelerator.is_main_process:
+                print(f"{size} of {self.share} photos pass at once: more do not fit into the GPU")
+
+    @torch.inference_mode()
+    def validate(self) -> dict[str, float]:
+        """Mean loss and quick scores of the judged network on its grid, over the validation photos.
+
+        Raises:
+            TrainingDied: every predicted map is constant, or the loss is not finite.
+        """
+        network, config = self.judged.eval(), self.config
+        if self.world > 1:  # batch-norm statistics are each process's own: the first one's count
+            broadcast(list(network.buffers()))
+        rows = []
+        for batch in self.val_loader:
             if self.signals.received and self.world == 1:
                 self.stop()
-
-        return validate(
-            self.judged, self.val_loader, self.config, self.accelerator, self.epoch, stop_if_asked
-        )
+            torch.manual_seed(keyed_seed(config.seed, self.epoch, int(batch["index"][0])))
+            batch = {key: value.to(self.device) for key, value in batch.items()}
+            with self.accelerator.autocast():
+                maps = network(**network_input(batch)).float()
+            density, fixations = batch["density"], batch["fixations"]
+            spread = maps.amax((1, 2, 3)) - maps.amin((1, 2, 3))
+            columns = (
+                batch["index"],
+                self.objective.per_image(maps, density, fixations),
+                1 - cc_loss(maps, density, fixations),
+                -nss_loss(maps, density, fixations).where(fixations.sum((1, 2, 3)) > 0, math.nan),
+                kl_loss(maps, density, fixations),
+                spread > 1e-6 * maps.amax((1, 2, 3)),
+            )
+            rows += torch.stack([column.float() for column in columns], 1).tolist()
+        rows = gather_object(rows)
+        rows.sort()  # by photo, so that the mean does not depend on the number of processes
+        _, loss, cc, nss, kl, alive = zip(*rows, strict=True)
+        after = f"after epoch {self.epoch + 1} the"
+        if not any(alive):
+            raise TrainingDied(
+                f"{after} network predicts a constant map for every validation photo: its output "
+                f"is dead. {advice(config)}"
+            )
+        watched = [value for value in nss if not math.isnan(value)]  # on photos with fixations
+        columns = {"val_loss": loss, "val_cc": cc, "val_kl": kl, "val_nss": watched or [math.nan]}
+        scores = {name: math.fsum(column) / len(column) for name, column in columns.items()}
+        if not math.isfinite(scores["val_loss"]):
+            raise TrainingDied(f"{after} validation loss is {scores['val_loss']}. {advice(config)}")
+        return scores
 
     # ---- bookkeeping ---------------------------------------------------------------------------
     def end_epoch(self, scores: dict[str, float]) -> None:
@@ -322,12 +425,13 @@ class Trainer:
         """Write a step checkpoint (main process only)."""
         if not self.accelerator.is_main_process:
             return
+        scaler = self.accelerator.scaler
         state: dict[str, Any] = {
             "data": self.data_digest,
             "precision": self.accelerator.mixed_precision,
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average is not None else {},
-            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
+            "scaler": scaler.state_dict() if scaler else {},
             "progress": {name: getattr(self, name) for name in PROGRESS},
         }
         checkpoints.rotate_and_save(self.folder, self.config, self.model.state_dict(), **state)
@@ -343,7 +447,7 @@ class Trainer:
             self.restore(content)
         else:
             checkpoints.load_start(self.model, self.config)
-        if self.world > 1 and len(set(gather_object([self.updates]))) > 1:
+        if len(set(gather_object([self.updates]))) > 1:
             raise ValueError(
                 f"the processes found different checkpoints in {self.folder}: the run folder must "
                 "be on storage that all machines share"
@@ -387,10 +491,108 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(content["scaler"])
 
 
+# ---- schedule, optimiser, precision ------------------------------------------------------------
+def learning_rate(config: Config, update: int, total: int) -> float:
+    """Learning rate of one update, counted from 0, out of ``total``: a closed form per schedule.
+
+    ``keras1`` is Keras 1's decay per update, lr / (1 + decay * t) (authors' code); ``onecycle``
+    warms up linearly and follows a half cosine down to zero (Smith 2018).
+    """
+    if config.schedule == "keras1":
+        return config.lr / (1 + config.lr_decay * update)
+    if config.schedule == "constant":
+        return config.lr
+    warm = config.warmup * total
+    if update < warm:
+        return config.lr * (update + 1) / (warm + 1)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * (update - warm) / max(total - warm, 1)))
+
+
+def make_optimizer(config: Config, model: MLNet) -> torch.optim.Optimizer:
+    """The optimiser over the trainable parameters, the backbone with its own learning rate.
+
+    Every group carries ``lr_scale``, by which the schedule's rate is multiplied.
+
+    Raises:
+        ValueError: everything is frozen.
+    """
+    groups = {True: [], False: []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups[name.startswith("backbone.")].append(parameter)
+    parameters = [
+        {"params": group, "lr_scale": config.backbone_lr_scale if backbone else 1.0}
+        for backbone, group in groups.items()
+        if group
+    ]
+    if not parameters:
+        raise ValueError(f"config: freeze={config.freeze} leaves no parameter to train")
+    # One kernel updates all parameters, on a CPU too.
+    shared = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
+    if config.optimizer == "sgd":
+        nesterov = config.momentum > 0
+        return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=nesterov, **shared)
+    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
+    return kind(parameters, **shared)
+
+
+def choose_precision(config: Config) -> str:
+    """Accelerate's name of the precision: ``"bf16"`` where the hardware computes in it.
+
+    ``auto`` is bf16 on GPUs that have it and fp16 (with loss scaling) on older ones; on CPUs
+    bf16 only with native instructions (AVX512-BF16 or AMX; measured: twice as fast as fp32 for
+    VGG-16), because emulated it is slower than fp32; fp32 on Apple GPUs.
+    """
+    if config.precision != "auto":
+        return {"fp32": "no"}.get(config.precision, config.precision)
+    if torch.cuda.is_available():
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if torch.backends.mps.is_available():
+        return "no"
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return "bf16" if native else "no"
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """accelerate's view of the device, the processes and the precision.
+
+    Its state is one per process and refuses another precision; a notebook that trains twice
+    needs a new one. The processes' connections are kept.
+    """
+    AcceleratorState._reset_state()
+    return Accelerator(mixed_precision=choose_precision(config))
+
+
+def has_own_memory(device: torch.device) -> bool:
+    """True for a GPU: running out of its memory is an error, and not the end of the process."""
+    return device.type != "cpu"
+
+
+# ---- what is validated and told ----------------------------------------------------------------
+def validation_loader(data: SaliencyDataset, workers: int, rank: int, world: int) -> DataLoader:
+    """Whole batches, dealt to the processes in turn.
+
+    Every number is then computed from the same batch, however many processes there are.
+    """
+    indices = [(0, index) for index in range(len(data))]
+    starts = range(0, len(data), VALIDATION_BATCH)
+    batches = [indices[start : start + VALIDATION_BATCH] for start in starts]
+    return make_loader(data, batches[rank::world], workers)
+
+
+def advice(config: Config) -> str:
+    """What helps when training dies."""
+    if config.head == "paper":
+        return (
+            "The paper's head ends in ReLUs, which stay at zero once all their inputs are "
+            "negative. Use head='density', or train with loss='kl' first and put that checkpoint "
+            "into start_from; or try a smaller lr "
+            f"(now {config.lr:g}; the authors use SGD at 1e-3)."
+        )
+    return f"Try a smaller lr (now {config.lr:g}), clip_norm=1, or precision='fp32'."
+
+
 def format_log(history: list[dict[str, float]]) -> str:
     """The training log as CSV with full precision."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, LOG_FIELDS, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(history)
-    return text.getvalue()
+    rows = [LOG_FIELDS, *([row[name] for name in LOG_FIELDS] for row in history)]
+    return "".join(",".join(map(str, row)) + "\n" for row in rows)

@@ -27,8 +27,7 @@ from mlnet_utils.data.geometry import (
 )
 from mlnet_utils.model.losses import Objective, mlnet_loss
 from mlnet_utils.model.network import MLNet, freeze, max_pool
-from mlnet_utils.training.optimization import learning_rate, make_optimizer
-from mlnet_utils.training.trainer import fit
+from mlnet_utils.training.trainer import fit, learning_rate, make_optimizer
 
 PAPER = load_config("paper", backbone_weights="none")
 INTENT = load_config("mlnet-pytorch", backbone_weights="none")

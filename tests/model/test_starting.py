@@ -14,8 +14,7 @@ from mlnet_utils.model import checkpoints
 from mlnet_utils.model.checkpoints import with_start
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.runtime import sha256_file
-from mlnet_utils.training.optimization import make_accelerator
-from mlnet_utils.training.trainer import Trainer, fit
+from mlnet_utils.training.trainer import Trainer, fit, make_accelerator
 
 # An architecture that differs from both the paper's and the preset's in every key that it can.
 OTHER = {"levels": 2, "channels": 5, "head": "density", "prior_cells": (3, 4), "seed": 7}
