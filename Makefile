@@ -7,7 +7,7 @@ PRESET ?= sample
 # Further options for the pipeline, e.g. ARGS="--force -p EPOCHS 3"
 ARGS ?=
 # The extra `parity` compiles pysaliency: without a C compiler, leave it out (its tests are skipped).
-TEST_EXTRAS ?= notebooks,test,download,legacy,emd,export,cluster,study,video,parity
+TEST_EXTRAS ?= notebooks,test,legacy,emd,export,cluster,study,video,parity
 
 PY := $(VENV)/bin/python
 NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg

@@ -1,5 +1,8 @@
 """Miniature datasets in the layouts and MATLAB structures of the originals."""
 
+import io
+import zipfile
+
 import numpy as np
 from PIL import Image
 from scipy.io import savemat
@@ -72,3 +75,12 @@ def truncate(path, share=0.5):
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     return path
+
+
+def zipped(files):
+    """The bytes of a zip of ``files``, content by name."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
+        for name, content in files.items():
+            file.writestr(name, content)
+    return buffer.getvalue()

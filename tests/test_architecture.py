@@ -36,7 +36,7 @@ TRAINING_PATH = (
 )
 NOT_FOR_TRAINING = (
     *("papermill", "nbformat", "nbclient", "nbconvert", "jupyter", "jupyter_client"),
-    *("jupyter_core", "jupyterlab", "IPython", "ipykernel", "ipywidgets", "pydantic"),
+    *("gdown", "jupyter_core", "jupyterlab", "IPython", "ipykernel", "ipywidgets", "pydantic"),
 )
 
 

@@ -62,7 +62,7 @@ def test_mistakes_are_one_sentence_and_exit_code_1(arguments, words, capsys, tmp
 def test_download_takes_archives_and_names_mistakes(tmp_path, capsys):
     root = ["--root", str(tmp_path)]
     assert cli.main(["download", "osy", *root]) == 1
-    assert "use one of salicon-2017" in capsys.readouterr().err
+    assert "use one of synthetic, osie" in capsys.readouterr().err
     with zipfile.ZipFile(tmp_path / "trainSet.zip", "w") as file:
         file.writestr("trainSet/Stimuli/x", b"")
     given = ["--from", str(tmp_path / "trainSet.zip")]

@@ -1,37 +1,57 @@
-"""Acquire a dataset: fetch its archives (or take the user's own), verify, unpack, record.
+"""Acquire a dataset: fetch its archives or take the user's own, verify, unpack and record them.
 
 ``python -m mlnet_utils download NAME`` calls :func:`acquire`. Each archive becomes one folder of
-the dataset, which appears only when it is whole. Layouts are described in ``data/README.md``.
+the dataset. The folder appears by one rename, with a list of its files inside, so that it exists
+completely or not at all. Addresses and checksums stand in ``data.readers``, one file per dataset.
 """
 
 import hashlib
-from collections.abc import Iterable
-from functools import partial
-from pathlib import Path
+import itertools
+import json
+import os
+import shutil
+import stat
+import sys
+import zipfile
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePosixPath
 
-from mlnet_utils.data.archives import BLOCK, RECORD, ArchiveError, problems, unpack
-from mlnet_utils.data.sources import SOURCES, Archive, Source
-from mlnet_utils.data.transfer import (
-    Retries,
-    TransferError,
-    WebPageError,
-    discard,
-    fetch,
-    fetch_drive,
-    is_web_page,
-)
-from mlnet_utils.runtime import progress, read_json, write_json
+import gdown
 
+from mlnet_utils.data.readers import DATASETS, TEST_PHOTOS
+from mlnet_utils.data.readers.spec import Archive, DatasetSpec
+from mlnet_utils.runtime import progress, read_json, sha256_file, write_json
+
+SOURCES = {**DATASETS, **TEST_PHOTOS}
 ARCHIVES = "archives"  # folder of a dataset that keeps what was downloaded
 CHECKSUMS = "checksums.json"  # SHA-256 of every archive that was ever accepted
+RECORD = ".complete.json"  # written last; its presence means that a folder is whole
+DRIVE = "https://drive.google.com/uc?id={}"
+RETRIES = 8  # of a connection that fails or is cut; another run goes on with the bytes that came
+TIMEOUT = 60.0  # seconds without a byte
+BLOCK = 1 << 20
+# Beyond these an archive is taken for a bomb. Photos and maps hardly compress.
+MOST_FILES = 200_000
+MOST_BYTES = 64 << 30
+MOST_GROWTH = 100  # unpacked size over the archive's, which matters only
+GROWTH_FROM = 64 << 20  # above this unpacked size
+# What packers leave behind, CAT2000's folders of saliency maps among the stimuli, and the record in
+# an archive that was packed from an unpacked folder.
+SKIPPED = frozenset({"__MACOSX", ".svn", ".DS_Store", "Thumbs.db", "Output", RECORD})
+# The last: an unknown method of compression.
+DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
 
-def acquire(
-    name: str,
-    root: str | Path,
-    archives: Iterable[str | Path] = (),
-    retries: Retries | None = None,
-) -> Path:
+class TransferError(RuntimeError):
+    """A file could not be fetched."""
+
+
+class ArchiveError(RuntimeError):
+    """An archive that is damaged, unsafe, or another than its source published."""
+
+
+def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) -> Path:
     """Make a dataset complete: fetch what is missing, verify, unpack.
 
     What is complete already is only compared with its record, by the files' SHA-256. Archives that
@@ -39,10 +59,9 @@ def acquire(
     are used where they are.
 
     Args:
-        name: a key of :data:`SOURCES`.
+        name: of a dataset of :mod:`~mlnet_utils.data.readers`, or of a benchmark's test photos.
         root: folder of the raw datasets.
         archives: archives that the user has already, by file name.
-        retries: attempts and waiting of downloads.
 
     Returns:
         The dataset's folder.
@@ -57,43 +76,45 @@ def acquire(
     """
     if name not in SOURCES:
         raise ValueError(f"no source for dataset {name!r}: use one of {', '.join(SOURCES)}")
-    source = SOURCES[name]
-    folder = Path(root) / source.folder
-    if not source.archives:
-        raise ValueError(f"{name} is not downloaded: {source.instructions} in {folder}")
-    given = _match(name, source, [Path(path) for path in archives])
-    for archive in source.archives:
+    spec = SOURCES[name]
+    folder = Path(root) / spec.folder
+    if not spec.archives:
+        raise ValueError(f"{name} is not downloaded: {spec.by_hand} in {folder}")
+    given = _match(spec, [Path(path) for path in archives])
+    for archive in spec.archives:
         target = folder / archive.into
         if target.exists():
             _check_complete(target)
             continue
         path = given.get(archive.name) or folder / ARCHIVES / archive.name
-        downloaded = not path.is_file()
-        if downloaded:
-            digest = _download(name, archive, path, folder, retries)
-        else:
-            digest = _verified(path, archive, folder)
+        fetched = None if path.is_file() else _fetch(name, archive, path)
         try:
-            accept = partial(_record, folder, archive.name, digest)
-            unpack(path, target, archive.holds, archive.known, source.limits, accept)
-        except ArchiveError:
-            if downloaded:  # without a known checksum the damage shows only now
-                path.unlink()
-            raise
+            checksums = _checked(fetched or path, archive, folder / CHECKSUMS)
+            unpack(fetched or path, target, archive.holds, archive.known)
+        except ArchiveError as error:
+            if fetched is None:  # it is the user's
+                raise
+            fetched.unlink()
+            raise ArchiveError(
+                f"{error}; it was deleted. {_by_hand(name, archive, path)}"
+            ) from error
+        if fetched:
+            fetched.replace(path)
+        write_json(folder / CHECKSUMS, checksums)
     return folder
 
 
-def _match(name: str, source: Source, paths: list[Path]) -> dict[str, Path]:
+def _match(spec: DatasetSpec, paths: list[Path]) -> dict[str, Path]:
     """The user's archives by the name of ours."""
     given = {}
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"archive {path} does not exist")
-        fitting = [archive for archive in source.archives if path.name in archive.names]
+        fitting = [archive.name for archive in spec.archives if path.name in archive.names]
         if not fitting:
-            names = sorted(set().union(*(archive.names for archive in source.archives)))
-            raise ValueError(f"{path.name} is none of {name}'s archives: {', '.join(names)}")
-        given[fitting[0].name] = path
+            names = sorted(set().union(*(archive.names for archive in spec.archives)))
+            raise ValueError(f"{path.name} is none of {spec.name}'s archives: {', '.join(names)}")
+        given[fitting[0]] = path
     return given
 
 
@@ -111,30 +132,43 @@ def _check_complete(target: Path) -> None:
         )
 
 
-def _download(
-    name: str, archive: Archive, path: Path, folder: Path, retries: Retries | None
-) -> str:
-    """Fetch one archive to ``path``; returns its SHA-256."""
+# ---- fetching ----------------------------------------------------------------------------------
+def _fetch(name: str, archive: Archive, path: Path) -> Path:
+    """Fetch an archive, from Google Drive or any other server, into a ``.part`` of its file.
+
+    gdown retries, and keeps what came of a file beside it for the next run, which goes on with it.
+
+    Raises:
+        TransferError: it failed for good; says why and what to do by hand.
+        OSError: the disk is full.
+    """
     part = path.with_name(f"{path.name}.part")
-    try:
-        if archive.drive:
-            fetch_drive(archive.drive, part, archive.about, retries)
-        else:
-            fetch(archive.url, part, archive.size, retries)
-        if is_web_page(part):
-            raise WebPageError(f"{archive.page}: a web page came in place of the file")
-    except TransferError as error:
-        if part.is_file() and is_web_page(part):
-            discard(part)
-        raise type(error)(f"{error}. {_by_hand(name, archive, path)}") from error
-    try:
-        digest = _verified(part, archive, folder)
-    except ArchiveError as error:
-        discard(part)
-        raise ArchiveError(f"{error}; it was deleted. {_by_hand(name, archive, path)}") from error
-    part.replace(path)
-    discard(part)
-    return digest
+    part.parent.mkdir(parents=True, exist_ok=True)
+    url = archive.url or DRIVE.format(archive.drive)
+    bar = sys.stderr.isatty()
+    lines = progress(itertools.count(), f"downloading {path.name}", unit="blocks of 0.5 MB")
+
+    def watch(here: int, total: int | None) -> None:
+        need_space(part.parent, (total or here) - here, f"downloading {url}")
+        if not bar:
+            next(lines)
+
+    options = {"use_cookies": False, "resume": True, "retries": RETRIES, "timeout": TIMEOUT}
+    for attempt in (1, 2):
+        try:
+            gdown.download(url, str(part), quiet=not bar, progress=watch, **options)
+            break
+        except (gdown.exceptions.DownloadError, OSError) as error:
+            if isinstance(error, OSError) and not hasattr(error, "response"):
+                raise  # the disk's; those of the network are requests', which have a response
+            if attempt == 1 and "byte range" in str(error):
+                # The server does not go on with what is here, or has another version of the file.
+                for begun in part.parent.glob(f"{part.name}?*.part"):
+                    begun.unlink()
+                continue
+            said = " ".join(str(error).split())
+            raise TransferError(f"{url}: {said}. {_by_hand(name, archive, path)}") from error
+    return part
 
 
 def _by_hand(name: str, archive: Archive, path: Path) -> str:
@@ -147,28 +181,44 @@ def _by_hand(name: str, archive: Archive, path: Path) -> str:
     )
 
 
-def _verified(path: Path, archive: Archive, folder: Path) -> str:
-    """Compare an archive's size and checksums with all that is known; returns its SHA-256."""
-    size = path.stat().st_size
-    if is_web_page(path):
+def need_space(folder: Path, needed: int, purpose: str) -> None:
+    """Check the free space of a folder's disk.
+
+    Raises:
+        OSError: there is less than ``needed`` bytes.
+    """
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OSError(
+            f"{purpose} needs {needed / 1e9:.2f} GB, but the disk of {folder} has only "
+            f"{free / 1e9:.2f} GB free: free some, or choose another place with --root"
+        )
+
+
+# ---- verifying ---------------------------------------------------------------------------------
+def _checked(path: Path, archive: Archive, record: Path) -> dict[str, dict[str, str]]:
+    """Compare an archive with all that is known of it; returns the record with its SHA-256."""
+    with open(path, "rb") as file:
+        start = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype html", b"<html", b"<head")):
         raise ArchiveError(f"{path} is a web page, not {archive.name}")
-    if archive.size and size != archive.size:
-        raise ArchiveError(f"{path} has {size} bytes, but {archive.name} has {archive.size}")
     md5, sha256 = _digests(path)
     if archive.md5 and md5 != archive.md5:
-        other = next((n for n, a in _all_archives() if a.md5 == md5), "")
-        what = f"it is a file of {other}" if other else "it is damaged or was replaced by another"
+        other = [spec.name for spec in SOURCES.values() if md5 in [a.md5 for a in spec.archives]]
+        what = f"a file of {other[0]}" if other else "damaged, or was replaced by another"
         raise ArchiveError(
-            f"{path} is not {archive.name}: its MD5 is {md5}, not {archive.md5}; {what}"
+            f"{path} is not {archive.name}: its MD5 is {md5}, not {archive.md5}; it is {what}"
         )
-    recorded = _recorded(folder).get(archive.name, "")
-    for expected, where in ((archive.sha256, "the source"), (recorded, folder / CHECKSUMS)):
-        if expected and sha256 != expected:
-            raise ArchiveError(
-                f"{path} has SHA-256 {sha256}, but {where} says {expected}: it is damaged, or the "
-                f"source has replaced it; in that case delete its entry in {folder / CHECKSUMS}"
-            )
-    return sha256
+    entry = {archive.name: {"sha256": sha256}}
+    recorded = read_json(record, "the first download") if record.is_file() else {}
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{record} is no record of archives: delete it and try again")
+    if recorded.get(archive.name) not in (None, entry[archive.name]):
+        raise ArchiveError(
+            f"{path} has SHA-256 {sha256}, but {record} says {recorded[archive.name]}: it is "
+            "damaged, or the source has replaced it; in that case delete its entry there"
+        )
+    return {**recorded, **entry}
 
 
 def _digests(path: Path) -> tuple[str, str]:
@@ -183,25 +233,141 @@ def _digests(path: Path) -> tuple[str, str]:
     return md5.hexdigest(), sha256.hexdigest()
 
 
-def _all_archives() -> list[tuple[str, Archive]]:
-    return [(name, archive) for name, source in SOURCES.items() for archive in source.archives]
+def problems(target: str | Path) -> list[str]:
+    """What is missing or has other content than when the folder was unpacked, a sentence each.
 
-
-def _recorded(folder: Path) -> dict[str, str]:
-    """SHA-256 of every archive that was accepted, by name."""
-    path = folder / CHECKSUMS
-    if not path.is_file():
-        return {}
-    content = read_json(path, "the first download")
+    Raises:
+        FileNotFoundError: the folder has no record: it was not unpacked by :func:`unpack`.
+        ValueError: the record is damaged.
+    """
+    target = Path(target)
+    record = read_json(target / RECORD, "`python -m mlnet_utils download`")
     try:
-        return {name: str(entry["sha256"]) for name, entry in content.items()}
-    except (AttributeError, KeyError, TypeError) as error:
+        files = [(target / name, sha256) for name, (_, sha256) in record["files"].items()]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{path} is no record of archives: expected `sha256` for each name ({error!r}); "
-            "delete it, and what is downloaded next is recorded anew"
+            f"{target / RECORD} is no record of unpacked files: expected `files` with bytes and "
+            f"SHA-256 of each ({error!r}); delete {target} and download it again"
         ) from error
+    found = []
+    for path, sha256 in progress(files, f"verifying {target.name}", unit="file"):
+        if not path.is_file():
+            found.append(f"{path} is missing")
+        elif sha256_file(path) != sha256:
+            found.append(f"{path} has other content")
+    return found
 
 
-def _record(folder: Path, name: str, sha256: str) -> None:
-    recorded = {**_recorded(folder), name: sha256}
-    write_json(folder / CHECKSUMS, {key: {"sha256": recorded[key]} for key in recorded})
+# ---- unpacking ---------------------------------------------------------------------------------
+def unpack(
+    archive: str | Path,
+    target: str | Path,
+    holds: Iterable[str],
+    known: Mapping[str, str] | None = None,
+) -> None:
+    """Unpack a zip from the internet into a new folder, without trusting it.
+
+    Nothing is written outside the target, no link is ever created, and an archive that would
+    expand beyond reason is refused before it is written, or stopped where it lied about sizes.
+
+    Args:
+        archive: the file.
+        target: the folder to make. It gets the content of that folder of the archive that directly
+            holds everything in ``holds``, however deep it lies.
+        holds: files or folders that prove that this is the right archive.
+        known: SHA-256 of files whose content is known, by their path in the target.
+
+    Raises:
+        ArchiveError: damaged, unsafe, encrypted, a bomb, or without what it should hold.
+        FileExistsError: the target exists; nothing was changed.
+        OSError: there is too little disk space; nothing was left behind.
+    """
+    archive, target = Path(archive), Path(target)
+    if target.exists():
+        raise FileExistsError(f"{target} exists already: move it away or delete it first")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.unpacking")
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
+    try:
+        with zipfile.ZipFile(archive) as file:
+            members = _below(_members(file, archive), tuple(holds), archive)
+            size = sum(info.file_size for info in members.values())
+            need_space(target.parent, size, f"unpacking {archive}")
+            files = {
+                str(path): _extract(file, info, temporary / path)
+                for path, info in progress(
+                    members.items(), f"unpacking {archive.name}", len(members), "file"
+                )
+            }
+        for name, sha256 in (known or {}).items():
+            if files[name][1] != sha256:
+                raise ArchiveError(f"{archive}: {name} has SHA-256 {files[name][1]}, not {sha256}")
+        (temporary / RECORD).write_text(json.dumps({"files": files}), encoding="utf-8")
+        os.replace(temporary, target)
+    except DAMAGE as error:
+        raise ArchiveError(
+            f"{archive} is no zip file, cut off or damaged ({error}): download it again"
+        ) from error
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ArchiveError(f"{archive} holds {error.filename} twice: refused") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _members(file: zipfile.ZipFile, archive: Path) -> dict[PurePosixPath, zipfile.ZipInfo]:
+    """The files of an archive that are wanted, by their path; refuses what is unsafe."""
+    total, kept = 0, {}
+    for count, info in enumerate(file.infolist(), start=1):
+        path = PurePosixPath(info.filename)
+        total += info.file_size
+        grown = total > GROWTH_FROM and total > MOST_GROWTH * archive.stat().st_size
+        if count > MOST_FILES or total > MOST_BYTES or grown:
+            raise ArchiveError(
+                f"{archive} holds more than {MOST_FILES} files or {MOST_BYTES / 1e9:.0f} GB, or "
+                f"grows more than {MOST_GROWTH}-fold: refused as a zip bomb"
+            )
+        if path.is_absolute() or ".." in path.parts or set(info.filename) & {"\\", ":"}:
+            raise ArchiveError(
+                f"{archive} would write outside its folder ({info.filename!r}): refused"
+            )
+        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            raise ArchiveError(f"{archive} holds a link or device ({info.filename}): refused")
+        if info.flag_bits & 1:
+            raise ArchiveError(f"{archive} is encrypted ({info.filename}): refused")
+        if not info.is_dir() and SKIPPED.isdisjoint(path.parts):
+            if path in kept or not path.parts:
+                raise ArchiveError(f"{archive} holds {path} twice: refused")
+            kept[path] = info
+    return kept
+
+
+def _below(
+    members: dict[PurePosixPath, zipfile.ZipInfo], holds: tuple[str, ...], archive: Path
+) -> dict[PurePosixPath, zipfile.ZipInfo]:
+    """The members of the folder that directly holds all of ``holds``, relative to it."""
+    known = {place for path in members for place in (path, *path.parents)}
+    bases = [path for path in known if all(path / name in known for name in holds)]
+    if not bases:
+        first = ", ".join(sorted({path.parts[0] for path in members})[:5])
+        raise ArchiveError(
+            f"{archive} is another archive: no folder in it holds {' and '.join(holds)} "
+            f"(it starts with {first or 'nothing'}); check which file you downloaded"
+        )
+    base = min(bases, key=lambda path: (len(path.parts), str(path)))
+    return {
+        path.relative_to(base): info for path, info in members.items() if path.is_relative_to(base)
+    }
+
+
+def _extract(file: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> list:
+    """Write one member; returns its size and SHA-256."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    digest, written = hashlib.sha256(), 0
+    with file.open(info) as source, open(path, "xb") as out:
+        while block := source.read(BLOCK):  # zipfile reads no more than the archive announces
+            written += len(block)
+            digest.update(block)
+            out.write(block)
+    if written != info.file_size:
+        raise zipfile.BadZipFile(f"{info.filename} has {written} bytes, not {info.file_size}")
+    return [written, digest.hexdigest()]

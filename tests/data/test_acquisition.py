@@ -1,22 +1,18 @@
 """Every dataset in its own format: packed as at its source, served, acquired, and then read.
 
-The layouts are written out here as ``data/README.md`` documents them, and not taken from the table
-of sources, which this checks.
+The layouts are written out here as ``data/README.md`` documents them, and not taken from the
+readers' tables, which this checks.
 """
 
-import io
-import zipfile
 from dataclasses import replace
 
 import numpy as np
 import pytest
 from faulty_server import FaultyServer, Served
-from miniatures import save_mat, save_osie, save_photo, save_recording, save_salicon_mat
+from miniatures import save_mat, save_osie, save_photo, save_recording, save_salicon_mat, zipped
 
-from mlnet_utils.data import download, transfer
-from mlnet_utils.data.readers import DATASETS
-from mlnet_utils.data.sources import SOURCES
-from mlnet_utils.data.transfer import Retries
+from mlnet_utils.data import download
+from mlnet_utils.data.download import SOURCES
 
 STREET = "i05june05_static_street_boston_p1010764"  # the photo by which MIT1003 is recognised
 
@@ -32,8 +28,9 @@ def make_salicon(root, edition):
                 save_photo(root / f"maps-2017/{split}/{stem}.png", 640, 480)
 
 
-def make_osie(root):
-    save_osie(root, {"1001.jpg": [([1.0], [1.0], [200])], "1002.jpg": [([9.0], [9.0], [100])]})
+def make_osie(root, *size):
+    looked = {"1001.jpg": [([1.0], [1.0], [200])], "1002.jpg": [([9.0], [9.0], [100])]}
+    save_osie(root, looked, *size)
 
 
 def make_mit1003(root):
@@ -80,6 +77,11 @@ FORMATS = {
         make_osie,
         {"osie.zip": ("data", "predicting-human-gaze-beyond-pixels-master/data/")},
     ),
+    "eyecrowd": (
+        "eyecrowd",
+        lambda root: make_osie(root, 1024, 768),
+        {"eyecrowd.zip": ("data", "saliency-in-crowd-master/data/")},
+    ),
     "mit1003": (
         "mit1003",
         make_mit1003,
@@ -101,15 +103,14 @@ FORMATS = {
 
 def packed(folder, top):
     """A zip of a folder below ``top``, with what packers add: the Mac's twins, CAT2000's Output."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w") as file:
-        for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-            name = top + path.relative_to(folder).as_posix()
-            parent, _, base = name.rpartition("/")
-            file.write(path, name)
-            file.writestr(f"__MACOSX/{parent}/._{base}", b"junk")
-            file.writestr(f"{parent}/Output/{path.stem}_SaliencyMap.jpg", b"junk")
-    return buffer.getvalue()
+    content = {}
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = top + path.relative_to(folder).as_posix()
+        parent, _, base = name.rpartition("/")
+        content[name] = path.read_bytes()
+        content[f"__MACOSX/{parent}/._{base}"] = b"junk"
+        content[f"{parent}/Output/{path.stem}_SaliencyMap.jpg"] = b"junk"
+    return zipped(content)
 
 
 def files(folder):
@@ -117,7 +118,7 @@ def files(folder):
 
 
 def test_no_source_is_left_out():
-    assert set(FORMATS) == {name for name, source in SOURCES.items() if source.archives}
+    assert set(FORMATS) == {name for name, spec in SOURCES.items() if spec.archives}
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -133,12 +134,13 @@ def test_a_format_is_acquired_and_read(name, tmp_path, monkeypatch):
             content = packed(made / part, top)
             server.files[place] = Served(content, cuts=[len(content) // 2])
             url = archive.url and server.url(place)
-            # The checksums are the originals'.
-            served.append(replace(archive, url=url, md5="", sha256="", size=0, known={}))
-        source = replace(SOURCES[name], archives=tuple(served))
-        monkeypatch.setattr(download, "SOURCES", {name: source})
-        monkeypatch.setattr(transfer, "DRIVE", server.url("{}"))
-        acquired = download.acquire(name, tmp_path / "data", retries=Retries(sleep=lambda _: None))
+            served.append(replace(archive, url=url, md5="", known={}))  # those of the originals
+        monkeypatch.setattr(
+            download, "SOURCES", {name: replace(SOURCES[name], archives=tuple(served))}
+        )
+        monkeypatch.setattr(download, "DRIVE", server.url("{}"))
+        monkeypatch.setattr("random.uniform", lambda *_: 0)  # how long gdown waits
+        acquired = download.acquire(name, tmp_path / "data")
     assert acquired == tmp_path / "data" / folder
     parts = [part for part, _ in archives.values()]
     for part in parts:
@@ -146,10 +148,10 @@ def test_a_format_is_acquired_and_read(name, tmp_path, monkeypatch):
     assert sorted(p.name for p in acquired.iterdir()) == sorted(
         ["archives", "checksums.json", *parts]
     )
-    if name in DATASETS:  # the others are photos for submissions, which have no reader
-        photos, expected = DATASETS[name].read(acquired), DATASETS[name].read(made)
+    assert SOURCES[name].folder == folder
+    if read := SOURCES[name].read:  # the others are photos for submissions
+        photos, expected = read(acquired), read(made)
         assert [(p.image, p.density) for p in photos] == [(p.image, p.density) for p in expected]
         assert [p.fixations.tolist() for p in photos] == [p.fixations.tolist() for p in expected]
         assert any(len(photo.fixations) for photo in photos)
         assert any(photo.density for photo in photos) == (name == "salicon-2017")
-        assert DATASETS[name].folder == folder

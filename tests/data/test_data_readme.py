@@ -1,4 +1,4 @@
-"""data/README.md agrees with the table of sources and with the record of the loader's benchmark."""
+"""data/README.md agrees with the readers' sources and with the record of the loader's benchmark."""
 
 import json
 import re
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from mlnet_utils.data.sources import SOURCES
+from mlnet_utils.data.download import SOURCES
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHIVES = {
-    archive.name: archive for source in SOURCES.values() for archive in source.archives
+    archive.name: archive for spec in SOURCES.values() for archive in spec.archives
 }.values()
 
 
@@ -22,14 +22,18 @@ def readme():
 @pytest.mark.parametrize("archive", ARCHIVES, ids=lambda archive: archive.name)
 def test_sources_are_documented(readme, archive):
     described = [line for line in readme.splitlines() if f"`{archive.name}`" in line]
-    if archive.name in ("osie.zip", "BenchmarkIMAGES.zip"):  # described by their content
+    if archive.known or archive.name == "BenchmarkIMAGES.zip":  # described by their content
         described = [readme]
     text = "\n".join(described)
     assert archive.md5 in text
     assert archive.drive in text
     assert f"{archive.into}/" in readme
-    if archive.about:
-        assert f"`{archive.name}` ({archive.about / 1e9:.1f} GB)" in text
+
+
+@pytest.mark.parametrize("name", set(SOURCES) - {"synthetic", "folder"})
+def test_datasets_are_cited(readme, name):
+    assert f"`{name}`" in readme
+    assert SOURCES[name].citation in re.sub(r"\s+", " ", readme)
 
 
 def test_the_throughput_is_the_recorded_one(readme):

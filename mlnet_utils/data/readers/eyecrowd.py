@@ -31,7 +31,6 @@ SPEC = DatasetSpec(
             holds=("stimuli", "eye/fixations.mat"),
             url="https://github.com/NUS-VIP/saliency-in-crowd/archive/master.zip",
             published="saliency-in-crowd-master.zip",
-            about=178_000_000,
             known={
                 "eye/fixations.mat": (
                     "ecf99dcbb4d44c3caa5740361461f6b5775da978f32a87d1cd801c202c3beab6"

@@ -210,7 +210,6 @@ SPEC = DatasetSpec(
             holds=(f"{_FIRST}.jpeg",),
             url=f"{_ADDRESS}ALLSTIMULI.zip",
             md5="0d7df8b954ecba69b6796e77b9afe4b6",
-            about=235_000_000,
         ),
         Archive(
             name="DATA.zip",

@@ -251,7 +251,6 @@ _IMAGES = Archive(  # the photos of both editions
     holds=("train", "val", "test"),
     drive="1g8j-hTT-51IG1UFwP0xTGhLdgIUCW5e5",
     md5="eb2a1bb706633d1b31fc2e01422c5757",
-    about=3_000_000_000,  # salicon.net says 3.0G
 )
 _MAPS = Archive(  # of 2017; for 2015 none are public
     name="maps-2017.zip",
@@ -259,7 +258,6 @@ _MAPS = Archive(  # of 2017; for 2015 none are public
     holds=("train", "val"),
     drive="1PnO7szbdub1559LfjYHMy65EDC4VhJC8",
     published="maps.zip",
-    about=400_000_000,
 )
 _2017 = _fixations("2017", "1P-jeZXCsjoKO79OhFUgnj6FGcyvmLDPj", "462b70f4f9e8ea446ac628e46cea8d3d")
 _2015 = _fixations("2015", "1WVEiXba-I4GN33f0uUl4KhaN1rK7qzs6", "9a22db9d718200fb90252e5010c004c4")

@@ -24,7 +24,6 @@ class Archive:
     drive: str = ""  # id of a file on Google Drive
     published: str = ""  # its file name at the source, where that differs
     md5: str = ""  # "" where the source publishes none
-    about: int = 0  # bytes, roughly, where the source says: does the disk have room?
     known: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of files inside, by path
 
     @property

@@ -1,0 +1,203 @@
+"""Unpacking: whole or not at all, inside the target only, and never beyond reason."""
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import zipfile
+from collections import namedtuple
+
+import numpy as np
+import pytest
+from miniatures import zipped
+
+from mlnet_utils.data import download
+from mlnet_utils.data.download import RECORD, ArchiveError, problems, unpack
+
+FILES = {"top/train/a.bin": b"a" * 10, "top/train/b.bin": b"bb", "top/val/c.bin": b""}
+JUNK = {"__MACOSX/top/train/._a.bin": b"x", "top/.DS_Store": b"x", "README": b"x"}
+RANDOM = {f"train/{i}": np.random.default_rng(i).bytes(5000) for i in range(5)}
+
+
+def make_zip(path, files):
+    path.write_bytes(zipped(files))
+    return path
+
+
+def left(folder):
+    """Every path below a folder."""
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+@pytest.fixture
+def target(tmp_path):
+    return tmp_path / "set" / "data"
+
+
+def test_the_folder_that_holds_the_parts_is_unpacked(tmp_path, target):
+    unpack(make_zip(tmp_path / "whatever.bin", {**FILES, **JUNK}), target, ("train", "val"))
+    assert left(target) == [RECORD, "train", "train/a.bin", "train/b.bin", "val", "val/c.bin"]
+    assert (target / "train/a.bin").read_bytes() == b"a" * 10
+    record = json.loads((target / RECORD).read_text())
+    assert record["files"]["train/b.bin"] == [2, hashlib.sha256(b"bb").hexdigest()]
+    assert problems(target) == []
+    assert left(target.parent) == ["data", *(f"data/{name}" for name in left(target))]
+
+
+def test_an_archive_without_a_top_folder(tmp_path, target):
+    unpack(make_zip(tmp_path / "x.zip", {"a/1": b"1", "b/2": b"2"}), target, ("a", "b"))
+    assert left(target) == [RECORD, "a", "a/1", "b", "b/2"]
+
+
+@pytest.mark.parametrize(
+    "junk", ["__MACOSX", ".svn", ".DS_Store", "Thumbs.db", "Output", ".complete.json"]
+)
+@pytest.mark.parametrize("place", ["{}", "{}/x", "train/{}", "train/{}/x"])
+def test_what_packers_leave_behind_is_skipped(tmp_path, target, junk, place):
+    files = {"train/1": b"1", place.format(junk): b"{}"}
+    unpack(make_zip(tmp_path / "x.zip", files), target, ("train",))
+    assert left(target) == [RECORD, "train", "train/1"]
+    assert problems(target) == []
+
+
+def test_a_folder_without_a_record_has_no_problems_to_name(target):
+    target.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=r"complete\.json"):
+        problems(target)
+
+
+def test_content_that_is_known_is_verified(tmp_path, target):
+    archive = make_zip(tmp_path / "x.zip", FILES)
+    right = hashlib.sha256(b"bb").hexdigest()
+    with pytest.raises(ArchiveError, match=r"train/b\.bin has SHA-256 .*, not 0000"):
+        unpack(archive, target, ("train",), known={"train/b.bin": "0000"})
+    assert not target.exists()
+    unpack(archive, target, ("train",), known={"train/b.bin": right})
+
+
+def test_what_is_there_is_not_touched(tmp_path, target):
+    target.mkdir(parents=True)
+    (target / "mine").write_bytes(b"")
+    with pytest.raises(FileExistsError, match=r"set/data"):
+        unpack(make_zip(tmp_path / "x.zip", FILES), target, ("train",))
+    assert left(target) == ["mine"]
+
+
+# ---- attacks and damage ------------------------------------------------------------------------
+def special_zip(path, kind):
+    with zipfile.ZipFile(path, "w") as file:
+        info = zipfile.ZipInfo("top/train/x")
+        info.external_attr = (kind | 0o777) << 16
+        file.writestr(info, "/etc/passwd")
+
+
+def encrypted_zip(path):
+    raw = bytearray(zipped(FILES))
+    raw[raw.index(b"PK\x01\x02") + 8] |= 1  # flag in the central directory
+    path.write_bytes(raw)
+
+
+def twice_zip(path):
+    raw = zipped({"train/aa": b"1", "train/bb": b"2"})
+    path.write_bytes(raw.replace(b"train/bb", b"train/aa"))
+
+
+def lying_zip(path, size):
+    raw = bytearray(zipped({"train/zeros": bytes(4_000_000)}))
+    for signature, offset in ((b"PK\x01\x02", 24), (b"PK\x03\x04", 22)):
+        at = raw.index(signature) + offset
+        raw[at : at + 4] = size.to_bytes(4, "little")
+    path.write_bytes(raw)
+
+
+def damaged_zip(path, damage):
+    raw = bytearray(zipped(RANDOM))
+    raw[len(raw) // 2] ^= 0xFF
+    path.write_bytes({"cut": raw[: len(raw) // 2], "garbage": b"\x00\x01" * 5000}.get(damage, raw))
+
+
+ATTACKS = {
+    "climbing": (lambda p: make_zip(p, {"train/../../../x": b"1"}), "write outside"),
+    "absolute": (lambda p: make_zip(p, {"/train/x": b"1"}), "write outside"),
+    "windows": (lambda p: make_zip(p, {"train\\..\\x": b"1"}), "write outside"),
+    "drive": (lambda p: make_zip(p, {"C:/train/x": b"1"}), "write outside"),
+    "link": (lambda p: special_zip(p, stat.S_IFLNK), "link"),
+    "device": (lambda p: special_zip(p, stat.S_IFCHR), "device"),
+    "encrypted": (encrypted_zip, "encrypted"),
+    "same name twice": (twice_zip, "train/aa twice"),
+    "file in a file": (lambda p: make_zip(p, {"train/1": b"2", "train/1/x/y": b"1"}), "twice"),
+    "file and folder": (lambda p: make_zip(p, {"train/1/x/y": b"1", "train/1": b"2"}), "twice"),
+    "something else": (lambda p: make_zip(p, {"other/x": b"1"}), "holds train .*other"),
+    "empty": (lambda p: make_zip(p, {}), "holds train .*nothing"),
+    "bigger than it says": (lambda p: lying_zip(p, 10), "damaged"),
+    "smaller than it says": (lambda p: lying_zip(p, 5_000_000), "damaged .*4000000"),
+    "cut": (lambda p: damaged_zip(p, "cut"), "damaged"),
+    "flipped": (lambda p: damaged_zip(p, "flipped"), "damaged"),
+    "garbage": (lambda p: damaged_zip(p, "garbage"), "damaged"),
+    "nothing": (lambda p: p.write_bytes(b""), "damaged"),
+}
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_what_is_not_right_is_refused_and_leaves_nothing(tmp_path, target, name):
+    make, said = ATTACKS[name]
+    make(tmp_path / "bad.zip")
+    with pytest.raises(ArchiveError, match=rf"bad\.zip.*{said}"):
+        unpack(tmp_path / "bad.zip", target, ("train",))
+    assert left(tmp_path) == ["bad.zip", "set"]
+
+
+@pytest.mark.parametrize(
+    "limits", [{"GROWTH_FROM": 1_000_000}, {"MOST_BYTES": 3_000_000}, {"MOST_FILES": 0}], ids=str
+)
+def test_bombs_are_refused(tmp_path, target, monkeypatch, limits):
+    archive = make_zip(tmp_path / "bomb.zip", {"train/zeros": bytes(4_000_000)})  # 1000-fold
+    for name, value in limits.items():
+        monkeypatch.setattr(download, name, value)
+    with pytest.raises(ArchiveError, match=r"bomb\.zip .* zip bomb"):
+        unpack(archive, target, ("train",))
+    assert left(tmp_path) == ["bomb.zip", "set"]
+
+
+# ---- interruptions -----------------------------------------------------------------------------
+def test_a_full_disk_is_noticed_before_unpacking(tmp_path, target, monkeypatch):
+    archive = make_zip(tmp_path / "x.zip", RANDOM)
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 24_999))
+    with pytest.raises(OSError, match=r"x\.zip needs 0\.00 GB"):
+        unpack(archive, target, ("train",))
+    assert left(tmp_path) == ["set", "x.zip"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_an_interrupted_extraction_never_looks_complete(tmp_path, target, monkeypatch, error):
+    archive, calls = make_zip(tmp_path / "x.zip", RANDOM), []
+    read = zipfile.ZipExtFile.read
+
+    def stop_at_the_third(self, n=-1):
+        calls.append(self)
+        if len(set(map(id, calls))) == 3:
+            raise error
+        return read(self, n)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(zipfile.ZipExtFile, "read", stop_at_the_third)
+        with pytest.raises(type(error)):
+            unpack(archive, target, ("train",))
+    assert left(tmp_path) == ["set", "x.zip"]
+    unpack(archive, target, ("train",))
+    assert problems(target) == []
+
+
+def test_a_kill_between_files_and_rename_leaves_no_target(tmp_path, target, monkeypatch):
+    archive = make_zip(tmp_path / "x.zip", RANDOM)
+    with monkeypatch.context() as patch:  # nothing after the kill runs: neither rename nor cleaning
+        patch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(SystemExit))
+        patch.setattr(shutil, "rmtree", lambda *_, **__: None)
+        with pytest.raises(SystemExit):
+            unpack(archive, target, ("train",))
+    assert left(target.parent)[0] == ".data.unpacking"
+    assert not target.exists()
+    unpack(archive, target, ("train",))
+    assert [path.name for path in target.parent.iterdir()] == ["data"]
