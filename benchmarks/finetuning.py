@@ -17,7 +17,7 @@ from pathlib import Path
 import measure
 import pandas as pd
 
-from mlnet_utils.config import PRESETS, Config, load_config
+from mlnet_utils.config import Config, load_config
 from mlnet_utils.data import datasets
 from mlnet_utils.experiments.evaluation import TestSet
 from mlnet_utils.metrics.protocols import METRICS
@@ -39,7 +39,7 @@ def starts(sample: Path) -> dict[str, dict]:
     own = checkpoints.with_start(load_config("finetune", start_from=sample))
     same = {"head": own.head, "prior_cells": own.prior_cells, "channels": own.channels}
     nothing = {"start_from": "", "head": "density"}
-    mobilenet = {key: PRESETS["osie"][key] for key in TRUNK if key in PRESETS["osie"]}
+    mobilenet = {key: getattr(load_config("osie"), key) for key in TRUNK}
     return {
         # Statistics that no data have formed cannot be kept; those of drawings do not fit photos.
         RANDOM: {
@@ -87,7 +87,7 @@ def main() -> None:
     )
     parser.add_argument("--sample", type=Path, default=Path("runs/sample/checkpoints/best.pt"))
     parser.add_argument("--photos", type=int, default=50, help="to train on")
-    parser.add_argument("--epochs", type=int, default=PRESETS["finetune"]["epochs"])
+    parser.add_argument("--epochs", type=int, default=load_config("finetune").epochs)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--keep", type=Path, help="folder of the runs, to continue later")
     parser.add_argument("--smoke", action="store_true", help="drawings, tiny, nothing saved")

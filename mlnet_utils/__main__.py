@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from mlnet_utils import __version__
-from mlnet_utils.config import CHOICES, PRESETS, load_config
+from mlnet_utils.config import choices, load_config, preset_names
 from mlnet_utils.runtime import (
     data_root,
     display_path,
@@ -94,7 +94,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--checkpoint", type=Path, help="default: the run's checkpoints/best.pt")
     verb.add_argument("--split", choices=("val", "test"), default="test")
     verb.add_argument(
-        "--protocol", choices=CHOICES["protocol"], help="metric definitions; default: as trained"
+        "--protocol", choices=choices("protocol"), help="metric definitions; default: as trained"
     )
 
     verb = _verb(verbs, "sweep", sweep, "train a grid of configurations and seeds, in one table",
@@ -175,7 +175,7 @@ def _verb(verbs, name: str, function: Verb, summary: str, *examples: str):
 
 
 def _run_options(verb) -> None:
-    names = ", ".join(PRESETS)
+    names = ", ".join(preset_names())
     verb.add_argument("--preset", default="sample", help=f"{names}, or a YAML file")
     verb.add_argument("--run-dir", default="", help="default: runs/<preset>")
     verb.add_argument("--data-root", default="", help="raw datasets (default: $MLNET_DATA, data/)")

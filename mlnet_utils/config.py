@@ -1,8 +1,7 @@
-"""One flat, frozen configuration; named presets; strict overrides.
+"""One flat, frozen configuration, the presets that fill it, and strict overrides.
 
-The defaults are the authors' recipe, each with the place it comes from: *paper* is Cornia et al.,
-"A Deep Multi-Level Network for Saliency Prediction", ICPR 2016 (arXiv:1609.01064); *code* is the
-Keras implementation they released. A preset lists only what it changes.
+The defaults are the authors' recipe; ``presets/paper.yaml`` has the source of each. A preset is a
+file of ``presets/`` that lists only what it changes. Nothing here opens a checkpoint.
 """
 
 import contextlib
@@ -11,9 +10,16 @@ import math
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_origin, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
-import yaml
+from mlnet_utils.runtime import read_yaml
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+def _key(default: Any, **limits: Any) -> Any:
+    """A field with the limits that :func:`_check` enforces, on every item of a tuple."""
+    return field(default=default, metadata=limits)
 
 
 @dataclass(frozen=True)
@@ -23,118 +29,101 @@ class Config:
     preset: str = "paper"
 
     # ---- data
-    dataset: str = "salicon-2015"  # paper 4.1: SALICON, 10,000 train and 5,000 validation photos
-    limit: int = 0  # photos per split, 0 = all
-    train_limit: int = 0  # training photos, 0 = all; the other splits stay whole
-    height: int = 480  # paper 3.4: input 480 x 640
-    width: int = 640
-    sigma: float = 0.0  # blur of the fixations in photo pixels; 0 = the dataset's own
-    fold: int = -1  # cross-validation fold 0..4; -1 = the dataset's fixed split
+    dataset: str = "salicon-2015"
+    limit: int = _key(0, least=0)  # photos per split, 0 = all
+    train_limit: int = _key(0, least=0)  # training photos, 0 = all; the other splits stay whole
+    height: int = _key(480, least=32, multiple=8)  # of the input, in pixels
+    width: int = _key(640, least=32, multiple=8)
+    sigma: float = _key(0.0, least=0)  # blur of fixations in photo pixels; 0 = the dataset's own
+    fold: int = _key(-1, least=-1)  # cross-validation fold 0..4; -1 = the dataset's fixed split
 
     # ---- model
-    backbone: str = "vgg16"  # paper 3.1: VGG-16; any other name is timm's
+    backbone: str = "vgg16"  # any other name is timm's
     backbone_weights: str = "imagenet"  # "imagenet", "none" or a .safetensors/.pth file
     backbone_args: dict = field(default_factory=dict)  # passed on to timm.create_model
-    backbone_drop: tuple = ()  # modules of the timm backbone that the extractor leaves out
-    normalisation: str = "auto"  # or "imagenet", "caffe", "half"; model.build_backbone has "auto"
-    levels: int = 3  # paper 3.1: pool3, pool4 and conv5_3 (the deepest n levels are used)
-    channels: int = 64  # paper 3.2: 3x3 convolution to 64 channels
-    dropout: float = 0.5  # paper 3.2: dropout on the concatenated levels
+    backbone_drop: tuple[str, ...] = ()  # modules of the timm backbone that are left out
+    # "auto": what timm states for its own weights, else "imagenet"; "caffe": BGR, mean only.
+    normalisation: str = _key("auto", choices=("auto", "imagenet", "caffe", "half"))
+    levels: int = _key(3, least=1)  # the deepest n levels of the backbone are used
+    channels: int = _key(64, least=1)  # of the encoding
+    dropout: float = _key(0.5, least=0, below=1)  # on the concatenated levels
     dropout_channels: bool = False  # drop whole channels instead of single elements
-    head: str = "paper"  # "paper" (ReLU, multiplied prior) or "density" (softmax, added log prior)
-    prior_cells: tuple = (6, 8)  # paper 3.3: (H/8/10, W/8/10); () = no prior
-    compat: str = ""  # "theano" or "mlnet-pytorch": compute as the earlier implementation does
+    # "paper": ReLU, the prior multiplies; "density": softmax, a log prior is added.
+    head: str = _key("paper", choices=("paper", "density"))
+    prior_cells: tuple[int, ...] = _key((6, 8), least=1)  # rows, columns; () = no prior
+    # Compute as an earlier implementation does.
+    compat: str = _key("", choices=("", "theano", "mlnet-pytorch"))
     dropout_at_test: bool = False  # a defect of MLNet-Pytorch, reproduced on request
-    freeze: tuple = ()  # name patterns of parameters that stay as they are (paper: none)
+    freeze: tuple[str, ...] = ()  # name patterns of parameters that stay as they are
     freeze_norm: bool = False  # keep batch-norm statistics of the backbone fixed
     start_from: str = ""  # checkpoint that a new training starts from, with its architecture
 
     # ---- loss
-    loss: str = "mlnet"  # e.g. "mlnet", "kl", "kl + 0.5*cc + 0.1*nss" (terms in losses.py)
-    alpha: float = 1.1  # paper 3.4, equation 2
-    prior_penalty: float = -1.0  # weight of ||W||^2; -1 = 1 / number of prior cells (paper 3.4)
+    loss: str = "mlnet"  # e.g. "mlnet", "kl", "kl + 0.5*cc + 0.1*nss" (terms in model/losses.py)
+    alpha: float = _key(1.1, above=1)  # at 1 the loss divides by 0
+    prior_penalty: float = _key(-1.0, least=0, unset=-1)  # of ||W||^2; -1 = 1 / number of cells
 
     # ---- optimisation
-    optimizer: str = "sgd"  # paper 3.4: SGD with Nesterov momentum
-    lr: float = 1e-3  # code
-    backbone_lr_scale: float = 1.0  # learning rate of the backbone relative to the rest
-    schedule: str = "keras1"  # code: Keras 1 decay, lr / (1 + decay * updates)
-    lr_decay: float = 5e-4  # code
-    warmup: float = 0.0  # share of the updates over which one-cycle warms up
-    momentum: float = 0.9  # code
-    weight_decay: float = 0.0
-    clip_norm: float = 0.0  # gradient norm limit, 0 = none
-    batch_size: int = 10  # code
-    epochs: int = 20  # code
-    patience: int = 5  # code: epochs without a better validation loss; 0 = never stop early
-    ema_decay: float = 0.0  # exponential moving average of the weights, 0 = none
-    flip: float = 0.0  # probability of mirroring photo and fixations together
+    optimizer: str = _key("sgd", choices=("sgd", "adam", "adamw"))
+    lr: float = _key(1e-3, least=0)
+    backbone_lr_scale: float = _key(1.0, least=0)  # the backbone's rate relative to the rest
+    schedule: str = _key("keras1", choices=("keras1", "constant", "onecycle"))
+    lr_decay: float = _key(5e-4, least=0)  # of keras1: lr / (1 + lr_decay * updates)
+    warmup: float = _key(0.0, least=0, below=1)  # share of the updates in which onecycle rises
+    momentum: float = _key(0.9, least=0)
+    weight_decay: float = _key(0.0, least=0)
+    clip_norm: float = _key(0.0, least=0)  # limit of the gradient's norm, 0 = none
+    batch_size: int = _key(10, least=1)
+    epochs: int = _key(20, least=1)
+    patience: int = _key(5, least=0)  # epochs without a better validation loss; 0 = never stop
+    ema_decay: float = _key(0.0, least=0, below=1)  # moving average of the weights, 0 = none
+    flip: float = _key(0.0, least=0, most=1)  # probability of mirroring photo and fixations
 
     # ---- engine (changes speed and memory, not what is learned)
-    precision: str = "fp32"  # code: Theano in float32; "auto", "fp32", "bf16" or "fp16"
-    micro_batch: int = -1  # photos per forward pass; 0 = batch_size, -1 = what fits into the GPU
+    precision: str = _key("fp32", choices=("auto", "fp32", "bf16", "fp16"))
+    micro_batch: int = _key(-1, least=-1)  # photos per pass; 0 = batch_size, -1 = what fits
     checkpointing: bool = False  # recompute backbone activations to save memory
     channels_last: bool = True  # memory format; VGG-16 is 5 to 15 % faster, on a CPU too
     compile: bool = False
-    workers: int = -1  # loader processes; -1 = chosen from the machine
+    workers: int = _key(-1, least=-1)  # loader processes; -1 = chosen from the machine
     cache: bool = False  # keep letterboxed photos in memory after the first epoch
-    cache_features: bool = False  # keep a frozen backbone's features on disk, see features.py
-    checkpoint_every: int = 200  # updates between step checkpoints
+    cache_features: bool = False  # keep a frozen backbone's features on disk
+    checkpoint_every: int = _key(200, least=1)  # updates between step checkpoints
     deterministic: bool = False  # bit-reproducible GPU kernels, slower (the CPU always is)
-    seed: int = 0
+    seed: int = _key(0, least=0)
 
     # ---- evaluation
-    protocol: str = "mit300"  # metric definitions, see docs/metrics.md
+    # Metric definitions, see docs/metrics.md.
+    protocol: str = _key("mit300", choices=("mit300", "salicon", "salicon2015"))
     test_flip: bool = False  # average the prediction with that of the mirrored photo
-    test_scales: tuple = (1.0,)  # average predictions at these multiples of the input size
-    bootstrap: int = 2000  # resamples of the confidence intervals
+    # Average predictions at these multiples of the input size.
+    test_scales: tuple[float, ...] = _key((1.0,), least=0.1, most=4)
+    bootstrap: int = _key(2000, least=0)  # resamples of the confidence intervals
 
-    # Keys that were set, by a preset or its user: those that a checkpoint to start from may not
-    # contradict (model.checkpoints.with_start). No setting itself: neither compared nor stored.
+    # Keys that a preset or its user has set: those that a checkpoint to start from may not
+    # contradict (model.checkpoints.with_start). Neither compared nor stored.
     given: frozenset = field(default=frozenset(), compare=False, repr=False)
 
     def __post_init__(self):
-        for name, expected in get_type_hints(type(self)).items():
-            object.__setattr__(self, name, _coerce(name, getattr(self, name), expected))
-        for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"config: {name}={getattr(self, name)!r} is not one of {', '.join(allowed)}"
-                )
-        for name in ("height", "width"):  # the network works at 1/8 resolution
-            if getattr(self, name) < 32 or getattr(self, name) % 8:
-                raise ValueError(
-                    f"config: {name}={getattr(self, name)} must be a multiple of 8, at least 32"
-                )
-        for name in ("batch_size", "epochs", "levels", "channels", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config: {name}={getattr(self, name)} must be at least 1")
-        for name in _NOT_NEGATIVE:
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"config: {name}={getattr(self, name)} must be finite, 0 or more")
-        for name in ("dropout", "flip", "ema_decay", "warmup"):
-            if not 0 <= getattr(self, name) < 1 and not (name == "flip" and self.flip == 1):
-                raise ValueError(f"config: {name}={getattr(self, name)} must be in [0, 1)")
-        for name in ("micro_batch", "workers", "fold"):
-            if getattr(self, name) < -1:
-                raise ValueError(f"config: {name}={getattr(self, name)} must be at least -1")
-        if self.prior_penalty != -1 and not 0 <= self.prior_penalty < math.inf:
-            raise ValueError(f"config: prior_penalty={self.prior_penalty} must be -1, 0 or more")
-        for name in ("freeze", "backbone_drop"):
-            if not all(isinstance(pattern, str) for pattern in getattr(self, name)):
-                raise ValueError(f"config: {name}={getattr(self, name)} must hold names only")
-        if not self.alpha > 1:  # or the loss divides by 0
-            raise ValueError(f"config: alpha={self.alpha} must be above 1")
-        scales = self.test_scales
-        if not scales or not all(isinstance(n, int | float) and 0.1 <= n <= 4 for n in scales):
-            raise ValueError(f"config: test_scales={scales} must be numbers from 0.1 to 4")
-        cells = self.prior_cells
-        if len(cells) not in (0, 2) or not all(isinstance(n, int) and n > 0 for n in cells):
-            raise ValueError(f"config: prior_cells={cells} must be (rows, columns) or ()")
+        types = get_type_hints(type(self))
+        for key in dataclasses.fields(self):
+            value = _coerce(key.name, getattr(self, key.name), types[key.name])
+            object.__setattr__(self, key.name, value)
+            items = value if isinstance(value, tuple) else (value,)
+            for item in items:
+                _check(key.name, item, key.metadata)
+        if len(self.prior_cells) not in (0, 2):
+            raise ValueError(
+                f"config: prior_cells={self.prior_cells} must be (rows, columns) or ()"
+            )
+        if not self.test_scales:
+            raise ValueError(
+                "config: test_scales=() must hold a number: 1 is the size of the input"
+            )
 
     @property
     def antialias(self) -> bool:
-        """Whether photos are resized with an antialiasing filter.
+        """True where photos are resized with an antialiasing filter.
 
         The earlier implementations use OpenCV's bilinear filter, which does not antialias.
         """
@@ -150,200 +139,78 @@ class Config:
         return {
             key: list(value) if isinstance(value, tuple) else value
             for key, value in dataclasses.asdict(self).items()
-            if key != "given"
+            if key in KEYS
         }
 
 
-_NOT_NEGATIVE = (
-    *("limit", "train_limit", "patience", "seed", "bootstrap"),
-    *("sigma", "lr", "backbone_lr_scale", "lr_decay", "momentum", "weight_decay"),
-    "clip_norm",
-)
-
-CHOICES = {
-    "head": ("paper", "density"),
-    "compat": ("", "theano", "mlnet-pytorch"),
-    "normalisation": ("auto", "imagenet", "caffe", "half"),
-    "optimizer": ("sgd", "adam", "adamw"),
-    "schedule": ("keras1", "constant", "onecycle"),
-    "precision": ("auto", "fp32", "bf16", "fp16"),
-    "protocol": ("mit300", "salicon", "salicon2015"),
-}
-
-FIELDS = {f.name for f in dataclasses.fields(Config)} - {"given"}
-
-# Fields that may differ between a checkpoint and the run that resumes it.
-ENGINE_FIELDS = (
-    *("workers", "cache", "checkpoint_every", "bootstrap"),
-    *("test_flip", "test_scales", "protocol"),
-)
+KEYS = {key.name for key in dataclasses.fields(Config)} - {"given"}
 
 # Keys that earlier checkpoints hold, with the values that change nothing. Both changed the photos
 # of a training, so that predictions do not depend on them.
 RETIRED = {"jitter": 0.0, "crop": 0.0}
 
-_DENSITY = {
-    "head": "density",
-    "loss": "kl",
-    "prior_penalty": 0.0,
-    "optimizer": "adamw",
-    "schedule": "onecycle",
-    "warmup": 0.1,
-    "flip": 0.5,
+# The limits of a number, in words.
+LIMITS = {
+    "least": "at least",
+    "most": "at most",
+    "above": "above",
+    "below": "below",
+    "multiple": "a multiple of",
+    "unset": "or",
 }
 
-# MLNet-Pytorch (immortal3, 2018) stops the gradient of the first 23 entries of
-# ``model.parameters()``. Entry 0 is its prior; the other 22 are weight and bias of the first
-# eleven convolutions, conv1_1 to conv5_1, here by their place in torchvision's ``features``.
-_MLNET_PYTORCH_FROZEN = tuple(
-    f"backbone.features.{place}.*" for place in (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24)
+# Keys that may differ between a checkpoint and the run that resumes it.
+ENGINE_FIELDS = (
+    *("workers", "cache", "checkpoint_every", "bootstrap"),
+    *("test_flip", "test_scales", "protocol"),
 )
 
-PRESETS: dict[str, dict[str, Any]] = {
-    # The authors' recipe to the letter: the defaults.
-    "paper": {},
-    # MLNet-Pytorch as it was meant: its prior is trained, its penalty has the paper's weight,
-    # and dropout is off at test time.
-    "mlnet-pytorch": {
-        "compat": "mlnet-pytorch",
-        "dataset": "salicon-2017",
-        "height": 240,
-        "width": 320,
-        "prior_cells": (3, 4),
-        "dropout_channels": True,
-        "freeze": _MLNET_PYTORCH_FROZEN,
-        "optimizer": "adam",
-        "schedule": "constant",
-        "weight_decay": 1e-4,
-        "batch_size": 16,
-        "epochs": 10,
-        "patience": 0,
-    },
-    # Minutes on two CPU cores, from random weights, on stimuli whose true density is known.
-    "sample": {
-        **_DENSITY,
-        "dataset": "synthetic",
-        "height": 120,
-        "width": 160,
-        "backbone": "test_resnet",
-        "backbone_weights": "none",
-        "dropout": 0.2,
-        "lr": 4e-3,
-        "batch_size": 16,
-        "epochs": 12,
-        "patience": 0,
-        "precision": "fp32",
-        "workers": 0,
-        "cache": True,
-    },
-    # Real eye tracking: 700 photos, 15 observers.
-    "osie": {
-        **_DENSITY,
-        "dataset": "osie",
-        # On the validation photos, one run each, CC 0.826 and KL 0.389; 0.820 and 0.401 with
-        # "kl + 0.5*cc + 0.1*nss" and a backbone_lr_scale of 0.3, which had NSS 3.20 for 3.00.
-        "loss": "kl + cc",
-        "height": 360,
-        "width": 480,
-        "backbone": "mobilenetv1_100",
-        # The TensorFlow weights were trained with SAME padding.
-        "backbone_args": {"pad_type": "same"},
-        # The last pointwise layer is left out: the third level is its 1024-channel input.
-        "backbone_drop": ("blocks.4.1.conv_pw", "blocks.4.1.bn2"),
-        "freeze_norm": True,
-        "dropout_channels": True,  # element-wise masks take a tenth of a step on a CPU
-        "precision": "auto",
-        "channels_last": False,  # depthwise convolutions are slower in it on a CPU
-        "lr": 1e-3,
-        "backbone_lr_scale": 0.1,
-        "weight_decay": 1e-2,
-        "epochs": 8,
-        "patience": 0,
-        "ema_decay": 0.98,
-        "test_flip": True,
-        "workers": 0,
-        "cache": True,
-    },
-    # Our best recipe on SALICON 2017: nothing frozen, mixed precision, density head.
-    "salicon": {
-        **_DENSITY,
-        "dataset": "salicon-2017",
-        "lr": 3e-4,
-        "backbone_lr_scale": 0.3,
-        "weight_decay": 1e-4,
-        "epochs": 10,
-        "patience": 3,
-        "ema_decay": 0.999,
-        "precision": "auto",
-    },
-    # Your own photos and fixations, 50 to a few hundred. Set `sigma`, and `start_from` if another
-    # network than the one trained on OSIE is the start; its architecture comes with it.
-    "finetune": {
-        **{key: value for key, value in _DENSITY.items() if key != "head"},
-        "start_from": "runs/osie/checkpoints/best.pt",
-        "dataset": "folder",
-        "freeze_norm": True,  # a few photos are no sample of the statistics
-        "lr": 3e-4,
-        "backbone_lr_scale": 0.3,
-        "weight_decay": 1e-2,
-        "batch_size": 8,
-        "epochs": 10,
-        "patience": 0,
-        "precision": "auto",
-        "workers": 0,
-        "cache": True,
-    },
-}
-# MLNet-Pytorch as it is. Three defects, each a switch: the prior never trains, dropout stays on
-# at test time, and the penalty is divided by 1 instead of by the number of cells.
-PRESETS["mlnet-pytorch-asis"] = {
-    **PRESETS["mlnet-pytorch"],
-    "freeze": ("prior", *_MLNET_PYTORCH_FROZEN),
-    "dropout_at_test": True,
-    "prior_penalty": 1.0,
-}
-# Seconds: for the tests of the pipeline and for trying things out.
-PRESETS["tiny"] = {
-    **PRESETS["sample"],
-    "limit": 12,
-    "height": 64,
-    "width": 80,
-    "channels": 8,
-    "epochs": 2,
-    "batch_size": 4,
-    "bootstrap": 100,
-}
+
+def choices(key: str) -> tuple[str, ...]:
+    """The values that a key may have, for keys that name a choice (``"protocol"``)."""
+    return Config.__dataclass_fields__[key].metadata["choices"]
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.yaml"))
 
 
 def load_config(preset: str | Path = "sample", **overrides: Any) -> Config:
     """Resolve a preset name or a YAML file, with strict overrides.
 
     A YAML file holds a mapping of the fields of :class:`Config`; its optional key ``preset``
-    names the preset that it starts from (default ``paper``, the plain defaults). An override
-    that is None keeps the preset's value. The checkpoint that ``start_from`` names is not opened:
-    ``model.checkpoints.with_start`` takes over its architecture when the run begins.
+    names the preset that it starts from (default: the plain defaults). The name of the
+    configuration is the file's. An override that is None keeps the preset's value. The checkpoint
+    that ``start_from`` names is not opened: ``model.checkpoints.with_start`` takes over its
+    architecture when the run begins.
 
     Raises:
-        ValueError: unknown preset, unknown key, wrong type or value out of range, or weights of a
-            backbone beside ``start_from``.
+        ValueError: unknown preset, unknown key or a key that is there twice, wrong type or value
+            out of range, or weights of a backbone beside ``start_from``.
         FileNotFoundError: the path of a YAML file that does not exist.
     """
     name = str(preset)
-    if name in PRESETS:
-        values = {**PRESETS[name], "preset": name}
-    elif name.endswith((".yaml", ".yml")):
-        values = _read_yaml(Path(name))
+    if name.endswith((".yaml", ".yml")):
+        values = _read_preset(Path(name))
+    elif name in preset_names():
+        values = _read_preset(PRESETS / f"{name}.yaml")
     else:
         raise ValueError(
-            f"unknown preset {name!r}: use one of {', '.join(PRESETS)} or the path of a .yaml file"
+            f"unknown preset {name!r}: use one of {', '.join(preset_names())} or the path of a "
+            ".yaml file"
         )
-    values |= {k: v for k, v in overrides.items() if v is not None or k not in FIELDS}
-    if values.get("start_from") and values.setdefault("backbone_weights", "none") != "none":
-        raise ValueError(
-            f"config: backbone_weights={values['backbone_weights']!r} and start_from exclude each "
-            "other: a checkpoint holds all weights, the backbone's too; set one of them"
-        )
-    return _strict(values)
+    own = {k: v for k, v in overrides.items() if v is not None or k not in KEYS}
+    given = set(own) if name == "paper" else set(own) | set(values)  # its values are the defaults
+    values |= own
+    if values.get("start_from"):
+        if "backbone_weights" in given and values["backbone_weights"] != "none":
+            raise ValueError(
+                f"config: backbone_weights={values['backbone_weights']!r} and start_from exclude "
+                "each other: a checkpoint holds all weights, the backbone's too; set one of them"
+            )
+        values["backbone_weights"] = "none"
+    return _build(values, given)
 
 
 def from_dict(values: dict[str, Any]) -> Config:
@@ -352,24 +219,17 @@ def from_dict(values: dict[str, Any]) -> Config:
     Raises:
         ValueError: unknown key, wrong type or value out of range.
     """
-    return _strict({key: value for key, value in values.items() if key not in RETIRED})
-
-
-def _strict(values: dict[str, Any]) -> Config:
-    unknown = sorted(set(values) - FIELDS)
-    if unknown:
-        raise ValueError(f"unknown configuration key {', '.join(unknown)}; known: {sorted(FIELDS)}")
-    return Config(**values, given=frozenset(values))
+    values = {key: value for key, value in values.items() if key not in RETIRED}
+    return _build(values, set(values))
 
 
 def describe(config: Config) -> list[tuple[str, str, str]]:
-    """(key, value, how it differs from the paper) for every field, for the notebooks' table."""
-    paper = Config()
-    rows = []
-    for key, value in config.to_dict().items():
-        default = paper.to_dict()[key]
-        rows.append((key, str(value), "" if value == default else f"paper: {default}"))
-    return rows
+    """(key, value, difference from the paper) of every field, for the notebooks' table."""
+    paper = Config().to_dict()
+    return [
+        (key, str(value), "" if value == paper[key] else f"paper: {paper[key]}")
+        for key, value in config.to_dict().items()
+    ]
 
 
 def backbone_file(config: Config) -> str:
@@ -382,35 +242,69 @@ def backbone_file(config: Config) -> str:
     return "" if config.backbone_weights == "none" else config.backbone_weights
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"preset file {path} does not exist")
+def _build(values: dict[str, Any], given: set[str]) -> Config:
+    unknown = sorted(set(values) - KEYS)
+    if unknown:
+        raise ValueError(f"unknown configuration key {', '.join(unknown)}; known: {sorted(KEYS)}")
+    return Config(**values, given=frozenset(given))
+
+
+def _read_preset(path: Path) -> dict[str, Any]:
+    """The values of a preset's file and of the preset that it starts from, all checked."""
+    values = read_yaml(path)
+    base = values.get("preset")
+    if base is not None and base not in preset_names():
+        raise ValueError(f"{path}: preset {base!r} is not one of {', '.join(preset_names())}")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of configuration keys")
-    base = values.get("preset", "paper")
-    if base not in PRESETS:
-        raise ValueError(f"{path}: preset {base!r} is not one of {', '.join(PRESETS)}")
-    return {**PRESETS[base], **values, "preset": path.stem}
+        _build({**values, "preset": path.stem}, set())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    inherited = _read_preset(PRESETS / f"{base}.yaml") if base not in (None, "paper") else {}
+    return {**inherited, **values, "preset": path.stem}
 
 
 def _coerce(name: str, value: Any, expected: type) -> Any:
     """Check a value's type; accept what says the same (1 or "1e-3" for a float, list for tuple)."""
-    expected = get_origin(expected) or expected
-    if expected is tuple and isinstance(value, list | tuple):
-        return tuple(value)
-    if expected is str and isinstance(value, os.PathLike):
+    kind = get_origin(expected) or expected
+    if kind is tuple and isinstance(value, list | tuple):
+        return tuple(_coerce(name, item, get_args(expected)[0]) for item in value)
+    if kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
-    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if expected is float and isinstance(value, str):
+    if kind is float and isinstance(value, str):
         with contextlib.suppress(ValueError):  # YAML reads 1e-3 as text
             return float(value)
-    if isinstance(value, expected) and not (expected is int and isinstance(value, bool)):
+    if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     raise ValueError(
-        f"config: {name}={value!r} should be {expected.__name__}, not {type(value).__name__}"
+        f"config: {name}={value!r} should be {kind.__name__}, not {type(value).__name__}"
     )
+
+
+def _check(name: str, value: Any, limits: Any) -> None:
+    """Compare a value with its limits.
+
+    Args:
+        name: the key.
+        value: of the key, or an item of it.
+        limits: ``choices``, ``least``, ``most`` (inclusive), ``above``, ``below`` (exclusive),
+            ``multiple`` (of this number), ``unset`` (a value outside the limits that is allowed).
+
+    Raises:
+        ValueError: outside the limits, or not finite.
+    """
+    if "choices" in limits and value not in limits["choices"]:
+        allowed = ", ".join(map(str, limits["choices"]))
+        raise ValueError(f"config: {name}={value!r} is not one of {allowed}")
+    if not isinstance(value, int | float) or value == limits.get("unset"):
+        return
+    inside = (
+        math.isfinite(value)
+        and limits.get("least", value) <= value <= limits.get("most", value)
+        and limits.get("above", -math.inf) < value < limits.get("below", math.inf)
+        and ("multiple" not in limits or value % limits["multiple"] == 0)
+    )
+    if not inside:
+        wanted = [f"{words} {limits[kind]}" for kind, words in LIMITS.items() if kind in limits]
+        raise ValueError(f"config: {name}={value} must be {', '.join(['finite', *wanted])}")

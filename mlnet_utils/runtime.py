@@ -23,6 +23,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+import yaml
+
 REPORTED_PACKAGES = ("mlnet-utils", "torch", "torchvision", "timm", "accelerate", "numpy", "scipy")
 
 
@@ -182,6 +184,38 @@ def read_json(path: str | Path, made_by: str) -> Any:
         raise ValueError(
             f"{path} is not valid JSON ({error}); delete it and run {made_by}"
         ) from None
+
+
+class _SingleKeys(yaml.SafeLoader):
+    """YAML with each key there once: PyYAML itself keeps the last of equal keys."""
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for number, key in enumerate(keys):
+            if key in keys[:number]:
+                mark = node.value[number][0].start_mark
+                raise yaml.MarkedYAMLError(None, None, f"{key!r} is there twice", mark)
+        return node
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML file that holds a mapping; an empty one is ``{}``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not valid YAML, no mapping, or a key that is there twice; names file and line.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: name a YAML file that does")
+    try:
+        values = _SingleKeys(path.read_text(encoding="utf-8")).get_single_data() or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} must hold a mapping of keys to values")
+    return values
 
 
 def sha256_file(path: str | Path) -> str:

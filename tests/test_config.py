@@ -1,34 +1,47 @@
 """Presets, overrides, YAML files, and the errors that catch mistakes in them."""
 
 import dataclasses
+import re
+from importlib import resources
+from itertools import pairwise
 
 import pytest
+import yaml
 
 from mlnet_utils.config import (
     ENGINE_FIELDS,
-    FIELDS,
+    KEYS,
     PRESETS,
     Config,
     backbone_file,
+    choices,
     describe,
     from_dict,
     load_config,
+    preset_names,
 )
 
-
-def test_the_defaults_are_the_authors_recipe():
-    paper = load_config("paper")
-    assert paper == Config()
-    assert (paper.height, paper.width, paper.grid) == (480, 640, (60, 80))
-    assert (paper.backbone, paper.levels, paper.channels, paper.prior_cells) == (
-        "vgg16", 3, 64, (6, 8),
-    )  # fmt: skip
-    assert (paper.optimizer, paper.lr, paper.lr_decay, paper.momentum) == ("sgd", 1e-3, 5e-4, 0.9)
-    assert (paper.batch_size, paper.epochs, paper.patience, paper.alpha) == (10, 20, 5, 1.1)
-    assert paper.freeze == ()
+NAMES = [
+    *("finetune", "mlnet-pytorch", "mlnet-pytorch-asis", "osie"),
+    *("paper", "salicon", "sample", "tiny"),
+]
 
 
-@pytest.mark.parametrize("name", PRESETS)
+# ---- the files of the package ------------------------------------------------------------------
+def test_the_presets_are_files_of_the_package():
+    assert preset_names() == NAMES
+    folder = resources.files("mlnet_utils") / "presets"
+    assert {path.name for path in folder.iterdir()} == {f"{name}.yaml" for name in NAMES}
+
+
+def test_the_defaults_are_the_paper_s_preset():
+    paper = yaml.safe_load((PRESETS / "paper.yaml").read_text("utf-8"))
+    written = from_dict(paper).to_dict()
+    assert {key: written[key] for key in paper} == {key: Config().to_dict()[key] for key in paper}
+    assert load_config("paper") == Config()
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_every_preset_is_valid_and_survives_a_round_trip(name):
     config = load_config(name)
     assert config.preset == name
@@ -36,9 +49,26 @@ def test_every_preset_is_valid_and_survives_a_round_trip(name):
     assert from_dict({**config.to_dict(), "crop": 0.1}) == config  # of an earlier checkpoint
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_copy_of_a_preset_is_the_same_under_the_copy_s_name(name, tmp_path):
+    text = (PRESETS / f"{name}.yaml").read_text("utf-8")
+    (tmp_path / "mine.yaml").write_text(text, "utf-8")
+    assert load_config(tmp_path / "mine.yaml") == dataclasses.replace(
+        load_config(name), preset="mine"
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_line_of_a_preset_has_its_reason(name):
+    lines = (PRESETS / f"{name}.yaml").read_text("utf-8").splitlines()
+    for above, line in pairwise(["", *lines]):
+        assert "#" in line or not re.match(r"[a-z_]+:", line) or above.startswith("#"), line
+
+
+# ---- overrides ---------------------------------------------------------------------------------
 def test_overrides_change_one_key_and_none_keeps_the_preset():
     config = load_config("tiny", epochs=7, batch_size=None, freeze=["backbone.*"], lr="1e-2")
-    assert (config.epochs, config.batch_size) == (7, PRESETS["tiny"]["batch_size"])
+    assert (config.epochs, config.batch_size) == (7, 4)
     assert config.freeze == ("backbone.*",)
     assert config.lr == 0.01
 
@@ -49,90 +79,146 @@ def test_a_config_cannot_be_changed():
 
 
 def test_unknown_preset_and_unknown_keys_are_errors():
-    with pytest.raises(ValueError, match=r"unknown preset 'smaple': use one of .*sample"):
+    with pytest.raises(ValueError, match=r"'smaple'.*sample"):
         load_config("smaple")
-    with pytest.raises(ValueError, match=r"unknown configuration key epoch, learning_rate; known:"):
-        load_config("tiny", epoch=1, learning_rate=1)
-    with pytest.raises(ValueError, match="unknown configuration key epoch"):
-        load_config("tiny", epoch=None)
-    with pytest.raises(ValueError, match="unknown configuration key momentun"):
-        from_dict({**Config().to_dict(), "momentun": 1})
+    with pytest.raises(ValueError, match=r"epoch, learning_rate"):
+        load_config("tiny", epoch=1, learning_rate=None)
     with pytest.raises(ValueError, match="crop"):
-        load_config("paper", crop=0.1)
+        load_config("tiny", crop=0.1)
+    for unknown in ("momentun", "given"):
+        with pytest.raises(ValueError, match=unknown):
+            from_dict({**Config().to_dict(), unknown: 1})
 
 
 @pytest.mark.parametrize(
-    ("key", "value", "message"),
+    ("key", "value", "fact"),
     [
-        ("epochs", 2.5, "epochs=2.5 should be int, not float"),
-        ("epochs", True, "epochs=True should be int, not bool"),
-        ("cache", 1, "cache=1 should be bool, not int"),
-        ("lr", "fast", "lr='fast' should be float, not str"),
-        ("freeze", "backbone.*", r"freeze='backbone.\*' should be tuple, not str"),
-        ("head", "softmax", "head='softmax' is not one of paper, density"),
-        ("precision", "half", "precision='half' is not one of auto, fp32, bf16, fp16"),
-        ("height", 100, "height=100 must be a multiple of 8"),
-        ("width", 16, "width=16 must be a multiple of 8, at least 32"),
-        ("batch_size", 0, "batch_size=0 must be at least 1"),
-        ("dropout", 1.0, r"dropout=1.0 must be in \[0, 1\)"),
-        ("flip", 1.5, r"flip=1.5 must be in \[0, 1\)"),
-        ("warmup", -0.1, r"warmup=-0.1 must be in \[0, 1\)"),
-        ("lr", -1e-3, "lr=-0.001 must be finite, 0 or more"),
-        ("lr", float("nan"), "lr=nan must be finite, 0 or more"),
-        ("weight_decay", float("inf"), "weight_decay=inf must be finite, 0 or more"),
-        ("seed", -1, "seed=-1 must be finite, 0 or more"),
-        ("micro_batch", -2, "micro_batch=-2 must be at least -1"),
-        ("workers", -2, "workers=-2 must be at least -1"),
-        ("fold", -2, "fold=-2 must be at least -1"),
-        ("prior_penalty", -5, "prior_penalty=-5.0 must be -1, 0 or more"),
-        ("prior_penalty", float("nan"), "prior_penalty=nan must be -1"),
-        ("freeze", (1,), r"freeze=\(1,\) must hold names only"),
-        ("alpha", 1.0, "alpha=1.0 must be above 1"),
-        ("prior_cells", (6,), r"prior_cells=\(6,\) must be \(rows, columns\) or \(\)"),
-        ("prior_cells", (0, 8), r"prior_cells=\(0, 8\) must be"),
-        ("test_scales", (), r"test_scales=\(\) must be numbers from 0.1 to 4"),
-        ("test_scales", (1, 40), r"test_scales=\(1, 40\) must be"),
+        ("epochs", 2.5, "int"),
+        ("epochs", True, "int"),
+        ("cache", 1, "bool"),
+        ("lr", "fast", "float"),
+        ("freeze", "backbone.*", "tuple"),
+        ("freeze", (1,), "str"),
+        ("backbone_drop", (None,), "str"),
+        ("prior_cells", (6, 8.5), "int"),
+        ("test_scales", ("wide",), "float"),
+        ("head", "softmax", "paper, density"),
+        ("compat", "keras", "theano, mlnet-pytorch"),
+        ("normalisation", "none", "imagenet, caffe, half"),
+        ("optimizer", "lion", "sgd, adam, adamw"),
+        ("schedule", "cosine", "keras1, constant, onecycle"),
+        ("precision", "half", "auto, fp32, bf16, fp16"),
+        ("protocol", "mit", "mit300, salicon, salicon2015"),
+        ("height", 100, "multiple of 8"),
+        ("width", 16, "32"),
+        ("limit", -1, "0"),
+        ("train_limit", -1, "0"),
+        ("sigma", -1, "0"),
+        ("fold", -2, "-1"),
+        ("levels", 0, "1"),
+        ("channels", 0, "1"),
+        ("dropout", 1.0, "below 1"),
+        ("prior_cells", (6,), "rows, columns"),
+        ("prior_cells", (0, 8), "1"),
+        ("alpha", 1.0, "above 1"),
+        ("prior_penalty", -5, "0.*-1"),
+        ("prior_penalty", float("nan"), "finite"),
+        ("lr", -1e-3, "0"),
+        ("lr", float("nan"), "finite"),
+        ("lr_decay", -1, "0"),
+        ("backbone_lr_scale", -1, "0"),
+        ("warmup", -0.1, "0"),
+        ("momentum", -1, "0"),
+        ("weight_decay", float("inf"), "finite"),
+        ("clip_norm", -1, "0"),
+        ("batch_size", 0, "1"),
+        ("epochs", 0, "1"),
+        ("patience", -1, "0"),
+        ("ema_decay", 1.0, "below 1"),
+        ("flip", 1.5, "at most 1"),
+        ("micro_batch", -2, "-1"),
+        ("workers", -2, "-1"),
+        ("checkpoint_every", 0, "1"),
+        ("seed", -1, "0"),
+        ("bootstrap", -1, "0"),
+        ("test_scales", (), "1"),
+        ("test_scales", (1, 40), "4"),
+        ("test_scales", (0,), "0.1"),
     ],
 )
-def test_wrong_values_are_errors_that_name_the_key(key, value, message):
-    with pytest.raises(ValueError, match=f"^config: {message}"):
+def test_wrong_values_are_errors_that_name_the_key(key, value, fact):
+    with pytest.raises(ValueError, match=f"^config: {key}=.*{fact}"):
         load_config("tiny", **{key: value})
 
 
-def test_yaml_starts_from_a_preset(tmp_path):
-    path = tmp_path / "mine.yaml"
-    path.write_text("preset: tiny\nepochs: 9\nlr: 1e-3\nprior_cells: [2, 3]\n")
-    config = load_config(path, batch_size=3)
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("flip", 1), ("prior_penalty", -1), ("prior_cells", ()), ("test_scales", (1, 0.5))],
+)
+def test_values_at_the_limits_are_taken(key, value):
+    assert getattr(load_config("tiny", **{key: value}), key) == value
+
+
+# ---- files of users ----------------------------------------------------------------------------
+@pytest.fixture
+def mine(tmp_path):
+    return tmp_path / "mine.yaml"
+
+
+def test_yaml_starts_from_a_preset(mine):
+    mine.write_text("preset: tiny\nepochs: 9\nlr: 1e-3\nprior_cells: [2, 3]\n")
+    config = load_config(mine, batch_size=3)
     tiny = load_config("tiny", epochs=9, lr=1e-3, prior_cells=(2, 3), batch_size=3)
     assert config == dataclasses.replace(tiny, preset="mine")
-    path.write_text("")
-    assert load_config(path) == dataclasses.replace(Config(), preset="mine")
+    mine.write_text("")
+    assert load_config(mine) == dataclasses.replace(Config(), preset="mine")
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "fact"),
     [
-        ("epochs: [", "mine.yaml is not valid YAML"),
-        ("- epochs", "mine.yaml must hold a mapping"),
-        ("preset: smaple", "preset 'smaple' is not one of"),
-        ("epoch: 3", "unknown configuration key epoch"),
+        ("epochs: [", "line 1"),
+        ("- epochs", "mapping"),
+        ("preset: smaple", "'smaple'.*sample"),
+        ("epoch: 3", "epoch"),
+        ("sigma: 6\nepochs: 2.5", "epochs=2.5"),
+        ("epochs: 3\nlr: 1\nepochs: 4", "'epochs'.*line 3"),
+        ("backbone_args: {pad_type: same, pad_type: ''}", "'pad_type'.*line 1"),
     ],
 )
-def test_broken_yaml_is_an_error(tmp_path, text, message):
-    path = tmp_path / "mine.yaml"
-    path.write_text(text)
-    with pytest.raises(ValueError, match=message):
-        load_config(path)
+def test_a_broken_file_is_an_error_that_names_it(mine, text, fact):
+    mine.write_text(text)
+    with pytest.raises(ValueError, match=rf"(?s)mine\.yaml.*{fact}"):
+        load_config(mine)
 
 
 def test_a_missing_yaml_file_is_an_error(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone.yaml does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.yaml"):
         load_config(tmp_path / "gone.yaml")
 
 
+# ---- starting from a checkpoint, which nothing here opens --------------------------------------
+def test_the_keys_that_were_set_are_remembered_and_not_stored(mine):
+    mine.write_text("preset: finetune\nlevels: 3\n")
+    config = load_config(mine, head="paper", start_from="gone.pt")
+    assert {"levels", "head", "start_from", "lr"} <= config.given
+    assert "channels" not in config.given
+    assert "given" not in config.to_dict()
+    assert config == dataclasses.replace(config, given=frozenset())
+    assert load_config("paper", epochs=3).given == {"epochs"}
+
+
+def test_a_start_leaves_nothing_to_download():
+    assert load_config("paper", start_from="gone.pt").backbone_weights == "none"
+    assert load_config("finetune", start_from="").backbone_weights == "imagenet"
+    with pytest.raises(ValueError, match=r"backbone_weights='w.pth' and start_from"):
+        load_config("finetune", backbone_weights="w.pth")
+
+
+# ---- the rest ----------------------------------------------------------------------------------
 def test_describe_says_what_differs_from_the_paper():
     rows = {key: difference for key, _, difference in describe(load_config("paper", epochs=3))}
-    assert set(rows) == FIELDS
+    assert set(rows) == KEYS
     assert rows["epochs"] == "paper: 20"
     assert [key for key, difference in rows.items() if difference] == ["epochs"]
 
@@ -146,5 +232,6 @@ def test_backbone_weights_variable_replaces_a_download_only(monkeypatch):
     assert backbone_file(load_config("osie")) == ""
 
 
-def test_engine_fields_exist():
-    assert set(ENGINE_FIELDS) <= FIELDS
+def test_choices_and_engine_fields_exist():
+    assert choices("protocol")[0] == Config().protocol
+    assert set(ENGINE_FIELDS) <= KEYS

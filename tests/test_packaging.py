@@ -21,7 +21,8 @@ else:
 
 ROOT = Path(__file__).resolve().parent.parent
 PYTHONS = ("3.10", "3.11", "3.12", "3.13")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 CONDA_EXTRAS = ("notebooks", "test")  # what environment.yml installs
 NOTEBOOK_MODULES = {"running.pipeline", "running.notebooks"}
@@ -291,3 +292,7 @@ def test_address_that_colab_cannot_open_is_an_error(tmp_path):
     (tmp_path / "pyproject.toml").write_text('Repository = "https://example.org/x"\n')
     with pytest.raises(ValueError, match="OWNER/NAME"):
         load_address_tool().repository_name(tmp_path)
+
+
+def test_a_wheel_has_the_presets():
+    assert "presets/*.yaml" in PYPROJECT["tool"]["setuptools"]["package-data"]["mlnet_utils"]

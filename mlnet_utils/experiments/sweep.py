@@ -28,7 +28,7 @@ from mlnet_utils.experiments import dispatch, evaluation
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.metrics.summary import format_table
 from mlnet_utils.model import checkpoints
-from mlnet_utils.runtime import display_path, read_json, write_text
+from mlnet_utils.runtime import display_path, read_json, read_yaml, write_text
 from mlnet_utils.training import trainer
 from mlnet_utils.training.trainer import TrainingDied
 
@@ -112,19 +112,6 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
 
 
-class _StrictLoader(yaml.SafeLoader):
-    """YAML whose keys are there once: PyYAML itself keeps the last of equal keys."""
-
-    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
-        node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                mark = node.value[number][0].start_mark
-                raise yaml.MarkedYAMLError(None, None, f"{key!r} is there twice", mark)
-        return node
-
-
 def read_grid(path: str | Path) -> Grid:
     """A grid from a YAML file with the keys of ``GRID_KEYS``.
 
@@ -132,14 +119,8 @@ def read_grid(path: str | Path) -> Grid:
         FileNotFoundError: there is no such file.
         ValueError: not a grid, an unknown key, or one that is there twice.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"grid {path} does not exist")
-    try:
-        values = _StrictLoader(path.read_text(encoding="utf-8")).get_single_data()
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict) or not isinstance(values.get("cells"), dict):
+    path, values = Path(path), read_yaml(path)
+    if not isinstance(values.get("cells"), dict):
         raise ValueError(f"{path} must hold a mapping with `cells`: name -> changed keys")
     unknown = sorted(set(values) - set(GRID_KEYS))
     if unknown:

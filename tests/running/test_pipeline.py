@@ -294,6 +294,13 @@ def test_other_backbone_weights_train_anew(finished, nothing_runs, monkeypatch, 
         assert (folder / "data.before").exists() is aside
 
 
+def test_a_missing_start_is_reported_before_anything_runs(finished, nothing_runs, monkeypatch):
+    changed = replace(pipeline.load_config("tiny"), start_from="gone/best.pt")
+    monkeypatch.setattr(pipeline, "load_config", lambda preset: changed)
+    with pytest.raises(FileNotFoundError, match=r"start_from=gone/best\.pt"):
+        run(finished, stages=RESUMING)
+
+
 def test_a_changed_package_does_not_set_anything_aside(finished, nothing_runs, monkeypatch):
     change_version(finished, monkeypatch)
     with pytest.raises(NotebookError, match="would run"):
