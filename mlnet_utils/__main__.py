@@ -305,7 +305,13 @@ def evaluate(options: argparse.Namespace) -> int:
 
 def sweep(options: argparse.Namespace) -> int:
     from mlnet_utils.experiments import sweep as sweeps
+    from mlnet_utils.training import trainer
 
+    train = trainer.fit
+    if not options.plain:
+        from mlnet_utils.running import pipeline
+
+        train = pipeline.train
     grid = sweeps.read_grid(options.grid)
     folder = options.out or run_dir("", grid.name)
     failed = sweeps.run_sweep(
@@ -313,7 +319,7 @@ def sweep(options: argparse.Namespace) -> int:
         folder,
         data_root(options.data_root),
         workers=options.workers,
-        notebooks=not options.plain,
+        train=train,
         cluster=options.cluster,
         options=overrides(options.options),
     )

@@ -20,7 +20,7 @@ from mlnet_utils.experiments.evaluation import TestSet
 from mlnet_utils.experiments.sweep import Grid
 from mlnet_utils.metrics.protocols import METRICS, cc
 from mlnet_utils.metrics.summary import bootstrap_interval, summarise
-from mlnet_utils.runtime import progress
+from mlnet_utils.runtime import progress, require
 
 REFERENCE = "reference"
 OSIE_TRAINING_PHOTOS = 500  # of the published split
@@ -266,15 +266,9 @@ def low_level(run_dir: str | Path, split: str = "test", protocol: str = "mit300"
         A row as those of ``metrics.json``: ``model`` and ``metrics``.
 
     Raises:
-        ModuleNotFoundError: the extra ``study`` is not installed.
+        ImportError: the extra ``study`` is not installed.
     """
-    try:
-        import cv2
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the spectral residual needs OpenCV: pip install 'mlnet-utils[study]'"
-        ) from error
-    model = cv2.saliency.StaticSaliencySpectralResidual_create()
+    model = require("cv2", "study").saliency.StaticSaliencySpectralResidual_create()
     data, rows = TestSet(Path(run_dir), split), []
     for photo in progress(data.photos, f"scoring {LOW_LEVEL}", unit="photo"):
         bgr = np.ascontiguousarray(data.image(photo).permute(1, 2, 0).numpy()[..., ::-1])

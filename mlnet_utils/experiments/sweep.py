@@ -11,24 +11,25 @@ import hashlib
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import yaml
 
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.data import datasets
-from mlnet_utils.experiments import dispatch, evaluation
+from mlnet_utils.experiments import evaluation
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.metrics.summary import format_table
 from mlnet_utils.model import checkpoints
-from mlnet_utils.runtime import display_path, read_json, read_yaml, write_text
+from mlnet_utils.runtime import cpu_count, display_path, read_json, read_yaml, require, write_text
 from mlnet_utils.training import trainer
 from mlnet_utils.training.trainer import TrainingDied
 
@@ -36,6 +37,9 @@ DATA_KEYS = ("dataset", "limit", "train_limit", "sigma", "fold")  # what decides
 GRID_KEYS = ("preset", "seeds", "split", "common", "cells")
 TABLE, PER_IMAGE = "sweep.csv", "per_image.csv"
 DIED = "died.txt"  # in a run folder: which configuration died, and of what
+GRACE_SECONDS = 10  # for processes that stop by themselves, as they do after a terminal's Ctrl-C
+
+Train = Callable[[Config, Path], Any]  # trains a configuration in its prepared run folder
 
 
 @dataclass(frozen=True)
@@ -77,34 +81,24 @@ class Grid:
 
 @dataclass(frozen=True)
 class Job:
-    """One training of a sweep: everything a worker process needs to know."""
+    """One training of a sweep: everything that a worker process needs to know."""
 
     cell: str
-    seed: int
+    config: Config  # with the cell's seed; the checkpoint it starts from may not exist yet
     split: str
-    preset: str
-    changes: dict[str, Any]
     folder: Path
-    data_root: Path
     data: Path  # the prepared folder, shared with all jobs that see the same photos
-    notebooks: bool
     waits: str  # title of the training that it starts from, or ""
+    train: Train
 
     @property
     def title(self) -> str:
-        """What messages call it."""
-        return f"{self.cell}, seed {self.seed}"
+        """The name of this training in messages."""
+        return f"{self.cell}, seed {self.config.seed}"
 
-    @property
-    def preset_file(self) -> Path:
-        """The cell as a YAML preset, for the notebook and for whoever looks into the folder."""
-        return self.folder / f"{slug(self.cell)}.yaml"
-
-    def config(self) -> Config:
-        """The configuration of this training."""
-        config = load_config(self.preset, **self.changes, seed=self.seed)
-        config = checkpoints.with_start(config, self.folder / "checkpoints")
-        return replace(config, preset=slug(self.cell))
+    def start(self) -> Config:
+        """The configuration with the architecture of the checkpoint that it starts from."""
+        return checkpoints.with_start(self.config, self.folder / "checkpoints")
 
 
 def slug(name: str) -> str:
@@ -129,39 +123,27 @@ def read_grid(path: str | Path) -> Grid:
     return Grid(path.stem, cells=cells, **{"preset": "sample", **values})
 
 
-def jobs_of(grid: Grid, folder: Path, data_root: Path, notebooks: bool) -> list[Job]:
+def jobs_of(grid: Grid, folder: Path, data_root: Path, train: Train = trainer.fit) -> list[Job]:
     """All trainings of a grid.
 
     Raises:
         ValueError: a cell is no valid configuration; nothing has run.
     """
     jobs = []
-    for cell, changes in grid.cells.items():
-        for seed in grid.seeds:
-            values = {**grid.common, **changes}
-            parent, waits = values.get("start_from"), ""
-            if parent in grid.cells:
-                waits = f"{parent}, seed {seed}"
-                best = folder / slug(parent) / str(seed) / "checkpoints" / "best.pt"
-                values["start_from"] = str(best)
-            try:
-                config = load_config(grid.preset, **values)
-            except ValueError as error:
-                raise ValueError(f"grid {grid.name}, cell {cell!r}: {error}") from None
-            jobs.append(
-                Job(
-                    cell=cell,
-                    seed=seed,
-                    split=grid.split,
-                    preset=grid.preset,
-                    changes=values,
-                    folder=folder / slug(cell) / str(seed),
-                    data=folder / "data" / data_key(config, data_root),
-                    data_root=data_root,
-                    notebooks=notebooks,
-                    waits=waits,
-                )
-            )
+    for cell, seed in itertools.product(grid.cells, grid.seeds):
+        values = {**grid.common, **grid.cells[cell]}
+        parent, waits = values.get("start_from"), ""
+        if parent in grid.cells:
+            waits = f"{parent}, seed {seed}"
+            best = folder / slug(parent) / str(seed) / "checkpoints" / "best.pt"
+            values["start_from"] = str(best)
+        try:
+            config = load_config(grid.preset, **values, seed=seed)
+        except ValueError as error:
+            raise ValueError(f"grid {grid.name}, cell {cell!r}: {error}") from None
+        config = replace(config, preset=slug(cell))
+        place, data = folder / slug(cell) / str(seed), folder / "data" / data_key(config, data_root)
+        jobs.append(Job(cell, config, grid.split, place, data, waits, train))
     return jobs
 
 
@@ -186,28 +168,15 @@ def run_job(job: Job) -> None:
 
 
 def _train_and_score(job: Job) -> None:
-    config, best = job.config(), job.folder / "checkpoints" / "best.pt"
     _link_data(job)
     try:
-        if job.notebooks:
-            from mlnet_utils.running import pipeline
-
-            write_text(job.preset_file, yaml.safe_dump({**config.to_dict(), "preset": job.preset}))
-            pipeline.reproduce(
-                str(job.preset_file.resolve()),
-                run_dir=job.folder,
-                data_root=job.data_root,
-                parameters={"SEED": job.seed},
-                stages=[stage for stage in pipeline.STAGES if stage.name == "02_training"],
-            )
-        else:
-            trainer.fit(config, job.folder)
+        job.train(job.start(), job.folder)
     except Exception as error:
         in_notebook = getattr(error.__cause__, "ename", "")  # where only its name is left
         if isinstance(error, TrainingDied) or in_notebook == TrainingDied.__name__:
             write_text(job.folder / DIED, f"{_identity(job)}\n{error}\n")
         raise
-    report = job.folder / "metrics.json"
+    report, best = job.folder / "metrics.json", job.folder / "checkpoints" / "best.pt"
     fresh = report.is_file() and report.stat().st_mtime >= best.stat().st_mtime
     if not fresh or read_json(report, "the sweep")["split"] != job.split:
         evaluation.evaluate(job.folder, split=job.split, models=(evaluation.MODEL,))
@@ -230,13 +199,13 @@ def _link_data(job: Job) -> None:
 
 
 def _identity(job: Job) -> str:
-    """Equal for trainings that must end alike, on the same machine."""
-    values = json.dumps([job.config().to_dict(), job.data.name], default=str)
+    """A digest that is equal for trainings that must end alike, on the same machine."""
+    values = json.dumps([job.start().to_dict(), job.data.name], default=str)
     return f"configuration {hashlib.sha256(values.encode()).hexdigest()[:16]}"
 
 
 def _check_alive(job: Job) -> None:
-    """Raises TrainingDied where the same training died in an earlier call: it would again."""
+    """Raise TrainingDied where the same training died in an earlier call: it would again."""
     note = job.folder / DIED
     if not note.is_file():
         return
@@ -253,19 +222,19 @@ def run_sweep(
     folder: str | Path,
     data_root: str | Path,
     workers: int = 1,
-    notebooks: bool = True,
+    train: Train = trainer.fit,
     cluster: str = "",
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """Run what is missing of a grid and gather the table.
 
     Args:
-        grid: what to train.
+        grid: the cells and seeds to train.
         folder: each training gets ``<folder>/<cell>/<seed>/``; the tables go beside them.
         data_root: folder of the raw datasets.
         workers: trainings at a time on this machine; they share its cores.
-        notebooks: train by executing notebook 02 with papermill (an executed copy stays in every
-            run folder); False calls the same function without it.
+        train: called with a configuration and its prepared run folder;
+            ``running.pipeline.train`` executes notebook 02 and leaves the executed copy there.
         cluster: ``""`` for this machine, or an executor of submitit: ``"slurm"``, ``"local"``.
         options: submitit's parameters, e.g. ``{"slurm_partition": "gpu", "timeout_min": 60}``.
 
@@ -274,28 +243,30 @@ def run_sweep(
 
     Raises:
         ValueError: a cell is no valid configuration, or ``workers`` is below 1; nothing has run.
-        ModuleNotFoundError: ``cluster`` without the extra ``cluster``.
+        ImportError: ``cluster`` without the extra ``cluster``.
         KeyboardInterrupt: nothing new has begun, and the tables hold what this call finished.
     """
     if workers < 1:
         raise ValueError(f"sweep: workers={workers} must be at least 1")
-    folder, ended = Path(folder), {}
-    jobs = jobs_of(grid, folder, Path(data_root), notebooks)
+    folder, data_root, ended = Path(folder), Path(data_root), {}
+    jobs = jobs_of(grid, folder, data_root, train)
     for job in jobs:
         if not (job.data / "meta.json").is_file():
-            config = load_config(grid.preset, **job.changes)
-            datasets.prepare(config, job.data_root, job.data)
-    start = functools.partial(dispatch.one_by_one, run_job)
+            datasets.prepare(job.config, data_root, job.data)
     if cluster:
-        values = {"folder": folder / "jobs", "cluster": cluster, "options": options or {}}
-        start = functools.partial(dispatch.on_cluster, run_job, **values)
+        dispatch = functools.partial(
+            on_cluster, folder=folder / "jobs", cluster=cluster, options=options or {}
+        )
     elif workers > 1:
-        start = functools.partial(dispatch.in_processes, run_job, workers=workers)
+        dispatch = functools.partial(in_processes, workers=workers)
+    else:
+        dispatch = one_by_one
     try:
         for late in (False, True):
             wave = [(job, _hopeless(job, ended)) for job in jobs if bool(job.waits) is late]
             over = [(job, error) for job, error in wave if error]
-            with contextlib.closing(start([job for job, error in wave if not error])) as results:
+            begun = dispatch(run_job, [job for job, error in wave if not error])
+            with contextlib.closing(begun) as results:
                 for job, error in itertools.chain(over, results):
                     ended[job.title] = error
                     cause = error.partition(". ")[0]  # advice is in what is returned
@@ -307,10 +278,96 @@ def run_sweep(
 
 
 def _hopeless(job: Job, ended: Mapping[str, str]) -> str:
-    """Why a training need not begin, or ``""``."""
+    """The reason why a training need not begin, or ``""``."""
     if ended.get(job.waits):
         return f"it starts from {job.waits}, which failed"
-    return dispatch.attempt(_check_alive, job)
+    return attempt(_check_alive, job)
+
+
+# ---- one after another, in processes, on a cluster ---------------------------------------------
+# Each way yields every job with its error, "" for none, as they end: whatever ends one job, the
+# others go on. Closed before its end, it begins nothing new.
+def attempt(call: Callable[..., Any], *arguments: Any) -> str:
+    """Call it; return the error, or ``""``."""
+    try:
+        call(*arguments)
+    except Exception as error:
+        return str(error) or type(error).__name__
+    return ""
+
+
+def one_by_one(run: Callable[[Job], Any], jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
+    """Run jobs in this process."""
+    for job in jobs:
+        yield job, attempt(run, job)
+
+
+def in_processes(
+    run: Callable[[Job], Any], jobs: Sequence[Job], workers: int
+) -> Iterator[tuple[Job, str]]:
+    """Run ``workers`` jobs at a time, each in a new process: a killed one takes no other along.
+
+    Closed before its end, it lets the running jobs save and stop.
+    """
+    # Inherited by the processes, which start afresh, and by their notebooks' kernels.
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // workers)))
+    context = multiprocessing.get_context("spawn")
+    waiting, running = iter(jobs), {}
+    try:
+        while True:
+            for job in itertools.islice(waiting, workers - len(running)):
+                answer, theirs = context.Pipe(duplex=False)
+                process = context.Process(target=_report, args=(run, job, theirs))
+                process.start()
+                theirs.close()  # held by the process only: `answer` ends when the process does
+                running[answer] = job, process
+            if not running:
+                return
+            for answer in connection.wait(running):
+                job, process = running.pop(answer)
+                try:
+                    error = answer.recv()
+                except EOFError:
+                    process.join()
+                    error = (
+                        f"its process was killed (exit code {process.exitcode}); if memory ran "
+                        "out, use fewer workers. The same command continues"
+                    )
+                process.join()
+                yield job, error
+    finally:
+        for _, process in running.values():
+            process.join(GRACE_SECONDS)
+            process.terminate()  # training notes it, saves and stops
+            process.join()
+
+
+def _report(run: Callable[[Job], Any], job: Job, answer: connection.Connection) -> None:
+    """Run the job in a process of its own and answer with its error."""
+    try:
+        error = attempt(run, job)
+    except KeyboardInterrupt as stop:
+        error = str(stop) or "it was interrupted"
+    answer.send(error)
+
+
+def on_cluster(
+    run: Callable[[Job], Any],
+    jobs: Sequence[Job],
+    folder: Path,
+    cluster: str,
+    options: Mapping[str, Any],
+) -> Iterator[tuple[Job, str]]:
+    """Submit jobs through submitit, as one array; closed before its end, they stay in the queue.
+
+    Raises:
+        ImportError: the extra ``cluster`` is not installed.
+    """
+    executor = require("submitit", "cluster").AutoExecutor(folder, cluster=cluster)
+    executor.update_parameters(name="mlnet-sweep", **options)
+    submitted = executor.map_array(run, jobs) if jobs else []
+    for job, one in zip(jobs, submitted, strict=True):
+        yield job, attempt(one.result)
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -324,7 +381,7 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
     rows, photos = [], []
     for job in jobs:
         report = read_json(job.folder / "metrics.json", "the sweep")
-        row = {"cell": job.cell, "seed": job.seed}
+        row = {"cell": job.cell, "seed": job.config.seed}
         row |= {key: report[key] for key in ("dataset", "split")}
         row["epochs"] = len(pd.read_csv(job.folder / "log.csv"))
         times = job.folder / "times.csv"  # missing where training was killed before its last act
@@ -334,7 +391,7 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
         row |= {name: scores[name]["mean"] for name in METRICS}
         rows.append(row | {f"{name} infinite": scores[name]["infinite"] for name in METRICS})
         single = pd.read_csv(job.folder / "per_image.csv", dtype={"stem": str})
-        photos.append(single.assign(cell=job.cell, seed=job.seed, dataset=report["dataset"]))
+        photos.append(single.assign(cell=job.cell, seed=job.config.seed, dataset=report["dataset"]))
     infinite = [f"{name} infinite" for name in METRICS]
     infinite = [name for name in infinite if any(row[name] for row in rows)]
     columns = ["cell", "seed", "dataset", "split", "epochs", "train_seconds", *METRICS, *infinite]

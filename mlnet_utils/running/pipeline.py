@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from mlnet_utils import __version__
-from mlnet_utils.config import backbone_file, load_config
+from mlnet_utils.config import Config, backbone_file, load_config
 from mlnet_utils.running.notebooks import (
     converted,
     machine_paths,
@@ -31,6 +33,7 @@ from mlnet_utils.runtime import (
     read_json,
     sha256_file,
     write_json,
+    write_text,
 )
 from mlnet_utils.runtime import data_root as resolve_data_root
 from mlnet_utils.runtime import run_dir as resolve_run_dir
@@ -73,7 +76,7 @@ STUDY = Stage("05_ablation", ("study/sweep.csv", "study/per_image.csv"), resumes
 
 
 def reproduce(
-    preset: str = "sample",
+    preset: str | Path = "sample",
     run_dir: str | Path = "",
     data_root: str | Path = "",
     notebooks_dir: str | Path = "",
@@ -169,6 +172,19 @@ def reproduce(
         print(f"{label}: done in {seconds:.1f} s", flush=True)
     print(f"Finished in {time.monotonic() - started:.1f} s; results: {display_path(folder)}")
     return folder
+
+
+def train(config: Config, run_dir: Path) -> None:
+    """Train as ``training.trainer.fit`` does, by executing notebook 02 in a prepared run folder.
+
+    Raises:
+        NotebookError: the training failed.
+    """
+    preset = run_dir.resolve() / f"{config.preset}.yaml"
+    values = {key: value for key, value in config.to_dict().items() if key != "preset"}
+    write_text(preset, yaml.safe_dump(values))
+    stages = [stage for stage in STAGES if stage.name == "02_training"]
+    reproduce(preset, run_dir=run_dir, parameters={"SEED": config.seed}, stages=stages)
 
 
 def publish(

@@ -1,5 +1,6 @@
 """Sweeps: every cell and seed once, failures reported, interruptions continued, one table."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,13 +19,15 @@ import yaml
 from mlnet_utils import __main__ as cli
 from mlnet_utils.data.photos import Prepared
 from mlnet_utils.experiments import study, sweep
-from mlnet_utils.experiments.sweep import Grid, read_grid, run_sweep
+from mlnet_utils.experiments.sweep import Grid, read_grid
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.model import checkpoints
+from mlnet_utils.runtime import StopSignals
 
 WILD = {"lr": 1e30, "optimizer": "sgd"}  # dies in its first epoch
 FAST = {"epochs": 1, "limit": 6, "height": 32, "width": 40, "prior_cells": [2, 2]}
 CELLS = {"Three levels": {}, "One level": {"levels": 1}}
+RAW = Path("raw")  # the photos are made, not read
 
 
 def grid(**changes):
@@ -31,163 +35,146 @@ def grid(**changes):
     return Grid("trial", **values)
 
 
+def run_sweep(folder, **changes):
+    """Run a grid with some changes; returns the errors."""
+    return sweep.run_sweep(grid(**changes), folder, RAW)
+
+
+def run_cells(folder, cells):
+    """Run some cells with seed 0; returns the errors."""
+    return run_sweep(folder, cells=cells, seeds=(0,))
+
+
 def checkpoints_of(folder):
-    return {path: path.stat().st_mtime_ns for path in folder.rglob("best.pt")}
+    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("best.pt")}
 
 
-def test_every_cell_and_seed_gets_a_run_and_a_row(tmp_path):
-    assert run_sweep(grid(), tmp_path, tmp_path, notebooks=False) == {}
-    table = pd.read_csv(tmp_path / sweep.TABLE)
+def table_of(folder):
+    return pd.read_csv(folder / sweep.TABLE)
+
+
+@pytest.fixture(scope="module")
+def done_once(tmp_path_factory):
+    """The folder of a sweep that has succeeded: two cells, two seeds."""
+    folder = tmp_path_factory.mktemp("sweep")
+    assert run_sweep(folder) == {}
+    return folder
+
+
+@pytest.fixture
+def done(done_once, tmp_path):
+    """A copy of it, which is as good: no training is repeated."""
+    return Path(shutil.copytree(done_once, tmp_path / "a copy", symlinks=True))
+
+
+# ---- what is done, and what is not -------------------------------------------------------------
+def test_every_cell_and_seed_gets_a_run_and_a_row(done):
+    table = table_of(done)
     assert list(zip(table["cell"], table["seed"], strict=True)) == [
         ("Three levels", 0), ("Three levels", 1), ("One level", 0), ("One level", 1),
     ]  # fmt: skip
     assert table[list(METRICS)].notna().all(axis=None)
     assert table["NSS"].nunique() == 4
-    photos = pd.read_csv(tmp_path / sweep.PER_IMAGE)
+    photos = pd.read_csv(done / sweep.PER_IMAGE)
     assert len(photos) == 4 * 6
     mean = photos.groupby(["cell", "seed"], sort=False)["CC"].mean()
     assert mean.to_list() == pytest.approx(table["CC"].to_list())
-    assert "| Three levels | 2 " in sweep.summary(tmp_path)
+    assert "| Three levels | 2 " in sweep.summary(done)
 
 
-def test_what_is_done_is_not_done_again_and_the_rest_is(tmp_path):
-    run_sweep(grid(cells={"Three levels": {}}), tmp_path, tmp_path, notebooks=False)
-    before = checkpoints_of(tmp_path)
-    run_sweep(grid(), tmp_path, tmp_path, notebooks=False)
-    after = checkpoints_of(tmp_path)
-    assert len(before) == 2
-    assert len(after) == 4
+def test_what_is_done_is_not_done_again_and_the_rest_is(done):
+    before = checkpoints_of(done)
+    assert run_sweep(done, cells={**CELLS, "Two levels": {"levels": 2}}, seeds=(0,)) == {}
+    after = checkpoints_of(done)
+    assert len(after) == len(before) + 1
     assert before.items() <= after.items()
 
 
-def test_another_split_is_scored_again_without_training(tmp_path):
-    run_sweep(grid(seeds=(0,)), tmp_path, tmp_path, notebooks=False)
-    before = checkpoints_of(tmp_path)
-    run_sweep(grid(seeds=(0,), split="val"), tmp_path, tmp_path, notebooks=False)
-    assert checkpoints_of(tmp_path) == before
-    assert set(pd.read_csv(tmp_path / sweep.TABLE)["split"]) == {"val"}
+def test_another_split_is_scored_again_without_training(done):
+    before = checkpoints_of(done)
+    run_sweep(done, split="val")
+    assert checkpoints_of(done) == before
+    assert set(table_of(done)["split"]) == {"val"}
 
 
-def test_a_failing_cell_is_reported_and_the_others_go_on(tmp_path, capsys):
-    cells = {"wild": WILD, "tame": {}}
-    failed = run_sweep(grid(cells=cells, seeds=(0,)), tmp_path, tmp_path, notebooks=False)
-    assert list(failed) == ["wild, seed 0"]
-    assert "Try a smaller lr" in failed["wild, seed 0"]
-    assert list(pd.read_csv(tmp_path / sweep.TABLE)["cell"]) == ["tame"]
-    assert "wild, seed 0: failed" in capsys.readouterr().out
-
-
-def test_a_death_is_remembered_until_the_cell_or_the_file_is_gone(tmp_path):
-    wild = grid(cells={"wild": WILD}, seeds=(0,))
-    first = run_sweep(wild, tmp_path, tmp_path, notebooks=False)["wild, seed 0"]
-    note, output = tmp_path / "wild" / "0" / sweep.DIED, tmp_path / "wild" / "0" / "output.txt"
-    output.unlink()
-    second = run_sweep(wild, tmp_path, tmp_path, notebooks=False)["wild, seed 0"]
-    assert second == f"{first} (so it was before; to try again, delete {note})"
-    assert not output.exists()  # it has not begun
-    note.unlink()
-    assert run_sweep(wild, tmp_path, tmp_path, notebooks=False) == {"wild, seed 0": first}
-    assert output.exists()
-    assert note.exists()
-    mended = grid(cells={"wild": {}}, seeds=(0,))
-    assert run_sweep(mended, tmp_path, tmp_path, notebooks=False) == {}
-    assert not note.exists()
-
-
-@pytest.mark.slow
-def test_a_death_in_a_notebook_is_remembered_too(tmp_path, monkeypatch):
-    pytest.importorskip("papermill", reason="needs the extra `notebooks`")
-    monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    wild = grid(cells={"wild": WILD}, seeds=(0,))
-    first = run_sweep(wild, tmp_path, tmp_path)["wild, seed 0"]
-    assert "TrainingDied: the loss became nan" in first
-    assert run_sweep(wild, tmp_path, tmp_path)["wild, seed 0"].startswith(f"{first} (so it was")
-
-
-def test_a_cell_that_changes_before_its_first_checkpoint_reads_its_new_photos(tmp_path):
-    cells, data = {"a": WILD}, tmp_path / "a" / "0" / "data"
-    run_sweep(grid(cells=cells, seeds=(0,)), tmp_path, tmp_path, notebooks=False)
-    assert len(Prepared.read(data).split("train")) == 6
-    more = grid(cells={"a": {"limit": 8}}, seeds=(0,))
-    assert run_sweep(more, tmp_path, tmp_path, notebooks=False) == {}
-    assert len(Prepared.read(data).split("train")) == 8
-
-
-def test_a_folder_that_was_copied_is_as_good(tmp_path):
-    raw, first, second = tmp_path / "raw", tmp_path / "first", tmp_path / "other" / "second"
-    trial = grid(cells={"a": {}}, seeds=(0,))
-    run_sweep(trial, first, raw, notebooks=False)
-    shutil.copytree(first, second, symlinks=True)
-    shutil.rmtree(first)
-    before = checkpoints_of(second)
-    assert run_sweep(trial, second, raw, notebooks=False) == {}
-    assert checkpoints_of(second) == before
-    link = second / "a" / "0" / "data"
+def test_links_to_the_photos_are_relative_and_mended(done, tmp_path):
+    cells, link = {"Three levels": {}}, done / "three-levels" / "0" / "data"
     link.unlink()
-    link.symlink_to(first / "data")  # absolute, and nothing is there any more
-    assert run_sweep(trial, second, raw, notebooks=False) == {}
+    link.symlink_to(tmp_path / "gone")  # absolute, and nothing is there
+    assert run_cells(done, cells) == {}
     assert not os.path.isabs(os.readlink(link))
     target = link.resolve()
     link.unlink()
     shutil.copytree(target, link)  # as where a copy followed the links
-    assert "is not a link to" in run_sweep(trial, second, raw, notebooks=False)["a, seed 0"]
+    assert str(link) in run_cells(done, cells)["Three levels, seed 0"]
 
 
-def test_the_tables_leave_out_another_configuration_s_scores(tmp_path):
-    run_sweep(grid(cells={"a": {}}, seeds=(0,)), tmp_path, tmp_path, notebooks=False)
-    edited = grid(cells={"a": {"levels": 1}}, seeds=(0,))
-    failed = run_sweep(edited, tmp_path, tmp_path, notebooks=False)
-    assert "another configuration" in failed["a, seed 0"]
-    assert pd.read_csv(tmp_path / sweep.TABLE).empty
-    assert not (tmp_path / sweep.PER_IMAGE).exists()
-    assert sweep.summary(tmp_path) == "no training has finished"
+def test_the_tables_leave_out_another_configuration_s_scores(done):
+    failed = run_cells(done, {"Three levels": {"levels": 1}})
+    assert "another configuration" in failed["Three levels, seed 0"]
+    assert table_of(done).empty
+    assert not (done / sweep.PER_IMAGE).exists()
+    assert sweep.summary(done) == "no training has finished"
 
 
-def test_seconds_that_were_not_written_are_empty(tmp_path):
-    trial = grid(cells={"a": {}}, seeds=(0, 1))
-    run_sweep(trial, tmp_path, tmp_path, notebooks=False)
-    (tmp_path / "a" / "0" / "times.csv").unlink()  # killed between the checkpoint and this file
-    assert run_sweep(trial, tmp_path, tmp_path, notebooks=False) == {}
-    table = pd.read_csv(tmp_path / sweep.TABLE)
-    assert table["train_seconds"].isna().to_list() == [True, False]
+def test_seconds_that_were_not_written_are_empty(done):
+    (done / "three-levels" / "0" / "times.csv").unlink()  # killed before this file was written
+    assert run_sweep(done) == {}
+    assert table_of(done)["train_seconds"].isna().to_list() == [True, False, False, False]
 
 
-def test_photos_whose_score_is_infinite_are_counted(tmp_path):
-    trial = grid(cells={"reference": {}, "b": {}}, seeds=(0, 1))
-    run_sweep(trial, tmp_path, tmp_path, notebooks=False)
-    assert "IG infinite" not in pd.read_csv(tmp_path / sweep.TABLE)
+def test_photos_whose_score_is_infinite_are_counted(done):
+    assert "IG infinite" not in table_of(done)
     for seed, photos in ((0, [2]), (1, [2, 3])):  # as where a map is zero at a fixation
-        folder = tmp_path / "b" / str(seed)
+        folder = done / "one-level" / str(seed)
         scores = pd.read_csv(folder / "per_image.csv", dtype={"stem": str})
         scores.loc[photos, "IG"] = -np.inf
         scores.to_csv(folder / "per_image.csv", index=False)
         report = json.loads((folder / "metrics.json").read_text())
         report["rows"][0]["metrics"]["IG"]["infinite"] = len(photos)
         (folder / "metrics.json").write_text(json.dumps(report))
-    run_sweep(trial, tmp_path, tmp_path, notebooks=False)
-    table = pd.read_csv(tmp_path / sweep.TABLE)
+    run_sweep(done)
+    table = table_of(done)
     assert table["IG infinite"].to_list() == [0, 0, 1, 2]
     assert not {f"{metric} infinite" for metric in METRICS if metric != "IG"} & set(table)
-    lines = sweep.summary(tmp_path).splitlines()
+    lines = sweep.summary(done).splitlines()
     assert lines[0] == "synthetic, test"
     assert lines[1].endswith("| IG infinite |")
-    assert lines[4].split()[1] == "b"
+    assert lines[4].startswith("| One level ")
     assert lines[4].split()[-2] == "2"  # photos, as `study` counts them
-    every = pd.read_csv(tmp_path / sweep.PER_IMAGE, dtype={"stem": str})
-    judged = study.compare(every, ["b"], resamples=10).set_index("metric")
-    assert judged.loc["IG", "infinite"] == 2
+    every = pd.read_csv(done / sweep.PER_IMAGE, dtype={"stem": str})
+    judged = study.compare(every, ["One level"], reference="Three levels", resamples=10)
+    assert judged.set_index("metric").loc["IG", "infinite"] == 2
 
 
-def test_ctrl_c_ends_the_call_with_a_table_of_what_has_finished(tmp_path):
-    cells = {"short": {}, "long": {"epochs": 10_000}, "never": {}}
-    saved = tmp_path / "long" / "0" / "checkpoints" / "last.pt"
-    watch = threading.Thread(target=interrupt_when, args=([saved], os.getpid(), os.kill))
-    watch.start()
-    with pytest.raises(KeyboardInterrupt, match="run the same command again"):
-        run_sweep(grid(cells=cells, seeds=(0,)), tmp_path, tmp_path, notebooks=False)
-    watch.join()
-    assert list(pd.read_csv(tmp_path / sweep.TABLE)["cell"]) == ["short"]
-    assert not (tmp_path / "never").exists()
+# ---- failures ----------------------------------------------------------------------------------
+def test_a_failing_cell_is_reported_and_the_others_go_on(tmp_path, capsys):
+    content = {"preset": "tiny", "common": FAST, "cells": {"wild": WILD, "tame": {}}}
+    (tmp_path / "trial.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    call = ["sweep", str(tmp_path / "trial.yaml"), "--plain", "--out", str(tmp_path)]
+    assert cli.main(call) == 1
+    captured = capsys.readouterr()
+    assert "failed: wild, seed 0" in captured.err
+    assert "wild, seed 0: failed" in captured.out
+    assert list(table_of(tmp_path)["cell"]) == ["tame"]
+
+
+def test_a_death_is_remembered_until_the_cell_or_the_file_is_gone(tmp_path):
+    first = run_cells(tmp_path, {"wild": WILD})["wild, seed 0"]
+    note, output = tmp_path / "wild" / "0" / sweep.DIED, tmp_path / "wild" / "0" / "output.txt"
+    assert len(Prepared.read(tmp_path / "wild/0/data").split("train")) == 6
+    output.unlink()
+    second = run_cells(tmp_path, {"wild": WILD})["wild, seed 0"]
+    assert second.startswith(first)
+    assert str(note) in second
+    assert not output.exists()  # it has not begun
+    note.unlink()
+    assert run_cells(tmp_path, {"wild": WILD}) == {"wild, seed 0": first}
+    assert output.exists()
+    assert note.exists()
+    assert run_cells(tmp_path, {"wild": {"limit": 8}}) == {}
+    assert not note.exists()
+    assert len(Prepared.read(tmp_path / "wild/0/data").split("train")) == 8
 
 
 def interrupt_when(files, process, kill):
@@ -196,6 +183,18 @@ def interrupt_when(files, process, kill):
     while not all(file.is_file() for file in files) and time.monotonic() < deadline:
         time.sleep(0.05)
     kill(process, signal.SIGINT)
+
+
+def test_ctrl_c_ends_the_call_with_a_table_of_what_has_finished(tmp_path):
+    cells = {"short": {}, "long": {"epochs": 10_000}, "never": {}}
+    saved = tmp_path / "long" / "0" / "checkpoints" / "last.pt"
+    watch = threading.Thread(target=interrupt_when, args=([saved], os.getpid(), os.kill))
+    watch.start()
+    with pytest.raises(KeyboardInterrupt):
+        run_cells(tmp_path, cells)
+    watch.join()
+    assert list(table_of(tmp_path)["cell"]) == ["short"]
+    assert not (tmp_path / "never").exists()
 
 
 @pytest.mark.slow
@@ -209,94 +208,46 @@ def test_ctrl_c_stops_two_workers(tmp_path):
         saved = [tmp_path / "out" / "long" / seed / "checkpoints" / "last.pt" for seed in "01"]
         interrupt_when(saved, call.pid, os.killpg)  # as a terminal: to the workers too
         assert call.wait(60) == 130
-    assert list(pd.read_csv(tmp_path / "out" / sweep.TABLE)["cell"]) == ["short", "short"]
+    assert list(table_of(tmp_path / "out")["cell"]) == ["short", "short"]
     assert not (tmp_path / "out" / "never").exists()
     for file in saved:
         assert checkpoints.load_checkpoint(file)["progress"]["finished"] is False
 
 
-def test_a_mistake_in_a_cell_stops_before_anything_runs(tmp_path):
-    with pytest.raises(ValueError, match=r"cell 'typo': unknown configuration key levles"):
-        run_sweep(grid(cells={"fine": {}, "typo": {"levles": 1}}), tmp_path, tmp_path)
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"cells": {}}, "needs cells whose names differ"),
-        ({"seeds": ()}, r"seeds=\[\] must be one or more numbers"),
-        ({"seeds": (0, 0)}, r"seeds=\[0, 0\] must be one or more numbers, each once"),
-        ({"cells": {"a b": {}, "A-B": {}}}, "names differ in their letters and digits"),
-        ({"split": "train"}, "split='train' is not val or test"),
-    ],
-)
-def test_impossible_grids(values, words):
-    with pytest.raises(ValueError, match=words):
-        grid(**values)
-
-
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("cells: [1, 2]", "must hold a mapping with `cells`"),
-        ("cells: {a: {}}\nsedes: [1]", "unknown key sedes; known: preset, seeds"),
-        ("cells: {a: {", "is not valid YAML"),
-        ("cells: {a: {}, b: {}, a: {levels: 1}}", "'a' is there twice"),
-        ("cells: {a: {levels: 1, levels: 2}}", "'levels' is there twice"),
-        ("cells: {a: {}}\nseeds: [0]\nseeds: [1]", r"'seeds' is there twice\s.* line 3"),
-    ],
-)
-def test_files_that_are_no_grids(text, words, tmp_path):
-    (tmp_path / "grid.yaml").write_text(text)
-    with pytest.raises(ValueError, match=words):
-        read_grid(tmp_path / "grid.yaml")
-    with pytest.raises(FileNotFoundError, match=r"none\.yaml does not exist"):
-        read_grid(tmp_path / "none.yaml")
-
-
-def test_the_verb_ends_with_1_where_a_training_failed(tmp_path, capsys):
-    cells = {"wild": WILD, "tame": {}}
-    content = {"preset": "tiny", "seeds": [0], "common": FAST, "cells": cells}
-    path = tmp_path / "trial.yaml"
-    path.write_text(yaml.safe_dump(content))
-    assert cli.main(["sweep", str(path), "--plain", "--out", str(tmp_path / "out")]) == 1
-    captured = capsys.readouterr()
-    assert "failed: wild, seed 0" in captured.err
-    assert "tame" in captured.out
-
-
 @pytest.mark.slow
-def test_two_workers_and_papermill_find_what_one_process_finds(tmp_path, monkeypatch):
+def test_two_workers_and_papermill_find_what_one_process_finds(done, tmp_path, monkeypatch):
     pytest.importorskip("papermill", reason="needs the extra `notebooks`")
+    from mlnet_utils.running import pipeline
+
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    one, two = tmp_path / "one", tmp_path / "two"
-    small = grid(cells={"Three levels": {}}, seeds=(3, 4))
-    assert run_sweep(small, one, tmp_path, notebooks=False) == {}
-    assert run_sweep(small, two, tmp_path, workers=2) == {}
-    assert (two / "three-levels" / "3" / "notebooks" / "02_training.ipynb").is_file()
+    two, cells = tmp_path / "two", {"Three levels": {}, "wild": WILD}
+    call = {"grid": grid(cells=cells, seeds=(0,)), "workers": 2, "train": pipeline.train}
+    (first,) = sweep.run_sweep(folder=two, data_root=RAW, **call).values()
+    assert "TrainingDied" in first
+    assert (two / "three-levels" / "0" / "notebooks" / "02_training.ipynb").is_file()
     columns = ["cell", "seed", *METRICS]
-    tables = [pd.read_csv(folder / sweep.TABLE)[columns] for folder in (one, two)]
-    pd.testing.assert_frame_equal(*tables)
+    pd.testing.assert_frame_equal(table_of(done)[columns][:1], table_of(two)[columns])
+    # A death in a notebook is remembered too.
+    note = str(two / "wild" / "0" / sweep.DIED)
+    assert note in sweep.run_sweep(folder=two, data_root=RAW, **call)["wild, seed 0"]
 
 
 @pytest.mark.slow
 def test_submitit_runs_the_jobs(tmp_path):
     pytest.importorskip("submitit", reason="needs the extra `cluster`")
-    cells = {"wild": WILD, "tame": {}}
-    trial = grid(cells=cells, seeds=(0,))
-    options = {"timeout_min": 5}
-    failed = run_sweep(trial, tmp_path, tmp_path, notebooks=False, cluster="local", options=options)
+    trial = grid(cells={"wild": WILD, "tame": {}}, seeds=(0,))
+    failed = sweep.run_sweep(trial, tmp_path, RAW, cluster="local", options={"timeout_min": 5})
     assert list(failed) == ["wild, seed 0"]
-    assert list(pd.read_csv(tmp_path / sweep.TABLE)["cell"]) == ["tame"]
+    assert list(table_of(tmp_path)["cell"]) == ["tame"]
 
 
-def test_a_cluster_needs_submitit(tmp_path, monkeypatch):
+def test_a_cluster_needs_submitit(done, monkeypatch):
     monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'mlnet-utils\[cluster\]'"):
-        run_sweep(grid(), tmp_path, tmp_path, notebooks=False, cluster="slurm")
+    with pytest.raises(ImportError, match=r"submitit.*\[cluster\]"):
+        sweep.run_sweep(grid(), done, RAW, cluster="slurm")
 
 
+# ---- a cell that starts from another -----------------------------------------------------------
 def test_a_cell_starts_from_what_the_same_seed_of_another_found(tmp_path):
     cells = {
         "prior alone": {
@@ -306,7 +257,7 @@ def test_a_cell_starts_from_what_the_same_seed_of_another_found(tmp_path):
         },
         "no prior": {"freeze": ["prior"]},
     }
-    assert run_sweep(grid(cells=cells), tmp_path, tmp_path, notebooks=False) == {}
+    assert run_sweep(tmp_path, cells=cells) == {}
     for seed in (0, 1):
         first, second = (
             checkpoints.load_checkpoint(tmp_path / cell / str(seed) / "checkpoints" / "best.pt")
@@ -317,25 +268,113 @@ def test_a_cell_starts_from_what_the_same_seed_of_another_found(tmp_path):
         assert (second["model"]["prior"] != 0).any()
 
 
-def test_a_cell_does_not_start_from_what_failed(tmp_path):
-    cells = {"a": {}, "b": {"start_from": "a"}}
-    run_sweep(grid(cells=cells, seeds=(0,)), tmp_path, tmp_path, notebooks=False)
-    cells["a"] = {"levels": 1}  # whose folder still holds the weights of three levels
-    failed = run_sweep(grid(cells=cells, seeds=(0,)), tmp_path, tmp_path, notebooks=False)
-    assert failed["b, seed 0"] == "it starts from a, seed 0, which failed"
+def test_a_cell_does_not_start_from_what_failed(done):
+    cells = {"Three levels": {"levels": 1}, "b": {"start_from": "Three levels"}}
+    failed = run_cells(done, cells)  # the folder still holds the weights of three levels
+    assert failed["b, seed 0"] == "it starts from Three levels, seed 0, which failed"
 
 
 def test_only_one_step_from_cell_to_cell():
     cells = {"a": {}, "b": {"start_from": "a"}, "c": {"start_from": "b"}}
-    with pytest.raises(ValueError, match="c starts from b, which starts from another cell"):
+    with pytest.raises(ValueError, match="c starts from b"):
         grid(cells=cells)
     cells = {"a": {}, "b": {}}
-    with pytest.raises(ValueError, match="if that comes from `common`, set start_from: ''"):
+    with pytest.raises(ValueError, match="common"):
         grid(cells=cells, common={**FAST, "start_from": "a"})
     cells["a"] = {"start_from": ""}
     grid(cells=cells, common={**FAST, "start_from": "a"})
 
 
-def test_there_must_be_a_worker(tmp_path):
-    with pytest.raises(ValueError, match="workers=0 must be at least 1"):
-        run_sweep(grid(), tmp_path, tmp_path, workers=0)
+# ---- impossible grids --------------------------------------------------------------------------
+def test_a_mistake_stops_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match=r"'typo'.* levles"):
+        run_sweep(tmp_path, cells={"fine": {}, "typo": {"levles": 1}})
+    with pytest.raises(ValueError, match="workers=0"):
+        sweep.run_sweep(grid(), tmp_path, RAW, workers=0)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"cells": {}}, r"\[\]"),
+        ({"seeds": ()}, r"seeds=\[\]"),
+        ({"seeds": (0, 0)}, r"seeds=\[0, 0\]"),
+        ({"cells": {"a b": {}, "A-B": {}}}, r"\['a b', 'A-B'\]"),
+        ({"split": "train"}, "split='train'"),
+    ],
+)
+def test_impossible_grids(values, words):
+    with pytest.raises(ValueError, match=words):
+        grid(**values)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("cells: [1, 2]", "`cells`"),
+        ("cells: {a: {}}\nsedes: [1]", "sedes"),
+        ("cells: {a: {", "grid.yaml"),
+        ("cells: {a: {}, b: {}, a: {levels: 1}}", "'a' is there twice"),
+        ("cells: {a: {levels: 1, levels: 2}}", "'levels' is there twice"),
+        ("cells: {a: {}}\nseeds: [0]\nseeds: [1]", r"'seeds' is there twice\s.* line 3"),
+    ],
+)
+def test_files_that_are_no_grids(text, words, tmp_path):
+    (tmp_path / "grid.yaml").write_text(text)
+    with pytest.raises(ValueError, match=words):
+        read_grid(tmp_path / "grid.yaml")
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml"):
+        read_grid(tmp_path / "none.yaml")
+
+
+# ---- one after another, in processes -----------------------------------------------------------
+def act(word: str) -> None:
+    """A job that ends as it is told to."""
+    if word == "is killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if word == "is interrupted":
+        raise KeyboardInterrupt("saved; continue with the same command")
+    if word == "fails":
+        raise ValueError("a reason")
+    if word == "fails without a word":
+        raise MemoryError
+
+
+def work_until_stopped(folder: Path) -> None:
+    """A job like training: it works on until a signal comes, and saves then."""
+    with StopSignals() as signals:
+        (folder / "begun").touch()
+        while folder.name != "short" and not signals.received:
+            time.sleep(0.01)
+    (folder / "saved").touch()
+
+
+@pytest.mark.slow
+def test_one_job_s_end_is_its_own():
+    ended = dict(sweep.in_processes(act, ["is killed", "is interrupted", "fails"], workers=2))
+    assert "exit code -9" in ended.pop("is killed")
+    assert ended == {"is interrupted": "saved; continue with the same command", "fails": "a reason"}
+    here = dict(sweep.one_by_one(act, ["fails", "fails without a word", "succeeds"]))
+    assert here == {"fails": "a reason", "fails without a word": "MemoryError", "succeeds": ""}
+
+
+def test_an_interruption_of_this_process_is_no_job_s_failure():
+    with pytest.raises(KeyboardInterrupt, match="saved"):
+        list(sweep.one_by_one(act, ["is interrupted", "succeeds"]))
+
+
+@pytest.mark.slow
+def test_closed_nothing_new_begins_and_what_runs_saves(tmp_path, monkeypatch):
+    monkeypatch.setattr(sweep, "GRACE_SECONDS", 0)
+    folders = [tmp_path / name for name in ("short", "long", "longer", "never", "nor this")]
+    for folder in folders:
+        folder.mkdir()
+    with contextlib.closing(sweep.in_processes(work_until_stopped, folders, 2)) as results:
+        assert next(results) == (folders[0], "")
+        assert [(f / "begun").exists() for f in folders[2:]] == [False, False, False]
+        deadline = time.monotonic() + 60
+        while not (folders[1] / "begun").exists() and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert [(folder / "saved").exists() for folder in folders] == [True, True, False, False, False]
+    assert not any((folder / "begun").exists() for folder in folders[2:])
