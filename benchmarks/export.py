@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from mlnet_utils.config import load_config
-from mlnet_utils.data import datasets
+from mlnet_utils.data import preparation
 from mlnet_utils.experiments.evaluation import TestSet
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.predict.export import export
@@ -33,7 +33,7 @@ FORMS = ("torch.export", "ONNX", "ONNX, 8 bits")
 def train_tiny(folder: Path) -> Path:
     """A run of a minute's work, whose scores mean nothing."""
     config = load_config("tiny", epochs=1)
-    datasets.prepare(config, folder, folder / "data")
+    preparation.prepare(config, folder, folder / "data")
     trainer.fit(config, folder)
     return folder
 

@@ -18,7 +18,7 @@ import measure
 import pandas as pd
 
 from mlnet_utils.config import Config, load_config
-from mlnet_utils.data import datasets
+from mlnet_utils.data import preparation
 from mlnet_utils.experiments.evaluation import TestSet
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.metrics.summary import summarise
@@ -105,7 +105,7 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
         shared |= {"dataset": "synthetic", "limit": 4, "epochs": 1, "bootstrap": 20}
         options.sample = folder / "sample" / "checkpoints" / "best.pt"
         small = load_config("tiny", dataset="synthetic", limit=4, epochs=1)
-        datasets.prepare(small, data_root(), folder / "data")
+        preparation.prepare(small, data_root(), folder / "data")
         train(small, folder / "data", folder / "sample")
     own = checkpoints.with_start(load_config("finetune", start_from=options.sample))
     shared |= {"height": own.height, "width": own.width}
@@ -114,7 +114,7 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
         changes[IMAGENET]["backbone_weights"] = "none"
     if not (folder / "data" / "meta.json").is_file():
         few = load_config("finetune", train_limit=options.photos, **shared)
-        datasets.prepare(few, data_root(), folder / "data")
+        preparation.prepare(few, data_root(), folder / "data")
     rows, runs = [], []
     for start, change in changes.items():
         finished = []

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from mlnet_utils.config import Config, load_config
-from mlnet_utils.data.datasets import EpochSampler, SaliencyDataset, make_loader
+from mlnet_utils.data.loading import EpochSampler, SaliencyDataset, make_loader
 from mlnet_utils.data.photos import Photo, Prepared
 from mlnet_utils.runtime import cpu_count
 

@@ -21,7 +21,7 @@ import measure
 import torch
 
 from mlnet_utils.config import Config, load_config
-from mlnet_utils.data import datasets
+from mlnet_utils.data import preparation
 from mlnet_utils.runtime import atomic_path, set_determinism
 from mlnet_utils.training.trainer import fit
 
@@ -56,7 +56,7 @@ def train(config: Config, folder: Path, data: Path) -> list[dict]:
 
 def curves(names: dict[str, dict], smoke: bool, folder: Path) -> dict[str, dict[str, list]]:
     """Training and validation loss by epoch of every variant."""
-    datasets.prepare(make_config(smoke), folder, folder / "data")
+    preparation.prepare(make_config(smoke), folder, folder / "data")
     found = {}
     for number, (name, changes) in enumerate(names.items()):
         history = train(make_config(smoke, **changes), folder / str(number), folder / "data")

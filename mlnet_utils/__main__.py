@@ -261,7 +261,7 @@ def download(options: argparse.Namespace) -> int:
 
 
 def prepare(options: argparse.Namespace) -> int:
-    from mlnet_utils.data import datasets, photos
+    from mlnet_utils.data import photos, preparation
 
     folder = run_dir(options.run_dir, options.preset) / "data"
     if options.check:
@@ -270,13 +270,13 @@ def prepare(options: argparse.Namespace) -> int:
         print("\n".join(problems) or f"{len(prepared.photos)} photos are as prepared")
         return 1 if problems else 0
     config = load_config(options.preset)
-    meta = datasets.prepare(config, data_root(options.data_root), folder).meta
+    meta = preparation.prepare(config, data_root(options.data_root), folder).meta
     print(f"{meta['title']}: {meta['photos']}, {meta['fixations']} fixations, in {folder}")
     return 0
 
 
 def train(options: argparse.Namespace) -> int:
-    from mlnet_utils.data import datasets
+    from mlnet_utils.data import preparation
     from mlnet_utils.training import trainer
 
     config = load_config(options.preset, **overrides(options.overrides))
@@ -284,8 +284,8 @@ def train(options: argparse.Namespace) -> int:
     accelerator = trainer.make_accelerator(config)  # one of several processes, if launched so
     with accelerator.main_process_first():
         if not (folder / "data" / "meta.json").is_file():
-            datasets.prepare(config, data_root(options.data_root), folder / "data")
-    datasets.check_same_data(config, read_json(folder / "data" / "meta.json", "`prepare`"))
+            preparation.prepare(config, data_root(options.data_root), folder / "data")
+    preparation.check_same_data(config, read_json(folder / "data" / "meta.json", "`prepare`"))
     result = trainer.fit(config, folder, accelerator)
     if accelerator.is_main_process:
         print(f"trained {len(result.history)} epochs; best checkpoint: {display_path(result.best)}")

@@ -1,6 +1,6 @@
-"""Photos of any kind to pixels: colour modes, transparency, 16 bits, rotation."""
+"""Find photos in folders, and read those of any kind: colour modes, 16 bits, rotation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -19,6 +20,27 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def visible_files(
+    folder: Path, suffixes: Sequence[str] = PHOTO_SUFFIXES, out: Path | None = None
+) -> list[Path]:
+    """Files of these kinds in a folder and its sub-folders, in alphabetical order.
+
+    Hidden files are left out: programs make ``._a.jpg`` and ``.ipynb_checkpoints/``.
+
+    Args:
+        folder: where to look.
+        suffixes: with their dot, in lower case; those of files may be in capitals.
+        out: a folder to leave out, into which results are written.
+    """
+    return [
+        path
+        for path in sorted(folder.rglob("*"))
+        if path.suffix.lower() in suffixes
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        and not (out and path.resolve().is_relative_to(out.resolve()))
+    ]
 
 
 @contextmanager

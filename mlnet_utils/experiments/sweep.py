@@ -24,7 +24,7 @@ import numpy as np
 import pandas as pd
 
 from mlnet_utils.config import Config, load_config
-from mlnet_utils.data import datasets
+from mlnet_utils.data import preparation
 from mlnet_utils.experiments import evaluation
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.metrics.summary import format_table
@@ -252,7 +252,7 @@ def run_sweep(
     jobs = jobs_of(grid, folder, data_root, train)
     for job in jobs:
         if not (job.data / "meta.json").is_file():
-            datasets.prepare(job.config, data_root, job.data)
+            preparation.prepare(job.config, data_root, job.data)
     if cluster:
         dispatch = functools.partial(
             on_cluster, folder=folder / "jobs", cluster=cluster, options=options or {}

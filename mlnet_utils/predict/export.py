@@ -16,12 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from mlnet_utils.config import Config
-from mlnet_utils.data.images import read_image
+from mlnet_utils.data.images import read_image, visible_files
 from mlnet_utils.data.photos import Prepared
-from mlnet_utils.data.splits import hash_order
+from mlnet_utils.data.preparation import hash_order
 from mlnet_utils.model.checkpoints import load_model
 from mlnet_utils.predict.exported import load_exported, require
-from mlnet_utils.predict.folders import photos_below
 from mlnet_utils.predict.predictor import MODEL, Predictor
 from mlnet_utils.runtime import atomic_path, display_path, read_json, sha256_file, versions
 
@@ -127,7 +126,7 @@ def _check_request(out: Path, format: str, int8: bool) -> None:
 def _photo_files(checkpoint: Path, photos: Sequence[str | Path], int8: bool) -> list[Path]:
     """Photos to verify with, and after those the ones to calibrate with."""
     if photos:
-        nested = [photos_below(p) if p.is_dir() else [p] for p in map(Path, photos)]
+        nested = [visible_files(p) if p.is_dir() else [p] for p in map(Path, photos)]
         files = [file for inner in nested for file in inner]
     elif (data := checkpoint.absolute().parent.parent / "data" / "meta.json").is_file():
         prepared = Prepared.read(data.parent)

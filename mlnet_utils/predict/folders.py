@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from mlnet_utils.data.geometry import Letterbox
-from mlnet_utils.data.images import read_image
+from mlnet_utils.data.images import PHOTO_SUFFIXES, read_image, visible_files
 from mlnet_utils.plots import overlay as paint_overlay
 from mlnet_utils.predict.exported import load_network
 from mlnet_utils.predict.predictor import Predictor, predict_maps, to_density
@@ -32,7 +32,6 @@ from mlnet_utils.runtime import (
     write_json,
 )
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
 RECORD = "prediction.json"  # in the output folder: which checkpoint made the maps
 
 
@@ -236,7 +235,7 @@ def list_photos(
                     f"the maps of {path} cannot be written into it, or the next call would take "
                     "them for input; choose another output folder"
                 )
-            for file in photos_below(path, out, suffixes):
+            for file in visible_files(path, suffixes, out):
                 found[file] = out / file.relative_to(path).with_name(file.stem)
         elif path.is_file():
             found[path] = out / path.stem
@@ -246,20 +245,6 @@ def list_photos(
         raise ValueError(f"nothing ending in {', '.join(suffixes)} in {', '.join(map(str, paths))}")
     _check_collisions(found, outputs)
     return found
-
-
-def photos_below(
-    folder: Path, out: Path | None = None, suffixes: Sequence[str] = PHOTO_SUFFIXES
-) -> Iterator[Path]:
-    """Photos in a folder and its sub-folders, by suffix, in alphabetical order.
-
-    Hidden files, and what lies in ``out``, are left out.
-    """
-    for file in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        made_here = out is not None and file.resolve().is_relative_to(out.resolve())
-        if file.suffix.lower() in suffixes and not hidden and not made_here:
-            yield file
 
 
 def _check_collisions(targets: dict[Path, Path], outputs: Outputs) -> None:

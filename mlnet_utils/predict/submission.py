@@ -25,7 +25,8 @@ from accelerate import PartialState
 from PIL import Image
 from scipy.special import logsumexp
 
-from mlnet_utils.predict.folders import photos_below, predict_folder
+from mlnet_utils.data.images import visible_files
+from mlnet_utils.predict.folders import predict_folder
 from mlnet_utils.runtime import atomic_path, data_root, display_path, progress
 
 # Share of a uniform density that is mixed in before the logarithm: a network with a ReLU head
@@ -87,7 +88,7 @@ def benchmark_photos(
             f"({split}), or name their folder"
         )
     sizes = {}
-    for file in progress(list(photos_below(folder)), "reading sizes", unit="photo"):
+    for file in progress(visible_files(folder), "reading sizes", unit="photo"):
         with Image.open(file) as image:
             sizes[file.relative_to(folder).as_posix()] = image.size
     if len(sizes) != benchmark.count:

@@ -18,7 +18,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mlnet_utils.config import Config
-from mlnet_utils.data.datasets import SaliencyDataset
+from mlnet_utils.data.loading import SaliencyDataset
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.runtime import atomic_path, feature_root, progress

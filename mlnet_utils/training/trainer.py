@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from mlnet_utils.config import Config
-from mlnet_utils.data.datasets import EpochSampler, SaliencyDataset, make_loader
+from mlnet_utils.data.loading import EpochSampler, SaliencyDataset, make_loader
 from mlnet_utils.data.photos import Prepared
 from mlnet_utils.model import checkpoints
 from mlnet_utils.model.losses import Objective, cc_loss, kl_loss, nss_loss

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps
 
-from mlnet_utils.data.images import decode, read_image, to_bytes
+from mlnet_utils.data.images import decode, read_image, to_bytes, visible_files
 
 ROTATION = 0x0112  # EXIF tag
 RAMP = np.linspace(0, 65535, 40 * 50).reshape(40, 50)  # 16 bits
@@ -231,3 +231,13 @@ def test_damage_anywhere_is_a_photo_or_a_value_error(tmp_path, name, mode):
             messages.append(str(error))
     assert len(messages) > 5
     assert all(broken.name in message for message in messages)
+
+
+def test_files_are_found_in_order_without_hidden_ones_and_results(tmp_path):
+    names = ("b.PNG", "a/x.jpg", "._b.png", ".cache/x.png", "notes.txt", "maps/b.png")
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = visible_files(tmp_path, out=tmp_path / "maps")
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a/x.jpg", "b.PNG"]
+    assert visible_files(tmp_path, (".txt",)) == [tmp_path / "notes.txt"]

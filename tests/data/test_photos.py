@@ -9,9 +9,9 @@ import torch
 from conftest import SIGMA, tiny_config
 from PIL import Image
 
-from mlnet_utils.data.datasets import SaliencyDataset
 from mlnet_utils.data.geometry import Letterbox, density_from_points, density_on_grid
 from mlnet_utils.data.images import read_density
+from mlnet_utils.data.loading import SaliencyDataset
 from mlnet_utils.data.photos import NOBODY, Photo, Prepared, fixation_statistics
 
 

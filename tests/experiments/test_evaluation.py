@@ -12,7 +12,7 @@ import torch
 
 from mlnet_utils.__main__ import main
 from mlnet_utils.config import load_config
-from mlnet_utils.data import datasets
+from mlnet_utils.data import preparation
 from mlnet_utils.data.geometry import density_from_points, fixation_counts
 from mlnet_utils.data.photos import NOBODY, Prepared
 from mlnet_utils.experiments import evaluation
@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     """A prepared sample of a few photos and an untrained network."""
     folder = tmp_path_factory.mktemp("run")
     config = load_config("tiny", limit=4)
-    datasets.prepare(config, folder, folder / "data")
+    preparation.prepare(config, folder, folder / "data")
     torch.manual_seed(0)
     model = MLNet(config)
     checkpoints.save_checkpoint(folder / "checkpoints" / "best.pt", config, model.state_dict())

@@ -11,7 +11,7 @@ import torch
 from scipy.ndimage import gaussian_filter
 
 from mlnet_utils.config import load_config
-from mlnet_utils.data import datasets
+from mlnet_utils.data import preparation
 from mlnet_utils.data.photos import NOBODY, Prepared
 from mlnet_utils.experiments import study
 from mlnet_utils.experiments.evaluation import TestSet
@@ -142,7 +142,7 @@ def test_the_low_level_model_is_scored(run_folder):
 
 def test_the_reachable_cc_is_what_the_truth_reaches(tmp_path):
     """The sample's true density is known: blurred as the ground truth is, it is the best model."""
-    datasets.prepare(load_config("tiny"), tmp_path, tmp_path / "data")
+    preparation.prepare(load_config("tiny"), tmp_path, tmp_path / "data")
     data = TestSet(tmp_path, "test")
     perfect = [
         cc(

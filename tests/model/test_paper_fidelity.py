@@ -17,7 +17,6 @@ from conftest import tiny_config
 from torch import nn
 
 from mlnet_utils.config import load_config
-from mlnet_utils.data.datasets import EpochSampler
 from mlnet_utils.data.geometry import (
     Letterbox,
     authors_postprocess,
@@ -25,6 +24,7 @@ from mlnet_utils.data.geometry import (
     letterbox,
     unletterbox,
 )
+from mlnet_utils.data.loading import EpochSampler
 from mlnet_utils.model.losses import Objective, mlnet_loss
 from mlnet_utils.model.network import MLNet, freeze, max_pool
 from mlnet_utils.training.trainer import fit, learning_rate, make_optimizer

@@ -14,7 +14,6 @@ from PIL import Image
 from mlnet_utils.data.images import blame_file, to_upright
 from mlnet_utils.data.photos import Photo
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 _SIDEWAYS = (
     Image.Transpose.ROTATE_90,
     Image.Transpose.ROTATE_270,
@@ -32,21 +31,6 @@ def need(path: Path, dataset: str) -> Path:
             "there, or set MLNET_DATA to the folder that holds the datasets (see data/README.md)"
         )
     return path
-
-
-def visible_files(folder: Path, suffixes: Sequence[str]) -> list[Path]:
-    """Files of these kinds, at any depth, but for what programs hide: ``._a.jpg``, ``.ipynb_...``.
-
-    Args:
-        folder: where to look.
-        suffixes: with their dot, in lower case; those of files may be in capitals.
-    """
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    ]
 
 
 # ---- pairing -----------------------------------------------------------------------------------

@@ -8,16 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
+from mlnet_utils.data.images import PHOTO_SUFFIXES, visible_files
 from mlnet_utils.data.photos import NOBODY, SPLITS, Photo
 from mlnet_utils.data.readers.files import (
-    PHOTO_SUFFIXES,
     by_stem,
     check_looked_at,
     check_pairs,
     marked_points,
     photo_size,
     read_map,
-    visible_files,
 )
 from mlnet_utils.data.readers.spec import UNKNOWN, DatasetSpec
 from mlnet_utils.runtime import progress
@@ -85,7 +84,7 @@ def read_folder(
         raise ValueError("own photos: give a fixation list or fixation maps, not both")
     if not (fixations_csv or fixation_maps or density_maps):
         raise ValueError("own photos: give a fixation list, fixation maps or density maps")
-    files = by_stem(visible_files(images, PHOTO_SUFFIXES), "own photos")
+    files = by_stem(visible_files(images), "own photos")
     if not files:
         raise ValueError(f"own photos: {images} holds none of {', '.join(PHOTO_SUFFIXES)}")
     marked = _maps(fixation_maps, files, "fixation maps", FIXATION_SUFFIXES)

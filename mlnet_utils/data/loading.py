@@ -1,9 +1,7 @@
-"""Named datasets, their published splits, preparation, and the Dataset that feeds training."""
+"""The Dataset, the order of its photos, and the loader that feed training and validation."""
 
-import re
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -11,110 +9,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from mlnet_utils.config import Config
-from mlnet_utils.data import synthetic
 from mlnet_utils.data.geometry import Letterbox, counts_on_grid, letterbox
 from mlnet_utils.data.images import read_image
-from mlnet_utils.data.photos import SPLITS, Photo, Prepared
-from mlnet_utils.data.readers import DATASETS, dataset_spec
-from mlnet_utils.data.splits import first, split_photos
-from mlnet_utils.runtime import cpu_count, progress, versions
-
-NEEDS_POINTS = re.compile(r"\b(ce|nss)\b")  # losses that a density map cannot serve
+from mlnet_utils.data.photos import Photo, Prepared
+from mlnet_utils.runtime import cpu_count
 
 
-# ---- preparation -------------------------------------------------------------------------------
-def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
-    """Read a dataset, split it, hash its files, and write the prepared folder.
-
-    Args:
-        config: names the dataset, the fold and the limit.
-        data_root: folder of the raw datasets (not written to).
-        folder: the prepared folder to write; synthetic photos are made inside it.
-
-    Raises:
-        FileNotFoundError: a part of the dataset is missing; says how to get it.
-        ValueError: the dataset is damaged, or the configuration does not fit it.
-    """
-    spec = dataset_spec(config.dataset)
-    sigma = config.sigma or spec.sigma
-    if np.isnan(sigma):
-        raise ValueError(
-            f"dataset {spec.name!r} has no sigma of its own: set `sigma` in the preset, the "
-            "pixels of one degree of visual angle"
-        )
-    if spec.read is None:
-        if config.fold >= 0:
-            raise ValueError(f"config: fold={config.fold}, but {spec.name} has its own split")
-        root = folder
-        photos = synthetic.write_sample(folder, sample_counts(config))
-    else:
-        root = data_root / spec.folder
-        photos = spec.read(root)
-        photos = split_photos(photos, spec.name, spec.val, spec.test, config.fold)
-        if config.limit:
-            photos = first(photos, config.limit, SPLITS)
-        unseen = [p.stem for p in photos if p.split != "test" and not len(p.fixations)]
-        if unseen and NEEDS_POINTS.search(config.loss):
-            raise ValueError(
-                f"{spec.name}: {len(unseen)} photos to learn from have density maps but no "
-                f"fixations, e.g. {unseen[0]}, and loss={config.loss!r} needs fixations; use mse, "
-                "mlnet, kl, cc or sim"
-            )
-        photos = [
-            photo.with_hashes(root)
-            for photo in progress(photos, f"indexing {spec.name}", unit="photo")
-        ]
-    if config.train_limit:
-        photos = first(photos, config.train_limit, ("train",))
-    meta = {
-        "dataset": spec.name,
-        "title": spec.title,
-        "root": "." if spec.read is None else str(root.resolve()),
-        "sigma_px": sigma,
-        "px_per_degree": None if np.isnan(spec.px_per_degree) else spec.px_per_degree,
-        **{key: getattr(config, key) for key in ("fold", "limit", "train_limit")},
-        "photos": {split: sum(p.split == split for p in photos) for split in SPLITS},
-        "fixations": sum(len(p.fixations) for p in photos),
-        "dropped_outside": sum(p.dropped for p in photos),
-        "versions": versions(),
-    }
-    prepared = Prepared(folder, photos, meta)
-    prepared.write()
-    return prepared
-
-
-def sample_counts(config: Config) -> dict[str, int]:
-    """How many stimuli the synthetic sample has per split."""
-    counts = {"train": 960, "val": 60, "test": 100}
-    return {k: min(v, config.limit) for k, v in counts.items()} if config.limit else counts
-
-
-def check_same_data(config: Config, meta: dict) -> None:
-    """Refuse a configuration that other data were prepared for.
-
-    Folders of a dataset that no preset can name were written by hand, and are taken as they are.
-
-    Raises:
-        ValueError: a key that decides the data differs from the prepared folder's.
-    """
-    if meta["dataset"] not in DATASETS:
-        return
-    wanted = {key: getattr(config, key) for key in ("dataset", "fold", "limit", "train_limit")}
-    wanted["sigma"] = config.sigma or dataset_spec(config.dataset).sigma
-    known = {**wanted, **meta, "sigma": meta["sigma_px"]}  # early folders do not note the limits
-    different = [
-        f"{key}={value} (prepared: {known[key]})"
-        for key, value in wanted.items()
-        if known[key] != value
-    ]
-    if different:
-        raise ValueError(
-            f"the prepared data are of another configuration: {', '.join(different)}; run the verb "
-            "`prepare` again with this one, or choose another run folder"
-        )
-
-
-# ---- photos to tensors -------------------------------------------------------------------------
 class SaliencyDataset(Dataset):
     """Photos letterboxed to the network's input, densities and fixations on its output grid.
 

@@ -1,0 +1,195 @@
+"""From a raw dataset to the prepared folder: read, split, hash, write; rules that need no seed."""
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from mlnet_utils.config import Config
+from mlnet_utils.data import synthetic
+from mlnet_utils.data.photos import SPLITS, Photo, Prepared
+from mlnet_utils.data.readers import DATASETS, dataset_spec
+from mlnet_utils.runtime import progress, versions
+
+NEEDS_POINTS = re.compile(r"\b(ce|nss)\b")  # losses that a density map cannot serve
+SAMPLE = {"train": 960, "val": 60, "test": 100}  # stimuli of the synthetic sample
+FOLDS = 5
+
+
+def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
+    """Read a dataset, split it, hash its files, and write the prepared folder.
+
+    Args:
+        config: names the dataset, the fold and the limit.
+        data_root: folder of the raw datasets (not written to).
+        folder: the prepared folder to write; synthetic photos are made inside it.
+
+    Raises:
+        FileNotFoundError: a part of the dataset is missing; says how to get it.
+        ValueError: the dataset is damaged, or the configuration does not fit it.
+    """
+    spec = dataset_spec(config.dataset)
+    sigma = config.sigma or spec.sigma
+    if np.isnan(sigma):
+        raise ValueError(
+            f"dataset {spec.name!r} has no sigma of its own: set `sigma` in the preset, the "
+            "pixels of one degree of visual angle"
+        )
+    if spec.read is None:
+        if config.fold >= 0:
+            raise ValueError(f"config: fold={config.fold}, but {spec.name} has its own split")
+        limit = config.limit or max(SAMPLE.values())
+        counts = {split: min(count, limit) for split, count in SAMPLE.items()}
+        photos = synthetic.write_sample(folder, counts)
+        root = "."
+    else:
+        source = data_root / spec.folder
+        photos = split_photos(spec.read(source), spec.name, spec.val, spec.test, config.fold)
+        if config.limit:
+            photos = first(photos, config.limit, SPLITS)
+        unseen = [p.stem for p in photos if p.split != "test" and not len(p.fixations)]
+        if unseen and NEEDS_POINTS.search(config.loss):
+            raise ValueError(
+                f"{spec.name}: {len(unseen)} photos to learn from have density maps but no "
+                f"fixations, e.g. {unseen[0]}, and loss={config.loss!r} needs fixations; use mse, "
+                "mlnet, kl, cc or sim"
+            )
+        photos = [
+            photo.with_hashes(source)
+            for photo in progress(photos, f"indexing {spec.name}", unit="photo")
+        ]
+        root = str(source.resolve())
+    if config.train_limit:
+        photos = first(photos, config.train_limit, ("train",))
+    meta = {
+        "dataset": spec.name,
+        "title": spec.title,
+        "root": root,
+        "sigma_px": sigma,
+        "px_per_degree": None if np.isnan(spec.px_per_degree) else spec.px_per_degree,
+        **{key: getattr(config, key) for key in ("fold", "limit", "train_limit")},
+        "photos": {split: sum(p.split == split for p in photos) for split in SPLITS},
+        "fixations": sum(len(p.fixations) for p in photos),
+        "dropped_outside": sum(p.dropped for p in photos),
+        "versions": versions(),
+    }
+    prepared = Prepared(folder, photos, meta)
+    prepared.write()
+    return prepared
+
+
+def check_same_data(config: Config, meta: dict) -> None:
+    """Refuse a configuration that other data were prepared for.
+
+    Folders of a dataset that no preset can name were written by hand, and are taken as they are.
+
+    Args:
+        config: of the training that is about to begin.
+        meta: of the prepared folder.
+
+    Raises:
+        ValueError: a key that decides the data differs from the prepared folder's.
+    """
+    if meta["dataset"] not in DATASETS:
+        return
+    wanted = {key: getattr(config, key) for key in ("dataset", "fold", "limit", "train_limit")}
+    wanted["sigma"] = config.sigma or dataset_spec(config.dataset).sigma
+    known = {**wanted, **meta, "sigma": meta["sigma_px"]}  # early folders do not note the limits
+    different = [
+        f"{key}={value} (prepared: {known[key]})"
+        for key, value in wanted.items()
+        if known[key] != value
+    ]
+    if different:
+        raise ValueError(
+            f"the prepared data are of another configuration: {', '.join(different)}; run the verb "
+            "`prepare` again with this one, or choose another run folder"
+        )
+
+
+# ---- splits ------------------------------------------------------------------------------------
+def hash_order(photos: list[Photo]) -> list[Photo]:
+    """Photos ordered by the SHA-256 of their stem: an order without a seed or a library in it."""
+    return sorted(photos, key=lambda photo: hashlib.sha256(photo.stem.encode()).hexdigest())
+
+
+def hash_split(photos: list[Photo], n_val: int, n_test: int) -> list[Photo]:
+    """Published rule for sets without a split: in hash order, first test, then val, rest train.
+
+    Raises:
+        ValueError: no photo would be left to train on.
+    """
+    if n_val + n_test >= len(photos):
+        raise ValueError(
+            f"cannot take {n_val} validation and {n_test} test photos out of {len(photos)}; with "
+            f"fewer photos than published, but at least {FOLDS}, set `fold: 0` in the preset for "
+            "fifths"
+        )
+    ordered = hash_order(photos)
+    split = {photo.stem: "test" for photo in ordered[:n_test]}
+    split |= {photo.stem: "val" for photo in ordered[n_test : n_test + n_val]}
+    return [replace(photo, split=split.get(photo.stem, "train")) for photo in photos]
+
+
+def fold_split(photos: list[Photo], fold: int) -> list[Photo]:
+    """Cross-validation: in hash order, photo i is tested in fold i mod 5 and validated in the next.
+
+    Raises:
+        ValueError: the fold does not exist, or there are fewer photos than folds.
+    """
+    if not 0 <= fold < FOLDS:
+        raise ValueError(
+            f"config: fold={fold} must be in 0..{FOLDS - 1}, or -1 for the fixed split"
+        )
+    if len(photos) < FOLDS:
+        raise ValueError(
+            f"config: fold={fold}, but {len(photos)} photos cannot make {FOLDS} folds: add photos"
+        )
+    place = {photo.stem: i % FOLDS for i, photo in enumerate(hash_order(photos))}
+    names = {fold: "test", (fold + 1) % FOLDS: "val"}
+    return [replace(photo, split=names.get(place[photo.stem], "train")) for photo in photos]
+
+
+def split_photos(
+    photos: list[Photo], name: str, n_val: float, n_test: float, fold: int
+) -> list[Photo]:
+    """Give every photo its split: its own, that of the published rule, or a fold's.
+
+    Args:
+        photos: of one dataset; those of the user's own folders or a published split have one.
+        name: of the dataset, for messages.
+        n_val: validation photos of the rule, below 1 a share of all; likewise ``n_test``, which is
+            0 for datasets with a split of their own.
+        fold: 0 to 4, or -1 for the split or the rule.
+
+    Raises:
+        ValueError: some photos have a split and others none, a fold is asked of photos that have
+            their split, or there are too few photos for the rule.
+    """
+    unsplit = [photo.stem for photo in photos if not photo.split]
+    if fold >= 0:
+        if not n_test or len(unsplit) < len(photos):
+            raise ValueError(f"config: fold={fold}, but {name} has its own split")
+        return fold_split(photos, fold)
+    if n_test and len(unsplit) == len(photos):
+        counts = (max(1, round(n * len(photos))) if n < 1 else int(n) for n in (n_val, n_test))
+        return hash_split(photos, *counts)
+    if n_test and unsplit:
+        raise ValueError(
+            f"{name}: {len(unsplit)} photos are in none of the folders {', '.join(SPLITS)}, e.g. "
+            f"{unsplit[0]}, while others are: move them into one, or take all photos out of them"
+        )
+    return photos
+
+
+def first(photos: list[Photo], limit: int, splits: Iterable[str]) -> list[Photo]:
+    """At most the first ``limit`` photos, in hash order, of each of the ``splits``."""
+    left_out = {
+        p.stem
+        for split in splits
+        for p in hash_order([q for q in photos if q.split == split])[limit:]
+    }
+    return [photo for photo in photos if photo.stem not in left_out]
