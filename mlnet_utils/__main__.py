@@ -4,6 +4,7 @@
 """
 
 import argparse
+import inspect
 import json
 import os
 import sys
@@ -51,9 +52,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--debug", action="store_true", help="show tracebacks")
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
-    verb = _verb(verbs, "reproduce", reproduce, "run all notebooks, data to figures",
-                 "reproduce", "reproduce --preset osie --data-root ~/data",
-                 "reproduce --preset my.yaml --force")  # fmt: skip
+    verb = _verb(verbs, reproduce)
     _run_options(verb)
     verb.add_argument("--force", action="store_true", help="rerun stages that are up to date")
     verb.add_argument("--study", action="store_true", help="run notebook 05, the ablation, too")
@@ -62,14 +61,11 @@ def parser() -> argparse.ArgumentParser:
         help="set a parameter of the notebooks (repeatable)",
     )  # fmt: skip
 
-    verb = _verb(verbs, "publish", publish, "copy a finished run's notebooks and figures here",
-                 "publish --preset sample", "publish --preset sample --study")  # fmt: skip
+    verb = _verb(verbs, publish)
     _run_options(verb)
     verb.add_argument("--study", action="store_true", help="notebook 05 too")
 
-    verb = _verb(verbs, "download", download, "fetch, verify and unpack a dataset",
-                 "download osie", "download salicon-2017 --root ~/data --from images.zip maps.zip",
-                 )  # fmt: skip
+    verb = _verb(verbs, download)
     verb.add_argument("name", help="a dataset; an unknown name lists them all")
     verb.add_argument("--root", default="", help="raw datasets (default: $MLNET_DATA, data/)")
     verb.add_argument(
@@ -77,30 +73,24 @@ def parser() -> argparse.ArgumentParser:
         help="archives that you have already",
     )  # fmt: skip
 
-    verb = _verb(verbs, "prepare", prepare, "index a dataset (notebook 01 without the pictures)",
-                 "prepare --preset osie", "prepare --preset osie --check")  # fmt: skip
+    verb = _verb(verbs, prepare)
     _run_options(verb)
     verb.add_argument("--check", action="store_true", help="re-verify prepared data instead")
 
-    verb = _verb(verbs, "train", train, "train, or continue a training, on prepared data",
-                 "train --preset sample", "train --preset osie --set epochs=4 --set lr=0.002",
-                 )  # fmt: skip
+    verb = _verb(verbs, train)
     _run_options(verb)
-    _set_option(verb)
+    verb.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
+        help="change one key of the preset (repeatable)",
+    )  # fmt: skip
 
-    verb = _verb(verbs, "evaluate", evaluate, "score a trained network and the baselines",
-                 "evaluate --preset sample", "evaluate --preset osie --split val")  # fmt: skip
+    verb = _verb(verbs, evaluate)
     _run_options(verb)
     verb.add_argument("--checkpoint", type=Path, help="default: the run's checkpoints/best.pt")
     verb.add_argument("--split", choices=("val", "test"), default="test")
-    verb.add_argument(
-        "--protocol", choices=choices("protocol"), help="metric definitions; default: as trained"
-    )
+    verb.add_argument("--protocol", choices=choices("protocol"), help="default: as trained")
 
-    verb = _verb(verbs, "sweep", sweep, "train a grid of configurations and seeds, in one table",
-                 "sweep grid.yaml", "sweep grid.yaml --workers 2 --plain",
-                 "sweep grid.yaml --cluster slurm --option slurm_partition=gpu",
-                 )  # fmt: skip
+    verb = _verb(verbs, sweep)
     verb.add_argument("grid", type=Path, help="YAML: preset, seeds, split, common, cells")
     verb.add_argument("--out", type=Path, help="default: runs/<grid>")
     verb.add_argument("--data-root", default="", help="raw datasets (default: $MLNET_DATA, data/)")
@@ -112,10 +102,7 @@ def parser() -> argparse.ArgumentParser:
         help="parameter of submitit, e.g. timeout_min=60 (repeatable)",
     )  # fmt: skip
 
-    verb = _verb(verbs, "predict", predict, "saliency maps for photos and folders of photos",
-                 "predict --checkpoint runs/osie/checkpoints/best.pt --out maps photo.jpg holiday/",
-                 "predict --checkpoint network.onnx --out maps --overlay photo.jpg",
-                 "predict --checkpoint best.pt --out maps --overlay --video clip.mp4")  # fmt: skip
+    verb = _verb(verbs, predict)
     _checkpoint_option(verb, ", or an exported file")
     verb.add_argument("--out", type=Path, required=True, help="folder for the maps")
     verb.add_argument("--overlay", action="store_true", help="also write <stem>_overlay.png")
@@ -124,11 +111,7 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--force", action="store_true", help="redo maps that exist")
     verb.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="photos and folders")
 
-    verb = _verb(verbs, "export", export, "write a trained network for other runtimes",
-                 "export --checkpoint runs/osie/checkpoints/best.pt --out network.onnx",
-                 "export --checkpoint best.pt --out small.onnx --int8 holiday/",
-                 "export --checkpoint best.pt --out network.pt2 --format torch-export photo.jpg",
-                 )  # fmt: skip
+    verb = _verb(verbs, export)
     _checkpoint_option(verb)
     verb.add_argument("--out", type=Path, required=True, help=".onnx or .pt2 file to write")
     verb.add_argument("--format", choices=("onnx", "torch-export"), default="onnx")
@@ -138,36 +121,28 @@ def parser() -> argparse.ArgumentParser:
         help="photos and folders to verify with; default: the run's training photos",
     )  # fmt: skip
 
-    verb = _verb(verbs, "submit", submit, "write the file that a public benchmark takes",
-                 "submit --checkpoint best.pt --dataset salicon-2017 --split test --out maps.zip",
-                 "submit --checkpoint best.pt --dataset mit300 --photos ~/mit300 --out maps.hdf5",
-                 )  # fmt: skip
+    verb = _verb(verbs, submit)
     _checkpoint_option(verb, ", or an exported file")
     verb.add_argument("--out", type=Path, required=True, help=".zip, .json or .hdf5 file to write")
     _benchmark_options(verb)
 
-    verb = _verb(verbs, "check-submission", check_submission, "check anybody's benchmark file",
-                 "check-submission maps.zip --dataset salicon-2017 --split test",
-                 "check-submission maps.hdf5 --dataset mit300 --photos ~/mit300")  # fmt: skip
+    verb = _verb(verbs, check_submission)
     verb.add_argument("file", type=Path, help=".zip, .json or .hdf5 file")
     _benchmark_options(verb)
 
-    verb = _verb(verbs, "import-weights", import_weights, "convert weights of earlier ML-Nets",
-                 "import-weights mlnet_salicon_weights.pkl --out authors.pt",
-                 "import-weights vgg16_weights.h5 --out vgg16.safetensors")  # fmt: skip
+    verb = _verb(verbs, import_weights)
     verb.add_argument("file", type=Path, help="Keras HDF5 file, or MLNet-Pytorch's state dict")
     verb.add_argument("--out", type=Path, required=True, help="checkpoint or .safetensors file")
     return top
 
 
-def _verb(verbs, name: str, function: Verb, summary: str, *examples: str):
-    """Add a verb whose help ends with examples."""
-    lines = "\n".join(f"  python -m mlnet_utils {example}" for example in examples)
+def _verb(verbs, function: Verb) -> argparse.ArgumentParser:
+    """Add a verb; its help is the docstring of its function."""
+    text = inspect.cleandoc(function.__doc__)
     verb = verbs.add_parser(
-        name,
-        help=summary,
-        description=summary[0].upper() + summary[1:] + ".",
-        epilog=f"examples:\n{lines}",
+        function.__name__.replace("_", "-"),
+        help=text.splitlines()[0].rstrip("."),
+        description=text,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.set_defaults(function=function)
@@ -182,9 +157,8 @@ def _run_options(verb) -> None:
 
 
 def _checkpoint_option(verb, more: str = "") -> None:
-    verb.add_argument(
-        "--checkpoint", type=Path, required=True, help=f"a trained or imported network{more}"
-    )
+    text = f"a trained or imported network{more}"
+    verb.add_argument("--checkpoint", type=Path, required=True, help=text)
 
 
 def _benchmark_options(verb) -> None:
@@ -192,13 +166,6 @@ def _benchmark_options(verb) -> None:
     verb.add_argument("--split", default="test", help="test (default), or val where it is taken")
     verb.add_argument("--photos", default="", help="folder of its photos, if not in the raw data")
     verb.add_argument("--data-root", default="", help="raw datasets (default: $MLNET_DATA, data/)")
-
-
-def _set_option(verb) -> None:
-    verb.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides",
-        help="change one key of the preset (repeatable)",
-    )  # fmt: skip
 
 
 def overrides(pairs: list[str]) -> dict:
@@ -219,17 +186,30 @@ def overrides(pairs: list[str]) -> dict:
     return result
 
 
+def _first_process() -> bool:
+    """True in the one process of a launch that reports."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 # ---- verbs -------------------------------------------------------------------------------------
 def reproduce(options: argparse.Namespace) -> int:
+    """Run all notebooks, data to figures.
+
+    Examples:
+        %(prog)s
+        %(prog)s --preset osie --data-root ~/data
+        %(prog)s --preset my.yaml --force
+    """
     from mlnet_utils.running import pipeline
 
+    study = (pipeline.STUDY,) if options.study else ()
     folder = pipeline.reproduce(
         options.preset,
         run_dir=run_dir(options.run_dir, options.preset),
         data_root=data_root(options.data_root),
         parameters=dict(options.parameters),
         force=options.force,
-        stages=_stages(options),
+        stages=pipeline.STAGES + study,
     )
     from mlnet_utils.metrics.summary import score_table  # after the run: it imports torch
 
@@ -237,22 +217,29 @@ def reproduce(options: argparse.Namespace) -> int:
     return 0
 
 
-def _stages(options: argparse.Namespace) -> tuple:
-    from mlnet_utils.running import pipeline
-
-    return (*pipeline.STAGES, pipeline.STUDY) if options.study else pipeline.STAGES
-
-
 def publish(options: argparse.Namespace) -> int:
+    """Copy a finished run's notebooks and figures here.
+
+    Examples:
+        %(prog)s --preset sample
+        %(prog)s --preset sample --study
+    """
     from mlnet_utils.running import pipeline
 
     folder = run_dir(options.run_dir, options.preset)
-    for path in pipeline.publish(folder, stages=_stages(options)):
+    study = (pipeline.STUDY,) if options.study else ()
+    for path in pipeline.publish(folder, stages=pipeline.STAGES + study):
         print(display_path(path))
     return 0
 
 
 def download(options: argparse.Namespace) -> int:
+    """Fetch, verify and unpack a dataset.
+
+    Examples:
+        %(prog)s osie
+        %(prog)s salicon-2017 --root ~/data --from images.zip maps.zip
+    """
     from mlnet_utils.data.download import acquire
 
     folder = acquire(options.name, data_root(options.root), options.archives)
@@ -261,6 +248,12 @@ def download(options: argparse.Namespace) -> int:
 
 
 def prepare(options: argparse.Namespace) -> int:
+    """Index a dataset (notebook 01 without the pictures).
+
+    Examples:
+        %(prog)s --preset osie
+        %(prog)s --preset osie --check
+    """
     from mlnet_utils.data import photos, preparation
 
     folder = run_dir(options.run_dir, options.preset) / "data"
@@ -276,6 +269,12 @@ def prepare(options: argparse.Namespace) -> int:
 
 
 def train(options: argparse.Namespace) -> int:
+    """Train, or continue a training, on prepared data.
+
+    Examples:
+        %(prog)s --preset sample
+        %(prog)s --preset osie --set epochs=4 --set lr=0.002
+    """
     from mlnet_utils.data import preparation
     from mlnet_utils.training import trainer
 
@@ -293,17 +292,30 @@ def train(options: argparse.Namespace) -> int:
 
 
 def evaluate(options: argparse.Namespace) -> int:
+    """Score a trained network and the baselines.
+
+    Examples:
+        %(prog)s --preset sample
+        %(prog)s --preset osie --split val
+    """
     from mlnet_utils.experiments import evaluation
     from mlnet_utils.metrics.summary import score_table
 
     folder = run_dir(options.run_dir, options.preset)
     report = evaluation.evaluate(folder, options.checkpoint, options.split, options.protocol)
-    if os.environ.get("RANK", "0") == "0":  # of several processes one reports
+    if _first_process():
         print(score_table(report))
     return 0
 
 
 def sweep(options: argparse.Namespace) -> int:
+    """Train a grid of configurations and seeds, in one table.
+
+    Examples:
+        %(prog)s grid.yaml
+        %(prog)s grid.yaml --workers 2 --plain
+        %(prog)s grid.yaml --cluster slurm --option slurm_partition=gpu
+    """
     from mlnet_utils.experiments import sweep as sweeps
     from mlnet_utils.training import trainer
 
@@ -330,6 +342,13 @@ def sweep(options: argparse.Namespace) -> int:
 
 
 def predict(options: argparse.Namespace) -> int:
+    """Saliency maps for photos and folders of photos.
+
+    Examples:
+        %(prog)s --checkpoint best.pt --out maps photo.jpg holiday/
+        %(prog)s --checkpoint network.onnx --out maps --overlay photo.jpg
+        %(prog)s --checkpoint best.pt --out maps --overlay --video clip.mp4
+    """
     call = (options.checkpoint, options.paths, options.out)
     if options.video:
         from mlnet_utils.predict.video import predict_videos
@@ -349,6 +368,13 @@ def predict(options: argparse.Namespace) -> int:
 
 
 def export(options: argparse.Namespace) -> int:
+    """Write a trained network for other runtimes.
+
+    Examples:
+        %(prog)s --checkpoint best.pt --out network.onnx
+        %(prog)s --checkpoint best.pt --out small.onnx --int8 holiday/
+        %(prog)s --checkpoint best.pt --out network.pt2 --format torch-export photo.jpg
+    """
     from mlnet_utils.predict.export import export as write
 
     report = write(options.checkpoint, options.out, options.format, options.int8, options.photos)
@@ -357,6 +383,12 @@ def export(options: argparse.Namespace) -> int:
 
 
 def submit(options: argparse.Namespace) -> int:
+    """Write the file that a public benchmark takes.
+
+    Examples:
+        %(prog)s --checkpoint best.pt --dataset salicon-2017 --split test --out maps.zip
+        %(prog)s --checkpoint best.pt --dataset mit300 --photos ~/mit300 --out maps.hdf5
+    """
     from mlnet_utils.predict import submission
 
     place = (options.split, options.photos, data_root(options.data_root))
@@ -367,6 +399,12 @@ def submit(options: argparse.Namespace) -> int:
 
 
 def check_submission(options: argparse.Namespace) -> int:
+    """Check anybody's benchmark file.
+
+    Examples:
+        %(prog)s maps.zip --dataset salicon-2017 --split test
+        %(prog)s maps.hdf5 --dataset mit300 --photos ~/mit300
+    """
     from mlnet_utils.predict import submission
 
     root = data_root(options.data_root)
@@ -376,12 +414,13 @@ def check_submission(options: argparse.Namespace) -> int:
     return 1 if problems else 0
 
 
-def _first_process() -> bool:
-    """Of several processes one reports."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def import_weights(options: argparse.Namespace) -> int:
+    """Convert weights of earlier ML-Nets.
+
+    Examples:
+        %(prog)s mlnet_salicon_weights.pkl --out authors.pt
+        %(prog)s vgg16_weights.h5 --out vgg16.safetensors
+    """
     from mlnet_utils.model import legacy
 
     config = legacy.import_weights(options.file, options.out)
