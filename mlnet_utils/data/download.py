@@ -21,11 +21,10 @@ import gdown
 
 from mlnet_utils.data.readers import DATASETS, TEST_PHOTOS
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
-from mlnet_utils.runtime import progress, read_json, sha256_file, write_json
+from mlnet_utils.runtime import progress, read_json, sha256_file
 
 SOURCES = {**DATASETS, **TEST_PHOTOS}
 ARCHIVES = "archives"  # folder of a dataset that keeps what was downloaded
-CHECKSUMS = "checksums.json"  # SHA-256 of every archive that was ever accepted
 RECORD = ".complete.json"  # written last; its presence means that a folder is whole
 DRIVE = "https://drive.google.com/uc?id={}"
 RETRIES = 8  # of a connection that fails or is cut; another run goes on with the bytes that came
@@ -84,12 +83,12 @@ def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) ->
     for archive in spec.archives:
         target = folder / archive.into
         if target.exists():
-            _check_complete(target)
+            check_unpacked(target)
             continue
         path = given.get(archive.name) or folder / ARCHIVES / archive.name
         fetched = None if path.is_file() else _fetch(name, archive, path)
         try:
-            checksums = _checked(fetched or path, archive, folder / CHECKSUMS)
+            _check_archive(fetched or path, archive)
             unpack(fetched or path, target, archive.holds, archive.known)
         except ArchiveError as error:
             if fetched is None:  # it is the user's
@@ -100,7 +99,6 @@ def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) ->
             ) from error
         if fetched:
             fetched.replace(path)
-        write_json(folder / CHECKSUMS, checksums)
     return folder
 
 
@@ -116,20 +114,6 @@ def _match(spec: DatasetSpec, paths: list[Path]) -> dict[str, Path]:
             raise ValueError(f"{path.name} is none of {spec.name}'s archives: {', '.join(names)}")
         given[fitting[0]] = path
     return given
-
-
-def _check_complete(target: Path) -> None:
-    if not (target / RECORD).is_file():
-        raise FileExistsError(
-            f"{target} was not unpacked by this command. If you placed it yourself and it is "
-            "complete, nothing needs to be downloaded; otherwise move it away and try again"
-        )
-    found = problems(target)
-    if found:
-        raise ArchiveError(
-            f"{len(found)} files have changed since they were unpacked ({'; '.join(found[:3])}): "
-            f"delete {target} and try again"
-        )
 
 
 # ---- fetching ----------------------------------------------------------------------------------
@@ -196,51 +180,42 @@ def need_space(folder: Path, needed: int, purpose: str) -> None:
 
 
 # ---- verifying ---------------------------------------------------------------------------------
-def _checked(path: Path, archive: Archive, record: Path) -> dict[str, dict[str, str]]:
-    """Compare an archive with all that is known of it; returns the record with its SHA-256."""
+def _check_archive(path: Path, archive: Archive) -> None:
+    """Compare an archive with what its source published."""
     with open(path, "rb") as file:
         start = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype html", b"<html", b"<head")):
         raise ArchiveError(f"{path} is a web page, not {archive.name}")
-    md5, sha256 = _digests(path)
-    if archive.md5 and md5 != archive.md5:
-        other = [spec.name for spec in SOURCES.values() if md5 in [a.md5 for a in spec.archives]]
-        what = f"a file of {other[0]}" if other else "damaged, or was replaced by another"
-        raise ArchiveError(
-            f"{path} is not {archive.name}: its MD5 is {md5}, not {archive.md5}; it is {what}"
-        )
-    entry = {archive.name: {"sha256": sha256}}
-    recorded = read_json(record, "the first download") if record.is_file() else {}
-    if not isinstance(recorded, dict):
-        raise ValueError(f"{record} is no record of archives: delete it and try again")
-    if recorded.get(archive.name) not in (None, entry[archive.name]):
-        raise ArchiveError(
-            f"{path} has SHA-256 {sha256}, but {record} says {recorded[archive.name]}: it is "
-            "damaged, or the source has replaced it; in that case delete its entry there"
-        )
-    return {**recorded, **entry}
-
-
-def _digests(path: Path) -> tuple[str, str]:
-    """MD5 (which is what most of these sources publish) and SHA-256, reading the file once."""
-    md5, sha256 = hashlib.md5(usedforsecurity=False), hashlib.sha256()
-    blocks = -(-path.stat().st_size // BLOCK)
+    if not archive.md5:
+        return
+    md5, blocks = hashlib.md5(usedforsecurity=False), -(-path.stat().st_size // BLOCK)
     with open(path, "rb") as file:
         reading = iter(lambda: file.read(BLOCK), b"")
         for block in progress(reading, f"verifying {path.name}", blocks, "MiB"):
             md5.update(block)
-            sha256.update(block)
-    return md5.hexdigest(), sha256.hexdigest()
+    found = md5.hexdigest()
+    if found != archive.md5:
+        other = [spec.name for spec in SOURCES.values() if found in [a.md5 for a in spec.archives]]
+        what = f"a file of {other[0]}" if other else "damaged, or was replaced by another"
+        raise ArchiveError(
+            f"{path} is not {archive.name}: its MD5 is {found}, not {archive.md5}; it is {what}"
+        )
 
 
-def problems(target: str | Path) -> list[str]:
-    """What is missing or has other content than when the folder was unpacked, a sentence each.
+def check_unpacked(target: str | Path) -> None:
+    """Compare a folder with the record of its files that :func:`unpack` wrote.
 
     Raises:
-        FileNotFoundError: the folder has no record: it was not unpacked by :func:`unpack`.
+        FileExistsError: the folder has no record: it was not unpacked by :func:`unpack`.
         ValueError: the record is damaged.
+        ArchiveError: files are missing or have other content; counts and names them.
     """
-    target = Path(target)
+    target, found = Path(target), []
+    if not (target / RECORD).is_file():
+        raise FileExistsError(
+            f"{target} was not unpacked by this command. If you placed it yourself and it is "
+            "complete, nothing needs to be downloaded; otherwise move it away and try again"
+        )
     record = read_json(target / RECORD, "`python -m mlnet_utils download`")
     try:
         files = [(target / name, sha256) for name, (_, sha256) in record["files"].items()]
@@ -249,13 +224,16 @@ def problems(target: str | Path) -> list[str]:
             f"{target / RECORD} is no record of unpacked files: expected `files` with bytes and "
             f"SHA-256 of each ({error!r}); delete {target} and download it again"
         ) from error
-    found = []
     for path, sha256 in progress(files, f"verifying {target.name}", unit="file"):
         if not path.is_file():
             found.append(f"{path} is missing")
         elif sha256_file(path) != sha256:
             found.append(f"{path} has other content")
-    return found
+    if found:
+        raise ArchiveError(
+            f"{len(found)} files have changed since they were unpacked ({'; '.join(found[:3])}): "
+            f"delete {target} and try again"
+        )
 
 
 # ---- unpacking ---------------------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Acquiring a dataset: from servers that cut, lie, forget and refuse, or from the user's files."""
 
 import hashlib
-import json
 import shutil
 import sys
 from collections import namedtuple
@@ -15,7 +14,7 @@ from miniatures import zipped
 
 from mlnet_utils.data import download
 from mlnet_utils.data.download import SOURCES, ArchiveError, TransferError, acquire
-from mlnet_utils.data.readers.spec import UNKNOWN, Archive, DatasetSpec
+from mlnet_utils.data.readers.spec import Archive, DatasetSpec
 
 # Random bytes, so that the archive is some blocks of 1 MiB long.
 PHOTOS = zipped(
@@ -30,7 +29,7 @@ def md5(content):
 
 
 def spec(name, *archives, **rest):
-    return DatasetSpec(name, "", 1.0, UNKNOWN, None, "tiny", archives=archives, **rest)
+    return DatasetSpec(name, "", "tiny", archives=archives, **rest)
 
 
 @pytest.fixture
@@ -71,16 +70,12 @@ def names(folder):
 
 
 # ---- what is here ------------------------------------------------------------------------------
-def test_everything_is_fetched_verified_unpacked_and_recorded(server, sources, tmp_path):
+def test_everything_is_fetched_and_unpacked(server, sources, tmp_path):
     folder = acquire("tiny", tmp_path)
     assert folder == tmp_path / "tiny"
     assert (folder / "images/val/2.jpg").read_bytes() == b"2"
     assert (folder / "points/val/2.mat").read_bytes() == b"two"
     assert names(folder / "archives") == ["photos.zip", "points-1.zip"]
-    assert json.loads((folder / "checksums.json").read_text()) == {
-        "points-1.zip": {"sha256": hashlib.sha256(POINTS).hexdigest()},
-        "photos.zip": {"sha256": hashlib.sha256(PHOTOS).hexdigest()},
-    }
     acquire("tiny", tmp_path)
     assert len(server.files["points.zip"].requests) == 1  # what is complete is not fetched again
 
@@ -107,25 +102,13 @@ def test_the_users_archives_are_used_where_they_are(server, sources, tmp_path):
     for name, content in (("points.zip", POINTS), ("photos.zip", PHOTOS)):
         (tmp_path / name).write_bytes(content)
     folder = acquire("tiny", tmp_path / "data", [tmp_path / "points.zip", tmp_path / "photos.zip"])
-    assert names(folder) == ["checksums.json", "images", "points"]
+    assert names(folder) == ["images", "points"]
     assert not server.files["points.zip"].requests
 
 
 def test_a_folder_of_the_users_own_is_left_alone(sources, tmp_path):
     (tmp_path / "tiny/points").mkdir(parents=True)
     with pytest.raises(FileExistsError, match=r"tiny/points"):
-        acquire("tiny", tmp_path)
-
-
-def test_the_first_checksum_is_held_against_every_later_file(sources, tmp_path):
-    folder = acquire("tiny", tmp_path)
-    (tmp_path / "points.zip").write_bytes(zipped({"train/1.mat": b"changed", "val/2.mat": b"two"}))
-    shutil.rmtree(folder / "points")
-    with pytest.raises(ArchiveError, match=r"points\.zip has SHA-256 .*checksums\.json"):
-        acquire("tiny", tmp_path, [tmp_path / "points.zip"])
-    assert not (folder / "points").exists()
-    (folder / "checksums.json").write_text("[]")
-    with pytest.raises(ValueError, match=r"tiny/checksums\.json"):
         acquire("tiny", tmp_path)
 
 

@@ -97,7 +97,7 @@ def registered(monkeypatch, tiny_photos):
     """The tiny photos as a named dataset; returns the folder of the raw datasets."""
     photos, root = tiny_photos
     unsplit = [replace(photo, split="") for photo in photos]
-    spec = DatasetSpec("osie", "Tiny", SIGMA, 30.0, lambda _: unsplit, root.name, val=4, test=5)
+    spec = DatasetSpec("osie", "Tiny", root.name, lambda _: unsplit, SIGMA, 30.0, val=4, test=5)
     monkeypatch.setitem(DATASETS, "osie", spec)
     return root.parent
 

@@ -5,16 +5,10 @@ live in ``data.download``; splits and preparation in the room above.
 """
 
 from mlnet_utils.data.readers import cat2000, eyecrowd, mit1003, osie, own, salicon
-from mlnet_utils.data.readers.spec import UNKNOWN, DatasetSpec
+from mlnet_utils.data.readers.spec import DatasetSpec
 
 SYNTHETIC = DatasetSpec(
-    "synthetic",
-    "Synthetic stimuli",
-    8.0,
-    UNKNOWN,
-    None,
-    "synthetic",
-    by_hand="`prepare` makes it",
+    "synthetic", "Synthetic stimuli", "synthetic", sigma=8.0, by_hand="`prepare` makes it"
 )
 DATASETS = {
     spec.name: spec

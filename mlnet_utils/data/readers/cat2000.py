@@ -5,19 +5,16 @@
 
 from pathlib import Path
 
-import numpy as np
-
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers.files import (
     by_stem,
     check_looked_at,
     check_pairs,
-    load_mat,
-    marked_points,
+    fixated_pixels,
     need,
     photo_size,
 )
-from mlnet_utils.data.readers.spec import UNKNOWN, Archive, DatasetSpec
+from mlnet_utils.data.readers.spec import Archive, DatasetSpec
 from mlnet_utils.runtime import progress
 
 
@@ -46,22 +43,10 @@ def read_cat2000(root: str | Path) -> list[Photo]:
         check_pairs(f"cat2000 {category}", "photos", files, "fixation files", points)
         for stem, file in files.items():
             size = photo_size(file)
-            marked = marked_points(_fix_locs(points[stem]), points[stem], size)
+            marked = fixated_pixels(points[stem], size, "fixLocs")
             image = file.relative_to(root).as_posix()
             photos.append(Photo.from_points(f"{category}_{stem}", image, size, marked))
     return check_looked_at("cat2000", photos)
-
-
-def _fix_locs(path: Path) -> np.ndarray:
-    values = load_mat(path, "fixLocs")["fixLocs"]
-    if hasattr(values, "toarray"):  # MATLAB's sparse matrices, which suit a map of a few pixels
-        values = values.toarray()
-    if values.dtype.kind not in "buif":
-        raise ValueError(
-            f"{path} is not CAT2000's: expected a matrix `fixLocs` of numbers, got "
-            f"{values.dtype} of shape {values.shape}; download it again"
-        )
-    return values
 
 
 _CITATION = (
@@ -72,7 +57,6 @@ SPEC = DatasetSpec(
     name="cat2000",
     title="CAT2000",
     sigma=40.0,
-    px_per_degree=UNKNOWN,
     read=read_cat2000,
     folder="cat2000",
     val=200,
@@ -91,9 +75,6 @@ SPEC = DatasetSpec(
 TEST = DatasetSpec(
     name="cat2000-test",
     title="CAT2000, test photos",
-    sigma=40.0,
-    px_per_degree=UNKNOWN,
-    read=None,
     folder="cat2000",
     archives=(
         Archive(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers.osie import read_stimuli_and_cells
-from mlnet_utils.data.readers.spec import UNKNOWN, Archive, DatasetSpec
+from mlnet_utils.data.readers.spec import Archive, DatasetSpec
 
 
 def read_eyecrowd(root: str | Path) -> list[Photo]:
@@ -19,7 +19,6 @@ SPEC = DatasetSpec(
     name="eyecrowd",
     title="EyeCrowd",
     sigma=26.0,  # the authors'
-    px_per_degree=UNKNOWN,
     read=read_eyecrowd,
     folder="eyecrowd",
     val=36,  # the shares of OSIE's rule: 500 * 50 / 700 = 35.7

@@ -133,49 +133,37 @@ def load_mat(path: Path, *names: str) -> dict[str, Any]:
     return values
 
 
-def read_map(path: Path) -> np.ndarray:
-    """A fixation map: (H, W) float64 from a picture, ``.npy``, or the only matrix of a ``.mat``.
-
-    Raises:
-        ValueError: the file cannot be read or is not one matrix.
-    """
-    suffix = path.suffix.lower()
-    with blame_file(f"map {path} cannot be read"):
-        if suffix == ".npy":
-            values = np.load(path, allow_pickle=False)
-        elif suffix == ".mat":
-            (values,) = load_mat(path).values()
-        else:
-            with Image.open(path) as image:
-                values = np.asarray(image.convert("F"))
-        values = np.asarray(values, np.float64)
-    if values.ndim != 2:
-        raise ValueError(
-            f"map {path} must be one matrix, got shape {values.shape}: save it with one channel"
-        )
-    return values
-
-
-def marked_points(values: np.ndarray, path: Path, size: tuple[int, int]) -> np.ndarray:
+def fixated_pixels(path: Path, size: tuple[int, int], variable: str = "") -> np.ndarray:
     """The marked pixels of a fixation map: (N, 2) float32 x, y, 0-based.
 
     A pixel is marked if it exceeds half of the map's maximum, which undoes what JPEG does to
     single white pixels.
 
     Args:
-        values: (H, W) the map.
-        path: its file, for messages.
+        path: a picture, ``.npy`` or ``.mat``.
         size: width and height of the photo.
+        variable: name of the matrix in a ``.mat``, or ``""`` for the only one.
 
     Raises:
-        ValueError: the map is of another size than the photo, holds values that are no numbers, or
-            is blurred, which would make every metric that needs fixations wrong without a sign.
+        ValueError: the map cannot be read, is not one matrix, is of another size than the photo,
+            holds values that are no numbers, or is blurred, which would make every metric that
+            needs fixations wrong without a sign.
     """
-    width, height = size
-    if values.shape != (height, width):
+    with blame_file(f"map {path} cannot be read"):
+        if path.suffix.lower() == ".npy":
+            values = np.load(path, allow_pickle=False)
+        elif path.suffix.lower() == ".mat":
+            matrices = load_mat(path, variable) if variable else load_mat(path)
+            (values,) = [matrices[variable]] if variable else matrices.values()
+            values = values.toarray() if hasattr(values, "toarray") else values  # a sparse one
+        else:
+            with Image.open(path) as image:
+                values = image.convert("F")
+        values = np.asarray(values, np.float64)
+    if values.shape != size[::-1]:
         raise ValueError(
             f"map {path} is {'x'.join(map(str, values.shape[::-1]))}, but its photo is "
-            f"{width}x{height}: get the map of this photo, unresized"
+            f"{size[0]}x{size[1]}: get the map of this photo, unresized, as one matrix"
         )
     if not np.isfinite(values).all():
         raise ValueError(

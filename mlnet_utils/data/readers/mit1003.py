@@ -15,14 +15,13 @@ from mlnet_utils.data.readers.files import (
     by_stem,
     check_looked_at,
     check_pairs,
+    fixated_pixels,
     load_mat,
-    marked_points,
     named,
     need,
     photo_size,
-    read_map,
 )
-from mlnet_utils.data.readers.spec import UNKNOWN, Archive, DatasetSpec
+from mlnet_utils.data.readers.spec import Archive, DatasetSpec
 from mlnet_utils.runtime import progress
 
 # Parameters of the authors' checkFixations.m.
@@ -58,7 +57,7 @@ def _from_maps(root: Path, photos: dict[str, Path]) -> Iterator[Photo]:
     check_pairs("mit1003", "photos", photos, "*_fixPts.jpg", maps)
     for stem, path in photos.items():
         size = photo_size(path)
-        points = marked_points(read_map(maps[stem]), maps[stem], size)
+        points = fixated_pixels(maps[stem], size)
         yield Photo.from_points(stem, path.relative_to(root).as_posix(), size, points)
 
 
@@ -231,9 +230,6 @@ SPEC = DatasetSpec(
 MIT300 = DatasetSpec(
     name="mit300",
     title="MIT300",
-    sigma=UNKNOWN,
-    px_per_degree=UNKNOWN,
-    read=None,
     folder="mit300",
     archives=(
         Archive(

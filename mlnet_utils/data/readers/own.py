@@ -14,11 +14,10 @@ from mlnet_utils.data.readers.files import (
     by_stem,
     check_looked_at,
     check_pairs,
-    marked_points,
+    fixated_pixels,
     photo_size,
-    read_map,
 )
-from mlnet_utils.data.readers.spec import UNKNOWN, DatasetSpec
+from mlnet_utils.data.readers.spec import DatasetSpec
 from mlnet_utils.runtime import progress
 
 COLUMNS = ("image", "x", "y")
@@ -95,7 +94,7 @@ def read_folder(
         size, place = photo_size(path), path.relative_to(images)
         looked = rows.get(stem, (np.zeros((0, 2)),))
         if stem in marked:
-            looked = (marked_points(read_map(marked[stem]), marked[stem], size),)
+            looked = (fixated_pixels(marked[stem], size),)
         split = place.parts[0] if place.parts[0] in SPLITS and len(place.parts) > 1 else ""
         density = Path(os.path.relpath(drawn[stem], images)).as_posix() if drawn else ""
         photo = Photo.from_points(
@@ -156,8 +155,6 @@ def _read_csv(
 SPEC = DatasetSpec(
     name="folder",
     title="Own photos",
-    sigma=UNKNOWN,
-    px_per_degree=UNKNOWN,
     read=read_own,
     folder="folder",
     val=0.1,

@@ -19,11 +19,10 @@ from mlnet_utils.data.readers.files import (
     check_looked_at,
     check_pairs,
     load_mat,
-    named,
     need,
     photo_size,
 )
-from mlnet_utils.data.readers.spec import UNKNOWN, Archive, DatasetSpec
+from mlnet_utils.data.readers.spec import Archive, DatasetSpec
 from mlnet_utils.runtime import progress
 
 EDITIONS = ("2015", "2017")
@@ -90,31 +89,26 @@ def read_salicon_json(root: str | Path) -> list[Photo]:
     if not annotations:
         raise FileNotFoundError(f"{dataset}: no fixations_<split>.json in {root / 'annotations'}")
     files = by_stem(need(root / "images", dataset).rglob("*.jpg"), dataset)
-    photos = []
+    found = {}
     for path in annotations:
         split = next((s for s in SPLITS if path.stem.startswith(f"fixations_{s}")), None)
         if split is None:
             raise ValueError(f"{path}: its name must start with fixations_train, _val or _test")
-        entries, workers = _read_annotations(path)
-        missing = sorted(stem for stem in entries if stem not in files)
-        if missing:
+        for stem, (size, workers) in _read_annotations(path).items():
+            if stem in found:
+                raise ValueError(f"{dataset}: {path} and {found[stem][0]} share {stem}; keep one")
+            found[stem] = (path, split, size, workers)
+    check_pairs(dataset, f"photos in {root / 'images'}", files, "annotations", found)
+    photos = []
+    entries = progress(found.items(), f"reading {dataset}", len(found), "photo")
+    for stem, (path, split, said, workers) in entries:
+        size = photo_size(files[stem])
+        if size != said:
             raise ValueError(
-                f"{dataset}: {len(missing)} photos of {path} are missing in {root / 'images'}: "
-                f"{named(missing)}"
+                f"{files[stem]} is {size[0]}x{size[1]}, but {path} says {said[0]}x{said[1]}: get "
+                "the original photo"
             )
-        for stem, entry in progress(entries.items(), f"reading {split}", len(entries), "photo"):
-            width, height = photo_size(files[stem])
-            if (width, height) != (entry["width"], entry["height"]):
-                raise ValueError(
-                    f"{files[stem]} is {width}x{height}, but {path} says "
-                    f"{entry['width']}x{entry['height']}: get the original photo"
-                )
-            looked = workers[entry["id"]]
-            photos.append(_photo(files[stem], root, (width, height), looked, split=split))
-    known = {photo.stem for photo in photos}
-    if len(known) < len(photos):
-        raise ValueError(f"{dataset}: the files in {root / 'annotations'} share photos; keep one")
-    check_pairs(dataset, f"photos in {root / 'images'}", files, "annotations", known)
+        photos.append(_photo(files[stem], root, size, workers, split=split))
     return check_looked_at(dataset, photos)
 
 
@@ -204,33 +198,31 @@ def _pairs(values: Any) -> np.ndarray:
     return pairs
 
 
-def _read_annotations(path: Path) -> tuple[dict[str, dict], dict[int, list[np.ndarray]]]:
-    """Entries by stem, and the workers' (N, 2) x, y, 0-based, by image id."""
+def _read_annotations(path: Path) -> dict[str, tuple[tuple[int, int], list[np.ndarray]]]:
+    """Size of each photo and its workers' (N, 2) x, y, 0-based, by stem."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        entries = {Path(entry["file_name"]).stem: entry for entry in content["images"]}
-        known = {entry["id"] for entry in entries.values()}
-        if not len(known) == len(entries) == len(content["images"]):
+        images = {image["id"]: image for image in content["images"]}
+        stems = {Path(image["file_name"]).stem for image in images.values()}
+        if not len(images) == len(stems) == len(content["images"]):
             raise ValueError("images that share a name or an id")
-        samples = defaultdict(lambda: defaultdict(list))
+        samples = {number: defaultdict(list) for number in images}
         for note in content["annotations"]:
             row_column = _pairs(note["fixations"])
             samples[note["image_id"]][note["worker_id"]].append(row_column[:, ::-1] - 1)
-        for entry in entries.values():
-            entry["width"], entry["height"]
+        return {
+            Path(image["file_name"]).stem: (
+                (image["width"], image["height"]),
+                [np.concatenate(parts) for parts in samples[number].values()],
+            )
+            for number, image in images.items()
+        }
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(
             f"{path} is not SALICON's JSON: expected `images` with file_name, id, width, height "
-            f"and `annotations` with image_id, worker_id, fixations of row, column ({error!r})"
+            "and `annotations` of these with image_id, worker_id, fixations of row, column "
+            f"({error!r})"
         ) from error
-    unknown = sorted(map(str, set(samples) - known))  # as text, since ids of both kinds do not sort
-    if unknown:
-        raise ValueError(f"{path}: annotations of unknown images {named(unknown)}")
-    workers = {
-        image: [np.concatenate(parts) for parts in by_worker.values()]
-        for image, by_worker in samples.items()
-    }
-    return entries, defaultdict(list, workers)
 
 
 # ---- the datasets ------------------------------------------------------------------------------
@@ -263,7 +255,6 @@ _2017 = _fixations("2017", "1P-jeZXCsjoKO79OhFUgnj6FGcyvmLDPj", "462b70f4f9e8ea4
 _2015 = _fixations("2015", "1WVEiXba-I4GN33f0uUl4KhaN1rK7qzs6", "9a22db9d718200fb90252e5010c004c4")
 _SHARED = {
     "sigma": 19.0,  # that of the evaluators of 2015; for 2017 it is not stated, see fit_sigma
-    "px_per_degree": UNKNOWN,
     "citation": "M. Jiang, S. Huang, J. Duan, Q. Zhao. SALICON: Saliency in Context. CVPR 2015.",
 }
 SPECS = (

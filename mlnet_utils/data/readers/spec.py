@@ -43,10 +43,10 @@ class DatasetSpec:
 
     name: str
     title: str
-    sigma: float  # pixels of the photo that the authors blur fixations with
-    px_per_degree: float  # NaN where it is not published
-    read: Callable[[Path], list[Photo]] | None  # takes the dataset's folder
     folder: str  # below the data root
+    read: Callable[[Path], list[Photo]] | None = None  # takes the dataset's folder
+    sigma: float = UNKNOWN  # pixels of the photo that the authors blur fixations with
+    px_per_degree: float = UNKNOWN
     val: float = 0  # photos of the published split rule, below 1 a share of them;
     test: float = 0  # 0 = the files have their own split
     archives: tuple[Archive, ...] = ()
