@@ -1,0 +1,71 @@
+"""CAT2000: categories that repeat numbers, and fixated pixels marked in MATLAB's matrices."""
+
+import shutil
+
+import numpy as np
+import pytest
+from miniatures import save_mat, save_photo
+from scipy.io import loadmat
+from scipy.sparse import csc_matrix
+
+from mlnet_utils.data.photos import NOBODY
+from mlnet_utils.data.readers.cat2000 import read_cat2000
+
+
+@pytest.fixture
+def cat2000(tmp_path):
+    """Two categories with a photo of the same number; saliency maps lie among the stimuli."""
+    for category, seed in (("Action", 0), ("Art", 1)):
+        save_photo(tmp_path / f"trainSet/Stimuli/{category}/001.jpg", seed=seed)
+        save_photo(tmp_path / f"trainSet/Stimuli/{category}/Output/001_SaliencyMap.jpg")
+        marks = np.zeros((48, 64), np.uint8)
+        marks[10 + seed, [0, 20, 63]] = 1
+        save_mat(tmp_path / f"trainSet/FIXATIONLOCS/{category}/001.mat", fixLocs=marks, more=1)
+    return tmp_path
+
+
+def test_cat2000_is_read_as_published(cat2000):
+    action, art = read_cat2000(cat2000)
+    assert (action.stem, action.image) == ("Action_001", "trainSet/Stimuli/Action/001.jpg")
+    assert (art.width, art.height) == (64, 48)
+    assert action.fixations.tolist() == [[0, 10], [20, 10], [63, 10]]
+    assert art.fixations.tolist() == [[0, 11], [20, 11], [63, 11]]
+    assert set(action.observers) == {NOBODY}
+
+
+@pytest.mark.parametrize("kind", [csc_matrix, lambda values: values == 1])
+def test_sparse_and_logical_matrices(cat2000, kind):
+    path = cat2000 / "trainSet/FIXATIONLOCS/Art/001.mat"
+    save_mat(path, fixLocs=kind(loadmat(path)["fixLocs"].astype(float)))
+    _, art = read_cat2000(cat2000)
+    assert art.fixations.tolist() == [[0, 11], [20, 11], [63, 11]]
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ({"fixLocs": {"a": 1}}, "cannot be read"),
+        ({"fixLocs": np.full((48, 64), "", object)}, "cannot be read"),
+        ({"fixLocs": "text"}, "cannot be read"),
+        ({"other": 1}, "holds other instead of fixLocs"),
+        ({"fixLocs": np.ones((64, 48), np.uint8)}, "is 48x64, but its photo is 64x48"),
+    ],
+    ids=["struct", "cells", "text", "variable", "size"],
+)
+def test_faulty_matrices(cat2000, content, said):
+    save_mat(cat2000 / "trainSet/FIXATIONLOCS/Art/001.mat", **content)
+    with pytest.raises(ValueError, match=rf"Art/001\.mat .*{said}"):
+        read_cat2000(cat2000)
+
+
+def test_missing_parts(cat2000):
+    locations = cat2000 / "trainSet/FIXATIONLOCS"
+    save_mat(locations / "Art/001.mat", fixLocs=np.zeros((48, 64), np.uint8))
+    with pytest.raises(ValueError, match=r"1 photos .*: Art_001"):
+        read_cat2000(cat2000)
+    (locations / "Art/001.mat").unlink()
+    with pytest.raises(ValueError, match="cat2000 Art: 1 photos without fixation files: 001"):
+        read_cat2000(cat2000)
+    shutil.rmtree(locations / "Art")
+    with pytest.raises(ValueError, match=r"1 categories .*FIXATIONLOCS: Art"):
+        read_cat2000(cat2000)

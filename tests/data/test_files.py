@@ -1,0 +1,147 @@
+"""What all readers share: pairing by name, photos, MATLAB's files, maps of fixated pixels."""
+
+import numpy as np
+import pytest
+from miniatures import save_mat, save_osie, save_photo, truncate
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from mlnet_utils.data.photos import Photo
+from mlnet_utils.data.readers.files import (
+    by_stem,
+    check_looked_at,
+    check_pairs,
+    fixated_pixels,
+    load_mat,
+    named,
+    photo_size,
+)
+
+
+# ---- pairing -----------------------------------------------------------------------------------
+def test_stems_must_be_unique(tmp_path):
+    files = [tmp_path / name for name in ("b.jpg", "a_x.png", "a_x.jpg")]
+    with pytest.raises(ValueError, match=r"1 stems belong to several files, such as .*a_x.jpg and"):
+        by_stem(files, "set")
+    assert list(by_stem(files[:2], "set", strip="_x")) == ["a", "b"]
+
+
+def test_mismatches_are_counted_and_named():
+    check_pairs("set", "photos", "abc", "maps", "cab")
+    with pytest.raises(
+        ValueError, match="set: 2 photos without maps: a, b; 1 maps without photos: d"
+    ):
+        check_pairs("set", "photos", "abc", "maps", "cd")
+    assert named(list("abcdefg")) == "a, b, c, d, e and 2 more"
+
+
+def test_photos_with_a_map_need_no_fixations():
+    photo = Photo("a", "a.jpg", 4, 3, density="a.png")
+    assert check_looked_at("set", [photo]) == [photo]
+
+
+# ---- files -------------------------------------------------------------------------------------
+def test_photo_sizes(tmp_path):
+    assert photo_size(save_photo(tmp_path / "a.jpg", 31, 17)) == (31, 17)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (31, 17)).save(tmp_path / "turned.jpg", exif=exif)
+    assert photo_size(tmp_path / "turned.jpg") == (17, 31)
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp"])
+def test_photos_that_are_cut_off(tmp_path, suffix):
+    path = truncate(save_photo(tmp_path / f"a{suffix}", 200, 100), 0.8)
+    with pytest.raises(ValueError, match=rf"photo .*a{suffix} cannot be decoded .*get it again"):
+        photo_size(path)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>", b"MATLAB 7.3 MAT-file" + bytes(600)])
+def test_mat_files_that_are_none(tmp_path, content):
+    (tmp_path / "x.mat").write_bytes(content)
+    with pytest.raises(ValueError, match=r"x\.mat is empty, damaged"):
+        load_mat(tmp_path / "x.mat")
+
+
+def test_mat_files_of_version_7_3(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    with h5py.File(tmp_path / "x.mat", "w", userblock_size=512) as file:
+        file["gaze"] = 1
+    with open(tmp_path / "x.mat", "r+b") as file:  # as MATLAB marks them
+        file.write(b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM")
+    with pytest.raises(ValueError, match=r"x.mat is empty, damaged or not MATLAB's \(.*7.3"):
+        load_mat(tmp_path / "x.mat")
+
+
+def test_damaged_mat_files_are_always_our_error(tmp_path):
+    path = save_osie(tmp_path, {"1.jpg": [([1.0], [1.0], [1])] * 5})
+    rng, content = np.random.default_rng(0), path.read_bytes()
+    for trial in range(60):
+        damaged = bytearray(content)
+        if trial % 2:
+            damaged = damaged[: rng.integers(len(damaged))]
+        else:
+            damaged[rng.integers(128, len(damaged))] ^= int(rng.integers(1, 256))
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"fixations.mat"):
+            load_mat(path, "fixations")
+
+
+def test_mat_files_without_variables(tmp_path):
+    with pytest.raises(ValueError, match="holds nothing instead of gaze, image"):
+        load_mat(save_mat(tmp_path / "x.mat"), "gaze", "image")
+
+
+# ---- fixation maps -----------------------------------------------------------------------------
+SIZE = (200, 100)
+POINTS = [(0, 0), (199, 99), (50, 40), (51, 40), (120, 3)]
+
+
+def fixation_map(points, width=200, height=100):
+    values = np.zeros((height, width), np.uint8)
+    values[[y for _, y in points], [x for x, _ in points]] = 255
+    return values
+
+
+def save_map(path, values):
+    if path.suffix == ".npy":
+        np.save(path, values)
+    elif path.suffix == ".mat":
+        save_mat(path, I=values / 255)
+    else:
+        Image.fromarray(values).save(path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".npy", ".mat"])
+def test_maps_give_their_points_back(tmp_path, suffix):
+    points = fixated_pixels(save_map(tmp_path / f"map{suffix}", fixation_map(POINTS)), SIZE)
+    assert sorted(map(tuple, points.astype(int).tolist())) == sorted(POINTS)
+    assert points.dtype == np.float32
+
+
+def test_jpeg_does_not_change_crowded_maps(tmp_path):
+    """MATLAB's quality of 75, 135 fixations of which most lie close together."""
+    rng = np.random.default_rng(0)
+    points = np.round(rng.normal((512, 384), 25, (135, 2))).astype(int)
+    Image.fromarray(fixation_map(points, 1024, 768)).save(tmp_path / "map.jpg", quality=75)
+    found = fixated_pixels(tmp_path / "map.jpg", (1024, 768)).astype(int)
+    assert {tuple(p) for p in found.tolist()} == {tuple(p) for p in points.tolist()}
+
+
+def test_maps_that_are_not_what_they_should_be(tmp_path):
+    path = tmp_path / "m.npy"
+    assert fixated_pixels(save_map(path, np.zeros((100, 200))), SIZE).shape == (0, 2)
+    for values, said in (
+        (gaussian_filter(fixation_map(POINTS).astype(float), 5), "blurred"),
+        (np.zeros((200, 100)), "is 100x200, but its photo is 200x100"),
+        (np.zeros(3), "is 3, but its photo is 200x100"),
+        (np.full((100, 200), np.nan), "not finite"),
+    ):
+        with pytest.raises(ValueError, match=rf"m\.npy .*{said}"):
+            fixated_pixels(save_map(path, values), SIZE)
+    truncate(save_photo(tmp_path / "m.png", *SIZE))
+    save_mat(tmp_path / "m.mat", a=1, b=2)
+    for name in ("m.png", "m.mat"):
+        with pytest.raises(ValueError, match=rf"{name} cannot be read"):
+            fixated_pixels(tmp_path / name, SIZE)

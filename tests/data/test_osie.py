@@ -1,0 +1,169 @@
+"""OSIE, and EyeCrowd, which comes in the same layout."""
+
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+from miniatures import cells, save_mat, save_osie, save_photo, truncate
+from scipy.io import loadmat
+from scipy.ndimage import gaussian_filter
+
+from mlnet_utils.data.geometry import density_from_points, pixel_indices
+from mlnet_utils.data.readers import dataset_spec
+from mlnet_utils.data.readers.eyecrowd import read_eyecrowd
+from mlnet_utils.data.readers.osie import read_osie
+from mlnet_utils.data.splits import split_photos
+
+
+@pytest.fixture
+def osie(tmp_path):
+    """Two photos; the second's first subject has a fixation outside, its second only one."""
+    save_osie(
+        tmp_path,
+        {
+            "1001.jpg": [([1.0, 800.4], [1.0, 600.0], [200, 300]), ([400.6], [300.4], [150])],
+            "1002.jpg": [([0.2, 10.0, 20.0], [5.0, 5.0, 900.0], [1, 2, 3]), ([7.0], [8.0], [4])],
+        },
+    )
+    return tmp_path
+
+
+def test_osie_is_read_as_published(osie):
+    first, second = read_osie(osie)
+    assert (first.stem, first.image) == ("1001", "data/stimuli/1001.jpg")
+    assert (first.width, first.height, first.split) == (800, 600, "")
+    # The authors' 1-based pixel is round(x): 0-based, that is the nearest pixel of x - 1.
+    assert pixel_indices(first.fixations).tolist() == [[0, 0], [799, 599], [400, 299]]
+    assert first.observers.tolist() == [0, 0, 1]
+    assert first.durations.tolist() == [200, 300, 150]
+    assert first.fixations.dtype == np.float32
+    assert second.fixations.tolist() == [[9, 4], [6, 7]]
+    assert second.observers.tolist() == [0, 1]
+    assert second.durations.tolist() == [2, 4]
+    assert second.dropped == 2
+
+
+def test_eyecrowd_has_empty_scanpaths(tmp_path):
+    looked = [([1024.0], [768.0], [200]), ([], [], []), ([1.0, 2.0], [1.0, 2.0], [3, 4])]
+    save_osie(tmp_path, {"001.jpg": looked}, 1024, 768)
+    (photo,) = read_eyecrowd(tmp_path)
+    assert photo.fixations.tolist() == [[1023, 767], [0, 0], [1, 1]]
+    assert photo.observers.tolist() == [0, 2, 2]
+    with pytest.raises(ValueError, match=r"001\.jpg is 1024x768 instead of 800x600"):
+        read_osie(tmp_path)
+
+
+def test_missing_parts(osie):
+    (osie / "data/stimuli/1001.jpg").unlink()
+    save_photo(osie / "data/stimuli/1003.jpg", 800, 600)
+    with pytest.raises(ValueError, match=r"1 photos .*: 1003\.jpg; 1 records .*: 1001\.jpg"):
+        read_osie(osie)
+    shutil.rmtree(osie / "data/stimuli")
+    with pytest.raises(FileNotFoundError, match=r"stimuli is missing; .*download osie"):
+        read_osie(osie)
+
+
+def test_faulty_files(osie):
+    photo, fixations = osie / "data/stimuli/1002.jpg", osie / "data/eye/fixations.mat"
+    save_photo(photo, 400, 300)
+    with pytest.raises(ValueError, match=r"1002\.jpg is 400x300 instead of 800x600"):
+        read_osie(osie)
+    truncate(photo, 0.9)
+    with pytest.raises(ValueError, match=r"1002\.jpg cannot be decoded \(.*truncated"):
+        read_osie(osie)
+    save_osie(osie, {"1001.jpg": [([1.0], [1.0], [1])], "1002.jpg": [([900.0], [1.0], [1])]})
+    with pytest.raises(ValueError, match=r"1 photos .*\(1 .*\): 1002"):
+        read_osie(osie)
+    truncate(fixations)
+    with pytest.raises(ValueError, match=r"fixations\.mat is empty, damaged"):
+        read_osie(osie)
+
+
+def record(*subjects):
+    return {"img": "1001.jpg", "subjects": cells(subjects)}
+
+
+def subject(x, y, durations):
+    return {"fix_x": np.ones(x), "fix_y": np.ones(y), "fix_duration": np.ones(durations)}
+
+
+STRUCTURES = {
+    "numbers": np.zeros((1, 3)),
+    "no subjects": cells([{"img": "1001.jpg"}]),
+    "cells of numbers": cells([1, 2]),
+    "subjects of numbers": cells([record(1, 2)]),
+    "subjects a matrix": cells([{"img": "1001.jpg", "subjects": np.zeros((1, 3))}]),
+    "no durations": cells([record({"fix_x": np.ones(2), "fix_y": np.ones(2)})]),
+    "structs": cells([record({key: {"x": 1} for key in ("fix_x", "fix_y", "fix_duration")})]),
+    "text": cells([record({"fix_x": "a", "fix_y": "b", "fix_duration": "c"})]),
+    "lengths": cells([record(subject(3, 2, 2))]),
+    # As many x as y in all, which must not pair across the subjects.
+    "lengths that add up": cells([record(subject(3, 2, 2), subject(2, 3, 3))]),
+    "two records": cells([record(subject(1, 1, 1))] * 2),
+    "no name": cells([{"img": "", "subjects": cells([])}]),
+}
+
+
+@pytest.mark.parametrize("name", STRUCTURES)
+def test_another_structure(osie, name):
+    save_mat(osie / "data/eye/fixations.mat", fixations=STRUCTURES[name])
+    with pytest.raises(ValueError, match=r"fixations\.mat is not that of osie"):
+        read_osie(osie)
+
+
+def test_a_record_without_subjects(osie):
+    records = [record(), {**record(subject(1, 1, 1)), "img": "1002.jpg"}]
+    save_mat(osie / "data/eye/fixations.mat", fixations=cells(records))
+    with pytest.raises(ValueError, match=r"1 photos .*: 1001"):
+        read_osie(osie)
+
+
+# ---- the real data -----------------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def photos(real_data):
+    return read_osie(real_data / "osie")
+
+
+@pytest.mark.realdata
+def test_osie_is_what_was_counted(photos):
+    counts = [len(photo.fixations) for photo in photos]
+    assert (len(photos), sum(counts), min(counts), max(counts)) == (700, 98321, 111, 179)
+    assert sum(photo.dropped for photo in photos) == 0
+    assert {len(np.unique(photo.observers)) for photo in photos} == {15}
+    points = np.concatenate([photo.fixations for photo in photos])
+    assert points.min(0) + 1 == pytest.approx([1.2, 1.2], abs=0.05)
+    assert points.max(0) + 1 == pytest.approx([799.2, 599.2], abs=0.05)
+    durations = np.concatenate([photo.durations for photo in photos])
+    assert (durations.min(), np.median(durations), durations.max()) == (20, 190, 1975)
+
+
+@pytest.mark.realdata
+def test_eyecrowd_is_what_was_counted(real_data):
+    spec = dataset_spec("eyecrowd")
+    photos = split_photos(spec.read(real_data / "eyecrowd"), spec.name, spec.val, spec.test, -1)
+    counts = [len(photo.fixations) for photo in photos]
+    assert (len(photos), sum(counts), min(counts), max(counts)) == (500, 126348, 206, 301)
+    assert sum(photo.dropped for photo in photos) == 0
+    scanpaths = sum(len(np.unique(photo.observers)) for photo in photos)
+    assert 500 * 16 - scanpaths == 3  # which are empty
+    points = np.concatenate([photo.fixations for photo in photos])
+    assert points.min(0) + 1 == pytest.approx([1, 1.9], abs=0.05)
+    assert (points.max(0) + 1).tolist() == [1024, 768]
+    assert Counter(photo.split for photo in photos) == {"train": 357, "val": 36, "test": 107}
+
+
+@pytest.mark.realdata
+def test_osie_densities_agree_with_scipy(real_data, photos):
+    """Against the authors' rule, read independently: MATLAB's round, clamped, 1-based."""
+    raw = loadmat(real_data / "osie/data/eye/fixations.mat", squeeze_me=True)["fixations"]
+    subjects = {str(record["img"]): record["subjects"].item() for record in raw}
+    for photo in photos[::140]:
+        counts = np.zeros((600, 800))
+        for subject in subjects[f"{photo.stem}.jpg"]:
+            points = np.stack([np.atleast_1d(subject[k].item()) for k in ("fix_x", "fix_y")], 1)
+            for column, row in np.floor(points + 0.5).astype(int):
+                counts[min(max(row, 1), 600) - 1, min(max(column, 1), 800) - 1] += 1
+        expected = gaussian_filter(counts / counts.sum(), 24.0, mode="reflect", truncate=4)
+        ours = density_from_points(photo.fixations, 600, 800, 24.0).numpy()
+        assert np.abs(ours - expected).max() < 1e-6 * expected.max()
