@@ -10,10 +10,10 @@ from scipy.io import loadmat
 from scipy.ndimage import gaussian_filter
 
 from mlnet_utils.data.geometry import density_from_points, pixel_indices
+from mlnet_utils.data.preparation import split_photos
 from mlnet_utils.data.readers import dataset_spec
 from mlnet_utils.data.readers.eyecrowd import read_eyecrowd
 from mlnet_utils.data.readers.osie import read_osie
-from mlnet_utils.data.splits import split_photos
 
 
 @pytest.fixture
