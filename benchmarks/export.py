@@ -21,8 +21,7 @@ from mlnet_utils.config import load_config
 from mlnet_utils.data import preparation
 from mlnet_utils.experiments.evaluation import TestSet
 from mlnet_utils.metrics.protocols import METRICS
-from mlnet_utils.predict.export import export
-from mlnet_utils.predict.exported import load_exported
+from mlnet_utils.predict.export import export, load_exported
 from mlnet_utils.predict.predictor import Predictor, load
 from mlnet_utils.runtime import display_path, progress
 from mlnet_utils.training import trainer

@@ -116,3 +116,22 @@ def tiny_config(**overrides) -> Config:
     """The smallest configuration that trains: milliseconds per update."""
     small = {"height": 32, "width": 40, "prior_cells": (2, 2), "limit": 0}
     return load_config("tiny", **{**small, **overrides})
+
+
+def tiny_checkpoint(path: Path, seed: int = 0, scores: dict | None = None, **overrides) -> Path:
+    """A checkpoint of a random network; its maps vary over a photo and from photo to photo."""
+    import torch
+
+    from mlnet_utils.model.checkpoints import save_checkpoint
+    from mlnet_utils.model.network import MLNet
+
+    config = tiny_config(**overrides)
+    torch.manual_seed(seed)
+    model = MLNet(config)
+    with torch.no_grad():
+        model.to_map.weight.mul_(20)
+        model.to_map.bias.fill_(0.5)  # keeps the paper's head alive
+        if model.prior is not None:
+            model.prior.normal_(0, 0.3)
+    save_checkpoint(path, config, model.state_dict(), scores=scores or {})
+    return path

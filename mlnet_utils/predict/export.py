@@ -1,8 +1,8 @@
 """Trained networks for other runtimes: ONNX, ``torch.export``, and ONNX in 8 bits.
 
 The exported network takes the letterboxed photo as it is (uint8 RGB) and returns the map on its
-own grid: normalisation is inside; letterbox and postprocessing are not. What they need is in the
-file's metadata, so that ``exported.load_exported`` predicts at any photo's size.
+own grid: normalisation is inside; letterbox and postprocessing are not. The file's metadata hold
+the configuration, so that :func:`load_exported` predicts at any photo's size.
 """
 
 import json
@@ -15,16 +15,22 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mlnet_utils.config import Config
+from mlnet_utils.config import Config, from_dict
 from mlnet_utils.data.images import read_image, visible_files
 from mlnet_utils.data.photos import Prepared
 from mlnet_utils.data.preparation import hash_order
 from mlnet_utils.model.checkpoints import load_model
-from mlnet_utils.predict.exported import load_exported, require
-from mlnet_utils.predict.predictor import MODEL, Predictor
-from mlnet_utils.runtime import atomic_path, display_path, read_json, sha256_file, versions
+from mlnet_utils.predict.predictor import EXPORTED, MODEL, Predictor
+from mlnet_utils.runtime import (
+    atomic_path,
+    display_path,
+    read_json,
+    require,
+    sha256_file,
+    versions,
+)
 
-FORMATS = {"onnx": ".onnx", "torch-export": ".pt2"}
+FORMATS = dict(zip(("onnx", "torch-export"), EXPORTED, strict=True))
 TOLERANCE = 1e-4  # largest difference from PyTorch, as a share of the map's maximum
 LOWEST_CORRELATION = 0.9  # of an 8-bit network's maps with the 32-bit ones
 CHECKED, CALIBRATED, FEWEST_CALIBRATED = 8, 64, 16  # photos
@@ -34,7 +40,7 @@ IN_8_BITS = ("Conv", "Relu", "Clip", "Concat", "Add", "AveragePool", "MaxPool")
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how it compares with PyTorch on photos."""
+    """The written file, and its distance from PyTorch on photos."""
 
     path: Path
     metadata: dict[str, str]
@@ -65,19 +71,27 @@ def export(
         format: ``"onnx"`` or ``"torch-export"``; the batch is dynamic in both.
         int8: weights and activations in 8 bits (ONNX only), calibrated on photos.
         photos: photos and folders to verify and calibrate with; default: the training photos of
-            the run that the checkpoint lies in.
+            the checkpoint's run.
 
     Returns:
-        What was written and how it compares.
+        The file and its distance from PyTorch.
 
     Raises:
-        ModuleNotFoundError: the extra ``export`` is not installed.
+        ImportError: the extra ``export`` is not installed.
         FileNotFoundError: the checkpoint or a photo does not exist.
         ValueError: a wrong format or suffix, too few photos, or a network that is random.
         RuntimeError: the result differs too much from PyTorch; nothing is written.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    _check_request(out, format, int8)
+    if format not in FORMATS:
+        raise ValueError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
+    if out.suffix != FORMATS[format]:
+        raise ValueError(f"{format} is written to a file ending in {FORMATS[format]}, not {out}")
+    if int8 and format != "onnx":
+        raise ValueError("8 bits are made by onnxruntime: use the format onnx")
+    if format == "onnx":
+        for name in ("onnx", "onnxscript", "onnxruntime"):
+            require(name, "export")
     model, config, content = load_model(checkpoint)
     if config.dropout_at_test:
         raise ValueError(
@@ -86,7 +100,8 @@ def export(
         )
     config = replace(config, test_scales=(1.0,))  # exported networks take photos of one size
     predictor = Predictor(model, config)
-    images = _inputs(predictor, _photo_files(checkpoint, photos, int8))
+    files = _photo_files(checkpoint, photos, int8)
+    images = torch.stack([predictor.prepare(read_image(file))[0] for file in files])
     metadata = {
         **_describe(config, "int8" if int8 else "float32"),
         "scores": json.dumps(_scores(checkpoint, content)),
@@ -96,40 +111,78 @@ def export(
         "checkpoint_sha256": sha256_file(checkpoint),
     }
     with atomic_path(out) as temporary:
-        if format == "torch-export":
-            _write_torch_export(model, images, metadata, temporary)
-        elif int8:
+        if int8:
             with tempfile.TemporaryDirectory() as folder:
                 full = Path(folder) / "float.onnx"
                 _write_onnx(model, images, metadata, full)
                 _compare(predictor, full, images[:CHECKED])
                 _write_int8(full, images[CHECKED:], metadata, temporary)
         else:
-            _write_onnx(model, images, metadata, temporary)
+            write = _write_onnx if format == "onnx" else _write_torch_export
+            write(model, images, metadata, temporary)
         deviation, correlation = _compare(predictor, temporary, images[:CHECKED], int8)
     return ExportReport(out, metadata, deviation, correlation)
 
 
+def load_exported(path: str | Path, threads: int = 0) -> Predictor:
+    """An exported file as a predictor on the CPU: the same pre- and postprocessing as ever.
+
+    Args:
+        path: of a file that :func:`export` wrote.
+        threads: of onnxruntime; 0 = its own choice.
+
+    Raises:
+        ImportError: the extra ``export`` is not installed.
+        FileNotFoundError: there is no such file.
+        ValueError: not a file that :func:`export` wrote.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"exported network {path} does not exist")
+    if path.suffix == ".onnx":
+        require("onnxruntime", "export")
+    try:
+        if path.suffix == ".onnx":
+            network = OnnxNetwork(path, threads)
+            metadata = network.metadata
+        else:
+            extra = {"metadata.json": ""}
+            network = torch.export.load(path, extra_files=extra).module()
+            metadata = json.loads(extra["metadata.json"])
+        config = from_dict(json.loads(metadata["config"]))
+    except Exception as error:  # both readers raise many types for a foreign file
+        raise ValueError(
+            f"{path} is not an exported network of this project ({error}): write it again with "
+            "`python -m mlnet_utils export`"
+        ) from error
+    return Predictor(network, config)
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX file in the place of :class:`MLNet`, run by onnxruntime."""
+
+    def __init__(self, path: Path, threads: int = 0):
+        super().__init__()
+        runtime = require("onnxruntime", "export")
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        self.session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.metadata = self.session.get_modelmeta().custom_metadata_map
+
+    def forward(self, image: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 -> (B, 1, H/8, W/8) float32."""
+        return torch.from_numpy(self.session.run(None, {"image": image.numpy()})[0])
+
+
 # ---- what goes in ------------------------------------------------------------------------------
-def _check_request(out: Path, format: str, int8: bool) -> None:
-    if format not in FORMATS:
-        raise ValueError(f"unknown format {format!r}: use one of {', '.join(FORMATS)}")
-    if out.suffix != FORMATS[format]:
-        raise ValueError(f"{format} is written to a file ending in {FORMATS[format]}, not {out}")
-    if int8 and format != "onnx":
-        raise ValueError("8 bits are made by onnxruntime: use the format onnx")
-    if format == "onnx":
-        for name in ("onnx", "onnxscript", "onnxruntime"):
-            require(name)
-
-
 def _photo_files(checkpoint: Path, photos: Sequence[str | Path], int8: bool) -> list[Path]:
     """Photos to verify with, and after those the ones to calibrate with."""
+    run = checkpoint.absolute().parent.parent
     if photos:
         nested = [visible_files(p) if p.is_dir() else [p] for p in map(Path, photos)]
         files = [file for inner in nested for file in inner]
-    elif (data := checkpoint.absolute().parent.parent / "data" / "meta.json").is_file():
-        prepared = Prepared.read(data.parent)
+    elif (run / "data" / "meta.json").is_file():
+        prepared = Prepared.read(run / "data")
         files = [prepared.root / photo.image for photo in hash_order(prepared.split("train"))]
     else:
         raise ValueError(
@@ -138,16 +191,8 @@ def _photo_files(checkpoint: Path, photos: Sequence[str | Path], int8: bool) -> 
         )
     fewest = CHECKED + FEWEST_CALIBRATED if int8 else 1
     if len(files) < fewest:
-        raise ValueError(
-            f"found {len(files)} photos; {'8 bits need' if int8 else 'an export needs'} at least "
-            f"{fewest}"
-        )
+        raise ValueError(f"found {len(files)} photos; this export needs at least {fewest}")
     return files[: CHECKED + CALIBRATED] if int8 else files[:CHECKED]
-
-
-def _inputs(predictor: Predictor, files: Sequence[Path]) -> Tensor:
-    """(N, 3, height, width) uint8."""
-    return torch.stack([predictor.prepare(read_image(file))[0] for file in files])
 
 
 def _describe(config: Config, precision: str) -> dict[str, str]:
@@ -173,14 +218,11 @@ def _scores(checkpoint: Path, content: dict) -> dict:
     if path.is_file() and path.stat().st_mtime >= checkpoint.stat().st_mtime:
         report = read_json(path, "evaluate")
         if report.get("checkpoint") == display_path(checkpoint):
-            keys = ("dataset", "split", "photos", "protocol")
-            means = {
-                metric: value["mean"]
-                for row in report["rows"]
-                if row["model"] == MODEL
-                for metric, value in row["metrics"].items()
-            }
-            scores[report["split"]] = {**{key: report[key] for key in keys}, **means}
+            found = {key: report[key] for key in ("dataset", "split", "photos", "protocol")}
+            for row in report["rows"]:
+                if row["model"] == MODEL:
+                    found |= {name: value["mean"] for name, value in row["metrics"].items()}
+            scores[report["split"]] = found
     return scores
 
 
@@ -212,18 +254,22 @@ def _write_onnx(model: nn.Module, images: Tensor, metadata: dict, path: Path) ->
 
 
 def _save_onnx(proto, metadata: dict, path: Path) -> None:
-    onnx = require("onnx")
+    onnx = require("onnx", "export")
     onnx.helper.set_model_props(proto, metadata)
     onnx.save(proto, path)
 
 
 def _write_int8(full: Path, images: Tensor, metadata: dict, path: Path) -> None:
     """Quantise a float ONNX file: 8-bit weights per channel, 8-bit activations."""
-    onnx, tools = require("onnx"), require("onnxruntime.quantization")
-    preparation = require("onnxruntime.quantization.shape_inference")
+    onnx, tools = require("onnx", "export"), require("onnxruntime.quantization", "export")
+    preparation = require("onnxruntime.quantization.shape_inference", "export")
     prepared, result = full.with_name("prepared.onnx"), full.with_name("int8.onnx")
     preparation.quant_pre_process(full, prepared, skip_symbolic_shape=True)
     nodes = onnx.load(prepared).graph.node
+    # In float: the last convolution, whose output is the map itself, and pools of -infinity.
+    padded = {output for node in nodes if node.op_type == "Pad" for output in node.output}
+    pools = [n.name for n in nodes if n.op_type == "MaxPool" and padded & set(n.input)]
+    last = [n.name for n in nodes if n.op_type == "Conv"][-1]
     # Ranges are computed of what pools pad with -infinity too, though it is kept in float.
     with np.errstate(invalid="ignore"):
         tools.quantize_static(
@@ -237,16 +283,9 @@ def _write_int8(full: Path, images: Tensor, metadata: dict, path: Path) -> None:
             # 7-bit weights: processors without VNNI instructions overflow with 8.
             reduce_range=True,
             op_types_to_quantize=list(IN_8_BITS),
-            nodes_to_exclude=_kept_in_float(nodes),
+            nodes_to_exclude=[last, *pools],
         )
     _save_onnx(onnx.load(result), metadata, path)
-
-
-def _kept_in_float(nodes) -> list[str]:
-    """The last convolution, whose output is the map itself, and pools of what holds -infinity."""
-    padded = {output for node in nodes if node.op_type == "Pad" for output in node.output}
-    pools = [n.name for n in nodes if n.op_type == "MaxPool" and padded & set(n.input)]
-    return [[n.name for n in nodes if n.op_type == "Conv"][-1], *pools]
 
 
 class _Calibration:

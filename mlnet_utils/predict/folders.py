@@ -1,12 +1,11 @@
 """Saliency maps for files and folders of photos: decoding ahead, batches, resuming, reporting."""
 
-import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +17,7 @@ from torch import Tensor
 from mlnet_utils.data.geometry import Letterbox
 from mlnet_utils.data.images import PHOTO_SUFFIXES, read_image, visible_files
 from mlnet_utils.plots import overlay as paint_overlay
-from mlnet_utils.predict.exported import load_network
-from mlnet_utils.predict.predictor import Predictor, predict_maps, to_density
+from mlnet_utils.predict.predictor import Predictor, load, predict_maps, to_density
 from mlnet_utils.runtime import (
     atomic_path,
     cpu_count,
@@ -32,12 +30,13 @@ from mlnet_utils.runtime import (
     write_json,
 )
 
-RECORD = "prediction.json"  # in the output folder: which checkpoint made the maps
+RECORD = "prediction.json"  # in the output folder: the checkpoint that made the maps
+Targets = dict[Path, list[Path]]  # photo or video -> its output files, the map itself last
 
 
 @dataclass
 class FolderResult:
-    """What became of every photo."""
+    """The photos (or videos) that were done, done before, and failed with a reason."""
 
     done: list[Path] = field(default_factory=list)
     skipped: list[Path] = field(default_factory=list)
@@ -48,47 +47,6 @@ class FolderResult:
         lines = [f"{len(self.done)} done, {len(self.skipped)} were done before"]
         lines += [f"failed: {path}: {why}" for path, why in sorted(self.failed.items())]
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class Outputs:
-    """Which files are written for a photo."""
-
-    overlay: bool = False
-    npy: bool = False
-
-    @property
-    def suffixes(self) -> list[str]:
-        """What is appended to the photo's stem; the map itself comes last."""
-        wanted = {".npy": self.npy, "_overlay.png": self.overlay, ".png": True}
-        return [suffix for suffix, yes in wanted.items() if yes]
-
-    def paths(self, target: Path) -> list[Path]:
-        """``target`` is the output path without suffix (``with_suffix`` would cut ``a.b``)."""
-        return [target.with_name(target.name + suffix) for suffix in self.suffixes]
-
-    def write(self, target: Path, pixels: Tensor, density: np.ndarray) -> None:
-        """Write a photo's files, each atomically.
-
-        Args:
-            target: output path without suffix.
-            pixels: (3, H, W) uint8 photo; used for the overlay only.
-            density: (H, W) float32, sums to 1.
-        """
-        for path, suffix in zip(self.paths(target), self.suffixes, strict=True):
-            with atomic_path(path) as temporary:
-                if suffix == ".npy":
-                    np.save(temporary, density)
-                elif suffix == ".png":
-                    Image.fromarray(to_8_bits(density)).save(temporary)
-                else:
-                    painted = paint_overlay(pixels.permute(1, 2, 0).numpy(), density)
-                    Image.fromarray(painted).save(temporary)
-
-
-def to_8_bits(density: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 with a maximum of 255: what files and challenges take, unfit for KL and IG."""
-    return np.round(255 * (density / density.max())).astype(np.uint8)
 
 
 def predict_folder(
@@ -107,7 +65,7 @@ def predict_folder(
 
     Every photo gets ``<stem>.png`` (8 bits, its own size, maximum 255), on request
     ``<stem>_overlay.png`` and ``<stem>.npy`` (float32 density that sums to 1). Photos inside a
-    given folder keep their sub-folders. Photos whose outputs exist are skipped, so that an
+    given folder keep their sub-folders. Photos with all outputs in place are skipped, so that an
     interrupted call can be repeated. Under ``accelerate launch`` every process takes its share
     on its own GPU, and all return the same result.
 
@@ -125,62 +83,119 @@ def predict_folder(
         upright: turn photos as their EXIF data say; benchmarks want False.
 
     Returns:
-        Which photos were done, skipped, or failed and why; a broken photo stops nothing.
+        The photos that were done, skipped, or failed and why; a broken photo stops nothing.
 
     Raises:
         FileNotFoundError: a path or the checkpoint does not exist.
         ValueError: no photos; files that would overwrite each other or a photo; ``out`` holds
             maps of another checkpoint and ``force`` is not given.
     """
-    outputs = Outputs(overlay, npy)
-    predictor, targets, share, result = begin(
-        checkpoint, paths, Path(out), outputs, force, batch_size, device
+    endings = [*([".npy"] if npy else []), *(["_overlay.png"] if overlay else []), ".png"]
+    predictor, targets, result = begin(
+        checkpoint, paths, Path(out), endings, force, batch_size, device
     )
-    batches = range(0, len(share), batch_size)
+
+    def decode(photo: Path) -> tuple[Tensor | None, Tensor, Letterbox]:
+        pixels = read_image(photo, upright)
+        return (pixels if overlay else None), *predictor.prepare(pixels)
+
+    def write(photo: Path, pixels: Tensor | None, box: Letterbox, single: Tensor) -> None:
+        density = to_density(single, predictor.config, box).float().numpy()
+        for path, ending in zip(targets[photo], endings, strict=True):
+            with atomic_path(path) as temporary:
+                if ending == ".npy":
+                    np.save(temporary, density)
+                    continue
+                painted = to_8_bits(density)
+                if ending == "_overlay.png":
+                    painted = paint_overlay(pixels.permute(1, 2, 0).numpy(), density)
+                Image.fromarray(painted).save(temporary)
+
+    photos = list(targets)
+    batches = [photos[start : start + batch_size] for start in range(0, len(photos), batch_size)]
     with ThreadPoolExecutor(workers if workers > 0 else min(8, cpu_count() + 1)) as pool:
-        decode = functools.partial(_decode, predictor, upright, overlay)
-        stream = _batches(pool, decode, share, batch_size, result)
+
+        def submit(photos: Sequence[Path]) -> dict[Path, Future]:
+            return {photo: pool.submit(decode, photo) for photo in photos}
+
+        decoding, writing = submit(batches[0] if batches else ()), {}
+        following = [*batches[1:], ()]
         if PartialState().is_main_process:
-            stream = progress(stream, "predicting", len(batches), unit="batch")
-        writing: dict[Path, Future] = {}
-        for batch in stream:
-            written, writing = writing, _predict_and_write(pool, predictor, batch, targets, outputs)
-            _collect(written, result)
-        _collect(writing, result)
+            following = progress(following, "predicting", len(batches), unit="batch")
+        for photos in following:  # decoded while the batch before them is predicted
+            ready, decoding = _finished(decoding, result), submit(photos)
+            if ready:
+                images = torch.stack([image for _, image, _ in ready.values()])
+                maps = predict_maps(predictor.model, predictor.config, images.to(predictor.device))
+                written, writing = (
+                    writing,
+                    {
+                        photo: pool.submit(write, photo, pixels, box, single)
+                        for (photo, (pixels, _, box)), single in zip(
+                            ready.items(), maps, strict=True
+                        )
+                    },
+                )
+                result.done += _finished(written, result, "its map cannot be written: ")
+        result.done += _finished(writing, result, "its map cannot be written: ")
     return gather(result)
 
 
+def _finished(
+    futures: dict[Path, Future], result: FolderResult, problem: str = ""
+) -> dict[Path, Any]:
+    """Wait for all; the values of those that have one, while the others' errors are noted."""
+    values = {}
+    for photo, future in futures.items():
+        try:
+            values[photo] = future.result()
+        except (ValueError, OSError) as error:
+            result.failed[photo] = f"{problem}{error}"
+    return values
+
+
+def to_8_bits(density: np.ndarray) -> np.ndarray:
+    """(H, W) uint8 with a maximum of 255: what files and challenges take, unfit for KL and IG."""
+    return np.round(255 * (density / density.max())).astype(np.uint8)
+
+
+# ---- before and after the predictions, of photos and of videos ---------------------------------
 def begin(
     checkpoint: str | Path,
     paths: Sequence[str | Path],
     out: Path,
-    outputs: Outputs,
+    endings: Sequence[str],
     force: bool,
     batch_size: int,
     device: str | None,
     suffixes: Sequence[str] = PHOTO_SUFFIXES,
-) -> tuple[Predictor, dict[Path, Path], list[Path], FolderResult]:
-    """What comes before the first prediction, of photos and of videos.
+) -> tuple[Predictor, Targets, FolderResult]:
+    """Everything that comes before the first prediction.
+
+    Args:
+        checkpoint, paths, out, force, batch_size, device: see :func:`predict_folder`.
+        endings: of the output files, the map's last.
+        suffixes: of the files to look for in folders.
 
     Returns:
-        The network, input -> output path without suffix, this process's share of what is to be
-        done, and a result that lists what was done before.
+        The network, this process's share of the work, and a result that lists the files that were
+        done before.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     # One process may take hours longer than another, and then nobody should give up on it.
     processes = PartialState(cpu=pick_device() == "cpu", timeout=timedelta(days=7))
-    predictor = load_network(checkpoint, device, str(processes.device))
-    targets = list_photos(paths, out, outputs, suffixes)
+    predictor = load(checkpoint, device)  # PartialState has chosen this process's GPU
+    targets = list_targets(paths, out, endings, suffixes)
     record, other_maps = _check_record(out, checkpoint, force)
-    todo = [
-        file
-        for file, target in targets.items()
-        if force or not all(path.is_file() for path in outputs.paths(target))
-    ]
-    result = FolderResult(skipped=sorted(set(targets) - set(todo)))
+    todo = {
+        file: made
+        for file, made in targets.items()
+        if force or not all(path.is_file() for path in made)
+    }
+    result = FolderResult(skipped=sorted(targets.keys() - todo.keys()))
     if processes.is_main_process:
-        wanted = {path for file in todo for path in outputs.paths(targets[file])}
+        wanted = {path for made in todo.values() for path in made}
         _remove_leftovers(out, wanted)
         if other_maps:
             # Before the record says otherwise: an interrupted call would leave maps of the other
@@ -190,7 +205,69 @@ def begin(
     processes.wait_for_everyone()  # all have the same list before the first one writes
     if processes.is_main_process:
         write_json(out / RECORD, record)
-    return predictor, targets, todo[processes.process_index :: processes.num_processes], result
+    share = list(todo)[processes.process_index :: processes.num_processes]
+    return predictor, {file: todo[file] for file in share}, result
+
+
+def gather(result: FolderResult) -> FolderResult:
+    """The results of all processes, in each of them; the list of skipped files is the same."""
+    for other in gather_object([result]):
+        result = FolderResult(
+            sorted({*result.done, *other.done}), result.skipped, {**result.failed, **other.failed}
+        )
+    return result
+
+
+def list_targets(
+    paths: Sequence[str | Path],
+    out: Path,
+    endings: Sequence[str],
+    suffixes: Sequence[str] = PHOTO_SUFFIXES,
+) -> Targets:
+    """Every photo with its output files; photos of a folder keep their sub-folders.
+
+    Hidden files, and the files in ``out``, are not taken for photos.
+
+    Raises:
+        FileNotFoundError: a path that does not exist.
+        ValueError: no photos, or files that would overwrite each other or a photo.
+    """
+    stems: dict[Path, Path] = {}  # photo -> output path without ending
+    for path in map(Path, paths):
+        if path.is_dir():
+            if path.resolve() == out.resolve():
+                raise ValueError(
+                    f"the maps of {path} cannot be written into it, or the next call would take "
+                    "them for input; choose another output folder"
+                )
+            for file in visible_files(path, suffixes, out):
+                stems[file] = out / file.relative_to(path).with_name(file.stem)
+        elif path.is_file():
+            stems[path] = out / path.stem
+        else:
+            raise FileNotFoundError(f"{path} does not exist")
+    if not stems:
+        raise ValueError(f"nothing ending in {', '.join(suffixes)} in {', '.join(map(str, paths))}")
+    # with_suffix() would cut a.b
+    targets = {
+        file: [stem.with_name(stem.name + ending) for ending in endings]
+        for file, stem in stems.items()
+    }
+    # Compared in lower case: macOS and Windows do not tell A.png from a.png.
+    read = {str(file.resolve()).lower() for file in targets}
+    owners: dict[str, Path] = {}
+    for file, made in targets.items():
+        for path in made:
+            name = str(path.resolve()).lower()
+            if name in read:
+                raise ValueError(f"{path} is read and would be overwritten; choose another out")
+            if name in owners:
+                raise ValueError(
+                    f"{owners[name]} and {file} would both be written to {path}; give them "
+                    "different names, or predict their folders into different output folders"
+                )
+            owners[name] = file
+    return targets
 
 
 def _remove_leftovers(out: Path, wanted: set[Path]) -> None:
@@ -204,71 +281,11 @@ def _remove_leftovers(out: Path, wanted: set[Path]) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def gather(result: FolderResult) -> FolderResult:
-    """The results of all processes, in each of them; what was skipped is the same in all."""
-    for other in gather_object([result]):
-        result = FolderResult(
-            sorted({*result.done, *other.done}), result.skipped, {**result.failed, **other.failed}
-        )
-    return result
-
-
-def list_photos(
-    paths: Sequence[str | Path],
-    out: Path,
-    outputs: Outputs,
-    suffixes: Sequence[str] = PHOTO_SUFFIXES,
-) -> dict[Path, Path]:
-    """Photo -> its output path without suffix; photos of a folder keep their sub-folders.
-
-    Hidden files, and what lies in ``out``, are not taken for photos.
+def _check_record(out: Path, checkpoint: str | Path, force: bool) -> tuple[dict, bool]:
+    """The record to write, and True if maps in ``out`` may be those of another network.
 
     Raises:
-        FileNotFoundError: a path that does not exist.
-        ValueError: no photos, or files that would overwrite each other or a photo.
-    """
-    found: dict[Path, Path] = {}
-    for path in map(Path, paths):
-        if path.is_dir():
-            if path.resolve() == out.resolve():
-                raise ValueError(
-                    f"the maps of {path} cannot be written into it, or the next call would take "
-                    "them for input; choose another output folder"
-                )
-            for file in visible_files(path, suffixes, out):
-                found[file] = out / file.relative_to(path).with_name(file.stem)
-        elif path.is_file():
-            found[path] = out / path.stem
-        else:
-            raise FileNotFoundError(f"{path} does not exist")
-    if not found:
-        raise ValueError(f"nothing ending in {', '.join(suffixes)} in {', '.join(map(str, paths))}")
-    _check_collisions(found, outputs)
-    return found
-
-
-def _check_collisions(targets: dict[Path, Path], outputs: Outputs) -> None:
-    """No two photos write the same file, and none overwrites a photo."""
-    # Compared in lower case: macOS and Windows do not tell A.png from a.png.
-    photos = {str(photo.resolve()).lower() for photo in targets}
-    owners: dict[str, Path] = {}
-    for photo, target in targets.items():
-        for path in outputs.paths(target):
-            name = str(path.resolve()).lower()
-            if name in photos:
-                raise ValueError(f"{path} is read and would be overwritten; choose another out")
-            if name in owners:
-                raise ValueError(
-                    f"{owners[name]} and {photo} would both be written to {path}; give them "
-                    "different names, or predict their folders into different output folders"
-                )
-            owners[name] = photo
-
-
-def _check_record(out: Path, checkpoint: str | Path, force: bool) -> tuple[dict, bool]:
-    """The record to write, and whether maps in ``out`` may be those of another network.
-
-    Maps of two networks must not be mixed by resuming.
+        ValueError: they are, and ``force`` is not given: maps of two networks must not be mixed.
     """
     record = {
         "checkpoint": display_path(checkpoint),
@@ -290,79 +307,3 @@ def _check_record(out: Path, checkpoint: str | Path, force: bool) -> tuple[dict,
             "choose another output folder, or force them to be made again"
         )
     return record, other
-
-
-# ---- the stream of batches ---------------------------------------------------------------------
-@dataclass(frozen=True)
-class _Prepared:
-    """A decoded photo on its way to the network."""
-
-    photo: Path
-    image: Tensor  # (3, height, width) uint8, letterboxed
-    box: Letterbox
-    pixels: Tensor | None  # (3, H, W) uint8, where the overlay needs them
-
-
-def _decode(predictor: Predictor, upright: bool, keep_pixels: bool, photo: Path) -> _Prepared:
-    pixels = read_image(photo, upright)
-    image, box = predictor.prepare(pixels)
-    return _Prepared(photo, image, box, pixels if keep_pixels else None)
-
-
-def _batches(
-    pool: ThreadPoolExecutor,
-    decode: Callable[[Path], _Prepared],
-    photos: Sequence[Path],
-    batch_size: int,
-    result: FolderResult,
-) -> Iterator[list[_Prepared]]:
-    """Batches of decoded photos, the next one being decoded while this one is used."""
-    waiting = iter(photos)
-
-    def submit() -> dict[Path, Future]:
-        return {photo: pool.submit(decode, photo) for photo in islice(waiting, batch_size)}
-
-    current = submit()
-    while current:
-        following = submit()
-        batch = []
-        for photo, future in current.items():
-            try:
-                batch.append(future.result())
-            except (ValueError, OSError) as error:
-                result.failed[photo] = str(error)
-        yield batch
-        current = following
-
-
-def _predict_and_write(
-    pool: ThreadPoolExecutor,
-    predictor: Predictor,
-    batch: list[_Prepared],
-    targets: dict[Path, Path],
-    outputs: Outputs,
-) -> dict[Path, Future]:
-    """Run the network on a batch and let the pool write the maps."""
-    if not batch:  # every photo of it is broken
-        return {}
-    images = torch.stack([item.image for item in batch]).to(predictor.device)
-    maps = predict_maps(predictor.model, predictor.config, images)
-
-    def write(item: _Prepared, single: Tensor) -> None:
-        density = to_density(single, predictor.config, item.box).float().numpy()
-        outputs.write(targets[item.photo], item.pixels, density)
-
-    return {
-        item.photo: pool.submit(write, item, single)
-        for item, single in zip(batch, maps, strict=True)
-    }
-
-
-def _collect(written: dict[Path, Future], result: FolderResult) -> None:
-    for photo, future in written.items():
-        try:
-            future.result()
-        except OSError as error:
-            result.failed[photo] = f"its map cannot be written ({error})"
-        else:
-            result.done.append(photo)

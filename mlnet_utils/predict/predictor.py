@@ -1,4 +1,4 @@
-"""Saliency maps for photos, from Python: one photo or a batch; folders are in ``folders.py``."""
+"""Saliency maps for photos, from Python: one photo or a batch of any sizes."""
 
 import warnings
 from collections.abc import Sequence
@@ -18,6 +18,7 @@ from mlnet_utils.model.checkpoints import load_model
 from mlnet_utils.runtime import pick_device
 
 MODEL = "ML-Net"  # the network's name in tables of scores
+EXPORTED = (".onnx", ".pt2")  # suffixes of networks in another form, see ``export``
 SMALLEST_SIDE = 32  # pixels; anything smaller is an icon, not a photo
 FLOOR = 1e-12  # of a probability, before its logarithm is taken
 SMOOTHLY = {"mode": "bilinear", "antialias": True, "align_corners": False}
@@ -29,17 +30,26 @@ def load(checkpoint: str | Path, device: str | None = None) -> "Predictor":
     """A trained network, ready to predict.
 
     Args:
-        checkpoint: ``checkpoints/best.pt`` of a run, or an imported one.
-        device: e.g. ``"cuda"``; default: a GPU if there is one.
+        checkpoint: ``checkpoints/best.pt`` of a run, an imported one, or an exported network.
+        device: e.g. ``"cuda"``; default: a GPU if there is one. Exported networks use the CPU only.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or an exported network is wanted on another device.
+        ImportError: a network in ONNX, and the extra ``export`` is not installed.
 
     Example:
         >>> import mlnet_utils
         >>> density = mlnet_utils.load("best.pt").predict("photo.jpg")  # doctest: +SKIP
     """
+    if Path(checkpoint).suffix in EXPORTED:
+        from mlnet_utils.predict.export import load_exported
+
+        if device not in (None, "cpu"):
+            raise ValueError(
+                f"{checkpoint} is an exported network, which runs on the CPU, not on {device}"
+            )
+        return load_exported(checkpoint)
     model, config, _ = load_model(checkpoint)
     device = device or pick_device()
     return Predictor(model.to(device), config, device)
@@ -47,14 +57,14 @@ def load(checkpoint: str | Path, device: str | None = None) -> "Predictor":
 
 @dataclass
 class Predictor:
-    """A network in eval mode, the configuration it was trained with, and where it runs."""
+    """A network in eval mode, the configuration of its training, and its device."""
 
     model: nn.Module
     config: Config
     device: str = "cpu"
 
     def predict(self, image: Photo) -> np.ndarray:
-        """Where people look on one photo.
+        """The probability of a fixation at every pixel of one photo.
 
         Args:
             image: a path, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W) or
@@ -76,9 +86,11 @@ class Predictor:
         if not prepared:
             return []
         inputs, boxes = zip(*prepared, strict=True)
-        batch = torch.stack(inputs).to(self.device)
-        densities = predict_densities(self.model, self.config, batch, boxes)
-        return [density.float().numpy() for density in densities]
+        maps = predict_maps(self.model, self.config, torch.stack(inputs).to(self.device))
+        return [
+            to_density(single, self.config, box).float().numpy()
+            for single, box in zip(maps, boxes, strict=True)
+        ]
 
     def prepare(self, photo: Tensor) -> tuple[Tensor, Letterbox]:
         """(3, H, W) uint8 photo -> the network's uint8 input, and its geometry.
@@ -112,41 +124,22 @@ class Predictor:
         levels = self.model.extract(boxed[None].to(self.device))[-self.model.levels :]
         chosen = {}
         for number, level in enumerate(levels, start=1):
-            order = level[0].float().flatten(1).std(1).argsort(descending=True)[:per_level]
+            channels = level[0].float().cpu()
+            order = channels.flatten(1).std(1).argsort(descending=True)[:per_level]
             for channel in order.tolist():
-                chosen[f"level {number}, channel {channel}"] = (
-                    level[0, channel].float().cpu().numpy()
-                )
+                chosen[f"level {number}, channel {channel}"] = channels[channel].numpy()
         return chosen
-
-
-def predict_densities(
-    model: nn.Module, config: Config, images: Tensor, boxes: Sequence[Letterbox]
-) -> list[Tensor]:
-    """The network's output brought to each photo's own size, as a probability density.
-
-    Args:
-        model: in eval mode.
-        config: the one it was trained with.
-        images: (B, 3, height, width) letterboxed, 0..255, on the model's device.
-        boxes: how each photo was letterboxed.
-
-    Returns:
-        One (H, W) float64 CPU tensor per photo, see :func:`to_density`.
-    """
-    maps = predict_maps(model, config, images)
-    return [to_density(single, config, box) for single, box in zip(maps, boxes, strict=True)]
 
 
 @torch.inference_mode()
 def predict_maps(model: nn.Module, config: Config, images: Tensor) -> Tensor:
-    """The network's output, averaged over what ``config`` asks for: mirroring, sizes of the photo.
+    """The network's output, averaged over mirroring and sizes of the photo as ``config`` asks.
 
     Probabilities are averaged as logarithms, other maps as they are.
 
     Args:
         model: in eval mode.
-        config: the one it was trained with; ``test_flip`` and ``test_scales`` say what to average.
+        config: of its training; ``test_flip`` and ``test_scales`` say what to average.
         images: (B, 3, height, width) letterboxed, 0..255, on the model's device.
 
     Returns:
@@ -154,7 +147,9 @@ def predict_maps(model: nn.Module, config: Config, images: Tensor) -> Tensor:
     """
     geometric, found = config.head == "density", []
     for scale in config.test_scales:
-        sized = images if scale == 1 else _resized(images, scale)
+        # Another size of whole cells of the network's grid.
+        size = [8 * max(1, round(scale * side / 8)) for side in images.shape[-2:]]
+        sized = images if scale == 1 else F.interpolate(images.float(), size=size, **SMOOTHLY)
         maps = model(sized)
         if config.test_flip:
             mirrored = model(sized.flip(-1)).flip(-1)
@@ -169,12 +164,6 @@ def predict_maps(model: nn.Module, config: Config, images: Tensor) -> Tensor:
     return mean.exp() if geometric else mean
 
 
-def _resized(images: Tensor, scale: float) -> Tensor:
-    """Letterboxed photos at another size, of whole cells of the network's grid."""
-    size = [8 * max(1, round(scale * side / 8)) for side in images.shape[-2:]]
-    return F.interpolate(images.float(), size=size, **SMOOTHLY)
-
-
 def to_density(single: Tensor, config: Config, box: Letterbox) -> Tensor:
     """A map on the network's grid as a probability density at the photo's size.
 
@@ -185,7 +174,7 @@ def to_density(single: Tensor, config: Config, box: Letterbox) -> Tensor:
     Args:
         single: (h, w) float64, non-negative.
         config: of the network.
-        box: how the photo was letterboxed.
+        box: the photo's place in the network's input.
 
     Returns:
         (H, W) float64, positive or zero, sums to 1. A map without any saliency (a dead network)

@@ -9,7 +9,6 @@ and the pixels are the same.
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,7 +17,7 @@ from PIL import Image
 from mlnet_utils.data.images import orientation
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers.files import check_looked_at
-from mlnet_utils.runtime import progress
+from mlnet_utils.runtime import progress, require
 
 LOWEST = 1e-20  # density of a pixel that a model thinks impossible
 
@@ -87,7 +86,7 @@ def to_pysaliency(photos: list[Photo], root: str | Path) -> tuple[Any, Any]:
     Raises:
         ValueError: a photo is turned by its EXIF.
     """
-    pysaliency = _pysaliency()
+    pysaliency = require("pysaliency", "parity")
     counts = [len(photo.fixations) for photo in photos]
     points = np.concatenate([photo.fixations for photo in photos]).astype(np.float64) + 0.5
     fixations = pysaliency.Fixations.create_without_history(
@@ -122,7 +121,7 @@ def as_pysaliency_model(predict: Callable[[np.ndarray], np.ndarray]) -> Any:
         :data:`LOWEST`, so that one fixation on a zero does not make a score infinite.
     """
 
-    class Predicted(_pysaliency().Model):
+    class Predicted(require("pysaliency", "parity").Model):
         def _log_density(self, stimulus: np.ndarray) -> np.ndarray:
             image = _as_rgb(stimulus)
             return _log_density(predict(image), image.shape[:2])
@@ -183,13 +182,3 @@ def _is_upright(path: str | Path) -> bool:
     """Whether pysaliency, which does not look at EXIF, sees a photo as it is shown."""
     with Image.open(path) as image:
         return orientation(image) == 1
-
-
-def _pysaliency() -> ModuleType:
-    try:
-        import pysaliency
-    except ImportError as error:
-        raise ImportError(
-            f"pysaliency cannot be imported ({error}): pip install 'mlnet-utils[parity]'"
-        ) from error
-    return pysaliency

@@ -10,15 +10,16 @@ Evaluators read photos as they are stored, so the rotation that EXIF asks for is
 """
 
 import base64
-import binascii
 import io
 import json
 import shutil
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from accelerate import PartialState
@@ -27,7 +28,7 @@ from scipy.special import logsumexp
 
 from mlnet_utils.data.images import visible_files
 from mlnet_utils.predict.folders import predict_folder
-from mlnet_utils.runtime import atomic_path, data_root, display_path, progress
+from mlnet_utils.runtime import atomic_path, data_root, display_path, progress, require
 
 # Share of a uniform density that is mixed in before the logarithm: a network with a ReLU head
 # predicts zeros, and one fixation on a zero would make the mean information gain -infinity.
@@ -38,9 +39,8 @@ Sizes = Mapping[str, tuple[int, int]]  # photo, relative to its folder -> (width
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What a benchmark wants. ``photos`` is relative to the folder of the raw data."""
+    """The form of a submission, and its photos' place below the folder of the raw data."""
 
-    name: str
     suffix: str
     photos: str
     splits: tuple[str, ...]
@@ -48,13 +48,10 @@ class Benchmark:
 
 
 BENCHMARKS = {
-    benchmark.name: benchmark
-    for benchmark in (
-        Benchmark("salicon-2017", ".zip", "salicon/images/{split}", ("val", "test"), 5000),
-        Benchmark("salicon-2015", ".json", "salicon/images/{split}", ("val", "test"), 5000),
-        Benchmark("mit300", ".hdf5", "mit300/BenchmarkIMAGES", ("test",), 300),
-        Benchmark("cat2000", ".hdf5", "cat2000/testSet/Stimuli", ("test",), 2000),
-    )
+    "salicon-2017": Benchmark(".zip", "salicon/images/{split}", ("val", "test"), 5000),
+    "salicon-2015": Benchmark(".json", "salicon/images/{split}", ("val", "test"), 5000),
+    "mit300": Benchmark(".hdf5", "mit300/BenchmarkIMAGES", ("test",), 300),
+    "cat2000": Benchmark(".hdf5", "cat2000/testSet/Stimuli", ("test",), 2000),
 }
 
 
@@ -129,7 +126,7 @@ def write_submission(
 
     Raises:
         ValueError, FileNotFoundError: see :func:`benchmark_photos`; a wrong suffix of ``out``.
-        ModuleNotFoundError: HDF5 is wanted and h5py is not installed.
+        ImportError: HDF5 is wanted and h5py is not installed.
         RuntimeError: a photo could not be predicted, or the file fails its validation.
     """
     out = Path(out)
@@ -138,17 +135,10 @@ def write_submission(
     if out.suffix != suffix:
         raise ValueError(f"{dataset} takes a file ending in {suffix}, not {out.name}")
     if suffix == ".hdf5":
-        _h5py()  # fail before the work, not after it
+        require("h5py", "legacy")  # fail before the work, not after it
     maps = out.with_name(f"{out.stem}_maps")
-    result = predict_folder(
-        checkpoint,
-        [folder],
-        maps,
-        npy=suffix == ".hdf5",
-        batch_size=batch_size,
-        device=device,
-        upright=False,
-    )
+    options = {"batch_size": batch_size, "device": device, "upright": False}
+    result = predict_folder(checkpoint, [folder], maps, npy=suffix == ".hdf5", **options)
     if result.failed:
         raise RuntimeError(f"the submission would not be complete: {result.summary()}")
     if PartialState().is_main_process:
@@ -171,7 +161,7 @@ def validate_submission(path: str | Path, sizes: Sizes) -> list[str]:
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: a file of another kind.
-        ModuleNotFoundError: HDF5 and h5py is not installed.
+        ImportError: HDF5 and h5py is not installed.
     """
     path = Path(path)
     if not path.is_file():
@@ -217,22 +207,12 @@ def _write_json(maps: Path, sizes: Sizes, path: Path) -> None:
 
 
 def _write_hdf5(maps: Path, sizes: Sizes, path: Path) -> None:
-    with _h5py().File(path, "w") as file:
+    with require("h5py", "legacy").File(path, "w") as file:
         for name in progress(sizes, "packing", unit="photo"):
             density = np.load(maps / PurePosixPath(name).with_suffix(".npy")).astype(np.float64)
             density = (1 - UNIFORM_SHARE) * density + UNIFORM_SHARE / density.size
             log_density = np.log(density / density.sum()).astype(np.float32)
             file.create_dataset(name, data=log_density, compression=9)
-
-
-def _h5py():
-    try:
-        import h5py
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "HDF5 submissions need h5py: pip install 'mlnet-utils[legacy]'"
-        ) from None
-    return h5py
 
 
 def _png_name(photo: str) -> str:
@@ -255,12 +235,57 @@ def _image_id(photo: str) -> int:
 Problems = Iterator[tuple[str, str]]  # (kind, name)
 
 
+def _check_zip(path: Path, sizes: Sizes) -> Problems:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            files = [entry for entry in archive.infolist() if not entry.is_dir()]
+            maps = [(file.filename, partial(archive.read, file)) for file in files]
+            yield from _check_maps(maps, {_png_name(photo): size for photo, size in sizes.items()})
+    except zipfile.BadZipFile as error:
+        yield "not a zip file", f"{path.name} ({error})"
+
+
+def _check_json(path: Path, sizes: Sizes) -> Problems:
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        yield "not a JSON file", f"{path.name} ({error})"
+        return
+    if not isinstance(entries, list) or not all(
+        isinstance(entry, dict)
+        and isinstance(entry.get("image_id"), int)
+        and isinstance(entry.get("saliency_map"), str)
+        for entry in entries
+    ):
+        yield "not a list of {image_id: number, saliency_map: text}", path.name
+        return
+    maps = [
+        (entry["image_id"], partial(base64.b64decode, entry["saliency_map"], validate=True))
+        for entry in entries
+    ]
+    yield from _check_maps(maps, {_image_id(photo): size for photo, size in sizes.items()})
+
+
 def _check_names(found: Iterable, expected: Iterable) -> Problems:
     counts, expected = Counter(found), list(expected)
     wanted = set(expected)
     yield from (("missing", str(name)) for name in expected if name not in counts)
     yield from (("not asked for", str(name)) for name in counts if name not in wanted)
     yield from (("more than once", str(name)) for name, n in counts.items() if n > 1)
+
+
+def _check_maps(maps: list[tuple[Any, Callable[[], bytes]]], expected: dict) -> Problems:
+    """Problems of maps that should be PNG: each a name and a function that reads the content."""
+    yield from _check_names((name for name, _ in maps), expected)
+    for name, read in progress(maps, "checking the submission", unit="map"):
+        if name not in expected:
+            continue
+        try:
+            content = read()
+        except (zipfile.BadZipFile, RuntimeError, OSError, ValueError) as error:
+            yield "cannot be unpacked", f"{name} ({error})"
+        else:
+            yield from _check_png(content, str(name), expected[name])
 
 
 def _check_png(content: bytes, name: str, size: tuple[int, int]) -> Problems:
@@ -278,60 +303,12 @@ def _check_png(content: bytes, name: str, size: tuple[int, int]) -> Problems:
     if image.size != tuple(size):
         found, wanted = ("x".join(map(str, pair)) for pair in (image.size, size))
         yield "not of the photo's size", f"{name} ({found} instead of {wanted})"
-    low, high = np.asarray(image).min(), np.asarray(image).max()
-    if low == high:
+    if np.ptp(np.asarray(image)) == 0:
         yield "the same value everywhere, which no metric can score", name
 
 
-def _check_zip(path: Path, sizes: Sizes) -> Problems:
-    expected = {_png_name(photo): size for photo, size in sizes.items()}
-    try:
-        with zipfile.ZipFile(path) as archive:
-            files = [entry for entry in archive.infolist() if not entry.is_dir()]
-            yield from _check_names((entry.filename for entry in files), expected)
-            for entry in progress(files, f"checking {path.name}", unit="map"):
-                if entry.filename not in expected:
-                    continue
-                try:
-                    content = archive.read(entry)
-                except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
-                    yield "cannot be unpacked", f"{entry.filename} ({error})"
-                else:
-                    yield from _check_png(content, entry.filename, expected[entry.filename])
-    except zipfile.BadZipFile as error:
-        yield "not a zip file", f"{path.name} ({error})"
-
-
-def _check_json(path: Path, sizes: Sizes) -> Problems:
-    expected = {_image_id(photo): size for photo, size in sizes.items()}
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        yield "not a JSON file", f"{path.name} ({error})"
-        return
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, dict)
-        and isinstance(entry.get("image_id"), int)
-        and isinstance(entry.get("saliency_map"), str)
-        for entry in entries
-    ):
-        yield "not a list of {image_id: number, saliency_map: text}", path.name
-        return
-    yield from _check_names((entry["image_id"] for entry in entries), expected)
-    for entry in progress(entries, f"checking {path.name}", unit="map"):
-        name, size = str(entry["image_id"]), expected.get(entry["image_id"])
-        if size is None:
-            continue
-        try:
-            content = base64.b64decode(entry["saliency_map"], validate=True)
-        except binascii.Error as error:
-            yield "not base64", f"{name} ({error})"
-        else:
-            yield from _check_png(content, name, size)
-
-
 def _check_hdf5(path: Path, sizes: Sizes) -> Problems:
-    h5py = _h5py()
+    h5py = require("h5py", "legacy")
     try:
         with h5py.File(path, "r") as file:
             names: list[str] = []
@@ -339,7 +316,7 @@ def _check_hdf5(path: Path, sizes: Sizes) -> Problems:
                 lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
             )
             yield from _check_names(names, sizes)
-            for name in progress(names, f"checking {path.name}", unit="map"):
+            for name in progress(names, "checking the submission", unit="map"):
                 if name in sizes:
                     yield from _check_log_density(file[name][()], name, sizes[name])
     except OSError as error:

@@ -6,28 +6,17 @@ is not copied.
 
 import contextlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from mlnet_utils.plots import overlay as paint_overlay
-from mlnet_utils.predict.folders import FolderResult, Outputs, begin, gather, to_8_bits
+from mlnet_utils.predict.folders import FolderResult, begin, gather, to_8_bits
 from mlnet_utils.predict.predictor import Predictor
-from mlnet_utils.runtime import atomic_path, progress
+from mlnet_utils.runtime import atomic_path, progress, require
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
-
-
-@dataclass(frozen=True)
-class VideoOutputs(Outputs):
-    """Which files are written for a video."""
-
-    @property
-    def suffixes(self) -> list[str]:
-        """As of photos: the overlay on request, the map itself last."""
-        return [*(["_overlay.mp4"] if self.overlay else []), ".mp4"]
 
 
 def predict_videos(
@@ -42,8 +31,8 @@ def predict_videos(
     """Write the saliency maps of videos as videos of the same size and timing.
 
     Every video gets ``<stem>.mp4`` (grey, every frame's maximum 255), on request
-    ``<stem>_overlay.mp4``. Videos whose outputs exist are skipped; an interrupted one starts anew.
-    Under ``accelerate launch`` every process takes whole videos.
+    ``<stem>_overlay.mp4``. Videos with all outputs in place are skipped; an
+    interrupted one starts anew. Of several processes each takes whole videos.
 
     Args:
         checkpoint: a trained or imported network, or an exported one.
@@ -55,19 +44,20 @@ def predict_videos(
         device: default: a GPU if there is one.
 
     Returns:
-        Which videos were done, skipped, or failed and why; a broken video stops nothing.
+        The videos that were done, skipped, or failed and why; a broken video stops nothing.
 
     Raises:
-        ModuleNotFoundError: the extra ``video`` is not installed.
+        ImportError: the extra ``video`` is not installed.
         FileNotFoundError, ValueError: see :func:`~mlnet_utils.predict.folders.predict_folder`.
     """
-    av, outputs = _require_av(), VideoOutputs(overlay)
-    predictor, targets, share, result = begin(
-        checkpoint, paths, Path(out), outputs, force, batch_size, device, VIDEO_SUFFIXES
+    av = require("av", "video")
+    endings = ["_overlay.mp4", ".mp4"] if overlay else [".mp4"]
+    predictor, targets, result = begin(
+        checkpoint, paths, Path(out), endings, force, batch_size, device, VIDEO_SUFFIXES
     )
-    for video in share:
+    for video, made in targets.items():
         try:
-            _predict_video(predictor, video, outputs.paths(targets[video]), batch_size)
+            _predict_video(predictor, video, made, batch_size)
         except (av.FFmpegError, ValueError, OSError) as error:
             result.failed[video] = str(error)
         else:
@@ -75,18 +65,10 @@ def predict_videos(
     return gather(result)
 
 
-def _require_av():
-    try:
-        import av
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError("videos need av: pip install 'mlnet-utils[video]'") from None
-    return av
-
-
 def _predict_video(predictor: Predictor, video: Path, paths: list[Path], batch_size: int) -> None:
     """Write one video's files: the overlay, if wanted, and the map."""
     with contextlib.ExitStack() as stack:
-        source = stack.enter_context(_require_av().open(video))
+        source = stack.enter_context(require("av", "video").open(video))
         frames = _frames(source)
         first = next(frames, None) if source.streams.video else None
         if first is None:
@@ -97,7 +79,8 @@ def _predict_video(predictor: Predictor, video: Path, paths: list[Path], batch_s
             for path in paths
         ]
         total = -(-stream.frames // batch_size) or None  # some files do not say
-        batches = _batches(itertools.chain([first], frames), batch_size)
+        frames = itertools.chain([first], frames)
+        batches = iter(lambda: list(itertools.islice(frames, batch_size)), [])
         for batch in progress(batches, video.name, total, unit="batch"):
             densities = predictor.predict_batch([pixels for pixels, _ in batch])
             for (pixels, time), density in zip(batch, densities, strict=True):
@@ -113,16 +96,10 @@ def _frames(source) -> Iterator[tuple[np.ndarray, int]]:
         yield np.ascontiguousarray(pixels), frame.pts
 
 
-def _batches(frames: Iterable, size: int) -> Iterator[list]:
-    frames = iter(frames)
-    while batch := list(itertools.islice(frames, size)):
-        yield batch
-
-
 @contextlib.contextmanager
 def _writer(path: Path, timing, size: tuple[int, int]) -> Iterator[Callable]:
     """A new video of given size, with the timing of another: call it with picture and time."""
-    av = _require_av()
+    av = require("av", "video")
     with av.open(path, "w") as container:
         # Quality 18 of 0 (best) to 51: hardly to be told from the original.
         stream = container.add_stream(

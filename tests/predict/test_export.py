@@ -3,21 +3,17 @@
 import json
 import os
 import sys
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_photo, tiny_config
+from conftest import make_photo, tiny_checkpoint
 from PIL import Image
 
-from mlnet_utils.model.checkpoints import save_checkpoint
-from mlnet_utils.model.network import MLNet
 from mlnet_utils.predict import export as export_module
-from mlnet_utils.predict.export import CHECKED, FEWEST_CALIBRATED, export
-from mlnet_utils.predict.exported import load_exported, load_network
+from mlnet_utils.predict.export import CHECKED, FEWEST_CALIBRATED, export, load_exported
 from mlnet_utils.predict.folders import predict_folder
 from mlnet_utils.predict.predictor import Predictor, load
 from mlnet_utils.runtime import display_path, sha256_file
@@ -26,17 +22,7 @@ SCORES = {"epoch": 3, "val_cc": 0.5}
 
 
 def save_network(path: Path, seed: int = 0, **overrides) -> Path:
-    """A random network whose maps vary from photo to photo."""
-    config = tiny_config(**overrides)
-    torch.manual_seed(seed)
-    model = MLNet(config).eval()
-    with torch.no_grad():
-        model.to_map.weight.mul_(20)
-        model.to_map.bias.fill_(0.5)
-        if model.prior is not None:
-            model.prior.normal_(0, 0.3)
-    save_checkpoint(path, config, model.state_dict(), scores=SCORES)
-    return path
+    return tiny_checkpoint(path, seed, SCORES, **overrides)
 
 
 @pytest.fixture(scope="module")
@@ -185,38 +171,43 @@ def test_folders_are_predicted_with_exported_files(name, checkpoint, photos, tmp
 
 
 def test_exported_files_run_on_the_cpu_only(torch_report, photos, tmp_path):
-    with pytest.raises(ValueError, match=r"x\.pt2 is an exported network, .* not on cuda"):
+    with pytest.raises(ValueError, match=r"x\.pt2 .*cuda"):
         predict_folder(torch_report.path, [photos], tmp_path / "out", device="cuda")
-    assert load_network(torch_report.path, "cpu", "cuda").device == "cpu"
+    assert load(torch_report.path).device == "cpu"
 
 
 # ---- guards ------------------------------------------------------------------------------------
-def test_wrong_requests_are_errors(checkpoint, photos, tmp_path):
-    with pytest.raises(ValueError, match="unknown format 'tflite': use one of onnx, torch-export"):
-        export(checkpoint, tmp_path / "x.onnx", "tflite", photos=[photos])
-    with pytest.raises(ValueError, match=r"torch-export is written to a file ending in \.pt2, not"):
-        export(checkpoint, tmp_path / "x.onnx", "torch-export", photos=[photos])
-    with pytest.raises(ValueError, match="use the format onnx"):
-        export(checkpoint, tmp_path / "x.pt2", "torch-export", int8=True, photos=[photos])
-    with pytest.raises(FileNotFoundError, match=r"gone\.pt does not exist"):
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("x.onnx", {"format": "tflite"}, "'tflite'"),
+        ("x.onnx", {"format": "torch-export"}, r"\.pt2"),
+        ("x.pt2", {"format": "torch-export", "int8": True}, "onnx"),
+        ("x.pt2", {"format": "torch-export", "photos": ()}, "checkpoints/"),
+        ("x.pt2", {"format": "torch-export", "photos": ["empty"]}, "found 0 .* at least 1"),
+        ("x.onnx", {"int8": True, "photos": ["one.png"]}, "found 1 .* at least 24"),
+    ],
+    ids=str,
+)
+def test_wrong_requests_are_errors(checkpoint, photos, tmp_path, monkeypatch, name, options, words):
+    monkeypatch.chdir(tmp_path)
+    Path("empty").mkdir()
+    Image.new("RGB", (50, 40)).save("one.png")
+    with pytest.raises(ValueError, match=words):
+        export(checkpoint, name, **{"photos": [photos], **options})
+    assert not Path(name).exists()
+
+
+def test_missing_files_are_errors(checkpoint, photos, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.pt"):
         export(tmp_path / "gone.pt", tmp_path / "x.pt2", "torch-export", photos=[photos])
-    with pytest.raises(FileNotFoundError, match=r"gone\.jpg does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.jpg"):
         export(checkpoint, tmp_path / "x.pt2", "torch-export", photos=[tmp_path / "gone.jpg"])
-
-
-def test_photos_are_needed(checkpoint, photos, tmp_path):
-    with pytest.raises(ValueError, match=r"does not lie in the checkpoints/ of a run .* name some"):
-        export(checkpoint, tmp_path / "x.pt2", "torch-export")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="found 0 photos; an export needs at least 1"):
-        export(checkpoint, tmp_path / "x.pt2", "torch-export", photos=[tmp_path / "empty"])
-    with pytest.raises(ValueError, match="found 1 photos; 8 bits need at least 24"):
-        export(checkpoint, tmp_path / "x.onnx", int8=True, photos=[next(photos.iterdir())])
 
 
 def test_a_random_network_cannot_be_exported(tmp_path, photos):
     path = save_network(tmp_path / "x.pt", dropout_at_test=True)
-    with pytest.raises(ValueError, match="draws random numbers at test time"):
+    with pytest.raises(ValueError, match="dropout_at_test"):
         export(path, tmp_path / "x.pt2", "torch-export", photos=[photos])
 
 
@@ -232,7 +223,7 @@ def test_a_file_that_differs_is_not_written(checkpoint, photos, tmp_path, monkey
         return original(other, *rest)
 
     monkeypatch.setattr(export_module, original.__name__, sabotaged)
-    with pytest.raises(RuntimeError, match=r"differs from PyTorch: by .* nothing was written"):
+    with pytest.raises(RuntimeError, match="differs from PyTorch"):
         export(checkpoint, tmp_path / "x.onnx", int8=int8, photos=[photos])
     assert {path.name for path in tmp_path.iterdir()} == {"other.pt"}
 
@@ -240,14 +231,14 @@ def test_a_file_that_differs_is_not_written(checkpoint, photos, tmp_path, monkey
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_extra_is_an_error_before_the_work(checkpoint, tmp_path, monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    with pytest.raises(ModuleNotFoundError, match=rf"ONNX needs {missing}: pip install .*\[export"):
+    with pytest.raises(ImportError, match=rf"{missing}.*\[export\]"):
         export(checkpoint, tmp_path / "x.onnx", photos=[])
 
 
 def test_loading_without_onnxruntime_is_an_error(onnx_report, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ModuleNotFoundError, match="ONNX needs onnxruntime"):
-        load_exported(onnx_report.path)
+    with pytest.raises(ImportError, match=r"onnxruntime.*\[export\]"):
+        load(onnx_report.path)
 
 
 def test_torch_export_needs_no_extra(torch_report, monkeypatch):
@@ -271,25 +262,20 @@ def test_an_exported_network_sees_photos_in_one_size(tmp_path, photos):
 def test_foreign_files_are_errors(tmp_path, name):
     if name == "x.onnx":
         pytest.importorskip("onnxruntime")
-    with pytest.raises(FileNotFoundError, match=rf"{name} does not exist"):
-        load_exported(tmp_path / name)
+    with pytest.raises(FileNotFoundError, match=name):
+        load(tmp_path / name)
     (tmp_path / name).write_bytes(b"something else")
-    with pytest.raises(ValueError, match=rf"{name} is not an exported network of this project"):
-        load_exported(tmp_path / name)
+    with pytest.raises(ValueError, match=name):
+        load(tmp_path / name)
 
 
-def test_a_foreign_onnx_network_is_an_error(onnx_report, tmp_path):
+def test_a_foreign_onnx_network_and_a_cut_file_are_errors(onnx_report, torch_report, tmp_path):
     onnx = pytest.importorskip("onnx")
     proto = onnx.load(onnx_report.path)
     del proto.metadata_props[:]
     onnx.save(proto, tmp_path / "x.onnx")
-    with pytest.raises(ValueError, match=r"not an exported network of this project \('config'\)"):
-        load_exported(tmp_path / "x.onnx")
-
-
-def test_a_cut_file_is_an_error(torch_report, tmp_path):
     content = torch_report.path.read_bytes()
     (tmp_path / "x.pt2").write_bytes(content[: len(content) // 2])
-    assert not zipfile.is_zipfile(tmp_path / "x.pt2")
-    with pytest.raises(ValueError, match="is not an exported network of this project"):
-        load_exported(tmp_path / "x.pt2")
+    for name in ("x.onnx", "x.pt2"):
+        with pytest.raises(ValueError, match=name):
+            load(tmp_path / name)

@@ -8,33 +8,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from conftest import tiny_config
+from conftest import tiny_checkpoint
 from PIL import Image
 
 from mlnet_utils.__main__ import main
 from mlnet_utils.data.images import read_image
-from mlnet_utils.model.checkpoints import save_checkpoint
-from mlnet_utils.model.network import MLNet
 from mlnet_utils.plots import overlay
 from mlnet_utils.predict import folders
-from mlnet_utils.predict.folders import Outputs, begin, list_photos, predict_folder, to_8_bits
+from mlnet_utils.predict.folders import begin, list_targets, predict_folder, to_8_bits
 from mlnet_utils.predict.predictor import load
-from mlnet_utils.predict.video import VIDEO_SUFFIXES, VideoOutputs
+from mlnet_utils.predict.video import VIDEO_SUFFIXES
+from mlnet_utils.runtime import sha256_file
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def make_checkpoint(path: Path, seed: int = 0) -> Path:
-    config = tiny_config()
-    torch.manual_seed(seed)
-    save_checkpoint(path, config, MLNet(config).state_dict())
-    return path
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("network") / "best.pt")
+    return tiny_checkpoint(tmp_path_factory.mktemp("network") / "best.pt")
 
 
 def photo(path: Path, size=(80, 60), mode="RGB", **options) -> Path:
@@ -102,8 +93,13 @@ def test_every_photo_gets_its_maps_at_its_own_size(album, checkpoint, tmp_path):
 
 def test_maps_alone_by_default_and_from_single_files(album, checkpoint, tmp_path):
     paths = [album / "plain.jpg", album / "sub" / "turned.v2.jpg"]
-    predict_folder(checkpoint, paths, tmp_path / "out")
+    predict_folder(checkpoint, paths, tmp_path / "out", upright=False)
     assert files(tmp_path / "out") == {"plain.png", "turned.v2.png", "prediction.json"}
+    with Image.open(tmp_path / "out" / "turned.v2.png") as image:
+        assert image.size == (100, 40)  # the orientation as it is stored, on request
+    record = json.loads((tmp_path / "out" / "prediction.json").read_text())
+    assert record["checkpoint"].endswith("best.pt")
+    assert record["sha256"] == sha256_file(checkpoint)
 
 
 def test_batches_and_workers_change_nothing(album, checkpoint, tmp_path):
@@ -112,19 +108,6 @@ def test_batches_and_workers_change_nothing(album, checkpoint, tmp_path):
     for stem in SIZES:
         one, other = (np.asarray(Image.open(tmp_path / d / f"{stem}.png")) for d in ("one", "all"))
         assert np.abs(one.astype(int) - other).max() <= 1  # rounding of another batch's kernels
-
-
-def test_stored_orientation_on_request(album, checkpoint, tmp_path):
-    predict_folder(checkpoint, [album / "sub"], tmp_path / "out", upright=False)
-    with Image.open(tmp_path / "out" / "turned.v2.png") as image:
-        assert image.size == (100, 40)
-
-
-def test_the_record_names_the_checkpoint(album, checkpoint, tmp_path):
-    predict_folder(checkpoint, [album / "plain.jpg"], tmp_path / "out")
-    record = json.loads((tmp_path / "out" / "prediction.json").read_text())
-    assert record["checkpoint"].endswith("best.pt")
-    assert len(record["sha256"]) == 64
 
 
 # ---- resuming ----------------------------------------------------------------------------------
@@ -144,17 +127,11 @@ def test_a_second_call_does_only_what_is_missing(album, checkpoint, tmp_path):
     }
     assert {name for name in before if after[name] == before[name]} == kept - {"prediction.json"}
     assert predict_folder(checkpoint, [album], out, overlay=True).done == []
+    assert len(predict_folder(checkpoint, [album], out, overlay=True, force=True).done) == 8
+    assert not [name for name, stamp in stamps(out).items() if stamp == after.get(name)]
 
 
-def test_force_redoes_everything(album, checkpoint, tmp_path):
-    out = tmp_path / "out"
-    predict_folder(checkpoint, [album], out)
-    before = stamps(out)
-    result = predict_folder(checkpoint, [album], out, force=True)
-    assert len(result.done) == 7
-    assert not [name for name, stamp in stamps(out).items() if stamp == before[name]]
-
-
+@pytest.mark.slow
 def test_a_killed_call_is_completed_and_leaves_nothing(checkpoint, tmp_path):
     album, out = tmp_path / "album", tmp_path / "out"
     for number in range(30):
@@ -180,9 +157,9 @@ def test_a_killed_call_is_completed_and_leaves_nothing(checkpoint, tmp_path):
 
 
 def test_maps_of_two_checkpoints_are_not_mixed(album, checkpoint, tmp_path):
-    other = make_checkpoint(tmp_path / "other.pt", seed=1)
+    other = tiny_checkpoint(tmp_path / "other.pt", seed=1)
     predict_folder(checkpoint, [album], tmp_path / "out")
-    with pytest.raises(ValueError, match=r"made by another checkpoint \(.*best\.pt\)"):
+    with pytest.raises(ValueError, match=r"best\.pt"):
         predict_folder(other, [album], tmp_path / "out")
     assert len(predict_folder(other, [album], tmp_path / "out", force=True).done) == 7
     assert predict_folder(other, [album], tmp_path / "out").done == []
@@ -191,11 +168,11 @@ def test_maps_of_two_checkpoints_are_not_mixed(album, checkpoint, tmp_path):
 def test_an_interrupted_force_leaves_no_maps_of_the_other_checkpoint(
     album, checkpoint, tmp_path, monkeypatch
 ):
-    other, out = make_checkpoint(tmp_path / "other.pt", seed=1), tmp_path / "out"
+    other, out = tiny_checkpoint(tmp_path / "other.pt", seed=1), tmp_path / "out"
     predict_folder(checkpoint, [album], out, npy=True)
     bystanders = [photo(out / "mine.png"), photo(out / "sub" / "mine_overlay.png")]
     predict_folder(other, [album], tmp_path / "expected", npy=True, batch_size=1)
-    real, batches = folders._predict_and_write, []
+    real, batches = folders.predict_maps, []
 
     def interrupted(*arguments):
         batches.append(arguments)
@@ -204,7 +181,7 @@ def test_an_interrupted_force_leaves_no_maps_of_the_other_checkpoint(
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(folders, "_predict_and_write", interrupted)
+        patch.setattr(folders, "predict_maps", interrupted)
         with pytest.raises(KeyboardInterrupt):
             predict_folder(other, [album], out, npy=True, force=True, batch_size=1)
     assert len(list(out.rglob("*.npy"))) == 2
@@ -228,19 +205,19 @@ def test_force_takes_maps_of_an_unknown_checkpoint_for_those_of_another(
     made = photo(out / "x.png")
     if record is not None:
         (out / "prediction.json").write_text(record)
-        with pytest.raises(ValueError, match="not valid JSON" if not record else "another check"):
-            begin(checkpoint, [album], out, Outputs(), False, 1, "cpu")
+        with pytest.raises(ValueError, match=out.name):
+            begin(checkpoint, [album], out, [".png"], False, 1, "cpu")
     assert made.is_file()
-    begin(checkpoint, [album], out, Outputs(), True, 1, "cpu")
+    begin(checkpoint, [album], out, [".png"], True, 1, "cpu")
     assert files(out) == {"prediction.json"}
 
 
 def test_force_removes_the_videos_of_another_checkpoint_only(checkpoint, tmp_path):
-    other, out = make_checkpoint(tmp_path / "other.pt", seed=1), tmp_path / "out"
+    other, out = tiny_checkpoint(tmp_path / "other.pt", seed=1), tmp_path / "out"
     (tmp_path / "x.mp4").touch()
 
     def start(network):
-        call = ([tmp_path / "x.mp4"], out, VideoOutputs(overlay=True), True, 1, "cpu")
+        call = ([tmp_path / "x.mp4"], out, ["_overlay.mp4", ".mp4"], True, 1, "cpu")
         return begin(network, *call, VIDEO_SUFFIXES)
 
     start(checkpoint)
@@ -263,9 +240,8 @@ def test_a_broken_photo_stops_nothing(album, checkpoint, tmp_path):
         result = predict_folder(checkpoint, [album], out, batch_size=batch_size)
         assert len(result.done) == 7
         assert {path.name for path in result.failed} == {"broken.jpg", "empty.png", "icon.png"}
-        assert "cannot be decoded" in result.failed[album / "broken.jpg"]
-        assert "31x80 pixels; both sides" in result.failed[album / "icon.png"]
-        assert result.summary().startswith("7 done, 0 were done before\nfailed: ")
+        assert "31x80" in result.failed[album / "icon.png"]
+        assert result.summary().count("failed: ") == 3
         assert not [name for name in files(out) if "broken" in name or name.endswith(".tmp.png")]
 
 
@@ -273,7 +249,7 @@ def test_a_map_that_cannot_be_written_is_a_failure_of_its_photo(album, checkpoin
     (tmp_path / "out" / "plain.png").mkdir(parents=True)
     result = predict_folder(checkpoint, [album], tmp_path / "out")
     assert len(result.done) == 6
-    assert "map cannot be written" in result.failed[album / "plain.jpg"]
+    assert list(result.failed) == [album / "plain.jpg"]
 
 
 def test_command_line_reports_and_ends_with_1(album, checkpoint, tmp_path, capsys):
@@ -288,27 +264,24 @@ def test_command_line_reports_and_ends_with_1(album, checkpoint, tmp_path, capsy
 
 
 # ---- names -------------------------------------------------------------------------------------
-def listed(paths, out, **outputs):
-    return list_photos(paths, out, Outputs(**outputs))
+def listed(paths, out, endings=(".png",)):
+    return list_targets(paths, out, endings)
 
 
 def test_two_photos_never_write_the_same_file(tmp_path):
     a, b = photo(tmp_path / "1" / "x.jpg"), photo(tmp_path / "2" / "x.jpg")
     out = tmp_path / "out"
-    with pytest.raises(
-        ValueError, match=r"1/x\.jpg and .*2/x\.jpg would both be written to .*x\.png"
-    ):
-        listed([a, b], out)
-    with pytest.raises(ValueError, match="would both be written"):
-        listed([tmp_path / "1", tmp_path / "2"], out)
-    assert listed([tmp_path], out) == {a: out / "1" / "x", b: out / "2" / "x"}
+    for paths in ([a, b], [tmp_path / "1", tmp_path / "2"]):
+        with pytest.raises(ValueError, match=r"1/x\.jpg and .*2/x\.jpg .*x\.png"):
+            listed(paths, out)
+    assert listed([tmp_path], out) == {a: [out / "1" / "x.png"], b: [out / "2" / "x.png"]}
 
 
 @pytest.mark.parametrize("names", [("x.jpg", "x.png"), ("x.jpg", "X.jpeg")])
 def test_stems_that_some_file_systems_take_for_equal(tmp_path, names):
     for name in names:
         photo(tmp_path / "album" / name)
-    with pytest.raises(ValueError, match="would both be written"):
+    with pytest.raises(ValueError, match=r"x\.png"):
         listed([tmp_path / "album"], tmp_path / "out")
 
 
@@ -316,8 +289,8 @@ def test_an_overlay_may_collide_with_a_map(tmp_path):
     for name in ("x.jpg", "x_overlay.jpg"):
         photo(tmp_path / "album" / name)
     assert len(listed([tmp_path / "album"], tmp_path / "out")) == 2
-    with pytest.raises(ValueError, match=r"would both be written to .*x_overlay\.png"):
-        listed([tmp_path / "album"], tmp_path / "out", overlay=True)
+    with pytest.raises(ValueError, match=r"x_overlay\.png"):
+        listed([tmp_path / "album"], tmp_path / "out", ["_overlay.png", ".png"])
 
 
 def test_a_photo_given_twice_is_one_photo(tmp_path):
@@ -327,9 +300,9 @@ def test_a_photo_given_twice_is_one_photo(tmp_path):
 
 def test_a_photo_is_never_overwritten(tmp_path):
     path = photo(tmp_path / "album" / "x.png")
-    with pytest.raises(ValueError, match=r"x\.png is read and would be overwritten"):
+    with pytest.raises(ValueError, match=r"x\.png is read"):
         listed([path], tmp_path / "album")
-    with pytest.raises(ValueError, match="cannot be written into it"):
+    with pytest.raises(ValueError, match="album"):
         listed([tmp_path / "album"], tmp_path / "album")
 
 
@@ -346,13 +319,13 @@ def test_maps_and_hidden_files_are_not_taken_for_photos(tmp_path, checkpoint):
 
 def test_nothing_to_do_is_an_error(tmp_path, checkpoint):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"nothing ending in \.jpg, .* in .*empty"):
+    with pytest.raises(ValueError, match=r"\.jpg, .*empty"):
         predict_folder(checkpoint, [tmp_path / "empty"], tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match=r"gone\.jpg does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.jpg"):
         predict_folder(checkpoint, [tmp_path / "gone.jpg"], tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match=r"no\.pt does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"no\.pt"):
         predict_folder(tmp_path / "no.pt", [tmp_path], tmp_path / "out")
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size"):
         predict_folder(checkpoint, [tmp_path], tmp_path / "out", batch_size=0)
     assert not (tmp_path / "out").exists()
 

@@ -19,7 +19,6 @@ from mlnet_utils.predict.predictor import (
     SMOOTHLY,
     Predictor,
     load,
-    predict_densities,
     predict_maps,
     to_density,
 )
@@ -111,19 +110,19 @@ def test_transparent_arrays_are_put_over_white(predictor, pixels):
 @pytest.mark.parametrize(
     ("image", "message"),
     [
-        (np.zeros((60, 80, 2), np.uint8), r"got ndarray of shape \(60, 80, 2\)"),
-        (np.zeros((3, 60, 80), np.uint8), r"got ndarray of shape \(3, 60, 80\)"),
-        (torch.zeros(60, 80, 3), r"got Tensor of shape \(60, 80, 3\)"),
-        (np.zeros((1, 60, 80, 3), np.uint8), r"of shape \(1, 60, 80, 3\)"),
-        (np.zeros((0, 80, 3), np.uint8), r"of shape \(0, 80, 3\)"),
-        (None, "got NoneType of shape"),
-        (np.zeros((60, 80, 3), np.int64), "must be uint8 or float, got int64"),
-        (np.zeros((60, 80), bool), "must be uint8 or float, got bool"),
-        (np.full((60, 80), -0.1), "finite and in"),
-        (np.full((60, 80), 256.0), "finite and in"),
-        (np.full((60, 80), np.nan), "finite and in"),
-        (np.zeros((31, 80, 3), np.uint8), "80x31 pixels; both sides must be at least 32"),
-        (np.zeros((80, 31), np.uint8), "31x80 pixels; both sides must be at least 32"),
+        (np.zeros((60, 80, 2), np.uint8), r"\(60, 80, 2\)"),
+        (np.zeros((3, 60, 80), np.uint8), r"\(3, 60, 80\)"),
+        (torch.zeros(60, 80, 3), r"Tensor .*\(60, 80, 3\)"),
+        (np.zeros((1, 60, 80, 3), np.uint8), r"\(1, 60, 80, 3\)"),
+        (np.zeros((0, 80, 3), np.uint8), r"\(0, 80, 3\)"),
+        (None, "NoneType"),
+        (np.zeros((60, 80, 3), np.int64), "int64"),
+        (np.zeros((60, 80), bool), "bool"),
+        (np.full((60, 80), -0.1), r"0\.\.255"),
+        (np.full((60, 80), 256.0), r"0\.\.255"),
+        (np.full((60, 80), np.nan), r"0\.\.255"),
+        (np.zeros((31, 80, 3), np.uint8), "80x31"),
+        (np.zeros((80, 31), np.uint8), "31x80"),
     ],
 )
 def test_what_is_no_photo_is_an_error(predictor, image, message):
@@ -264,12 +263,6 @@ def test_averaging_over_sizes_of_the_photo(head, pixels):
     mean = torch.stack([F.interpolate(one, size=(4, 5), **SMOOTHLY) for one in maps]).mean(0)[:, 0]
     torch.testing.assert_close(found, mean.exp() if head == "density" else mean)
     assert (found - predict_maps(plain.model, plain.config, image)).abs().max() > 0
-
-
-def test_the_core_function_needs_a_box_per_photo(predictor):
-    images = torch.zeros(2, 3, 32, 40)
-    with pytest.raises(ValueError, match="zip"):
-        predict_densities(predictor.model, predictor.config, images, [Letterbox(60, 80, 32, 40)])
 
 
 def test_prediction_leaves_no_gradient_and_no_randomness(predictor, pixels):

@@ -64,26 +64,24 @@ def test_files_are_copied_under_their_names(tmp_path, trains):
     photos = from_pysaliency(pysaliency.FileStimuli(list(map(str, files))), trains, tmp_path)
     assert [photo.image for photo in photos] == ["images/one.jpg", "images/two.jpg"]
     assert (tmp_path / "images/two.jpg").read_bytes() == files[1].read_bytes()
-
-
-def test_files_of_the_same_name_get_numbers(tmp_path, trains):
-    files = [save_photo(tmp_path / f"{name}/x.jpg", 20, 10) for name in ("one", "two")]
-    photos = from_pysaliency(pysaliency.FileStimuli(list(map(str, files))), trains, tmp_path)
+    same = [save_photo(tmp_path / f"{name}/x.jpg", 20, 10) for name in ("one", "two")]
+    numbered = pysaliency.FileStimuli(list(map(str, same)))
+    photos = from_pysaliency(numbered, trains, tmp_path / "numbered")
     assert [photo.stem for photo in photos] == ["stimulus_00000", "stimulus_00001"]
 
 
 def test_what_does_not_fit_is_an_error(stimuli, trains, tmp_path):
-    with pytest.raises(ValueError, match=r"are on stimuli 0 to 1, but there are 1"):
+    with pytest.raises(ValueError, match="0 to 1, but there are 1"):
         from_pysaliency(stimuli[:1], trains, tmp_path / "a")
-    with pytest.raises(ValueError, match=r"1 photos have no fixation on them"):
+    with pytest.raises(ValueError, match="1 photos"):
         from_pysaliency(stimuli, trains[trains.n == 0], tmp_path / "b")
-    with pytest.raises(ValueError, match="there are no stimuli"):
+    with pytest.raises(ValueError, match="no stimuli"):
         from_pysaliency(pysaliency.Stimuli([]), trains, tmp_path / "c")
     assert len(from_pysaliency(stimuli, trains, tmp_path / "b")) == 2  # nothing was left behind
-    with pytest.raises(FileExistsError, match="images exists: choose an empty folder"):
+    with pytest.raises(FileExistsError, match="images exists"):
         from_pysaliency(stimuli, trains, tmp_path / "b")
     floats = pysaliency.Stimuli([np.zeros((10, 20, 3))] * 2)
-    with pytest.raises(ValueError, match="must be uint8, got float64"):
+    with pytest.raises(ValueError, match="float64"):
         from_pysaliency(floats, trains, tmp_path / "d")
 
 
@@ -108,7 +106,7 @@ def test_photos_turned_by_their_exif(trains, tmp_path):
     for photo in photos:  # as pysaliency sees them, which is where the fixations are
         assert read_image(tmp_path / photo.image).shape == (3, photo.height, photo.width)
     turned = [replace(photos[0], image="turned.png")]
-    with pytest.raises(ValueError, match=r"1 photos are turned by their EXIF, e.g. .*turned.png"):
+    with pytest.raises(ValueError, match=r"turned\.png"):
         to_pysaliency(turned, tmp_path)
 
 
@@ -188,5 +186,5 @@ def test_predictions_that_are_no_densities(density, message):
 
 def test_without_pysaliency_the_remedy_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "pysaliency", None)
-    with pytest.raises(ImportError, match=r"pip install 'mlnet-utils\[parity\]'"):
+    with pytest.raises(ImportError, match=r"\[parity\]"):
         as_pysaliency_model(left_to_right)

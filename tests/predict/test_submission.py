@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_checkpoint, tiny_config
 from PIL import Image
 from scipy.special import logsumexp
 
@@ -28,12 +28,7 @@ SIZES = {f"{name}.jpg": (64, 48) for name in NAMES}
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("network") / "best.pt"
-    config = tiny_config(head="paper")  # whose zeros are the harder case
-    torch.manual_seed(0)
-    model = MLNet(config)
-    torch.nn.init.constant_(model.to_map.bias, 0.2)
-    save_checkpoint(path, config, model.state_dict())
-    return path
+    return tiny_checkpoint(path, head="paper")  # its zeros are the harder case
 
 
 @pytest.fixture(autouse=True)
@@ -73,16 +68,16 @@ def test_photos_are_found_in_the_raw_data_or_where_one_says(photos, tmp_path, mo
 
 
 def test_impossible_requests_are_errors(photos, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="unknown benchmark 'salicon': use one of salicon-2017, "):
+    with pytest.raises(ValueError, match="'salicon'"):
         benchmark_photos("salicon")
-    with pytest.raises(ValueError, match="takes the split val or test, not train"):
+    with pytest.raises(ValueError, match="train"):
         benchmark_photos("salicon-2017", "train")
-    with pytest.raises(FileNotFoundError, match=r"images/val does not exist; it should hold the 3"):
+    with pytest.raises(FileNotFoundError, match=r"images/val"):
         benchmark_photos("salicon-2017", "val", root=tmp_path / "data")
-    with pytest.raises(ValueError, match=r"takes a file ending in \.zip, not out\.json"):
+    with pytest.raises(ValueError, match=r"\.zip, not out\.json"):
         write_submission(checkpoint, "salicon-2017", tmp_path / "out.json", photos=photos)
     (photos / f"{NAMES[1]}.jpg").unlink()
-    with pytest.raises(ValueError, match=r"holds 2 photos, but salicon-2017 \(test\) has 3"):
+    with pytest.raises(ValueError, match="2 photos"):
         benchmark_photos("salicon-2017", photos=photos)
 
 
@@ -115,7 +110,7 @@ def test_salicon_2015(photos, checkpoint, tmp_path):
 
 def test_photos_without_a_coco_id_are_an_error(photos, checkpoint, tmp_path):
     (photos / f"{NAMES[0]}.jpg").rename(photos / "holiday.jpg")
-    with pytest.raises(ValueError, match=r"holiday\.jpg has no COCO image id"):
+    with pytest.raises(ValueError, match=r"holiday\.jpg"):
         write_submission(checkpoint, "salicon-2015", tmp_path / "out.json", photos=photos)
 
 
@@ -178,7 +173,7 @@ def test_an_interrupted_submission_continues(photos, checkpoint, tmp_path, monke
 def test_an_incomplete_submission_is_not_written(photos, checkpoint, tmp_path):
     broken = photos / f"{NAMES[2]}.jpg"
     broken.write_bytes(broken.read_bytes()[:700])  # the size is still readable
-    with pytest.raises(RuntimeError, match=r"would not be complete: 2 done(.|\n)*523957"):
+    with pytest.raises(RuntimeError, match="523957"):
         write_submission(checkpoint, "salicon-2017", tmp_path / "out.zip", photos=photos)
     assert not (tmp_path / "out.zip").exists()
 
@@ -191,7 +186,7 @@ def test_a_submission_that_would_be_refused_is_not_written(photos, tmp_path):
     save_checkpoint(dead, config, model.state_dict())
     with (
         pytest.warns(UserWarning, match="zero everywhere"),
-        pytest.raises(RuntimeError, match="would be refused: the same value everywhere"),
+        pytest.raises(RuntimeError, match=r"out\.zip"),
     ):
         write_submission(dead, "salicon-2017", tmp_path / "out.zip", photos=photos)
     assert not (tmp_path / "out.zip").exists()
@@ -201,9 +196,7 @@ def test_hdf5_without_h5py_is_an_error_before_the_work(
     categories, checkpoint, tmp_path, monkeypatch
 ):
     monkeypatch.setitem(sys.modules, "h5py", None)
-    with pytest.raises(
-        ModuleNotFoundError, match=r"need h5py: pip install 'mlnet-utils\[legacy\]'"
-    ):
+    with pytest.raises(ImportError, match=r"h5py.*\[legacy\]"):
         write_submission(checkpoint, "cat2000", tmp_path / "out.hdf5", photos=categories)
     assert not (tmp_path / "out_maps").exists()
 
@@ -219,19 +212,13 @@ def zipped(path: Path, entries: dict[str, bytes]) -> Path:
     return path
 
 
-def test_a_good_zip_of_anybody_passes(tmp_path):
-    with zipfile.ZipFile(tmp_path / "x.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in GOOD.items():
-            archive.writestr(name, content)
-    assert validate_submission(tmp_path / "x.zip", SIZES) == []
-
-
 ONE = f"{NAMES[0]}.png"
 
 
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
+        ({}, []),
         ({ONE: None}, ["missing (1): " + ONE]),
         ({"x.png": png()}, ["not asked for (1): x.png"]),
         ({"__MACOSX/._x": b""}, ["not asked for (1): __MACOSX/._x"]),
@@ -284,10 +271,10 @@ def test_long_lists_are_cut(tmp_path):
 
 
 def test_what_is_no_submission(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"x\.zip does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"x\.zip"):
         validate_submission(tmp_path / "x.zip", SIZES)
     (tmp_path / "x.rar").touch()
-    with pytest.raises(ValueError, match=r"ends in \.zip, \.json, \.hdf5, \.h5, not x\.rar"):
+    with pytest.raises(ValueError, match=r"x\.rar"):
         validate_submission(tmp_path / "x.rar", SIZES)
 
 
@@ -304,7 +291,10 @@ def entry(number: int, content: bytes | None = None) -> dict:
         ([entry(42), entry(7), entry(523957), entry(1)], "not asked for (1): 1"),
         ([entry(42), entry(7), entry(523957), entry(7)], "more than once (1): 7"),
         ([entry(42), entry(7, png((9, 9))), entry(523957)], "not of the photo's size (1): 7 (9x9"),
-        ([{**entry(42), "saliency_map": "?"}, entry(7), entry(523957)], "not base64 (1): 42"),
+        (
+            [{**entry(42), "saliency_map": "?"}, entry(7), entry(523957)],
+            "cannot be unpacked (1)",
+        ),
         ([{"image_id": "42", "saliency_map": ""}], "not a list of {image_id: number"),
         ({"annotations": []}, "not a list of {image_id: number"),
     ],
@@ -313,9 +303,6 @@ def test_every_mistake_in_json_is_noticed(tmp_path, entries, start):
     (tmp_path / "x.json").write_text(json.dumps(entries))
     (problem,) = validate_submission(tmp_path / "x.json", SIZES)
     assert problem.startswith(start)
-
-
-def test_damaged_json(tmp_path):
     (tmp_path / "x.json").write_text('[{"image_id": 4')
     (problem,) = validate_submission(tmp_path / "x.json", SIZES)
     assert problem.startswith("not a JSON file (1): x.json")
