@@ -13,13 +13,14 @@ PY := $(VENV)/bin/python
 NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce test publish address clean
+.PHONY: help reproduce quick test style test-code test-notebooks publish address clean
 
 help:
 	@echo "make reproduce [PRESET=sample]  run all notebooks: data, training, scores, figures"
 	@echo "                                PRESET is a name (sample, osie, ...) or a YAML file;"
 	@echo "                                more options: ARGS='--force --data-root ~/data'"
-	@echo "make test                       style, unit tests, notebooks, one pipeline run"
+	@echo "make quick                      style and the fast tests, in a minute or so"
+	@echo "make test                       style, all tests, notebooks, one pipeline run"
 	@echo "make publish                    copy the sample run's notebooks and figures into the"
 	@echo "                                repository"
 	@echo "make address                    write the address in pyproject.toml into all links"
@@ -30,15 +31,26 @@ help:
 reproduce: $(VENV)/.reproduce
 	$(PY) -m mlnet_utils reproduce --preset $(PRESET) $(ARGS)
 
-# The notebooks run in a temporary folder: a test must not touch the user's own runs.
-test: $(VENV)/.test
+quick: $(VENV)/.test style
+	$(PY) -m pytest -n auto -m "not slow and not realdata"
+
+# At the same time: a notebook keeps only one core busy.
+test: $(VENV)/.test style
+	$(MAKE) --jobs 2 test-code test-notebooks
+
+style: $(VENV)/.test
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) tools/address.py --check
+
+test-code: $(VENV)/.test
+	$(PY) -m pytest -n auto
+
+# The notebooks run in a temporary folder: a test must not touch the user's own runs.
+test-notebooks: $(VENV)/.test
 	runs=$$(mktemp -d) && trap 'rm -rf "$$runs"' EXIT && export MLNET_RUNS="$$runs" && \
 	$(PY) -m mlnet_utils reproduce --preset tiny --run-dir "$$runs/pipeline" && \
 	$(PY) -m pytest $(NBVAL) notebooks/
-	$(PY) -m pytest -n auto
 
 publish: $(VENV)/.reproduce
 	$(PY) -m mlnet_utils publish --preset $(PRESET)

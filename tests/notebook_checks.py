@@ -1,6 +1,6 @@
-"""Hygiene of a saved notebook, one function per rule.
+"""Hygiene of a saved notebook, one function per rule: facts, no taste.
 
-Each takes the notebook and its path and returns what is wrong, in words; [] where all is well.
+Each takes the notebook and its path and returns the problems, in words; [] where all is well.
 `test_notebooks.py` applies them to every notebook of the repository, and to bad ones.
 """
 
@@ -8,17 +8,13 @@ import ast
 import importlib.util
 import json
 import re
-import tokenize
-from io import StringIO
 from pathlib import Path
+
+from mlnet_utils.running.notebooks import parameters_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
 MAX_BYTES = 1_000_000
-MAX_CELLS = 40  # 22 to 32 read best
-MAX_CODE_LINES = 150  # about 100 read best
-MAX_DEF_LINES = 8
-MAX_PARAMETERS = 8
 MIN_SHARE_WITH_OUTPUT = 0.4
 CELL_METADATA = {"tags", "nbval-check-output"}
 WIDGETS = "application/vnd.jupyter.widget"
@@ -27,7 +23,6 @@ MACHINE_PATH = re.compile(
     r"kaggle|data|scratch)/[\w.-]+|file://|\b[A-Z]:\\+\w|~/\w|site-packages"
 )
 MAGIC = re.compile(r"^([ \t]*)[!%]", re.MULTILINE)
-TYPED_COMMENT = re.compile(r"#\s*(type:\s*)?(str|int|float|bool|list|tuple|dict)\b.{3,}")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)[^)]*\)")
 FENCED = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)  # its comments look like headings
 HTML_IMAGE = re.compile(r"<img\b[^>]*>", re.IGNORECASE)
@@ -129,67 +124,28 @@ def small_file(notebook, path):
 
 
 # ---- parameters --------------------------------------------------------------------------------
-def one_parameters_cell(notebook, path):
-    tagged = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", ())]
-    if any("injected-parameters" in cell.metadata.get("tags", ()) for cell in notebook.cells):
-        return ["holds parameters injected by a run"]
-    if len(tagged) != 1 or tagged[0].cell_type != "code":
-        return [f"{len(tagged)} cells are tagged `parameters`, should be one code cell"]
-    problems, values = [], {}
-    for statement in python(tagged[0]).body:
-        target = getattr(statement, "target", None) or getattr(statement, "targets", [None])[0]
-        try:
-            values[target.id] = ast.literal_eval(statement.value)
-        except (AttributeError, ValueError):
-            problems.append(f"`{ast.unparse(statement)}` is not NAME = literal")
-    problems += [f"parameter {name} is not in capitals" for name in values if not name.isupper()]
-    for name, value in {"PRESET": "sample", "RUN_DIR": "", "DATA_ROOT": ""}.items():
-        if values.get(name) != value:
-            problems.append(f"parameter {name} should be {value!r}")
-    if len(values) > MAX_PARAMETERS:
-        problems.append(f"{len(values)} parameters, at most {MAX_PARAMETERS}")
-    return problems + _comment_problems(tagged[0].source)
+def literal_parameters(notebook, path):
+    """One cell of `NAME = literal`, with the three names and values that the pipeline relies on."""
+    try:
+        values = parameters_of(path)
+    except ValueError as error:
+        return [str(error)]
+    wanted = {"PRESET": "sample", "RUN_DIR": "", "DATA_ROOT": ""}
+    return [
+        f"parameter {name} should be {value!r}"
+        for name, value in wanted.items()
+        if values.get(name) != value
+    ]
 
 
-def _comment_problems(source):
-    """Parameters whose line does not end with a comment that names a type and says something."""
-    tokens = tokenize.generate_tokens(StringIO(source).readline)
-    comments = {t.start[0]: t.string for t in tokens if t.type == tokenize.COMMENT}
-    problems = []
-    for statement in ast.parse(source).body:
-        comment = comments.get(statement.end_lineno, "")
-        annotated = isinstance(statement, ast.AnnAssign) and len(comment) > 5
-        if not annotated and not TYPED_COMMENT.match(comment):
-            problems.append(
-                f"`{ast.unparse(statement)}` needs a comment like `# int: what it does`"
-            )
-        if "=" in comment:
-            problems.append(f"`{ast.unparse(statement)}`: papermill cannot read '=' in a comment")
-    return problems
-
-
-# ---- short pages, plain code -------------------------------------------------------------------
-def few_cells(notebook, path):
-    count = len(notebook.cells)
-    return [f"{count} cells, at most {MAX_CELLS}"] if count > MAX_CELLS else []
-
-
-def little_code(notebook, path):
-    lines = [ln for cell in code_cells(notebook) for ln in cell.source.splitlines() if ln.strip()]
-    return [f"{len(lines)} lines of code, at most {MAX_CODE_LINES}"] * (len(lines) > MAX_CODE_LINES)
-
-
+# ---- plain code ------------------------------------------------------------------------------
 def no_machinery(notebook, path):
-    """The package is the mechanism: notebooks define no classes and no long functions."""
+    """The package is the mechanism: no classes, no star imports, no bare excepts."""
     problems = []
     for cell in code_cells(notebook):
         for node in ast.walk(python(cell)):
             if isinstance(node, ast.ClassDef):
                 problems.append(f"defines class {node.name}")
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                length = node.end_lineno - node.lineno + 1
-                if length > MAX_DEF_LINES:
-                    problems.append(f"def {node.name} has {length} lines, at most {MAX_DEF_LINES}")
             if isinstance(node, ast.ImportFrom) and node.names[0].name == "*":
                 problems.append(f"{label(cell)} imports *")
             if isinstance(node, ast.ExceptHandler) and node.type is None:
@@ -217,15 +173,7 @@ def no_path_tricks(notebook, path):
     ]
 
 
-# ---- prose and links ---------------------------------------------------------------------------
-def title_first(notebook, path):
-    titles = re.findall(r"^# .+", markdown(notebook), re.MULTILINE)
-    first = notebook.cells[0]
-    if first.cell_type == "markdown" and first.source.startswith("# ") and len(titles) == 1:
-        return []
-    return ["the first cell must begin with the notebook's only H1"]
-
-
+# ---- links and pictures --------------------------------------------------------------------------
 def badges_carry_the_address(notebook, path):
     """Colab and nbviewer open this notebook of this repository, whose name pyproject.toml holds."""
     place = f"github/{repository_name()}/blob/main/notebooks/{path.name}"
@@ -235,15 +183,6 @@ def badges_carry_the_address(notebook, path):
         for site in ("https://colab.research.google.com", "https://nbviewer.org")
         if f"({site}/{place})" not in text
     ]
-
-
-def links_to_next(notebook, path):
-    numbered = sorted(path.parent.glob("[0-9][0-9]_*.ipynb"))
-    later = numbered[numbered.index(path) + 1 :]
-    links = {target for image, _, target in LINK.findall(markdown(notebook)) if not image}
-    if not later or later[0].name in links:
-        return []
-    return [f"does not link to the next notebook, {later[0].name}"]
 
 
 def links_are_valid(notebook, path):
@@ -331,15 +270,11 @@ CHECKS = (
     no_widgets,
     no_machine_paths,
     small_file,
-    one_parameters_cell,
-    few_cells,
-    little_code,
+    literal_parameters,
     no_machinery,
     shell_only_in_colab,
     no_path_tricks,
-    title_first,
     badges_carry_the_address,
-    links_to_next,
     links_are_valid,
     images_have_alt_text,
     figures_have_alt_text,
