@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
@@ -30,12 +31,12 @@ class Config:
 
     # ---- data
     dataset: str = "salicon-2015"
-    limit: int = _key(0, least=0)  # photos per split, 0 = all
-    train_limit: int = _key(0, least=0)  # training photos, 0 = all; the other splits stay whole
-    height: int = _key(480, least=32, multiple=8)  # of the input, in pixels
-    width: int = _key(640, least=32, multiple=8)
-    sigma: float = _key(0.0, least=0)  # blur of fixations in photo pixels; 0 = the dataset's own
-    fold: int = _key(-1, least=-1)  # cross-validation fold 0..4; -1 = the dataset's fixed split
+    limit: int = _key(0, at_least=0)  # photos per split, 0 = all
+    train_limit: int = _key(0, at_least=0)  # training photos, 0 = all; the other splits stay whole
+    height: int = _key(480, at_least=32, multiple_of=8)  # of the input, in pixels
+    width: int = _key(640, at_least=32, multiple_of=8)
+    sigma: float = _key(0.0, at_least=0)  # blur of fixations in photo pixels; 0 = the dataset's own
+    fold: int = _key(-1, at_least=-1)  # cross-validation fold 0..4; -1 = the dataset's fixed split
 
     # ---- model
     backbone: str = "vgg16"  # any other name is timm's
@@ -44,13 +45,13 @@ class Config:
     backbone_drop: tuple[str, ...] = ()  # modules of the timm backbone that are left out
     # "auto": what timm states for its own weights, else "imagenet"; "caffe": BGR, mean only.
     normalisation: str = _key("auto", choices=("auto", "imagenet", "caffe", "half"))
-    levels: int = _key(3, least=1)  # the deepest n levels of the backbone are used
-    channels: int = _key(64, least=1)  # of the encoding
-    dropout: float = _key(0.5, least=0, below=1)  # on the concatenated levels
+    levels: int = _key(3, at_least=1)  # the deepest n levels of the backbone are used
+    channels: int = _key(64, at_least=1)  # of the encoding
+    dropout: float = _key(0.5, at_least=0, below=1)  # on the concatenated levels
     dropout_channels: bool = False  # drop whole channels instead of single elements
     # "paper": ReLU, the prior multiplies; "density": softmax, a log prior is added.
     head: str = _key("paper", choices=("paper", "density"))
-    prior_cells: tuple[int, ...] = _key((6, 8), least=1)  # rows, columns; () = no prior
+    prior_cells: tuple[int, ...] = _key((6, 8), at_least=1)  # rows, columns; () = no prior
     # Compute as an earlier implementation does.
     compat: str = _key("", choices=("", "theano", "mlnet-pytorch"))
     dropout_at_test: bool = False  # a defect of MLNet-Pytorch, reproduced on request
@@ -61,44 +62,46 @@ class Config:
     # ---- loss
     loss: str = "mlnet"  # e.g. "mlnet", "kl", "kl + 0.5*cc + 0.1*nss" (terms in model/losses.py)
     alpha: float = _key(1.1, above=1)  # at 1 the loss divides by 0
-    prior_penalty: float = _key(-1.0, least=0, unset=-1)  # of ||W||^2; -1 = 1 / number of cells
+    prior_penalty: float = _key(
+        -1.0, at_least=0, except_for=-1
+    )  # of ||W||^2; -1 = 1 / number of cells
 
     # ---- optimisation
     optimizer: str = _key("sgd", choices=("sgd", "adam", "adamw"))
-    lr: float = _key(1e-3, least=0)
-    backbone_lr_scale: float = _key(1.0, least=0)  # the backbone's rate relative to the rest
+    lr: float = _key(1e-3, at_least=0)
+    backbone_lr_scale: float = _key(1.0, at_least=0)  # the backbone's rate relative to the rest
     schedule: str = _key("keras1", choices=("keras1", "constant", "onecycle"))
-    lr_decay: float = _key(5e-4, least=0)  # of keras1: lr / (1 + lr_decay * updates)
-    warmup: float = _key(0.0, least=0, below=1)  # share of the updates in which onecycle rises
-    momentum: float = _key(0.9, least=0)
-    weight_decay: float = _key(0.0, least=0)
-    clip_norm: float = _key(0.0, least=0)  # limit of the gradient's norm, 0 = none
-    batch_size: int = _key(10, least=1)
-    epochs: int = _key(20, least=1)
-    patience: int = _key(5, least=0)  # epochs without a better validation loss; 0 = never stop
-    ema_decay: float = _key(0.0, least=0, below=1)  # moving average of the weights, 0 = none
-    flip: float = _key(0.0, least=0, most=1)  # probability of mirroring photo and fixations
+    lr_decay: float = _key(5e-4, at_least=0)  # of keras1: lr / (1 + lr_decay * updates)
+    warmup: float = _key(0.0, at_least=0, below=1)  # share of the updates in which onecycle rises
+    momentum: float = _key(0.9, at_least=0)
+    weight_decay: float = _key(0.0, at_least=0)
+    clip_norm: float = _key(0.0, at_least=0)  # limit of the gradient's norm, 0 = none
+    batch_size: int = _key(10, at_least=1)
+    epochs: int = _key(20, at_least=1)
+    patience: int = _key(5, at_least=0)  # epochs without a better validation loss; 0 = never stop
+    ema_decay: float = _key(0.0, at_least=0, below=1)  # moving average of the weights, 0 = none
+    flip: float = _key(0.0, at_least=0, at_most=1)  # probability of mirroring photo and fixations
 
     # ---- engine (changes speed and memory, not what is learned)
     precision: str = _key("fp32", choices=("auto", "fp32", "bf16", "fp16"))
-    micro_batch: int = _key(-1, least=-1)  # photos per pass; 0 = batch_size, -1 = what fits
+    micro_batch: int = _key(-1, at_least=-1)  # photos per pass; 0 = batch_size, -1 = what fits
     checkpointing: bool = False  # recompute backbone activations to save memory
     channels_last: bool = True  # memory format; VGG-16 is 5 to 15 % faster, on a CPU too
     compile: bool = False
-    workers: int = _key(-1, least=-1)  # loader processes; -1 = chosen from the machine
+    workers: int = _key(-1, at_least=-1)  # loader processes; -1 = chosen from the machine
     cache: bool = False  # keep letterboxed photos in memory after the first epoch
     cache_features: bool = False  # keep a frozen backbone's features on disk
-    checkpoint_every: int = _key(200, least=1)  # updates between step checkpoints
+    checkpoint_every: int = _key(200, at_least=1)  # updates between step checkpoints
     deterministic: bool = False  # bit-reproducible GPU kernels, slower (the CPU always is)
-    seed: int = _key(0, least=0)
+    seed: int = _key(0, at_least=0)
 
     # ---- evaluation
     # Metric definitions, see docs/metrics.md.
     protocol: str = _key("mit300", choices=("mit300", "salicon", "salicon2015"))
     test_flip: bool = False  # average the prediction with that of the mirrored photo
     # Average predictions at these multiples of the input size.
-    test_scales: tuple[float, ...] = _key((1.0,), least=0.1, most=4)
-    bootstrap: int = _key(2000, least=0)  # resamples of the confidence intervals
+    test_scales: tuple[float, ...] = _key((1.0,), at_least=0.1, at_most=4)
+    bootstrap: int = _key(2000, at_least=0)  # resamples of the confidence intervals
 
     # Keys that a preset or its user has set: those that a checkpoint to start from may not
     # contradict (model.checkpoints.with_start). Neither compared nor stored.
@@ -149,15 +152,6 @@ KEYS = {key.name for key in dataclasses.fields(Config)} - {"given"}
 # of a training, so that predictions do not depend on them.
 RETIRED = {"jitter": 0.0, "crop": 0.0}
 
-# The limits of a number, in words.
-LIMITS = {
-    "least": "at least",
-    "most": "at most",
-    "above": "above",
-    "below": "below",
-    "multiple": "a multiple of",
-    "unset": "or",
-}
 
 # Keys that may differ between a checkpoint and the run that resumes it.
 ENGINE_FIELDS = (
@@ -282,14 +276,14 @@ def _coerce(name: str, value: Any, expected: type) -> Any:
     )
 
 
-def _check(name: str, value: Any, limits: Any) -> None:
-    """Compare a value with its limits.
+def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
+    """Compare a value of a key, or an item of it, with the limits of its field.
 
     Args:
         name: the key.
-        value: of the key, or an item of it.
-        limits: ``choices``, ``least``, ``most`` (inclusive), ``above``, ``below`` (exclusive),
-            ``multiple`` (of this number), ``unset`` (a value outside the limits that is allowed).
+        value: a number, or one of ``choices``.
+        limits: ``choices``, ``at_least``, ``at_most``, ``above``, ``below``, ``multiple_of``,
+            ``except_for`` (a number outside the limits that is allowed).
 
     Raises:
         ValueError: outside the limits, or not finite.
@@ -297,14 +291,14 @@ def _check(name: str, value: Any, limits: Any) -> None:
     if "choices" in limits and value not in limits["choices"]:
         allowed = ", ".join(map(str, limits["choices"]))
         raise ValueError(f"config: {name}={value!r} is not one of {allowed}")
-    if not isinstance(value, int | float) or value == limits.get("unset"):
+    if not isinstance(value, int | float) or value == limits.get("except_for"):
         return
     inside = (
         math.isfinite(value)
-        and limits.get("least", value) <= value <= limits.get("most", value)
+        and limits.get("at_least", value) <= value <= limits.get("at_most", value)
         and limits.get("above", -math.inf) < value < limits.get("below", math.inf)
-        and ("multiple" not in limits or value % limits["multiple"] == 0)
+        and ("multiple_of" not in limits or value % limits["multiple_of"] == 0)
     )
     if not inside:
-        wanted = [f"{words} {limits[kind]}" for kind, words in LIMITS.items() if kind in limits]
+        wanted = [f"{kind.replace('_', ' ')} {limit}" for kind, limit in limits.items()]
         raise ValueError(f"config: {name}={value} must be {', '.join(['finite', *wanted])}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from mlnet_utils.config import ENGINE_FIELDS, RETIRED, Config, from_dict
-from mlnet_utils.model.network import MLNet, reason
+from mlnet_utils.model.network import MLNet, load_strictly, read_tensors
 from mlnet_utils.runtime import atomic_path, checkout_root, display_path, sha256_file, versions
 
 FORMAT = "mlnet-checkpoint-1"
@@ -65,15 +65,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: unreadable, truncated, or not one of this project's checkpoints.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"checkpoint {path} does not exist; notebook 02_training makes it")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a truncated or foreign file
-        raise ValueError(
-            f"checkpoint {path} cannot be read ({reason(error)}); was it cut short?"
-        ) from error
+    content = read_tensors(path, "checkpoint")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of this project; weights of the earlier implementations "
@@ -118,34 +110,45 @@ def load_latest(folder: Path, config: Config, data: str) -> dict[str, Any] | Non
         ValueError: checkpoints exist but none is readable, or they come from another
             configuration or other data; training never restarts silently.
     """
-    existing = [folder / name for name in ("last.pt", "previous.pt") if (folder / name).exists()]
-    errors = []
-    for path in existing:
-        try:
-            content = load_checkpoint(path)
-        except ValueError as error:
-            errors.append(str(error))
-            continue
+    path, content, errors = _newest(folder)
+    best = folder / "best.pt"
+    if path:
         if errors:
             warnings.warn(f"{errors[0]}; continuing from {path.name}", stacklevel=2)
-        _check_same_run(path, content, config, data)
+        _check_same_config(path, content, config)
+        if content.get("data") != data:
+            raise ValueError(
+                f"checkpoint {path} was trained on other prepared data than the run's folder "
+                f"{folder.parent / 'data'} holds now; {OTHER_RUN}"
+            )
         return content
     if errors:
         raise ValueError(
-            "; ".join(errors) + f"; delete the folder {folder} to train from the beginning"
+            f"{'; '.join(errors)}; delete the folder {folder} to train from the beginning"
         )
-    if (folder / "best.pt").is_file():
-        _check_first_epoch(folder / "best.pt", config)
+    if best.is_file():
+        # A run that was killed in its first epoch may begin again and overwrite this file; where
+        # step checkpoints were deleted, it may not.
+        content = load_checkpoint(best)
+        _check_same_config(best, content, config)
+        if content.get("scores", {}).get("epoch", 2) > 1:
+            raise ValueError(
+                f"{best} is there, but not {folder / 'last.pt'} to continue from: put it back, or "
+                "move best.pt away to train from the beginning"
+            )
     return None
 
 
-def _check_same_run(path: Path, content: dict[str, Any], config: Config, data: str) -> None:
-    _check_same_config(path, content, config)
-    if content.get("data") != data:
-        raise ValueError(
-            f"checkpoint {path} was trained on other prepared data than {path.parents[1] / 'data'}"
-            f" holds now; {OTHER_RUN}"
-        )
+def _newest(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
+    """The newest readable step checkpoint with its path, and the errors of newer ones."""
+    errors = []
+    for path in (folder / "last.pt", folder / "previous.pt"):
+        if path.exists():
+            try:
+                return path, load_checkpoint(path), errors
+            except ValueError as error:
+                errors.append(str(error))
+    return None, {}, errors
 
 
 def _check_same_config(path: Path, content: dict[str, Any], config: Config) -> None:
@@ -159,20 +162,6 @@ def _check_same_config(path: Path, content: dict[str, Any], config: Config) -> N
         raise ValueError(
             f"checkpoint {path} comes from another configuration ({'; '.join(different)}); "
             f"{OTHER_RUN}"
-        )
-
-
-def _check_first_epoch(best: Path, config: Config) -> None:
-    """A best epoch without step checkpoints: a run killed in its first epoch, or deleted files.
-
-    Only in the first case may training begin again, and overwrite what is there.
-    """
-    content = load_checkpoint(best)
-    _check_same_config(best, content, config)
-    if content.get("scores", {}).get("epoch", 2) > 1:
-        raise ValueError(
-            f"{best} is there, but not {best.with_name('last.pt')} to continue from: put it back, "
-            "or move best.pt away to train from the beginning"
         )
 
 
@@ -208,9 +197,9 @@ def with_start(config: Config, folder: Path | None = None) -> Config:
         content, start_from = read_start(config.start_from)
         stored = _complete(content["config"])
     else:
-        stored = _stored_by_the_run(config.start_from, folder)
-        if not stored:
-            return config  # no checkpoint of the run can be read: load_latest says so
+        stored, unreadable = _begun(config.start_from, folder)
+        if unreadable:
+            return config  # load_latest says so
         start_from = stored["start_from"]
     default, wanted = Config().to_dict(), config.to_dict()
     chosen = {key for key in wanted if key in config.given or wanted[key] != default[key]}
@@ -265,31 +254,24 @@ def read_start(start_from: str) -> tuple[dict[str, Any], str]:
     return content, f"{display_path(path)}{PIN}{digest}"
 
 
-def _stored_by_the_run(start_from: str, folder: Path | None) -> dict[str, Any]:
-    """The configuration in the run's own checkpoints, if they began at ``start_from``.
+def _begun(start_from: str, folder: Path | None) -> tuple[dict[str, Any], bool]:
+    """The configuration of a run that began at ``start_from``, by its own checkpoints.
 
     Returns:
-        ``{}`` where there are checkpoints, but none can be read.
+        ``{}`` and True where there are checkpoints, but none can be read.
 
     Raises:
         FileNotFoundError: there are none, or they began elsewhere.
     """
+    _, content, errors = _newest(folder) if folder else (None, {}, [])
+    stored = _complete(content.get("config", {}))
     path, digest = locate(start_from)
-    wanted = f"{display_path(path)}{PIN}{digest}"
-    names = ("last.pt", "previous.pt") if folder else ()
-    existing = [folder / name for name in names if (folder / name).exists()]
-    for checkpoint in existing:
-        try:
-            stored = _complete(load_checkpoint(checkpoint)["config"])
-        except ValueError:
-            continue
-        # Without a checksum, the path has to do.
-        if wanted in (stored["start_from"], stored["start_from"].partition(PIN)[0] + PIN):
-            return stored
-        break
-    else:
-        if existing:
-            return {}
+    # Without a checksum, the path has to do.
+    known = stored["start_from"] if digest else stored["start_from"].partition(PIN)[0] + PIN
+    if content and known == f"{display_path(path)}{PIN}{digest}":
+        return stored, False
+    if errors and not content:
+        return {}, True
     raise FileNotFoundError(
         f"config: start_from={start_from} does not exist: name the checkpoint to start from, e.g. "
         "checkpoints/best.pt of another run"
@@ -306,7 +288,4 @@ def load_start(model: MLNet, config: Config) -> None:
     if not config.start_from:
         return
     content, start_from = read_start(config.start_from)
-    try:
-        model.load_state_dict(content["model"])
-    except RuntimeError as error:
-        raise ValueError(f"config: start_from={start_from.partition(PIN)[0]}: {error}") from error
+    load_strictly(model, content["model"], f"config: start_from={start_from.partition(PIN)[0]}")

@@ -11,22 +11,21 @@ What the imported networks compute differently from this project's own is chosen
 and ``normalisation`` in the configuration that is returned and stored; docs/fidelity.md lists it.
 """
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor
 
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.model.checkpoints import save_checkpoint
-from mlnet_utils.model.network import MLNet, VGG16Levels, read_weights
-from mlnet_utils.runtime import atomic_path, sha256_file
+from mlnet_utils.model.network import MLNet, VGG16Levels, load_strictly, read_weights
+from mlnet_utils.runtime import atomic_path, require, sha256_file
 
 KINDS = ("keras-mlnet", "keras-vgg16", "mlnet-pytorch")
-
-# For each parameter of this project's network: its name in the file, and its values.
-Arrays = dict[str, tuple[str, np.ndarray]]
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _TORCH = (b"PK\x03\x04", b"\x80")  # a zip since PyTorch 1.6, bare pickles before
@@ -42,7 +41,7 @@ def recognise(path: str | Path) -> str:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ModuleNotFoundError: the file is HDF5 and h5py is not installed.
+        ImportError: the file is HDF5 and h5py is not installed.
         ValueError: truncated, unreadable, or none of the kinds.
     """
     path = Path(path)
@@ -50,22 +49,21 @@ def recognise(path: str | Path) -> str:
         raise FileNotFoundError(f"weights file {path} does not exist")
     with open(path, "rb") as file:
         start = file.read(512)
+    names = ()
     if start.startswith(_HDF5):
         with _open_hdf5(path) as file:
             if "layer_names" in file.attrs or "model_weights" in file:
                 return "keras-mlnet"
             if "layer_1" in file and "nb_params" in file["layer_1"].attrs:
                 return "keras-vgg16"
-            found = f"an HDF5 file with {', '.join(sorted(file)[:5]) or 'nothing'} in it"
+            names = sorted(file)
     elif start.startswith(_TORCH):
-        names = read_weights(path)
+        names = sorted(read_weights(path))
         if "int_conv.weight" in names or "pre_final_conv.weight" in names:
             return "mlnet-pytorch"
-        found = f"a PyTorch file with {', '.join(sorted(names)[:5]) or 'nothing'} in it"
-    elif start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
+    found = f"a file with {', '.join(names[:5])} in it" if names else "neither HDF5 nor PyTorch"
+    if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         found = "a web page, as Google Drive sends instead of a large file: download it again"
-    else:
-        found = "neither an HDF5 nor a PyTorch file"
     raise ValueError(
         f"{path} is not a weights file of an earlier implementation ({', '.join(KINDS)}); "
         f"it is {found}"
@@ -87,7 +85,7 @@ def import_weights(path: str | Path, out: str | Path) -> Config:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ModuleNotFoundError: the file is HDF5 and h5py is not installed.
+        ImportError: the file is HDF5 and h5py is not installed.
         ValueError: truncated, of no known kind, or its layers are not those of the network;
             names the layer, and what was expected.
     """
@@ -95,23 +93,34 @@ def import_weights(path: str | Path, out: str | Path) -> Config:
     kind = recognise(path)
     if out.resolve() == path.resolve():
         raise ValueError(f"{out} is the file to import; write the result elsewhere")
+    suffix = ".safetensors" if kind == "keras-vgg16" else ".pt"
     if (out.suffix == ".safetensors") != (kind == "keras-vgg16"):
-        suffix = ".safetensors" if kind == "keras-vgg16" else ".pt"
         raise ValueError(f"{path} is {kind}: write it to a {suffix} file, not to {out.name}")
     source = {"kind": kind, "file": path.name, "sha256": sha256_file(path)}
     if kind == "keras-vgg16":
-        return _import_backbone(path, out, source)
-    read = _read_mlnet_pytorch if kind == "mlnet-pytorch" else _read_keras_mlnet
-    config, arrays = read(path)
+        weights = _keras_vgg16(path)
+        load_strictly(VGG16Levels(), weights, str(path))
+        with atomic_path(out) as temporary:
+            metadata = {**source, "normalisation": "caffe"}
+            safetensors.torch.save_file(weights, temporary, metadata=metadata)
+        return load_config("paper", backbone_weights=str(out), normalisation="caffe")
+    if kind == "keras-mlnet":
+        weights = _keras_mlnet(path)
+        preset, options = "paper", {"compat": "theano", "normalisation": "caffe"}
+    else:
+        weights = _mlnet_pytorch(path)
+        preset, options = "mlnet-pytorch", {"normalisation": "imagenet"}
+    rows, columns = weights["prior"].shape[-2:]
+    size = {"prior_cells": (rows, columns), "height": _CELL * rows, "width": _CELL * columns}
+    config = load_config(preset, backbone_weights="none", **size, **options)
     model = MLNet(config)
-    weights = _match(path, arrays, dict(model.named_parameters()), rotate=kind == "keras-mlnet")
-    model.load_state_dict({**model.state_dict(), **weights})
+    load_strictly(model, {**dict(model.named_buffers()), **weights}, str(path))
     save_checkpoint(out, config, model.state_dict(), source=source)
     return config
 
 
-# ---- the authors' Keras files ------------------------------------------------------------------
-def _read_keras_mlnet(path: Path) -> tuple[Config, Arrays]:
+# ---- the three kinds: parameters of this project's network by name ------------------------------
+def _keras_mlnet(path: Path) -> dict[str, Tensor]:
     """ML-Net as ``save_weights`` or ``ModelCheckpoint`` of Keras 1 wrote it.
 
     Layer names carry a counter of the Python process (convolution2d_1, ...), so layers are taken
@@ -121,13 +130,12 @@ def _read_keras_mlnet(path: Path) -> tuple[Config, Arrays]:
     with _open_hdf5(path) as file:
         # A whole model holds the same groups one level down.
         root = file if "layer_names" in file.attrs else file["model_weights"]
-        for layer in _strings(root, "layer_names"):
-            group = _member(path, root, layer)
-            found = [_array(path, group, name) for name in _strings(group, "weight_names")]
+        for layer in root.attrs["layer_names"]:
+            group = root[layer]
+            found = [_correlating(group[name]) for name in group.attrs["weight_names"]]
             if len(found) > 2:
                 raise ValueError(
-                    f"{path}: layer {layer} holds {len(found)} weights; ML-Net's layers hold a "
-                    "kernel and a bias, or the prior, or nothing"
+                    f"{path}: {group.name} holds {len(found)} weights, expected 0 to 2"
                 )
             (convolutions if len(found) == 2 else priors).extend(found)
     if len(convolutions) != 2 * 15 or len(priors) != 1:
@@ -136,132 +144,62 @@ def _read_keras_mlnet(path: Path) -> tuple[Config, Arrays]:
             "single weight; ML-Net has 15 (13 of VGG-16, 2 of the encoding network) and 1 (the "
             "prior)"
         )
-    label, prior = priors[0]
-    config = load_config(
-        "paper",
-        compat="theano",
-        normalisation="caffe",
-        backbone_weights="none",
-        **_size(path, label, prior, "(rows, columns)"),
-    )
     layers = [*(f"backbone.features.{place}" for place in _PLACES), "encode", "to_map"]
     names = [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
-    arrays = dict(zip(names, convolutions, strict=True))
-    return config, {"prior": (label, prior[None, None]), **arrays}
+    prior = _checked_prior(path, priors[0][None, None])
+    return {"prior": prior, **dict(zip(names, convolutions, strict=True))}
 
 
-def _import_backbone(path: Path, out: Path, source: dict[str, str]) -> Config:
+def _keras_vgg16(path: Path) -> dict[str, Tensor]:
     """VGG-16 trained in Caffe (BGR, mean only), stored for Theano."""
-    from safetensors.torch import save_file
-
-    arrays = {}
+    weights = {}
     with _open_hdf5(path) as file:
         for place in _PLACES:
             # Layer 0 is the input there, so that all places are one higher.
-            group = _member(path, file, f"layer_{place + 1}")
-            arrays[f"features.{place}.weight"] = _array(path, group, "param_0")
-            arrays[f"features.{place}.bias"] = _array(path, group, "param_1")
-    weights = _match(path, arrays, VGG16Levels().state_dict(), rotate=True)
-    with atomic_path(out) as temporary:
-        save_file(weights, temporary, metadata={**source, "normalisation": "caffe"})
-    return load_config("paper", backbone_weights=str(out), normalisation="caffe")
-
-
-# ---- MLNet-Pytorch -----------------------------------------------------------------------------
-def _read_mlnet_pytorch(path: Path) -> tuple[Config, Arrays]:
-    """Its state dict: the same layers under other names, and a prior around 1 instead of 0."""
-    arrays: Arrays = {}
-    for label, value in read_weights(path).items():
-        module, dot, rest = label.partition(".")
-        arrays[f"{_RENAMED.get(module, module)}{dot}{rest}"] = (label, value.float().numpy())
-    if "prior" not in arrays:
-        raise ValueError(f"{path} lacks prior, the learned prior of MLNet-Pytorch")
-    label, prior = arrays["prior"]
-    arrays["prior"] = (label, prior - 1)
-    config = load_config(
-        "mlnet-pytorch",
-        normalisation="imagenet",
-        backbone_weights="none",
-        **_size(path, label, prior, "(1, 1, rows, columns)"),
-    )
-    return config, arrays
-
-
-# ---- common ------------------------------------------------------------------------------------
-def _size(path: Path, label: str, prior: np.ndarray, layout: str) -> dict[str, Any]:
-    """The input size that a prior was trained for, and the prior's own."""
-    leading = (1,) * layout.count("1")
-    if prior.shape[:-2] != leading or prior.ndim != len(leading) + 2 or not prior.size:
-        raise ValueError(f"{path}: the prior {label} has shape {prior.shape}, expected {layout}")
-    rows, columns = prior.shape[-2:]
-    return {"prior_cells": (rows, columns), "height": _CELL * rows, "width": _CELL * columns}
-
-
-def _match(
-    path: Path, arrays: Arrays, wanted: dict[str, Tensor], rotate: bool
-) -> dict[str, Tensor]:
-    """The arrays as float32 tensors, each weight of the network once and with its shape.
-
-    Args:
-        path: the file, for messages.
-        arrays: for each parameter of the network its name in the file and its values.
-        wanted: the network's parameters.
-        rotate: turn kernels by 180 degrees: Theano convolves, PyTorch correlates.
-
-    Raises:
-        ValueError: weights that are missing, unknown, of another shape, or not finite numbers.
-    """
-    problems = [f"lacks {name}" for name in wanted if name not in arrays]
-    weights = {}
-    for name, (label, values) in arrays.items():
-        if name not in wanted:
-            problems.append(f"has an unknown {label}")
-        elif values.shape != wanted[name].shape:
-            expected = tuple(wanted[name].shape)
-            problems.append(f"has {label} of shape {values.shape}, expected {expected}")
-        elif values.dtype.kind != "f" or not np.isfinite(values).all():
-            problems.append(f"has {label} with values that are not finite numbers")
-        else:
-            weight = torch.from_numpy(values.astype(np.float32))
-            kernel = rotate and name.endswith(".weight")
-            weights[name] = weight.flip(-2, -1).contiguous() if kernel else weight
-    if problems:
-        more = f", and {len(problems) - 6} more such problems" if len(problems) > 6 else ""
-        raise ValueError(f"{path} {', '.join(problems[:6])}{more}")
+            group = file[f"layer_{place + 1}"]
+            weights[f"features.{place}.weight"] = _correlating(group["param_0"])
+            weights[f"features.{place}.bias"] = _correlating(group["param_1"])
     return weights
 
 
-def _open_hdf5(path: Path):
+def _mlnet_pytorch(path: Path) -> dict[str, Tensor]:
+    """Its state dict: the same layers under other names, and a prior around 1 instead of 0."""
+    weights = {}
+    for label, value in read_weights(path).items():
+        module, dot, rest = label.partition(".")
+        weights[f"{_RENAMED.get(module, module)}{dot}{rest}"] = _finite(path, label, value)
+    if "prior" not in weights:
+        raise ValueError(f"{path} lacks prior, the learned prior of MLNet-Pytorch")
+    return {**weights, "prior": _checked_prior(path, weights["prior"]) - 1}
+
+
+# ---- common ------------------------------------------------------------------------------------
+@contextlib.contextmanager
+def _open_hdf5(path: Path) -> Iterator:
+    """The open file; what is missing or cannot be read in it is a ValueError that names it."""
+    h5py = require("h5py", "legacy")
     try:
-        import h5py
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            f"{path} is an HDF5 file, which needs h5py: pip install 'mlnet-utils[legacy]'"
-        ) from None
-    try:
-        return h5py.File(path, "r")
-    except OSError as error:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, KeyError) as error:
         raise ValueError(f"{path} cannot be read ({error}); was it cut short?") from error
 
 
-def _strings(group, attribute: str) -> list[str]:
-    """A list of names in an attribute, which HDF5 gives as bytes or as text."""
-    return [
-        name.decode() if isinstance(name, bytes) else str(name)
-        for name in group.attrs.get(attribute, ())
-    ]
+def _correlating(dataset) -> Tensor:
+    """A weight of Theano, which convolves, for PyTorch, which correlates: kernels are rotated."""
+    values = torch.from_numpy(np.asarray(dataset[()]))
+    weight = _finite(dataset.file.filename, dataset.name[1:], values)
+    return weight.flip(-2, -1).contiguous() if weight.ndim == 4 else weight
 
 
-def _member(path: Path, group, name: str):
-    if name not in group:
-        raise ValueError(f"{path} lacks {name}; it holds {', '.join(sorted(group)[:5])} ...")
-    return group[name]
+def _finite(path: str | Path, label: str, values: Tensor) -> Tensor:
+    if not values.is_floating_point() or not values.isfinite().all():
+        raise ValueError(f"{path}: {label} holds values that are not finite numbers")
+    return values.float()
 
 
-def _array(path: Path, group, name: str) -> tuple[str, np.ndarray]:
-    """A dataset's full name in the file, and its values."""
-    dataset = _member(path, group, name)
-    try:
-        return dataset.name[1:], dataset[()]
-    except OSError as error:
-        raise ValueError(f"{path}: {name} cannot be read ({error}); was it cut short?") from error
+def _checked_prior(path: Path, prior: Tensor) -> Tensor:
+    if prior.ndim != 4 or prior.shape[:2] != (1, 1) or not prior.numel():
+        shape = tuple(prior.shape)
+        raise ValueError(f"{path}: the prior has the shape {shape}, expected (1, 1, rows, columns)")
+    return prior

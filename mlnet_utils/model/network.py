@@ -1,9 +1,12 @@
 """ML-Net in three visible parts: multi-level features, encoding, learned prior (paper, 3)."""
 
 import pickle
+import textwrap
 from fnmatch import fnmatch
 from pathlib import Path
+from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -90,22 +93,17 @@ class TimmLevels(nn.Module):
                 **config.backbone_args,
             )
         except Exception as error:  # timm raises many types
+            advice = "see timm.list_models(), or use vgg16"
             if pretrained and timm.is_model(config.backbone):
-                raise ValueError(
-                    f"backbone {config.backbone!r} could not be built with its ImageNet weights "
-                    f"({error}): where the download fails, name a local file in $BACKBONE_WEIGHTS "
-                    "or in the preset's backbone_weights"
-                ) from error
+                advice = "where a download fails, name a file in $BACKBONE_WEIGHTS"
             raise ValueError(
                 f"backbone {config.backbone!r} cannot be built by timm with features at 1/8 "
-                f"resolution ({error}); see timm.list_models(), or use vgg16"
+                f"resolution ({error}); {advice}"
             ) from error
         modules = dict(self.body.named_modules())
         for name in config.backbone_drop:
             if name not in modules:
-                raise ValueError(
-                    f"config: backbone_drop names {name!r}, which {config.backbone} has not"
-                )
+                raise ValueError(f"config: backbone_drop={name!r} is not in {config.backbone}")
             parent, _, child = name.rpartition(".")
             setattr(modules[parent], child, nn.Identity())
         if config.checkpointing:
@@ -161,7 +159,7 @@ def load_backbone_file(backbone: nn.Module, path: str | Path) -> bool:
     """Load local ImageNet weights strictly, ignoring only what the extractor leaves out.
 
     Returns:
-        Whether the file holds the classifier too, as published files do.
+        True where the file holds the classifier too, as published files do.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -173,53 +171,62 @@ def load_backbone_file(backbone: nn.Module, path: str | Path) -> bool:
     dropped = tuple(f"{name}." for name in getattr(backbone, "dropped", ()))
     classifier = ("classifier.", "head.", "fc.")
     ignored = (*dropped, *classifier, "conv_head.", "norm_head.", "pre_logits.")
-    buffers = {key for key in wanted if key.endswith("num_batches_tracked")}
-    missing = sorted(set(wanted) - set(state) - buffers)
-    extra = sorted(key for key in set(state) - set(wanted) if not key.startswith(ignored))
-    shapes = [
-        f"{key}: file {tuple(state[key].shape)}, model {tuple(wanted[key].shape)}"
-        for key in sorted(set(wanted) & set(state))
-        if state[key].shape != wanted[key].shape
-    ]
-    if missing or extra or shapes:
-        parts = [
-            ("missing in the file", missing),
-            ("unknown in the file", extra),
-            ("shape", shapes),
-        ]
-        listed = "; ".join(
-            f"{what} ({len(names)}): {', '.join(names[:6])}{' ...' if len(names) > 6 else ''}"
-            for what, names in parts
-            if names
-        )
-        raise ValueError(f"weights {path} do not match the backbone: {listed}")
-    target.load_state_dict({**wanted, **{k: v for k, v in state.items() if k in wanted}})
+    counters = {k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")}
+    used = {k: v for k, v in state.items() if k in wanted or not k.startswith(ignored)}
+    load_strictly(target, {**counters, **used}, f"weights {path}")
     return any(key.startswith(classifier) for key in state)
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a ``.safetensors`` or ``.pth``/``.pt`` state dict (``weights_only=True``)."""
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"weights file {path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
+    """Read a ``.safetensors`` or ``.pth``/``.pt`` state dict.
 
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise many types for a broken file
-        raise ValueError(f"weights file {path} cannot be read: {reason(error)}") from error
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unreadable, or no state dict.
+    """
+    state = read_tensors(path, "weights file")
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"weights file {path} must hold a state dict of tensors")
     return state
 
 
-def reason(error: Exception) -> str:
-    """The cause for which torch cannot read a file, without its advice to let the file run code."""
-    unsafe = isinstance(error, pickle.UnpicklingError)
-    return "it holds something other than tensors and plain values" if unsafe else str(error)
+def read_tensors(path: str | Path, kind: str) -> Any:
+    """Read what torch or safetensors saved, without ever running code from the file.
+
+    Args:
+        path: ``.safetensors``, or any other name for torch's format.
+        kind: of file, for messages.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unreadable, truncated, or more than tensors and plain values.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{kind} {path} does not exist: name another, or make it first")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise many types for a broken file
+        reason = str(error)
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to let the file run code
+            reason = "it holds something other than tensors and plain values"
+        raise ValueError(f"{kind} {path} cannot be read ({reason}); was it cut short?") from error
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load a state dict of which every entry must fit.
+
+    Raises:
+        ValueError: names or shapes that do not match, listed; ``source`` says where they are from.
+    """
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        problems = textwrap.shorten(str(error), 1000, placeholder=" ...")
+        raise ValueError(f"{source} does not match the network: {problems}") from error
 
 
 # ---- the network -------------------------------------------------------------------------------

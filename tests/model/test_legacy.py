@@ -7,7 +7,7 @@ an interpolated prior; MLNet-Pytorch as plain functions. Weights are random, at 
 """
 
 import functools
-import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -34,8 +34,8 @@ BLOCKS = (
     ((512, 512), (512, 512), (512, 512)),
 )
 SHAPES = [(o, i, 3, 3) for block in BLOCKS for i, o in block] + [(64, 1280, 3, 3), (1, 64, 1, 1)]
-KERAS_VGG_LAYERS = (1, 3, 6, 8, 11, 13, 15, 18, 20, 22, 25, 27, 29)
 TORCH_PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
+KERAS_VGG_LAYERS = tuple(place + 1 for place in TORCH_PLACES)  # layer 0 pads the input
 
 
 @functools.cache
@@ -224,9 +224,8 @@ def test_the_reference_pools_and_interpolates():
     np.testing.assert_allclose(wide, [0] * 5 + [i / 10 for i in range(1, 10)] + [1] * 6)
 
 
-def test_authors_network_is_reproduced(keras):
+def compare_with_the_authors(keras, image):
     layers, prior, folder, _ = keras
-    image = random_photo(96, 128)
     expected = keras_mlnet(image, layers, prior)
     assert 0.2 < (expected > 0).mean() < 0.95, "the map should be rectified, but alive"
     model, config, _ = load_model(folder / "mlnet.pt")
@@ -234,14 +233,13 @@ def test_authors_network_is_reproduced(keras):
     assert relative_difference(predict(model, image), expected) < 1e-4
 
 
+def test_authors_network_is_reproduced(keras):
+    compare_with_the_authors(keras, random_photo(96, 128))
+
+
 @pytest.mark.slow
 def test_authors_network_is_reproduced_at_full_size(keras):
-    layers, prior, folder, _ = keras
-    image = random_photo(480, 640).astype(np.float32)
-    expected = keras_mlnet(image, layers, prior)
-    assert 0.2 < (expected > 0).mean() < 0.95, "the map should be rectified, but alive"
-    model, _, _ = load_model(folder / "mlnet.pt")
-    assert relative_difference(predict(model, image), expected) < 1e-4
+    compare_with_the_authors(keras, random_photo(480, 640).astype(np.float32))
 
 
 @pytest.mark.parametrize(
@@ -328,7 +326,7 @@ def linear(image, height, width):
 def test_the_command_line_reports_a_wrong_file(tmp_path, capsys):
     (tmp_path / "w").write_text("hello")
     assert main(["import-weights", str(tmp_path / "w"), "--out", str(tmp_path / "out.pt")]) == 1
-    assert "neither an HDF5 nor a PyTorch file" in capsys.readouterr().err
+    assert "neither HDF5 nor PyTorch" in capsys.readouterr().err
 
 
 # ---- the authors' VGG-16 -----------------------------------------------------------------------
@@ -409,150 +407,124 @@ def test_mlnet_pytorch_is_reproduced(tmp_path, zipped):
 
 
 # ---- guards ------------------------------------------------------------------------------------
-def keras_with(tmp_path, layers=None, prior=(6, 8)):
-    write_keras_mlnet(tmp_path / "w", layers or empty_layers(), prior)
-
-
-def damaged_layers():
+def keras_with(path, number=0, layer=None, **changes):
+    """A file of zeros, one of its layers replaced."""
     layers = empty_layers()
-    layers[0] = (np.full((64, 3, 3, 3), np.nan, np.float32), (64,))
-    return layers
+    if layer is not None:
+        layers[number] = layer
+    write_keras_mlnet(path, **{"layers": layers, "prior": (6, 8), **changes})
 
 
-def integer_layers():
-    layers = empty_layers()
-    layers[0] = (np.zeros((64, 3, 3, 3), np.int32), (64,))
-    return layers
+def edited_keras(path, edit):
+    keras_with(path)
+    with h5py.File(path, "a") as file:
+        edit(file)
 
 
-def misshapen_layers():
-    layers = empty_layers()
-    layers[4] = ((256, 128, 5, 5), (256,))
-    return layers
+def three_weights(file):
+    file["eltwiseproduct_1"].attrs["weight_names"] = [b"param_0"] * 3
 
 
-def three_weights(tmp_path):
-    keras_with(tmp_path)
-    with h5py.File(tmp_path / "w", "a") as file:
-        group = file["eltwiseproduct_1"]
-        group.attrs["weight_names"] = [b"param_0"] * 3
+def without_a_weight(file):
+    del file["convolution2d_30"]["convolution2d_30_W"]
 
 
-def unlisted_weight(tmp_path):
-    keras_with(tmp_path)
-    with h5py.File(tmp_path / "w", "a") as file:
-        del file["convolution2d_30"]["convolution2d_30_W"]
-
-
-def truncated_keras(tmp_path):
-    write_keras_mlnet(tmp_path / "w", [(np.zeros(s, np.float32), s[:1]) for s in SHAPES[:3]], None)
-    content = (tmp_path / "w").read_bytes()
-    (tmp_path / "w").write_bytes(content[: len(content) // 2])
-
-
-def other_hdf5(tmp_path):
-    with h5py.File(tmp_path / "w", "w") as file:
+def other_hdf5(path):
+    with h5py.File(path, "w") as file:
         file["maps"] = np.zeros(3)
 
 
-def vgg_without(tmp_path):
-    write_keras_vgg(tmp_path / "w", empty_layers()[:12])
+def cut_short(path, write):
+    write(path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
 
 
-def truncated_torch(tmp_path):
-    torch.save(torch_state(), tmp_path / "w")
-    content = (tmp_path / "w").read_bytes()
-    (tmp_path / "w").write_bytes(content[: len(content) // 2])
-
-
-def torch_with(tmp_path, drop="", **added):
+def torch_with(path, drop="", **added):
     state = {name: value for name, value in torch_state().items() if name != drop}
-    torch.save({**state, **added}, tmp_path / "w")
+    torch.save({**state, **added}, path)
 
 
+def kernel(value):
+    return np.full((64, 3, 3, 3), value), (64,)
+
+
+SHORT = [(np.zeros(shape, np.float32), shape[:1]) for shape in SHAPES[:3]]
 GUARDS = {
-    "text": (lambda t: (t / "w").write_text("hello"), "neither an HDF5 nor a PyTorch file"),
-    "empty": (lambda t: (t / "w").write_bytes(b""), "neither an HDF5 nor a PyTorch file"),
-    "web page": (lambda t: (t / "w").write_text("\n<!DOCTYPE html><html>"), "download it again"),
-    "truncated Keras": (truncated_keras, "cut short"),
-    "other HDF5": (other_hdf5, "an HDF5 file with maps in it"),
-    "missing layer": (lambda t: keras_with(t, empty_layers()[:-1]), "holds 14 convolutions"),
-    "missing prior": (lambda t: keras_with(t, prior=None), "0 layers with a single weight"),
-    "three weights": (three_weights, "layer eltwiseproduct_1 holds 3 weights"),
-    "missing weight": (unlisted_weight, "lacks convolution2d_30_W"),
+    "text": (lambda w: w.write_text("hello"), "neither HDF5 nor PyTorch"),
+    "empty": (lambda w: w.write_bytes(b""), "neither HDF5 nor PyTorch"),
+    "web page": (lambda w: w.write_text("\n<!DOCTYPE html><html>"), "web page"),
+    "truncated Keras": (
+        lambda w: cut_short(w, lambda w: write_keras_mlnet(w, SHORT, None)),
+        "cannot be read",
+    ),
+    "other HDF5": (other_hdf5, "maps"),
+    "missing layer": (lambda w: keras_with(w, layers=empty_layers()[:-1]), "14 convolutions"),
+    "missing prior": (lambda w: keras_with(w, prior=None), "0 layers with a single weight"),
+    "three weights": (lambda w: edited_keras(w, three_weights), "eltwiseproduct_1 holds 3"),
+    "missing weight": (lambda w: edited_keras(w, without_a_weight), "convolution2d_30_W"),
     "wrong shape": (
-        lambda t: keras_with(t, misshapen_layers()),
-        r"convolution2d_31_W of shape \(256, 128, 5, 5\), expected \(256, 128, 3, 3\)",
+        lambda w: keras_with(w, 4, ((256, 128, 5, 5), (256,))),
+        r"backbone\.features\.10\.weight.*256, 128, 5, 5.*256, 128, 3, 3",
     ),
-    "not finite": (lambda t: keras_with(t, damaged_layers()), "convolution2d_27_W with values"),
-    "integers": (lambda t: keras_with(t, integer_layers()), "convolution2d_27_W with values"),
-    "wrong prior": (lambda t: keras_with(t, prior=(6,)), r"shape \(6,\), expected \(rows"),
-    "missing VGG layer": (vgg_without, "lacks param_0"),
-    "truncated PyTorch": (truncated_torch, "cannot be read"),
-    "other PyTorch": (lambda t: torch.save({"a": torch.zeros(1)}, t / "w"), "with a in it"),
-    "own checkpoint": (
-        lambda t: torch.save({"format": "mlnet-checkpoint-1"}, t / "w"),
-        "state dict of tensors",
+    "not finite": (lambda w: keras_with(w, 0, kernel(np.nan)), "convolution2d_27_W"),
+    "integers": (lambda w: keras_with(w, 0, kernel(1)), "convolution2d_27_W"),
+    "wrong prior": (lambda w: keras_with(w, prior=(6,)), r"\(1, 1, 6\)"),
+    "missing VGG layer": (lambda w: write_keras_vgg(w, empty_layers()[:12]), "param_0"),
+    "truncated PyTorch": (lambda w: cut_short(w, torch_with), "cannot be read"),
+    "other PyTorch": (lambda w: torch.save({"a": torch.zeros(1)}, w), "with a in it"),
+    "own checkpoint": (lambda w: torch.save({"format": "x"}, w), "state dict of tensors"),
+    "missing tensor": (
+        lambda w: torch_with(w, "features.24.bias"),
+        r"backbone\.features\.24\.bias",
     ),
-    "missing tensor": (lambda t: torch_with(t, "features.24.bias"), "lacks backbone.features.24.b"),
-    "missing prior tensor": (lambda t: torch_with(t, "prior"), "lacks prior"),
-    "wrong prior tensor": (
-        lambda t: torch_with(t, prior=torch.ones(3, 4)),
-        r"shape \(3, 4\), expected \(1, 1, rows, columns\)",
-    ),
-    "unknown tensor": (lambda t: torch_with(t, extra=torch.ones(1)), "has an unknown extra"),
+    "missing prior tensor": (lambda w: torch_with(w, "prior"), "lacks prior"),
+    "wrong prior tensor": (lambda w: torch_with(w, prior=torch.ones(3, 4)), r"\(3, 4\)"),
+    "unknown tensor": (lambda w: torch_with(w, extra=torch.ones(1)), "extra"),
 }
 
 
 @pytest.mark.parametrize("name", GUARDS)
 def test_wrong_files_are_refused(tmp_path, name):
-    make, message = GUARDS[name]
-    make(tmp_path)
+    make, fact = GUARDS[name]
+    make(tmp_path / "w")
     out = tmp_path / ("out.safetensors" if "VGG" in name else "out.pt")
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=fact):
         import_weights(tmp_path / "w", out)
     assert not out.exists()
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        import_weights(tmp_path / "w", tmp_path / "out.pt")
-
-
-def test_many_problems_are_counted(tmp_path):
-    write_keras_mlnet(tmp_path / "w", [((1, 1, 1, 1), (1,))] * 15, (6, 8))
-    with pytest.raises(ValueError, match="and 23 more such problems"):
-        import_weights(tmp_path / "w", tmp_path / "out.pt")
+    with pytest.raises(FileNotFoundError, match="gone"):
+        import_weights(tmp_path / "gone", tmp_path / "out.pt")
 
 
 def test_the_results_name_must_say_what_it_is(tmp_path):
     write_keras_vgg(tmp_path / "vgg16_weights.h5", empty_layers())
-    with pytest.raises(ValueError, match=r"keras-vgg16: write it to a \.safetensors file"):
+    with pytest.raises(ValueError, match=r"keras-vgg16.*\.safetensors"):
         import_weights(tmp_path / "vgg16_weights.h5", tmp_path / "out.pt")
-    write_keras_mlnet(tmp_path / "w", empty_layers(), (6, 8))
-    with pytest.raises(ValueError, match=r"keras-mlnet: write it to a \.pt file"):
+    keras_with(tmp_path / "w")
+    with pytest.raises(ValueError, match=r"keras-mlnet.*\.pt"):
         import_weights(tmp_path / "w", tmp_path / "out.safetensors")
 
 
 def test_the_file_is_not_overwritten(tmp_path):
-    write_keras_mlnet(tmp_path / "w", empty_layers(), (6, 8))
+    keras_with(tmp_path / "w")
     before = (tmp_path / "w").read_bytes()
-    with pytest.raises(ValueError, match="write the result elsewhere"):
+    with pytest.raises(ValueError, match="elsewhere"):
         import_weights(tmp_path / "w", tmp_path / "." / "w")
     assert (tmp_path / "w").read_bytes() == before
 
 
 def test_without_h5py_the_extra_is_named(tmp_path, monkeypatch):
-    write_keras_mlnet(tmp_path / "w", empty_layers(), (6, 8))
-    monkeypatch.setitem(__import__("sys").modules, "h5py", None)
-    with pytest.raises(ModuleNotFoundError, match=r"mlnet-utils\[legacy\]"):
+    keras_with(tmp_path / "w")
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(ImportError, match=r"mlnet-utils\[legacy\]"):
         recognise(tmp_path / "w")
 
 
 def test_recognition_ignores_the_name(tmp_path):
-    write_keras_mlnet(tmp_path / "a", empty_layers(), (6, 8))
+    keras_with(tmp_path / "a.pth")
     write_keras_vgg(tmp_path / "b", empty_layers())
     torch.save({"int_conv.weight": torch.zeros(1)}, tmp_path / "c")
-    assert [recognise(tmp_path / name) for name in "abc"] == list(legacy.KINDS)
-    shutil.copy(tmp_path / "a", tmp_path / "a.pth")
-    assert recognise(tmp_path / "a.pth") == "keras-mlnet"
+    assert [recognise(tmp_path / name) for name in ("a.pth", "b", "c")] == list(legacy.KINDS)

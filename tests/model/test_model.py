@@ -111,13 +111,17 @@ def test_wrong_input_is_an_error(shape):
         build()(torch.zeros(shape))
 
 
-def test_too_many_levels_and_unknown_backbones_are_errors():
-    with pytest.raises(ValueError, match="levels=4, but test_resnet has 3 levels"):
-        build(levels=4)
-    with pytest.raises(ValueError, match="backbone 'resnet_17' cannot be built by timm"):
-        build(backbone="resnet_17")
-    with pytest.raises(ValueError, match="backbone_drop names 'layer9', which test_resnet has not"):
-        build(backbone_drop=("layer9",))
+@pytest.mark.parametrize(
+    ("key", "value", "fact"),
+    [
+        ("levels", 4, "levels=4.* 3 levels"),
+        ("backbone", "resnet_17", "'resnet_17'"),
+        ("backbone_drop", ("layer9",), "'layer9'.*test_resnet"),
+    ],
+)
+def test_what_the_backbone_does_not_have_is_an_error(key, value, fact):
+    with pytest.raises(ValueError, match=fact):
+        build(**{key: value})
 
 
 def test_a_failed_download_says_where_a_file_goes(monkeypatch):
@@ -126,7 +130,7 @@ def test_a_failed_download_says_where_a_file_goes(monkeypatch):
 
     monkeypatch.delenv("BACKBONE_WEIGHTS", raising=False)
     monkeypatch.setattr("timm.create_model", unreachable)
-    with pytest.raises(ValueError, match=r"no route to the hub.*name a local file in \$BACKBONE"):
+    with pytest.raises(ValueError, match=r"no route to the hub.*\$BACKBONE_WEIGHTS"):
         build(backbone_weights="imagenet")
 
 
@@ -323,12 +327,10 @@ def test_wrong_weights_are_listed(tmp_path, backbone):
     state["extra.weight"] = torch.zeros(1)
     path = tmp_path / "wrong.safetensors"
     save_file(state, path)
-    with pytest.raises(ValueError, match=r"do not match the backbone") as error:
+    with pytest.raises(ValueError, match=r"wrong\.safetensors") as error:
         load_backbone_file(backbone, path)
-    message = str(error.value)
-    assert f"missing in the file (1): {first}" in message
-    assert "unknown in the file (1): extra.weight" in message
-    assert f"shape (1): {last}: file (3,)" in message
+    for fact in (f'Missing key(s) in state_dict: "{first}"', '"extra.weight"', last, "[3]"):
+        assert fact in str(error.value)
 
 
 def test_dropped_modules_may_be_absent_or_present_in_the_file(tmp_path, backbone):
@@ -360,9 +362,7 @@ def test_broken_and_missing_weight_files_are_errors(tmp_path, backbone):
 def test_weights_of_another_network_are_refused(tmp_path, vgg):
     path = tmp_path / "vgg.pth"
     torch.save(vgg.backbone.state_dict(), path)
-    with pytest.raises(
-        ValueError, match=r"missing in the file \(\d+\).*unknown in the file \(26\)"
-    ):
+    with pytest.raises(ValueError, match=r"vgg\.pth.*conv1\.0\.weight"):
         MLNet(tiny_config(backbone_weights=str(path)))
     loaded = MLNet(vgg_config(backbone_weights=str(path)))
     assert torch.equal(loaded.backbone.features[0].weight, vgg.backbone.features[0].weight)

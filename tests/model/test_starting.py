@@ -257,7 +257,7 @@ def test_a_checkpoint_without_all_its_weights_is_an_error(start, run_folder, key
     model = torch.load(start, weights_only=True)["model"]
     del model[key]
     rewrite(start, model=model)
-    with pytest.raises(ValueError, match=rf"(?s)config: start_from=.*start.pt: .*{key}"):
+    with pytest.raises(ValueError, match=rf"start_from=.*start.pt .*{key}"):
         fit(finetune(start), run_folder)
 
 
