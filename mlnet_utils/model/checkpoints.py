@@ -65,7 +65,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: unreadable, truncated, or not one of this project's checkpoints.
     """
-    content = read_tensors(path, "checkpoint")
+    content = read_tensors(path, "checkpoint", "notebook 02_training makes it")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of this project; weights of the earlier implementations "

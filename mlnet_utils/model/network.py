@@ -184,19 +184,20 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         FileNotFoundError: there is no such file.
         ValueError: unreadable, or no state dict.
     """
-    state = read_tensors(path, "weights file")
+    state = read_tensors(path, "weights file", "name another file")
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"weights file {path} must hold a state dict of tensors")
     return state
 
 
-def read_tensors(path: str | Path, kind: str) -> Any:
+def read_tensors(path: str | Path, kind: str, advice: str) -> Any:
     """Read what torch or safetensors saved, without ever running code from the file.
 
     Args:
         path: ``.safetensors``, or any other name for torch's format.
         kind: of file, for messages.
+        advice: for where it is missing.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -204,7 +205,7 @@ def read_tensors(path: str | Path, kind: str) -> Any:
     """
     path = Path(path).expanduser()
     if not path.is_file():
-        raise FileNotFoundError(f"{kind} {path} does not exist: name another, or make it first")
+        raise FileNotFoundError(f"{kind} {path} does not exist: {advice}")
     try:
         if path.suffix == ".safetensors":
             return safetensors.torch.load_file(path)
