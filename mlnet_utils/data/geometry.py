@@ -1,4 +1,4 @@
-"""Geometry and ground truth: letterbox and its inverse, normalisation, fixations to density.
+"""Geometry: letterbox and its inverse, fixations to densities, densities on a coarse grid.
 
 Everything linear is written as a pair of small matrices applied to rows and columns: blur,
 area resize and letterbox then compose exactly, run on any device, and have an exact adjoint.
@@ -6,6 +6,7 @@ area resize and letterbox then compose exactly, run on any device, and have an e
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,23 +32,18 @@ class Letterbox:
     width: int
 
     def __post_init__(self):
-        for name in ("photo_height", "photo_width", "height", "width"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"letterbox: {name} must be at least 1, got {getattr(self, name)}")
+        if min(self.photo_height, self.photo_width, self.height, self.width) < 1:
+            raise ValueError(f"{self}: every side must be at least 1 pixel")
 
     @property
     def content_height(self) -> int:
         """Rows of the resized photo inside the input."""
-        if self.photo_height * self.width > self.photo_width * self.height:
-            return self.height
-        return max(1, (self.photo_height * self.width) // self.photo_width)
+        return min(self.height, max(1, self.photo_height * self.width // self.photo_width))
 
     @property
     def content_width(self) -> int:
         """Columns of the resized photo inside the input."""
-        if self.photo_height * self.width > self.photo_width * self.height:
-            return max(1, (self.photo_width * self.height) // self.photo_height)
-        return self.width
+        return min(self.width, max(1, self.photo_width * self.height // self.photo_height))
 
     @property
     def top(self) -> int:
@@ -58,6 +54,25 @@ class Letterbox:
     def left(self) -> int:
         """Columns of padding on the left (the odd column goes to the right)."""
         return (self.width - self.content_width) // 2
+
+    @property
+    def rows(self) -> "Axis":
+        """The vertical axis."""
+        return Axis(self.photo_height, self.height, self.content_height, self.top)
+
+    @property
+    def columns(self) -> "Axis":
+        """The horizontal axis."""
+        return Axis(self.photo_width, self.width, self.content_width, self.left)
+
+
+class Axis(NamedTuple):
+    """One axis of a letterbox, in pixels."""
+
+    photo: int  # of the photo
+    size: int  # of the input
+    content: int  # of the resized photo inside the input
+    offset: int  # of padding before it
 
 
 def letterbox(image: Tensor, height: int, width: int, antialias: bool = True) -> Tensor:
@@ -87,15 +102,8 @@ def letterbox(image: Tensor, height: int, width: int, antialias: bool = True) ->
             mode="bilinear",
             antialias=antialias,
         )[0]
-    return F.pad(
-        content,
-        (
-            box.left,
-            width - box.content_width - box.left,
-            box.top,
-            height - box.content_height - box.top,
-        ),
-    )
+    right, below = width - box.content_width - box.left, height - box.content_height - box.top
+    return F.pad(content, (box.left, right, box.top, below))
 
 
 def unletterbox(maps: Tensor, box: Letterbox) -> Tensor:
@@ -112,13 +120,8 @@ def unletterbox(maps: Tensor, box: Letterbox) -> Tensor:
     Returns:
         (B, photo_height, photo_width), values interpolated, not renormalised.
     """
-    rows = _sampling_matrix(
-        maps.shape[-2], box.height, box.photo_height, box.content_height, box.top
-    )
-    columns = _sampling_matrix(
-        maps.shape[-1], box.width, box.photo_width, box.content_width, box.left
-    )
-    rows, columns = rows.to(maps), columns.to(maps)
+    rows = _sampling_matrix(box.rows, maps.shape[-2]).to(maps)
+    columns = _sampling_matrix(box.columns, maps.shape[-1]).to(maps)
     return rows @ maps @ columns.T
 
 
@@ -151,8 +154,9 @@ def authors_postprocess(maps: Tensor, height: int, width: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _sampling_matrix(grid: int, size: int, photo: int, content: int, offset: int) -> Tensor:
+def _sampling_matrix(axis: Axis, grid: int) -> Tensor:
     """(photo, grid) bilinear weights that read a map of ``grid`` cells at photo pixel centres."""
+    photo, size, content, offset = axis
     centre = (np.arange(photo) + 0.5) * content / photo + offset  # in input pixels
     position = centre * grid / size - 0.5  # in grid cells
     # Cells that lie wholly in the padding hold no prediction of the photo: clamp to content.
@@ -228,14 +232,15 @@ def blur_matrix(size: int, sigma: float) -> Tensor:
 
 
 @functools.lru_cache(maxsize=64)
-def target_matrix(photo: int, size: int, content: int, offset: int, cells: int, sigma: float):
+def _target_matrix(axis: Axis, cells: int, sigma: float) -> Tensor:
     """(cells, photo) float64: blur along one photo axis, letterbox it, add up each cell."""
-    return spread_matrix(photo, size, content, offset, cells) @ blur_matrix(photo, sigma)
+    return _spread_matrix(axis, cells) @ blur_matrix(axis.photo, sigma)
 
 
-def spread_matrix(photo: int, size: int, content: int, offset: int, cells: int) -> Tensor:
+def _spread_matrix(axis: Axis, cells: int) -> Tensor:
     """(cells, photo) float64: letterbox one photo axis and add up each cell; keeps the mass."""
     # Area resize keeps mass: each photo pixel spreads over the input pixels that it covers.
+    photo, size, content, offset = axis
     edges = np.arange(photo + 1) * content / photo + offset
     cell_edges = np.arange(cells + 1) * size / cells
     low = np.maximum(edges[None, :-1], cell_edges[:-1, None])
@@ -288,12 +293,8 @@ def density_on_grid(
         ValueError: a point lies outside the photo, or sigma is not positive.
     """
     x, y = _checked_pixels(points, box.photo_height, box.photo_width)
-    rows = target_matrix(box.photo_height, box.height, box.content_height, box.top, grid[0], sigma)[
-        :, y
-    ]
-    columns = target_matrix(
-        box.photo_width, box.width, box.content_width, box.left, grid[1], sigma
-    )[:, x]
+    rows = _target_matrix(box.rows, grid[0], sigma)[:, y]
+    columns = _target_matrix(box.columns, grid[1], sigma)[:, x]
     return rows @ columns.T / max(len(x), 1)
 
 
@@ -308,9 +309,7 @@ def map_on_grid(density: Tensor, box: Letterbox, grid: tuple[int, int]) -> Tenso
     Returns:
         (h, w) float64 with the same sum.
     """
-    rows = spread_matrix(box.photo_height, box.height, box.content_height, box.top, grid[0])
-    columns = spread_matrix(box.photo_width, box.width, box.content_width, box.left, grid[1])
-    return rows @ density @ columns.T
+    return _spread_matrix(box.rows, grid[0]) @ density @ _spread_matrix(box.columns, grid[1]).T
 
 
 def counts_on_grid(points: np.ndarray, box: Letterbox, grid: tuple[int, int]) -> Tensor:
@@ -322,7 +321,12 @@ def counts_on_grid(points: np.ndarray, box: Letterbox, grid: tuple[int, int]) ->
         grid: rows and columns.
     """
     x, y = pixel_indices(points).T
-    column = ((x + 0.5) * box.content_width / box.photo_width + box.left) * grid[1] / box.width
-    row = ((y + 0.5) * box.content_height / box.photo_height + box.top) * grid[0] / box.height
-    flat = row.astype(int).clip(0, grid[0] - 1) * grid[1] + column.astype(int).clip(0, grid[1] - 1)
-    return torch.from_numpy(np.bincount(flat, minlength=grid[0] * grid[1]).reshape(grid))
+    row, column = _cells(y, box.rows, grid[0]), _cells(x, box.columns, grid[1])
+    counts = np.bincount(row * grid[1] + column, minlength=grid[0] * grid[1])
+    return torch.from_numpy(counts.reshape(grid))
+
+
+def _cells(pixels: np.ndarray, axis: Axis, cells: int) -> np.ndarray:
+    """(N,) int: the cell of a letterboxed axis on which each pixel's centre falls."""
+    place = ((pixels + 0.5) * axis.content / axis.photo + axis.offset) * cells / axis.size
+    return place.astype(int).clip(0, cells - 1)

@@ -283,32 +283,23 @@ class Prepared:
                 raise FileNotFoundError(f"{folder / name} is missing: run {MADE_BY} again")
         try:
             lines = (folder / "index.jsonl").read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines]
-            with np.load(folder / "fixations.npz", allow_pickle=False) as stored:
-                arrays = {name: stored[key] for key, name, _ in ARRAYS}
-                offsets = stored["offsets"]
-            counted = [row["fixations"] for row in rows]
-            known = [
-                {
-                    **{key: row[key] for key in (*COLUMNS, "dropped")},
-                    "density_sha256": row.get("density_sha256", ""),
-                }
-                for row in rows
-            ]
-        except (ValueError, KeyError, TypeError, AttributeError, EOFError, BadZipFile) as error:
+            with np.load(folder / "fixations.npz", allow_pickle=False) as arrays:
+                offsets = arrays["offsets"]
+                parts = {name: np.split(arrays[key], offsets[1:-1]) for key, name, _ in ARRAYS}
+            photos = []
+            for number, row in enumerate(map(json.loads, lines)):
+                values = {key: row[key] for key in (*COLUMNS, "dropped")}
+                values |= {name: part[number] for name, part in parts.items()}
+                photos.append(Photo(**values, density_sha256=row.get("density_sha256", "")))
+                if len(photos[-1].fixations) != row["fixations"]:
+                    raise ValueError(f"photo {row['stem']} has {row['fixations']} fixations")
+            if len(photos) != len(offsets) - 1:
+                raise ValueError(f"{len(photos)} photos, but fixations of {len(offsets) - 1}")
+        except (ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile) as error:
             raise ValueError(
                 f"{folder}: index.jsonl or fixations.npz is damaged ({error!r}); run {MADE_BY} "
                 "again"
             ) from error
-        lengths = {int(offsets[-1]), *map(len, arrays.values())}
-        if counted != np.diff(offsets).tolist() or len(lengths) > 1:
-            raise ValueError(
-                f"{folder}: index.jsonl and fixations.npz disagree; run {MADE_BY} again"
-            )
-        photos = [
-            Photo(**values, **{name: array[start:stop] for name, array in arrays.items()})
-            for values, start, stop in zip(known, offsets[:-1], offsets[1:], strict=True)
-        ]
         return cls(folder, photos, meta)
 
     @property
