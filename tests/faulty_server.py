@@ -20,7 +20,6 @@ class Served:
     content: bytes
     ranges: bool = True  # answer Range with 206
     etag: str = '"1"'
-    modified: str = ""
     kind: str = "application/octet-stream"
     cuts: list[int] = field(default_factory=list)  # bytes after which each request is cut off
     reset: bool = False  # cut off with a reset instead of an end
@@ -28,7 +27,6 @@ class Served:
     announce: int | None = None  # a false Content-Length
     chunked: bool = False  # no Content-Length at all
     errors: list[int] = field(default_factory=list)  # status codes answered first
-    retry_after: str = ""
     span: str = ""  # a false Content-Range
     requests: list[dict] = field(default_factory=list)  # headers of every request
 
@@ -46,7 +44,7 @@ class _Handler(BaseHTTPRequestHandler):
         if stall == 0:
             self.server.closing.wait(STALL)
         if served.errors:
-            self._error(served)
+            self.send_error(served.errors.pop(0))
             return
         start = self._start(served)
         if start > len(served.content) or (start and start == len(served.content)):
@@ -60,8 +58,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Type", served.kind)
         if served.etag:
             self.send_header("ETag", served.etag)
-        if served.modified:
-            self.send_header("Last-Modified", served.modified)
         if served.chunked:
             self.send_header("Connection", "close")
         else:
@@ -78,16 +74,9 @@ class _Handler(BaseHTTPRequestHandler):
         if cut is not None or served.announce is not None or served.chunked:
             self._hang_up(served.reset)
 
-    def _error(self, served):
-        self.send_response(served.errors.pop(0))
-        if served.retry_after:
-            self.send_header("Retry-After", served.retry_after)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
     def _start(self, served) -> int:
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        unchanged = self.headers.get("If-Range", served.etag) in (served.etag, served.modified)
+        unchanged = self.headers.get("If-Range", served.etag) == served.etag
         return int(asked[1]) if asked and served.ranges and unchanged else 0
 
     def _hang_up(self, reset: bool):
