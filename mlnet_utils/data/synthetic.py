@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from PIL.ImageColor import getrgb
 from scipy.special import ndtr
 
 from mlnet_utils.data.geometry import pixel_indices
@@ -89,7 +90,7 @@ def make_stimulus(
     if min(height, width) < 96:
         raise ValueError(f"a scene needs at least 96x96 pixels, got {height}x{width}")
     kind = kind or str(rng.choice(KINDS))
-    palette = np.array([_rgb(code) for code in PALETTES[rng.integers(len(PALETTES))]])
+    palette = np.array([getrgb(code) for code in PALETTES[rng.integers(len(PALETTES))]]) / 255
     centres, cell = _place_items(rng, height, width)
     n_odd = int(rng.integers(1, 4))
     strength = rng.uniform(0.7, 1.0, n_odd)
@@ -157,13 +158,7 @@ def draw_fixations(
     return np.concatenate(points), np.concatenate(who)
 
 
-def write_sample(
-    folder: str | Path,
-    counts: dict[str, int],
-    height: int = HEIGHT,
-    width: int = WIDTH,
-    seed: int = 2016,
-) -> list[Photo]:
+def write_sample(folder: str | Path, counts: dict[str, int], seed: int = 2016) -> list[Photo]:
     """Make the sample: ``folder/images/*.png`` and the true ``folder/densities/*.npz``.
 
     The scene with a given split and number is the same whatever else is made.
@@ -171,8 +166,6 @@ def write_sample(
     Args:
         folder: written to; files that exist are replaced.
         counts: photos per split, e.g. ``{"train": 480, "val": 60, "test": 100}``.
-        height: rows of the photos.
-        width: columns of the photos.
         seed: of the whole sample.
 
     Returns:
@@ -195,7 +188,7 @@ def write_sample(
     photos = []
     for split, number, stream in progress(jobs, "making the sample", unit="photo"):
         rng = np.random.default_rng([stream, number])
-        stimulus = make_stimulus(rng, height, width)
+        stimulus = make_stimulus(rng)
         points, observers = draw_fixations(stimulus, rng)
         stem = f"{split}_{number:04d}"
         image, density = f"images/{stem}.png", f"densities/{stem}.npz"
@@ -203,7 +196,7 @@ def write_sample(
         # that declares them complete last. Compressing harder would also save little.
         Image.fromarray(stimulus.image).save(folder / image, compress_level=1)
         np.savez(folder / density, density=stimulus.density.astype(np.float32))
-        photo = Photo(stem, image, width, height, split, points, observers, density=density)
+        photo = Photo(stem, image, WIDTH, HEIGHT, split, points, observers, density=density)
         photos.append(photo.with_hashes(folder))
     return photos
 
@@ -242,10 +235,6 @@ def _fold(points: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 # ---- the picture -------------------------------------------------------------------------------
-def _rgb(code: str) -> np.ndarray:
-    return np.array([int(code[i : i + 2], 16) for i in (1, 3, 5)]) / 255
-
-
 def _place_items(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, float]:
     """(K, 2) x, y on a jittered grid with gaps, in random order, and the grid's cell size."""
     rows = int(rng.integers(4, 7))

@@ -139,5 +139,5 @@ def test_guards(tmp_path):
         stimulus(kind="smell")
     with pytest.raises(ValueError, match="at least 96x96"):
         stimulus(height=64)
-    with pytest.raises(ValueError, match="unknown splits dev: use train, val, test"):
+    with pytest.raises(ValueError, match="dev"):
         synthetic.write_sample(tmp_path, {"train": 1, "dev": 1})
