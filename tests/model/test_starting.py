@@ -9,7 +9,7 @@ import torch
 from conftest import tiny_config
 
 import mlnet_utils.__main__ as cli
-from mlnet_utils.config import Config, describe, from_dict, load_config
+from mlnet_utils.config import describe, from_dict, load_config
 from mlnet_utils.model import checkpoints
 from mlnet_utils.model.checkpoints import with_start
 from mlnet_utils.model.network import MLNet
@@ -59,11 +59,6 @@ def test_the_architecture_and_the_size_come_from_the_checkpoint(start):
     assert (config.preset, config.lr, config.dataset) == ("finetune", 3e-4, "folder")
     assert config.backbone_weights == "none"
     assert from_dict(config.to_dict()) == config
-
-
-def test_the_architecture_fields_exist():
-    fields = {field.name for field in dataclasses.fields(Config)}
-    assert set(checkpoints.ARCHITECTURE) | set(checkpoints.USUAL) < fields
 
 
 def test_the_file_is_recorded_with_its_checksum_and_without_the_machine(start, monkeypatch):
@@ -117,11 +112,6 @@ def test_presets_with_an_architecture_of_their_own_are_checked_too(start):
         with_start(load_config("osie", start_from=start))
 
 
-def test_weights_of_the_backbone_and_a_checkpoint_exclude_each_other(start):
-    with pytest.raises(ValueError, match=r"backbone_weights='w.pth' and start_from exclude"):
-        finetune(start, backbone_weights="w.pth")
-
-
 @pytest.mark.parametrize(
     ("content", "message"),
     [("text", "start.pt cannot be read"), ({"w": 1}, "start.pt is not a checkpoint of this")],
@@ -167,14 +157,6 @@ def test_without_updates_nothing_changes(start, run_folder):
     expected = checkpoints.load_checkpoint(start)["model"]
     assert all(torch.equal(found["model"][k], v) for k, v in expected.items() if "num_b" not in k)
     assert found["config"]["start_from"].endswith(f"start.pt#sha256={sha256_file(start)}")
-
-
-def test_without_a_checkpoint_the_weights_are_the_seed_s(run_folder):
-    config = tiny_config()
-    trainer = Trainer(config, run_folder, make_accelerator(config))
-    before = {k: v.clone() for k, v in trainer.model.state_dict().items()}
-    trainer.resume()
-    assert all(torch.equal(trainer.model.state_dict()[k], v) for k, v in before.items())
 
 
 def test_a_fine_tuned_network_can_be_the_start_of_another(start, run_folder, tmp_path):

@@ -425,7 +425,7 @@ def test_the_average_is_what_is_kept(run_folder):
 
 # ---- checkpoints -------------------------------------------------------------------------------
 def test_foreign_and_broken_checkpoints_are_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone.pt does not exist; notebook 02_training"):
+    with pytest.raises(FileNotFoundError, match=r"gone.pt does not exist"):
         checkpoints.load_checkpoint(tmp_path / "gone.pt")
     (tmp_path / "text.pt").write_text("not a checkpoint")
     with pytest.raises(ValueError, match=r"text.pt cannot be read"):
