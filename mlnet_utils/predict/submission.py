@@ -15,7 +15,7 @@ import json
 import shutil
 import zipfile
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -240,7 +240,8 @@ def _check_zip(path: Path, sizes: Sizes) -> Problems:
         with zipfile.ZipFile(path) as archive:
             files = [entry for entry in archive.infolist() if not entry.is_dir()]
             maps = [(file.filename, partial(archive.read, file)) for file in files]
-            yield from _check_maps(maps, {_png_name(photo): size for photo, size in sizes.items()})
+            expected = {_png_name(photo): size for photo, size in sizes.items()}
+            yield from _check_maps(maps, expected, _check_png)
     except zipfile.BadZipFile as error:
         yield "not a zip file", f"{path.name} ({error})"
 
@@ -263,20 +264,18 @@ def _check_json(path: Path, sizes: Sizes) -> Problems:
         (entry["image_id"], partial(base64.b64decode, entry["saliency_map"], validate=True))
         for entry in entries
     ]
-    yield from _check_maps(maps, {_image_id(photo): size for photo, size in sizes.items()})
+    expected = {_image_id(photo): size for photo, size in sizes.items()}
+    yield from _check_maps(maps, expected, _check_png)
 
 
-def _check_names(found: Iterable, expected: Iterable) -> Problems:
-    counts, expected = Counter(found), list(expected)
-    wanted = set(expected)
+def _check_maps(
+    maps: list[tuple[Any, Callable[[], Any]]], expected: dict, check: Callable[..., Problems]
+) -> Problems:
+    """Problems of the names, and of every map: a name and a function that reads the content."""
+    counts = Counter(name for name, _ in maps)
     yield from (("missing", str(name)) for name in expected if name not in counts)
-    yield from (("not asked for", str(name)) for name in counts if name not in wanted)
+    yield from (("not asked for", str(name)) for name in counts if name not in expected)
     yield from (("more than once", str(name)) for name, n in counts.items() if n > 1)
-
-
-def _check_maps(maps: list[tuple[Any, Callable[[], bytes]]], expected: dict) -> Problems:
-    """Problems of maps that should be PNG: each a name and a function that reads the content."""
-    yield from _check_names((name for name, _ in maps), expected)
     for name, read in progress(maps, "checking the submission", unit="map"):
         if name not in expected:
             continue
@@ -285,7 +284,7 @@ def _check_maps(maps: list[tuple[Any, Callable[[], bytes]]], expected: dict) -> 
         except (zipfile.BadZipFile, RuntimeError, OSError, ValueError) as error:
             yield "cannot be unpacked", f"{name} ({error})"
         else:
-            yield from _check_png(content, str(name), expected[name])
+            yield from check(content, str(name), expected[name])
 
 
 def _check_png(content: bytes, name: str, size: tuple[int, int]) -> Problems:
@@ -315,10 +314,8 @@ def _check_hdf5(path: Path, sizes: Sizes) -> Problems:
             file.visititems(
                 lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
             )
-            yield from _check_names(names, sizes)
-            for name in progress(names, "checking the submission", unit="map"):
-                if name in sizes:
-                    yield from _check_log_density(file[name][()], name, sizes[name])
+            maps = [(name, partial(np.array, file[name])) for name in names]
+            yield from _check_maps(maps, dict(sizes), _check_log_density)
     except OSError as error:
         yield "not a readable HDF5 file", f"{path.name} ({error})"
 

@@ -173,34 +173,29 @@ def test_the_exif_rotation_decides_the_size(predictor, pixels, tmp_path):
     )
 
 
-def test_the_density_head_is_interpolated_as_a_log_density():
-    box = Letterbox(64, 80, 32, 40)
-    single = torch.tensor([[0.1, 0.2, 0.1, 0.05, 0.05]] * 4).double() / 2
-    density = to_density(single, tiny_config(), box)
-    expected = unletterbox(single.log()[None], box)[0].exp()
-    torch.testing.assert_close(density, expected / expected.sum())
-    # Halfway between two cells stands their geometric mean, not their arithmetic one.
-    assert density[0, 15] * density[0, 16] == pytest.approx(density[0, 8] * density[0, 23])
+SINGLE = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)).double()
 
 
-def test_the_paper_head_is_interpolated_as_it_is():
-    box = Letterbox(64, 80, 32, 40)
-    single = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)).double()
-    density = to_density(single, tiny_config(head="paper"), box)
-    expected = unletterbox(single[None], box)[0]
-    torch.testing.assert_close(density, expected / expected.sum())
-    # Its scale does not matter.
-    torch.testing.assert_close(to_density(single * 1e-7, tiny_config(head="paper"), box), density)
-
-
-def test_imported_networks_of_the_authors_are_postprocessed_as_theirs():
+@pytest.mark.parametrize(
+    ("options", "by_hand"),
+    [
+        ({}, lambda maps, box: unletterbox(maps.log(), box).exp()),
+        ({"head": "paper"}, unletterbox),
+        ({"head": "paper", "compat": "theano"}, lambda maps, _: authors_postprocess(maps, 50, 90)),
+    ],
+    ids=["log-density", "as it is", "authors"],
+)
+def test_every_head_has_its_interpolation(options, by_hand):
     box = Letterbox(50, 90, 32, 40)
-    single = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)).double()
-    theirs = authors_postprocess(single[None], 50, 90)[0]
-    density = to_density(single, tiny_config(head="paper", compat="theano"), box)
-    torch.testing.assert_close(density, theirs / theirs.sum())
-    ours = to_density(single, tiny_config(head="paper"), box)
-    assert (ours - density).abs().max() > 1e-3 * density.max()
+    density = to_density(SINGLE, tiny_config(**options), box)
+    expected = by_hand(SINGLE[None], box)[0]
+    torch.testing.assert_close(density, expected / expected.sum())
+    if "compat" not in options:  # the scale does not matter
+        scaled = to_density(SINGLE * 1e-7, tiny_config(**options), box)
+        torch.testing.assert_close(scaled, density)
+    else:
+        ours = to_density(SINGLE, tiny_config(head="paper"), box)
+        assert (ours - density).abs().max() > 1e-3 * density.max()
 
 
 @pytest.mark.parametrize("head", ["density", "paper"])
