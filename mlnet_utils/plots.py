@@ -105,17 +105,13 @@ def plot_maps(
     maps: Mapping[str, np.ndarray], columns: int = 4, width: float = 9.0, diverging: bool = False
 ) -> Figure:
     """Titled maps or photos in a grid; ``diverging`` centres the colours of maps on zero."""
-    rows = -(-len(maps) // columns)
     columns = min(columns, len(maps))
     first = np.asarray(next(iter(maps.values())))
     cell = width / columns
-    height = (cell * first.shape[0] / first.shape[1] + TITLE_INCHES) * rows
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(width, height), squeeze=False, layout="compressed"
-    )
-    for axis in axes.flat:
+    height = cell * first.shape[0] / first.shape[1] + TITLE_INCHES
+    figure, axes = _grid(len(maps), columns, width, height, layout="compressed")
+    for axis, (title, content) in zip(axes, maps.items(), strict=True):
         axis.axis("off")
-    for axis, (title, content) in zip(axes.flat, maps.items(), strict=False):
         content = np.asarray(content)
         if diverging and content.ndim == 2:
             limit = max(float(np.abs(content).max()), 1e-12)
@@ -125,6 +121,18 @@ def plot_maps(
             axis.imshow(content, cmap=MAP_COLOURS)
         axis.set_title(title)
     return figure
+
+
+def _grid(
+    count: int, columns: int, width: float, height: float, **options: object
+) -> tuple[Figure, Sequence[Axes]]:
+    """A figure with ``count`` panels in so many columns; ``height`` is that of a row, in inches."""
+    rows = -(-count // columns)
+    size = (width, height * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
+    for axis in axes.flat[count:]:
+        axis.axis("off")
+    return figure, axes.flat[:count]
 
 
 def plot_history(log: pd.DataFrame) -> Figure:
@@ -163,20 +171,15 @@ def plot_scores(
         columns: panels per row.
         zero: mark zero, for differences.
     """
-    rows = -(-len(metrics) // columns)
     models = list(dict.fromkeys(table["model"]))
     if not models:
         figure, axis = plt.subplots(figsize=(9, 0.6))
         axis.text(0.5, 0.5, "no scores", ha="center", va="center")
         axis.axis("off")
         return figure
-    figure, axes = plt.subplots(
-        rows, columns, figsize=(9, (0.3 * len(models) + 0.8) * rows), sharey=True, squeeze=False
-    )
-    for axis in axes.flat[len(metrics) :]:
-        axis.axis("off")
+    figure, axes = _grid(len(metrics), columns, 9, 0.3 * len(models) + 0.8, sharey=True)
     colours = dict(zip(models, sns.color_palette(PALETTE, len(models)), strict=True))
-    for axis, metric in zip(axes.flat, metrics, strict=False):
+    for axis, metric in zip(axes, metrics, strict=True):
         part = table[table["metric"] == metric].set_index("model").reindex(models)
         axis.margins(x=0.1)  # no dot on the frame
         axis.xaxis.set_major_locator(MaxNLocator(2))  # panels are narrow, and numbers can be long
@@ -201,13 +204,10 @@ def plot_distributions(scores: pd.DataFrame, metrics: Sequence[str], columns: in
         metrics: the panels, in order.
         columns: panels per row.
     """
-    rows = -(-len(metrics) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(9, 2.6 * rows), squeeze=False, sharey=True)
-    for axis in axes.flat[len(metrics) :]:
-        axis.axis("off")
+    figure, axes = _grid(len(metrics), columns, 9, 2.6, sharey=True)
     models = list(dict.fromkeys(scores["model"]))  # one colour each, where some are missing too
     colours = dict(zip(models, sns.color_palette(PALETTE, len(models)), strict=True))
-    for axis, metric in zip(axes.flat, metrics, strict=False):
+    for axis, metric in zip(axes, metrics, strict=True):
         finite = scores[np.isfinite(scores[metric])]
         sns.violinplot(
             finite, x=metric, y="model", hue="model", ax=axis, cut=0, inner="quart", linewidth=0.8,
@@ -239,7 +239,7 @@ def plot_amounts(table: pd.DataFrame, metrics: Sequence[str], amount: str) -> Fi
 
 
 def _title(metric: str) -> str:
-    """Of a panel; only KL is a distance."""
+    """Title of a panel; only KL is a distance."""
     return f"{metric} (less is better)" if metric == "KL" else metric
 
 

@@ -199,6 +199,7 @@ def import_without(blocked, names):
     )
 
 
+@pytest.mark.slow
 def test_training_path_needs_no_notebook_packages():
     result = import_without(NOT_FOR_TRAINING, [f"mlnet_utils.{name}" for name in TRAINING_PATH])
     assert result.returncode == 0, result.stderr

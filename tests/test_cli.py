@@ -103,6 +103,7 @@ def test_ctrl_c_is_one_line_and_exit_code_130(said, words, monkeypatch, capsys):
     assert capsys.readouterr().err == f"\n{words}\n"
 
 
+@pytest.mark.slow
 def test_prepare_check_train_and_evaluate(tmp_path, capsys):
     run = ["--preset", "tiny", "--run-dir", str(tmp_path)]
     assert cli.main(["prepare", *run]) == 0
@@ -150,6 +151,7 @@ def album(folder, names):
     return folder
 
 
+@pytest.mark.slow
 def test_export_writes_what_predict_takes(checkpoint, tmp_path, capsys):
     photos, out = album(tmp_path / "album", ["a.jpg", "b.jpg"]), tmp_path / "network.pt2"
     call = ["export", "--checkpoint", str(checkpoint), "--out", str(out)]

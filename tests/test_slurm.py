@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).resolve().parent.parent / "docs" / "slurm.sh"
 STAND_INS = {
     # So many nodes that whoever reads only the first line leaves the rest in a broken pipe.

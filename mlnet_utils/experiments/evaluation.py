@@ -1,7 +1,5 @@
 """Scores of a trained network and of the baselines, photo by photo, at every photo's own size."""
 
-import csv
-import io
 import math
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -98,14 +96,14 @@ class TestSet:
         return self.gold_standard(photo) if self.gold_standard and len(photo.fixations) else None
 
     def truth(self, photo: Photo, protocol: str = "mit300") -> dict[str, Tensor]:
-        """What a prediction of this photo is compared with, each (1, H, W)."""
+        """The ground truth of a photo and the baseline of its information gain, each (1, H, W)."""
         return {
             **protocol_truth(photo, self.negatives, self.prepared, protocol),
             "baseline": self.centre_bias(photo.height, photo.width)[None],
         }
 
     def describe_truth(self, protocol: str) -> dict[str, str | float]:
-        """The same in words, for reports: blur, density and negatives."""
+        """The ground truth of a protocol in words: blur, density and negatives."""
         others = f"the other {len(self.photos) - 1} photos of the split"
         if protocol == "salicon2015":
             sigma, density = SIGMA_2015, "fixated pixels, each once, blurred"
@@ -136,13 +134,13 @@ def protocol_truth(
         photo: one of the split.
         others: where people looked on the other photos of the split.
         prepared: the data; salicon2015 has its own blur, :data:`SIGMA_2015`.
-        protocol: whose definition.
+        protocol: name of the metric definitions.
 
     Returns:
         (1, H, W) ``fixations``, ``density`` and ``negatives``, see ``metrics.score_all``.
 
     Raises:
-        ValueError, FileNotFoundError: what ``prepared.density`` and ``others`` raise.
+        ValueError, FileNotFoundError: see ``Prepared.density`` and ``baselines.LeaveOneOut``.
     """
     blurred, sigma = photo, prepared.sigma
     if protocol == "salicon2015":
@@ -179,8 +177,8 @@ def evaluate(
         models: which of ``MODELS`` to score.
 
     Returns:
-        The contents of ``metrics.json``: what was scored how, and per model and metric the mean
-        over photos, its 95 % bootstrap interval, and how many photos had a defined value.
+        The contents of ``metrics.json``: data, ground truth and checkpoint; per model and metric
+        the mean over photos, its 95 % bootstrap interval, and the number of defined values.
 
     Raises:
         FileNotFoundError: prepared data or checkpoint are missing.
@@ -220,7 +218,9 @@ def evaluate(
         "versions": versions(),
     }
     if processes.is_main_process:
-        write_text(run_dir / "per_image.csv", _csv(report["dataset"], rows))
+        table = pd.DataFrame(rows, columns=["model", "stem", *METRICS])
+        table.insert(0, "dataset", report["dataset"])
+        write_text(run_dir / "per_image.csv", table.to_csv(index=False, na_rep="nan"))
         write_json(run_dir / "metrics.json", report)
     processes.wait_for_everyone()  # whoever returns finds the files
     return report
@@ -229,7 +229,7 @@ def evaluate(
 def _photo_scores(
     data: TestSet, photo: Photo, model: str, predictor: Predictor, protocol: str
 ) -> dict[str, float] | None:
-    """The scores of one model on one photo; None where the data do not have what it needs."""
+    """The scores of one model on one photo; None where the data lack an input of the model."""
     size = (photo.height, photo.width)
     if model == OBSERVERS:
         several = data.gold_standard and len(photo.known_observers) > 1
@@ -245,7 +245,7 @@ def _photo_scores(
 
 
 def _inter_observer_scores(data: TestSet, photo: Photo, protocol: str) -> dict[str, float]:
-    """Mean over observers of how well the others predict one.
+    """Mean over observers of the score that the others' fixations reach as a prediction.
 
     Only the metrics on fixations: one observer's dozen fixations are no density to compare with,
     so CC, KL and SIM would answer another question than in the other rows.
@@ -270,14 +270,6 @@ def _inter_observer_scores(data: TestSet, photo: Photo, protocol: str) -> dict[s
         else math.nan
         for metric in METRICS
     }
-
-
-def _csv(dataset: str, rows: Sequence[dict]) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ("dataset", "model", "stem", *METRICS), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows({"dataset": dataset, **row} for row in rows)
-    return text.getvalue()
 
 
 # ---- tables ------------------------------------------------------------------------------------

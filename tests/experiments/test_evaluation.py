@@ -133,6 +133,7 @@ def test_one_unknown_observer_leaves_the_rows_that_need_several_out(poorer, repo
         assert means["ML-Net"][metric] == complete["ML-Net"][metric]
 
 
+@pytest.mark.slow
 def test_scoring_twice_gives_the_same_bytes(run, report):
     before = (run / "per_image.csv").read_bytes(), (run / "metrics.json").read_bytes()
     evaluation.evaluate(run)
@@ -188,6 +189,7 @@ def test_salicon2015_has_a_ground_truth_of_its_own(run):
     assert torch.equal(usual["density"][0], blurred)
 
 
+@pytest.mark.slow
 def test_reports_describe_the_ground_truth_of_their_protocol(run, report, tmp_path):
     assert (report["protocol"], report["sigma_px"]) == ("mit300", 8.0)
     assert report["density"].startswith("fixations, blurred")

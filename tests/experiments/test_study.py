@@ -140,6 +140,7 @@ def test_the_low_level_model_is_scored(run_folder):
     assert row["metrics"]["IG"]["infinite"] == 0
 
 
+@pytest.mark.slow
 def test_the_reachable_cc_is_what_the_truth_reaches(tmp_path):
     """The sample's true density is known: blurred as the ground truth is, it is the best model."""
     preparation.prepare(load_config("tiny"), tmp_path, tmp_path / "data")

@@ -90,6 +90,7 @@ def test_what_is_done_is_not_done_again_and_the_rest_is(done):
     assert before.items() <= after.items()
 
 
+@pytest.mark.slow
 def test_another_split_is_scored_again_without_training(done):
     before = checkpoints_of(done)
     run_sweep(done, split="val")
@@ -159,6 +160,7 @@ def test_a_failing_cell_is_reported_and_the_others_go_on(tmp_path, capsys):
     assert list(table_of(tmp_path)["cell"]) == ["tame"]
 
 
+@pytest.mark.slow
 def test_a_death_is_remembered_until_the_cell_or_the_file_is_gone(tmp_path):
     first = run_cells(tmp_path, {"wild": WILD})["wild, seed 0"]
     note, output = tmp_path / "wild" / "0" / sweep.DIED, tmp_path / "wild" / "0" / "output.txt"
@@ -185,6 +187,7 @@ def interrupt_when(files, process, kill):
     kill(process, signal.SIGINT)
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_the_call_with_a_table_of_what_has_finished(tmp_path):
     cells = {"short": {}, "long": {"epochs": 10_000}, "never": {}}
     saved = tmp_path / "long" / "0" / "checkpoints" / "last.pt"
@@ -248,6 +251,7 @@ def test_a_cluster_needs_submitit(done, monkeypatch):
 
 
 # ---- a cell that starts from another -----------------------------------------------------------
+@pytest.mark.slow
 def test_a_cell_starts_from_what_the_same_seed_of_another_found(tmp_path):
     cells = {
         "prior alone": {
