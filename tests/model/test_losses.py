@@ -29,13 +29,7 @@ FIXATIONS = maps(0, 1, 0, 3)
     ("name", "expected"),
     [
         ("mse", np.mean((np.array([0.25, 0.5, 0.75, 1]) - [0.2, 0.4, 0.4, 1]) ** 2)),
-        (
-            "kl",
-            0.1 * math.log(0.1 / 0.1)
-            + 0.2 * math.log(0.2 / 0.2)
-            + 0.2 * math.log(0.2 / 0.3)
-            + 0.5 * math.log(0.5 / 0.4),
-        ),
+        ("kl", 0.2 * math.log(0.2 / 0.3) + 0.5 * math.log(0.5 / 0.4)),
         ("ce", -(math.log(0.2) + 3 * math.log(0.4)) / 4),
         ("cc", 1 - np.corrcoef([1, 2, 3, 4], [0.1, 0.2, 0.2, 0.5])[0, 1]),
         ("nss", -(-0.5 + 3 * 1.5) / math.sqrt(1.25) / 4),
@@ -121,9 +115,7 @@ def test_expressions_are_sums_of_known_terms():
     "text", ["", "kl +", "klx", "kl - cc", "cc*0.5", "-1*kl", "2**kl", "kl cc"]
 )
 def test_other_expressions_are_errors(text):
-    with pytest.raises(
-        ValueError, match=r"is not a sum such as 'kl \+ 0.5\*cc' of the terms mlnet"
-    ):
+    with pytest.raises(ValueError, match=r"loss .* mlnet, mse, kl"):
         parse_loss(text)
 
 

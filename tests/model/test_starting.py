@@ -88,22 +88,23 @@ def test_a_key_that_agrees_with_the_checkpoint_may_be_set(start, tmp_path):
     assert with_start(load_config(preset)).levels == 2
 
 
-@pytest.mark.parametrize(
-    ("key", "value", "message"),
-    [
-        ("backbone", "vgg16", "backbone='vgg16' where the checkpoint has 'test_resnet'"),
-        ("backbone_args", {"x": 1}, r"backbone_args=\{'x': 1\} where the checkpoint has \{\}"),
-        ("backbone_drop", ("act1",), r"backbone_drop=\['act1'\] where the checkpoint has \[\]"),
-        ("normalisation", "caffe", "normalisation='caffe' where the checkpoint has 'auto'"),
-        ("levels", 3, "levels=3 where the checkpoint has 2"),
-        ("channels", 64, "channels=64 where the checkpoint has 5"),
-        ("head", "paper", "head='paper' where the checkpoint has 'density'"),
-        ("prior_cells", (6, 8), r"prior_cells=\[6, 8\] where the checkpoint has \[3, 4\]"),
-        ("compat", "theano", "compat='theano' where the checkpoint has ''"),
-    ],
-)
-def test_a_key_that_contradicts_the_checkpoint_is_an_error(start, key, value, message):
-    with pytest.raises(ValueError, match=rf"^config: {message} \(start_from=.*leave these keys"):
+CONTRADICTIONS = {
+    "backbone": ("vgg16", "'vgg16'.*'test_resnet'"),
+    "backbone_args": ({"x": 1}, r"\{'x': 1\}.*\{\}"),
+    "backbone_drop": (("act1",), r"\['act1'\].*\[\]"),
+    "normalisation": ("caffe", "'caffe'.*'auto'"),
+    "levels": (3, "3.*2"),
+    "channels": (64, "64.*5"),
+    "head": ("paper", "'paper'.*'density'"),
+    "prior_cells": ((6, 8), r"\[6, 8\].*\[3, 4\]"),
+    "compat": ("theano", "'theano'.*''"),
+}
+
+
+@pytest.mark.parametrize("key", checkpoints.ARCHITECTURE)
+def test_a_key_that_contradicts_the_checkpoint_is_an_error(start, key):
+    value, both = CONTRADICTIONS[key]
+    with pytest.raises(ValueError, match=rf"^config: {key}={both}.*start\.pt"):
         finetune(start, **{key: value})
 
 
