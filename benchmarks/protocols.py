@@ -55,7 +55,7 @@ def score(photo: Photo, prediction: Tensor, others, centre: Tensor, protocol: st
     """All metrics of one prediction under one protocol, with the protocol's own ground truth."""
     extra = {"mit300": ["AUC-Judd", "AUC-Borji"], "salicon": ["sAUC-grid"], "salicon2015": []}
     osie = Prepared(data_root() / "osie", [photo], {"root": ".", "sigma_px": SIGMA})
-    defined = [name for name in metrics.METRICS if protocol in metrics.FORMULAS[name].sums]
+    defined = [name for name in metrics.METRICS if name in metrics.DEFINITIONS[protocol]]
     return metrics.score_all(
         prediction[None],
         **protocol_truth(photo, others, osie, protocol),

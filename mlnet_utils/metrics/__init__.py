@@ -4,9 +4,10 @@ Every metric can be called from here: ``mlnet_utils.metrics.nss(prediction, fixa
 metrics take tensors; nothing in this room reads a data set or a network.
 """
 
-from mlnet_utils.metrics.functions import FORMULAS, PROTOCOLS
 from mlnet_utils.metrics.protocols import (
+    DEFINITIONS,
     METRICS,
+    PROTOCOLS,
     auc,
     auc_borji,
     auc_judd,
@@ -14,7 +15,6 @@ from mlnet_utils.metrics.protocols import (
     cc,
     emd,
     information_gain,
-    keep_repeats,
     kl_divergence,
     nss,
     score_all,
@@ -22,7 +22,7 @@ from mlnet_utils.metrics.protocols import (
 )
 
 __all__ = [
-    "FORMULAS",
+    "DEFINITIONS",
     "METRICS",
     "PROTOCOLS",
     "auc",
@@ -32,7 +32,6 @@ __all__ = [
     "cc",
     "emd",
     "information_gain",
-    "keep_repeats",
     "kl_divergence",
     "nss",
     "score_all",

@@ -1,331 +1,194 @@
-"""The metrics' formulas, for one image. The public functions in metrics.py say what they mean.
+"""The formulas of the metrics, on plain tensors of one image, to be read beside the papers.
 
-A formula takes a :class:`~mlnet_utils.metrics.inputs.ScoredImage`, follows its protocol, and
-returns a float, NaN where undefined. What is added up over all pixels is a function of a block of
-pixels, which ``image.pixel_sum`` adds up for all the wanted metrics in one pass over the maps.
+All tensors are float64 on the CPU. A map is flat, (P,) pixels; fixations are flat indices of
+pixels, (N,), a pixel as often as it counts. The functions check nothing: the module ``protocols``
+checks the maps, turns them into what a formula takes, and knows the values of degenerate input.
+
+Published code estimates some of the areas by random draws or jitter. The functions here return the
+exact expectations, so pairs that tie count one half.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
-
+import numpy as np
 import torch
 from torch import Tensor
 
-from mlnet_utils.metrics import roc
-from mlnet_utils.metrics.inputs import Block, ScoredImage, warn_if_8bit
-from mlnet_utils.metrics.resize import resize
-
-NAN = math.nan
-EPS_MIT300 = 2.2204e-16  # as pysaliency and the benchmark's code write it
-EPS_MATLAB = 2.0**-52
+from mlnet_utils.runtime import require
 
 
-# ---- at fixations, by rank ---------------------------------------------------------------------
-def auc(image: ScoredImage) -> float:
-    """Fixated pixels against all pixels."""
-    if image.protocol == "salicon":
-        return auc_borji(image)
-    count = len(image.fixated)
-    if count == 0:
-        return NAN
-    if image.protocol == "mit300":
-        below, _ = image.pixel_sum(rank_sums)
-        return roc.area(below, count, image.prediction.pixels)
-    if image.prediction.constant:
-        return 0.5
-    return roc.grid_area(_levels(image, image.fixated, roc.FINE), *image.pixel_sum(fine_levels))
+# ---- areas under the ROC curve -----------------------------------------------------------------
+def auc(positives: Tensor, negatives: Tensor, weights: Tensor | None = None) -> float:
+    """AUC = P(positive > negative) + P(positive = negative) / 2 (Hanley & McNeil, Radiology 1982).
+
+    The area of the curve with a point at every value: AUC of today's MIT/Tuebingen benchmark where
+    the negatives are all pixels, shuffled AUC (Tatler et al., Vision Research 2005) where they are
+    other images' fixations. Only the positives are sorted.
+
+    Args:
+        positives: (N,) predictions at fixations, any unit.
+        negatives: (M,) predictions at the negatives.
+        weights: (M,) whole numbers, how often each negative counts; None = once.
+
+    Returns:
+        0..1, 0.5 = chance.
+    """
+    # Twice the number of positives below a negative, a tie counting once: every positive is in the
+    # list from itself on, and once more from the next larger number on.
+    positives, negatives = positives.numpy(), negatives.numpy()
+    ordered = np.sort(np.concatenate([positives, np.nextafter(positives, np.inf)]))
+    rivals = negatives >= ordered[0]  # the rest lie below every positive
+    below = np.searchsorted(ordered, negatives[rivals], side="right")
+    count = len(negatives)
+    if weights is not None:
+        below, count = below * weights.numpy()[rivals], weights.sum().item()
+    return 1 - below.sum().item() / (2 * len(positives) * count)
 
 
-def auc_unfixated(image: ScoredImage) -> float:
-    """Fixated pixels against pixels that nobody fixated."""
-    count, others = len(image.fixated), image.prediction.pixels - len(image.unique)
-    if count == 0 or others == 0:
-        return NAN
-    below, _ = image.pixel_sum(rank_sums)
-    below -= image.ranks(image.prediction.values[image.unique]).sum().item()
-    return roc.area(below, count, others)
+def auc_judd(positives: Tensor, negatives: Tensor) -> float:
+    """AUC + FPR(lowest positive) / 2N: MIT's ``AUC_Judd.m``, in expectation over its jitter.
+
+    The code of Judd et al. (2012) puts points on the curve at the N positives only, and the sloped
+    lines between them add the second term. Where m positives and q negatives tie at the lowest
+    value, jitter lifts q m / (m + 1) of the q above the lowest of the m.
+
+    Args:
+        positives: (N,) predictions at fixated pixels, each once.
+        negatives: (M,) predictions at all other pixels.
+
+    Returns:
+        0..1.
+    """
+    lowest = positives.min()
+    m, q = (positives == lowest).sum().item(), (negatives == lowest).sum().item()
+    above = (negatives > lowest).sum().item() + q * m / (m + 1)
+    return auc(positives, negatives) + above / (2 * len(positives) * len(negatives))
 
 
-def auc_judd(image: ScoredImage) -> float:
-    """Fixated pixels, each once, against unfixated pixels, with the published code's bias."""
-    count, others = len(image.unique), image.prediction.pixels - len(image.unique)
-    if count == 0 or others == 0:
-        return NAN
-    values, where = image.prediction.values, image.unique
-    ranks = roc.Ranks(values[where], image.prediction.low, image.prediction.high)(values)
-    below = ranks.sum().item() - ranks[where].sum().item()
-    lowest = values[where].min()
-    tied = (values[where] == lowest).sum().item()
-    tied_others = (values == lowest).sum().item() - tied
-    above = (values > lowest).sum().item() - (count - tied)
-    return roc.area(below, count, others) + roc.judd_bias(count, others, above, tied, tied_others)
+def auc_grid(positives: Tensor, negatives: Tensor, thresholds: Tensor) -> float:
+    """Trapezoids between the ROC points at fixed thresholds, in expectation over drawn negatives.
+
+    AUC of Borji et al. (IEEE TIP 2013; MIT's ``AUC_Borji.m`` and ``AUC_shuffled.m``) and of the
+    2015 SALICON evaluator.
+
+    Args:
+        positives: (N,) predictions at fixations, of a map scaled to 0..1.
+        negatives: (M,) predictions at the negatives.
+        thresholds: (T,) ascending; the last is infinite, where the curve starts at (0, 0).
+
+    Returns:
+        0..1; NaN without positives or negatives.
+    """
+    rates = []
+    for values in (positives, negatives):
+        passed = torch.bucketize(values, thresholds, right=True)  # so many thresholds are reached
+        counts = torch.bincount(passed, minlength=len(thresholds) + 1)
+        rates.append(counts.flip(0).cumsum(0).to(torch.float64) / len(values))
+    true_positives, false_positives = rates
+    return torch.trapezoid(true_positives, false_positives).item()
 
 
-def auc_borji(image: ScoredImage) -> float:
-    """Fixated pixels, each once, against all pixels, thresholds 0, 0.1 .. 1."""
-    if len(image.unique) < 2 or image.prediction.constant:
-        return NAN
-    return roc.grid_area(_levels(image, image.unique, roc.COARSE), *image.pixel_sum(coarse_levels))
+# ---- values at fixations -----------------------------------------------------------------------
+def nss(prediction: Tensor, fixations: Tensor, correction: int = 0) -> float:
+    """NSS = mean over fixations f of (P(f) - mean P) / std P (Peters et al., Vision Research 2005).
+
+    Args:
+        prediction: (P,) any unit, not constant.
+        fixations: (N,) pixels.
+        correction: the deviation divides by P - correction.
+
+    Returns:
+        Standard deviations, 0 = chance.
+    """
+    deviation = prediction.std(correction=correction)
+    return ((prediction[fixations] - prediction.mean()) / deviation).mean().item()
 
 
-def auc_shuffled(image: ScoredImage) -> float:
-    """Fixated pixels against other images' fixations."""
-    count = len(image.fixated)
-    if count == 0 or image.negative_count == 0:
-        return NAN
-    if image.protocol != "salicon2015":
-        _, below = image.pixel_sum(rank_sums)
-        return roc.area(below, count, image.negative_count)
-    where, repeats = image.negatives
-    keep = ~torch.isin(where, image.unique)
-    negatives = where[keep].repeat_interleave(repeats[keep])
-    if len(negatives) == 0:
-        return NAN
-    if image.prediction.constant:
-        return 0.5
-    hits, false_alarms = (_levels(image, one, roc.FINE) for one in (image.fixated, negatives))
-    return roc.grid_area(hits, false_alarms)
+def information_gain(p: Tensor, b: Tensor, eps: float = 0.0) -> float:
+    """IG = mean over fixations f of log2 p(f) - log2 b(f) (Kuemmerer et al., PNAS 2015).
+
+    Args:
+        p: (N,) predicted density at the fixations.
+        b: (N,) baseline's density at the fixations.
+        eps: added to both densities.
+
+    Returns:
+        Bits per fixation; -inf where p is 0 and eps too.
+    """
+    return ((p + eps).log2() - (b + eps).log2()).mean().item()
 
 
-def auc_shuffled_grid(image: ScoredImage) -> float:
-    """Fixated pixels, each once, against other images' fixations, thresholds 0, 0.1 .. 1."""
-    if len(image.unique) == 0 or image.negative_count == 0 or image.prediction.constant:
-        return NAN
-    where, repeats = image.negatives
-    negatives = where.repeat_interleave(repeats)
-    hits, false_alarms = (_levels(image, one, roc.COARSE) for one in (image.unique, negatives))
-    return roc.grid_area(hits, false_alarms)
+# ---- maps against a density --------------------------------------------------------------------
+def cc(prediction: Tensor, density: Tensor) -> float:
+    """CC = cov(P, G) / (std P std G), Pearson's correlation over the pixels.
+
+    Args:
+        prediction: (P,) any unit, not constant.
+        density: (P,) any unit, not constant.
+
+    Returns:
+        -1..1.
+    """
+    x, y = prediction - prediction.mean(), density - density.mean()
+    return (torch.dot(x, y) / (torch.dot(x, x) * torch.dot(y, y)).sqrt()).item()
 
 
-def rank_sums(image: ScoredImage, block: Block) -> tuple[int, int]:
-    """Twice how many (fixation, pixel) and (fixation, negative) pairs have the fixation lower."""
-    largest = 2 * len(image.fixated) * max(image.prediction.pixels, image.negative_count)
-    integer = torch.int32 if largest < 2**31 else torch.int64  # 32 bits are three times as fast
-    below = image.ranks(block.values).to(integer)
-    over_pixels = below.sum(dtype=integer).item()
-    if block.negatives is None:
-        return over_pixels, 0
-    if 64 * image.negative_count < image.prediction.pixels:  # so few that looking for them pays
-        where = roc.at_least(1, block.negatives)
-        weighted = below[where] * block.negatives[where]
-    else:
-        weighted = below.mul_(block.negatives)
-    return over_pixels, weighted.sum(dtype=integer).item()
+def kl_divergence(p: Tensor, g: Tensor, eps: float) -> float:
+    """KL = sum over pixels of g ln(eps + g / (p + eps)) (MIT's ``KLdiv.m``).
+
+    Args:
+        p: (P,) predicted density, of sum 1.
+        g: (P,) ground-truth density, of sum 1.
+        eps: keeps the logarithm finite.
+
+    Returns:
+        Nats, 0 = equal.
+    """
+    ratio = g / (p + eps)
+    return torch.dot(g, ratio.add_(eps).log_()).item()
 
 
-def coarse_levels(image: ScoredImage, block: Block) -> tuple[Tensor]:
-    """Pixels per level at thresholds 0, 0.1 .. 1."""
-    return (roc.levels(image.prediction.unit(block.prediction), roc.COARSE),)
+def similarity(p: Tensor, g: Tensor) -> float:
+    """SIM = sum over pixels of min(p, g), the intersection of histograms (Judd et al. 2012).
+
+    Args:
+        p: (P,) predicted density, of sum 1.
+        g: (P,) ground-truth density, of sum 1.
+
+    Returns:
+        0..1, 1 = equal.
+    """
+    return torch.minimum(p, g).sum().item()
 
 
-def fine_levels(image: ScoredImage, block: Block) -> tuple[Tensor]:
-    """Pixels per level at thresholds 0, 0.01 .. 0.99."""
-    return (roc.levels(image.prediction.unit(block.prediction), roc.FINE),)
+def emd(p: Tensor, g: Tensor) -> float:
+    """Least work, mass times distance, that turns p into g (MIT's ``EMD.m``; Rubner et al. 2000).
 
+    Args:
+        p: (h, w) predicted density, of sum 1.
+        g: (h, w) ground-truth density, of sum 1.
 
-def _levels(image: ScoredImage, where: Tensor, thresholds: Sequence[float]) -> Tensor:
-    return roc.levels(image.prediction.unit(image.prediction.at(where)), thresholds)
+    Returns:
+        Pixels, 0 = equal.
 
-
-# ---- at fixations, by value --------------------------------------------------------------------
-def nss(image: ScoredImage) -> float:
-    """Mean z-score at fixations."""
-    where, prediction = image.fixated, image.prediction
-    if len(where) == 0:
-        return NAN
-    if prediction.constant:
-        return NAN if image.protocol == "salicon" else 0.0
-    squares, _, _ = _moments(image)
-    deviation = math.sqrt(squares / (prediction.pixels - (image.protocol == "salicon")))
-    return (prediction.at(where) - prediction.mean).mean().item() / deviation
-
-
-def information_gain(image: ScoredImage) -> float:
-    """Mean of log2 p - log2 b at fixations."""
-    where, prediction, baseline = image.fixated, image.prediction, image.baseline
-    if len(where) == 0:
-        return NAN
-    if image.protocol == "salicon" and (prediction.constant or baseline.constant):
-        return NAN  # a constant map scaled to 0..1 is 0 / 0
-    warn_if_8bit(image, "information gain")
-    if image.protocol == "salicon":
-        p = prediction.stretched(prediction.at(where)) + EPS_MATLAB
-        b = baseline.stretched(baseline.at(where)) + EPS_MATLAB
-    else:
-        p = image.normalised(prediction.at(where))
-        b = baseline.at(where) / baseline.total
-        if not (b > 0).all():
-            raise ValueError(
-                f"{image.name}: the baseline is zero at a fixation, so the gain over it is not "
-                "defined; mix it with a little of the uniform density"
-            )
-    return (p.log2() - b.log2()).mean().item()
-
-
-# ---- against a density -------------------------------------------------------------------------
-def cc(image: ScoredImage) -> float:
-    """Pearson's correlation over the pixels."""
-    if image.density.constant:
-        return NAN
-    if image.prediction.constant:
-        return 0.0 if image.protocol == "mit300" else NAN
-    predicted, both, true = _moments(image)
-    return both / math.sqrt(predicted * true)
-
-
-def kl_divergence(image: ScoredImage) -> float:
-    """Sum of g ln(eps + g / (p + eps))."""
-    if image.density.total == 0:
-        return NAN
-    warn_if_8bit(image, "KL divergence")
-    (divergence,) = image.pixel_sum(divergence_sum)
-    return divergence / image.density.total
-
-
-def similarity(image: ScoredImage) -> float:
-    """Sum of min(p, g)."""
-    if image.density.total == 0:
-        return NAN
-    if image.protocol == "salicon":
-        if image.prediction.constant and image.prediction.high == 0:
-            return 0.0  # MATLAB's code leaves an all-zero map as it is
-        if image.prediction.constant or image.density.constant:
-            return NAN
-    (common,) = image.pixel_sum(overlap_sum)
-    return common
-
-
-def emd(image: ScoredImage, downsize: int = 32) -> float:
-    """Least work, mass times distance, that turns the one density into the other."""
-    if image.density.total == 0 or (image.prediction.constant and image.prediction.high == 0):
-        return NAN
-    if image.prediction.low < 0 < image.prediction.high:
-        raise ValueError(
-            f"{image.name}: the prediction has values of both signs, so that dividing it by its "
-            "sum makes no density; for the earth mover's distance subtract its minimum first"
-        )
-    try:
-        import ot
-    except ImportError as error:
-        raise ImportError(
-            "the earth mover's distance needs the package POT: pip install 'mlnet-utils[emd]'"
-        ) from error
-    size = [math.ceil(side / downsize) for side in image.shape]
-    p, g = (
-        resize(one.values.reshape(1, *image.shape).cpu(), *size, protocol="salicon").flatten()
-        for one in (image.prediction, image.density)
-    )
-    # Mass that both have in a place need not move, so only the differences do. This also makes
-    # sense of the slightly negative values that bicubic resizing gives.
-    difference = p / p.sum() - g / g.sum()
-    places = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in size))
+    Raises:
+        ImportError: the package POT (extra ``emd``) is not installed.
+    """
+    ot = require("ot", "emd")
+    # Mass that both have in a place need not move, so only the differences do. They make sense of
+    # the slightly negative values that bicubic resizing gives, too.
+    difference = (p - g).flatten()
+    sides = (torch.arange(side, dtype=torch.float64) for side in p.shape)
+    places = torch.cartesian_prod(*sides)
     surplus, lack = difference > 0, difference < 0
     moved = difference[surplus].sum()
     if moved <= 0:
         return 0.0
+    distances = torch.cdist(
+        places[surplus], places[lack], compute_mode="donot_use_mm_for_euclid_dist"
+    )
     work = ot.emd2(
         (difference[surplus] / moved).numpy(),
-        (-difference[lack] / -difference[lack].sum()).numpy(),
-        torch.cdist(
-            places[surplus], places[lack], compute_mode="donot_use_mm_for_euclid_dist"
-        ).numpy(),
+        (difference[lack] / difference[lack].sum()).numpy(),
+        distances.numpy(),
         numItermax=1_000_000,
     )
     return float(work) * moved.item()
-
-
-def _moments(image: ScoredImage) -> tuple[float, float, float]:
-    """Sums of x x, x y and y y, with x and y prediction and density minus their means."""
-    x, y = image.prediction, image.density or image.prediction
-    xx, xy, yy = image.pixel_sum(products)
-    mean_xx, mean_xy, mean_yy = (x.pixels * a.mean * b.mean for a, b in ((x, x), (x, y), (y, y)))
-    # Subtracting the means from the sums is faster than from every pixel, but where a map hardly
-    # varies around a large mean it costs digits.
-    if mean_xx > 1e3 * (xx - mean_xx) or mean_yy > 1e3 * (yy - mean_yy):
-        return image.pixel_sum(centred_products)
-    return xx - mean_xx, xy - mean_xy, yy - mean_yy
-
-
-def products(image: ScoredImage, block: Block) -> tuple[float, float, float]:
-    """p p, p g and g g (g is p where no density was given)."""
-    p, g = block.prediction, block.prediction if block.density is None else block.density
-    return torch.dot(p, p).item(), torch.dot(p, g).item(), torch.dot(g, g).item()
-
-
-def centred_products(image: ScoredImage, block: Block) -> tuple[float, float, float]:
-    """The same of prediction and density minus their means."""
-    p = block.prediction - image.prediction.mean
-    g = None if block.density is None else block.density - image.density.mean
-    return products(image, block._replace(prediction=p, density=g))
-
-
-def divergence_sum(image: ScoredImage, block: Block) -> tuple[float]:
-    """g ln(eps + g / (p + eps)), with both maps at the density's own scale."""
-    total = image.density.total
-    eps = EPS_MIT300 if image.protocol == "mit300" else EPS_MATLAB
-    floor, eps = block.density.new_tensor([eps * total, eps])
-    if image.protocol == "mit300":
-        p = image.normalised(block.prediction, total, add=floor)
-    else:  # MATLAB's code leaves an all-zero map as it is
-        p = floor.add(block.prediction, alpha=total / (image.prediction.total or 1.0))
-    ratio = torch.addcdiv(eps, block.density, p, out=p)  # in place, in one pass over the memory
-    return (torch.dot(ratio.log_(), block.density).item(),)
-
-
-def overlap_sum(image: ScoredImage, block: Block) -> tuple[float]:
-    """min(p, g)."""
-    if image.protocol == "salicon":
-        p = image.prediction.stretched(block.prediction)
-        return (torch.minimum(p, image.density.stretched(block.density), out=p).sum().item(),)
-    p = image.normalised(block.prediction, image.density.total)
-    return (torch.minimum(p, block.density, out=p).sum().item() / (image.density.total or 1.0),)
-
-
-# ---- which metric is defined where -------------------------------------------------------------
-class Metric(NamedTuple):
-    """A formula and what it needs.
-
-    Attributes:
-        formula: the metric of one image.
-        needs: maps besides the prediction.
-        sums: by protocol that defines the metric, what it adds up over all pixels, or None.
-    """
-
-    formula: Callable[[ScoredImage], float]
-    needs: tuple[str, ...]
-    sums: dict[str, Callable | None]
-
-
-def _everywhere(
-    function: Callable | None, protocols: tuple[str, ...]
-) -> dict[str, Callable | None]:
-    return dict.fromkeys(protocols, function)
-
-
-PROTOCOLS = ("mit300", "salicon", "salicon2015")
-NOT_2015 = PROTOCOLS[:2]
-FORMULAS = {
-    "AUC": Metric(
-        auc,
-        ("fixations",),
-        {"mit300": rank_sums, "salicon": coarse_levels, "salicon2015": fine_levels},
-    ),
-    "CC": Metric(cc, ("density",), _everywhere(products, PROTOCOLS)),
-    "KL": Metric(kl_divergence, ("density",), _everywhere(divergence_sum, NOT_2015)),
-    "sAUC": Metric(
-        auc_shuffled,
-        ("fixations", "negatives"),
-        {"mit300": rank_sums, "salicon": rank_sums, "salicon2015": None},
-    ),
-    "IG": Metric(information_gain, ("fixations", "baseline"), _everywhere(None, NOT_2015)),
-    "NSS": Metric(nss, ("fixations",), _everywhere(products, PROTOCOLS)),
-    "SIM": Metric(similarity, ("density",), _everywhere(overlap_sum, NOT_2015)),
-    "EMD": Metric(emd, ("density",), _everywhere(None, NOT_2015)),
-    "AUC-unfixated": Metric(auc_unfixated, ("fixations",), _everywhere(rank_sums, ("mit300",))),
-    "AUC-Judd": Metric(auc_judd, ("fixations",), _everywhere(None, NOT_2015)),
-    "AUC-Borji": Metric(auc_borji, ("fixations",), _everywhere(coarse_levels, NOT_2015)),
-    "sAUC-grid": Metric(
-        auc_shuffled_grid, ("fixations", "negatives"), _everywhere(None, ("salicon",))
-    ),
-}

@@ -1,102 +1,215 @@
-"""Saliency metrics: every definition exact, deterministic and named.
+"""The metrics of batches, as each benchmark defines them: every score exact and named.
 
-Each function scores a batch of maps and returns one float64 value per image, NaN where the value
-is undefined; nothing is averaged, resized, blurred or sampled here. ``protocol`` chooses between
-the definitions that are in use (docs/metrics.md compares them):
+``protocol`` chooses between the definitions in use (docs/metrics.md compares them):
 
 * ``"mit300"``: today's MIT/Tuebingen benchmark and pysaliency.
-* ``"salicon"``: the LSUN'17 SALICON server, which used MIT's MATLAB code; its random draws are
-  replaced by their exact expectations.
+* ``"salicon"``: the LSUN'17 SALICON server, which used MIT's MATLAB code (cvzoya/saliency); its
+  random draws are replaced by their exact expectations.
 * ``"salicon2015"``: the first SALICON evaluator (github.com/NUS-VIP/salicon-evaluation).
 
-Shapes and checks are the same everywhere. Maps are (B, H, W) on any device; a NaN or an infinity,
-another shape, a negative density or a count map with fractions is a ValueError that names the
-image (``names``, else its index). Images without fixations give NaN in every metric that needs
-fixations, images with an all-zero density in every metric that needs a density. A prediction is
-*constant* if its range is at most 8 eps of its number type times its largest magnitude.
+Every metric takes (B, H, W) tensors on any device, works on the CPU, and returns (B,) float64,
+NaN where a value is undefined: without fixations, without negatives, or where the density is zero
+everywhere. Nothing is averaged, resized, blurred or sampled. The arguments are:
+
+* ``prediction``: any number type, any range and scale.
+* ``fixations``: counts of fixations per pixel, never a blurred map.
+* ``density``: blurred fixations, any scale.
+* ``negatives``: counts of other images' fixations (``baselines.LeaveOneOut``).
+* ``baseline``: density of a baseline, any scale, such as a centre bias of training data.
+* ``names``: B image names for error messages, which else name the index in the batch.
+
+Every metric raises a ValueError that names the image where a map holds NaN or infinity, has another
+shape than the prediction, or is no density or no count map, and where the protocol does not define
+the metric.
 """
 
-from collections.abc import Sequence
+import functools
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor
 
-from mlnet_utils.metrics import functions as formulas
-from mlnet_utils.metrics.functions import FORMULAS, PROTOCOLS
-from mlnet_utils.metrics.inputs import ScoredImage, for_each_image
+from mlnet_utils.metrics import functions
+from mlnet_utils.metrics.inputs import Image, Map, density_map
+from mlnet_utils.metrics.resize import resize
 
 METRICS = ("AUC", "CC", "KL", "sAUC", "IG", "NSS", "SIM")  # the order of MLNet-Pytorch's table
+NEEDS = {
+    **dict.fromkeys(("AUC", "AUC-unfixated", "AUC-Judd", "AUC-Borji", "NSS"), ("fixations",)),
+    **dict.fromkeys(("sAUC", "sAUC-grid"), ("fixations", "negatives")),
+    **dict.fromkeys(("CC", "KL", "SIM", "EMD"), ("density",)),
+    "IG": ("fixations", "baseline"),
+}
+EPS_MIT300 = 2.2204e-16  # as pysaliency and the benchmark's code write it
+EPS_MATLAB = 2.0**-52
+# Multiplied in float64, as in the published code: 3 * 0.1 is not 0.3, and a map stored in tenths
+# has values exactly on the thresholds.
+COARSE = [*(i * 0.1 for i in range(11)), math.inf]  # MIT's AUC_Borji.m and AUC_shuffled.m
+FINE = [*(i * 0.01 for i in range(100)), math.inf]  # the 2015 SALICON evaluator leaves out 1
 
 
-# ---- at fixations, by rank ---------------------------------------------------------------------
+# ---- definitions -------------------------------------------------------------------------------
+def _grid(image: Image, positives: Tensor, negatives: Tensor, thresholds: list[float]) -> float:
+    """:func:`functions.auc_grid` of pixels, on the map scaled to 0..1."""
+    unit = image.prediction.unit
+    return functions.auc_grid(unit[positives], unit[negatives], unit.new_tensor(thresholds))
+
+
+def _auc_borji(image: Image) -> float:
+    return _grid(image, image.fixated, slice(None), COARSE)
+
+
+def _auc_shuffled_2015(image: Image) -> float:
+    others = ~torch.isin(image.negatives, image.fixated)
+    negatives = image.negatives[others].repeat_interleave(image.negative_counts[others])
+    return _grid(image, image.fixations, negatives, FINE)
+
+
+def _auc_shuffled_grid(image: Image) -> float:
+    negatives = image.negatives.repeat_interleave(image.negative_counts)
+    return _grid(image, image.fixated, negatives, COARSE)
+
+
+def _information_gain(image: Image) -> float:
+    baseline = image.baseline.share[image.fixations]
+    if not (baseline > 0).all():
+        raise ValueError(
+            f"{image.name}: the baseline is zero at a fixation, where no gain is defined; mix "
+            "it with a little of the uniform density"
+        )
+    return functions.information_gain(image.prediction.density[image.fixations], baseline)
+
+
+def _emd(image: Image, downsize: int = 32) -> float:
+    if image.prediction.low < 0 < image.prediction.high:
+        raise ValueError(
+            f"{image.name}: the prediction has values of both signs, so that dividing it by its "
+            "sum makes no density; for the earth mover's distance subtract its minimum first"
+        )
+    size = [math.ceil(side / downsize) for side in image.shape]
+    small = (
+        resize(one.values.reshape(1, *image.shape), *size, protocol="salicon")[0]
+        for one in (image.prediction, image.density)
+    )
+    return functions.emd(*(one / one.sum() for one in small))
+
+
+_OF_BOTH = {
+    "AUC-Judd": lambda i: functions.auc_judd(i.at(i.fixated), i.unfixated),
+    "AUC-Borji": _auc_borji,
+    "EMD": _emd,
+}
+DEFINITIONS: dict[str, dict[str, Callable[[Image], float]]] = {
+    "mit300": {
+        "AUC": lambda i: functions.auc(i.at(i.fixations), i.prediction.values),
+        "CC": lambda i: functions.cc(i.prediction.values, i.density.values),
+        "KL": lambda i: functions.kl_divergence(i.prediction.density, i.density.share, EPS_MIT300),
+        "sAUC": lambda i: functions.auc(i.at(i.fixations), i.at(i.negatives), i.negative_counts),
+        "IG": _information_gain,
+        "NSS": lambda i: functions.nss(i.prediction.values, i.fixations),
+        "SIM": lambda i: functions.similarity(i.prediction.density, i.density.share),
+        "AUC-unfixated": lambda i: functions.auc(i.at(i.fixations), i.unfixated),
+        **_OF_BOTH,
+    },
+    "salicon": {
+        "AUC": _auc_borji,
+        "CC": lambda i: functions.cc(i.prediction.values, i.density.values),
+        "KL": lambda i: functions.kl_divergence(i.prediction.share, i.density.share, EPS_MATLAB),
+        "sAUC": lambda i: functions.auc(i.at(i.fixated), i.at(i.negatives), i.negative_counts),
+        "IG": lambda i: functions.information_gain(
+            i.prediction.stretched[i.fixated], i.baseline.stretched[i.fixated], EPS_MATLAB
+        ),
+        "NSS": lambda i: functions.nss(i.prediction.values, i.fixated, correction=1),
+        "SIM": lambda i: functions.similarity(i.prediction.stretched, i.density.stretched),
+        "sAUC-grid": _auc_shuffled_grid,
+        **_OF_BOTH,
+    },
+    "salicon2015": {
+        "AUC": lambda i: _grid(i, i.fixations, slice(None), FINE),
+        "CC": lambda i: functions.cc(i.prediction.values, i.density.values),
+        "sAUC": _auc_shuffled_2015,
+        "NSS": lambda i: functions.nss(i.prediction.values, i.fixations),
+    },
+}
+PROTOCOLS = tuple(DEFINITIONS)
+# Metrics of a constant prediction. The formulas give the value of those that are missing here.
+CONSTANT = {
+    "mit300": {"AUC-Borji": math.nan, "NSS": 0.0, "CC": 0.0},
+    "salicon": dict.fromkeys(("AUC", "AUC-Borji", "sAUC-grid", "NSS", "CC", "SIM", "IG"), math.nan),
+    "salicon2015": {"NSS": 0.0, "CC": math.nan},
+}
+
+
+def _degenerate(name: str, protocol: str, image: Image) -> float | None:
+    """A metric's value where its formula has none (docs/metrics.md, "Degenerate input")."""
+    needs, matlab = NEEDS[name], protocol == "salicon"
+    borji = name == "AUC-Borji" or (name == "AUC" and matlab)
+    undefined = (
+        ("fixations" in needs and len(image.fixated) < (2 if borji else 1))
+        or ("negatives" in needs and len(image.negatives) == 0)
+        or ("density" in needs and image.density.zero)
+        or (name in ("AUC-Judd", "AUC-unfixated") and len(image.fixated) == math.prod(image.shape))
+        or (name == "CC" and image.density.constant)
+        or (name == "IG" and matlab and image.baseline.constant)
+        or (name == "EMD" and image.prediction.zero)
+    )
+    if undefined:
+        return math.nan
+    if name == "SIM" and matlab and image.prediction.zero:
+        return 0.0  # MATLAB's code leaves an all-zero map as it is
+    if name == "SIM" and matlab and image.density.constant:
+        return math.nan
+    return CONSTANT[protocol].get(name) if image.prediction.constant else None
+
+
+def _value(name: str, protocol: str, image: Image, **options: int) -> float:
+    """One metric of one image."""
+    known = _degenerate(name, protocol, image)
+    if known is not None:
+        return known
+    if name in ("KL", "IG") and image.prediction.looks_8bit:
+        warnings.warn(
+            f"{image.name}: the prediction looks read back from an 8-bit file, which makes {name} "
+            "meaningless (small values became zeros); score the float map instead",
+            stacklevel=2,
+        )
+    return DEFINITIONS[protocol][name](image, **options)
+
+
+# ---- one metric of a batch ---------------------------------------------------------------------
+Names = Sequence[str] | None
+
+
 def auc(
-    prediction: Tensor,
-    fixations: Tensor,
-    *,
-    protocol: str = "mit300",
-    names: Sequence[str] | None = None,
+    prediction: Tensor, fixations: Tensor, *, protocol: str = "mit300", names: Names = None
 ) -> Tensor:
-    """Area under the ROC curve that separates fixated pixels from all pixels.
+    """Area under the ROC curve that separates fixated pixels from all pixels, 0..1, 0.5 = chance.
 
-    mit300: the exact area, P(fixation > pixel) + P(equal) / 2 over all fixations and all pixels.
-    salicon: :func:`auc_borji`. salicon2015: trapezoids at thresholds 0, 0.01 .. 0.99 on the map
-    scaled to 0..1, all fixations and all pixels; 0.5 for a constant map.
-
-    Args:
-        prediction: (B, H, W), any range.
-        fixations: (B, H, W) counts of fixations per pixel.
-        protocol: which definition.
-        names: B image names for error messages.
-
-    Returns:
-        (B,) float64 in 0..1, 0.5 = chance; NaN without fixations.
+    mit300: the exact area over all fixations, :func:`functions.auc`. salicon: :func:`auc_borji`.
+    salicon2015: all fixations, thresholds 0, 0.01 .. 0.99.
     """
-    return _score(["AUC"], protocol, prediction, names, {"fixations": fixations})["AUC"]
+    return _score(["AUC"], protocol, prediction, names, fixations=fixations)["AUC"]
 
 
-def auc_judd(
-    prediction: Tensor, fixations: Tensor, *, names: Sequence[str] | None = None
-) -> Tensor:
-    """AUC as published by Judd et al. (MIT's ``AUC_Judd.m``), in expectation over its jitter.
+def auc_judd(prediction: Tensor, fixations: Tensor, *, names: Names = None) -> Tensor:
+    """AUC as published by Judd et al., 0..1: :func:`functions.auc_judd`.
 
-    Fixated pixels, each once, against all unfixated pixels. The code's ROC curve has points only
-    at fixated values, which adds FPR(lowest fixated value) / 2N to the exact area; that bias is
-    kept, so that published numbers are comparable. Scale-free, unlike the code's jitter of 1e-7.
-
-    Args:
-        prediction: (B, H, W), any range.
-        fixations: (B, H, W) counts of fixations per pixel.
-        names: B image names for error messages.
-
-    Returns:
-        (B,) float64 in 0..1; NaN without fixations, and where every pixel is fixated, which
-        leaves no negatives.
+    Fixated pixels, each once, against all unfixated ones; NaN where there are none. The bias of
+    the published code is kept, so that published numbers are comparable.
     """
-    return _score(["AUC-Judd"], "mit300", prediction, names, {"fixations": fixations})["AUC-Judd"]
+    return _score(["AUC-Judd"], "mit300", prediction, names, fixations=fixations)["AUC-Judd"]
 
 
-def auc_borji(
-    prediction: Tensor,
-    fixations: Tensor,
-    *,
-    names: Sequence[str] | None = None,
-) -> Tensor:
-    """AUC as published by Borji et al. (MIT's ``AUC_Borji.m``), in expectation over its draws.
+def auc_borji(prediction: Tensor, fixations: Tensor, *, names: Names = None) -> Tensor:
+    """AUC as published by Borji et al., 0..1: :func:`functions.auc_grid`.
 
-    Fixated pixels, each once, against all pixels; trapezoids at thresholds 0, 0.1 .. 1 on the map
-    scaled to 0..1. Peaky maps lose up to 0.06 by the coarse thresholds.
-
-    Args:
-        prediction: (B, H, W), any range.
-        fixations: (B, H, W) counts of fixations per pixel.
-        names: B image names for error messages.
-
-    Returns:
-        (B,) float64 in 0..1; NaN with fewer than two fixated pixels or a constant map.
+    Fixated pixels, each once, against all pixels, thresholds 0, 0.1 .. 1, which cost peaky maps up
+    to 0.06. NaN with fewer than two fixated pixels or a constant map.
     """
-    return _score(["AUC-Borji"], "salicon", prediction, names, {"fixations": fixations})[
-        "AUC-Borji"
-    ]
+    return _score(["AUC-Borji"], "salicon", prediction, names, fixations=fixations)["AUC-Borji"]
 
 
 def auc_shuffled(
@@ -106,67 +219,35 @@ def auc_shuffled(
     *,
     protocol: str = "mit300",
     grid: bool = False,
-    names: Sequence[str] | None = None,
+    names: Names = None,
 ) -> Tensor:
-    """Shuffled AUC: fixated pixels against where people look on other images.
+    """Shuffled AUC: fixated pixels against where people look on other images, 0..1.
 
-    The exact area, each negative counting as often as it was fixated: with all fixations
-    (mit300) or each fixated pixel once (salicon). ``grid=True`` with salicon takes the trapezoids
-    of MIT's ``AUC_shuffled.m`` at thresholds 0, 0.1 .. 1, in expectation over its draws; there
-    each negative pixel counts once, so pass ``negatives > 0``. salicon2015: trapezoids at 0, 0.01
-    .. 0.99, all fixations, pixels fixated on this image taken out of the negatives.
-
-    Args:
-        prediction: (B, H, W), any range.
-        fixations: (B, H, W) counts of fixations per pixel.
-        negatives: (B, H, W) counts of other images' fixations (mit300, salicon), or of how many
-            other images were fixated there (salicon2015); see ``baselines.LeaveOneOut``.
-        protocol: which definition.
-        grid: MATLAB's coarse thresholds (salicon only).
-        names: B image names for error messages.
-
-    Returns:
-        (B,) float64 in 0..1, 0.5 = as good as the average image; NaN without fixations or
-        negatives, and for a constant map on a grid under salicon.
+    The exact area, :func:`functions.auc`, each negative as often as it was fixated: all fixations
+    (mit300) or each fixated pixel once (salicon). ``grid=True`` with salicon takes the thresholds
+    0, 0.1 .. 1 of MIT's ``AUC_shuffled.m``, where each negative pixel counts once: pass
+    ``negatives > 0``. salicon2015: thresholds 0, 0.01 .. 0.99, all fixations, negatives weighted
+    by the number of images and not on this image's fixated pixels.
 
     Raises:
-        ValueError: ``grid`` with another protocol than salicon.
+        ValueError: ``grid`` with another protocol than salicon; see the module for the others.
     """
     if grid and protocol != "salicon":
         raise ValueError(f"grid=True is a choice of protocol='salicon' only, not of {protocol!r}")
     name = "sAUC-grid" if grid else "sAUC"
     maps = {"fixations": fixations, "negatives": negatives}
-    return _score([name], protocol, prediction, names, maps)[name]
+    return _score([name], protocol, prediction, names, **maps)[name]
 
 
-def keep_repeats(fixations: Tensor) -> Tensor:
-    """The 2015 SALICON evaluator's default filter: a pixel fixated k times counts k - 1 times."""
-    return (fixations - 1).clamp(min=0)
-
-
-# ---- at fixations, by value --------------------------------------------------------------------
 def nss(
-    prediction: Tensor,
-    fixations: Tensor,
-    *,
-    protocol: str = "mit300",
-    names: Sequence[str] | None = None,
+    prediction: Tensor, fixations: Tensor, *, protocol: str = "mit300", names: Names = None
 ) -> Tensor:
-    """Normalised scanpath saliency: mean z-score of the prediction at fixations.
+    """Normalised scanpath saliency, in standard deviations, 0 = chance: :func:`functions.nss`.
 
-    mit300, salicon2015: every fixation, deviation with 1/N, 0 for a constant map. salicon: every
-    fixated pixel once, deviation with 1/(N - 1), NaN for a constant map.
-
-    Args:
-        prediction: (B, H, W), any range.
-        fixations: (B, H, W) counts of fixations per pixel (never a blurred map).
-        protocol: which definition.
-        names: B image names for error messages.
-
-    Returns:
-        (B,) float64 in standard deviations, 0 = chance; NaN without fixations.
+    mit300, salicon2015: every fixation, deviation with 1/P, 0 for a constant map. salicon: every
+    fixated pixel once, deviation with 1/(P - 1), NaN for a constant map.
     """
-    return _score(["NSS"], protocol, prediction, names, {"fixations": fixations})["NSS"]
+    return _score(["NSS"], protocol, prediction, names, fixations=fixations)["NSS"]
 
 
 def information_gain(
@@ -175,140 +256,67 @@ def information_gain(
     baseline: Tensor,
     *,
     protocol: str = "mit300",
-    names: Sequence[str] | None = None,
+    names: Names = None,
 ) -> Tensor:
-    """Information gain over a baseline, in bits per fixation (Kuemmerer et al., PNAS 2015).
+    """Information gain over a baseline, in bits per fixation: :func:`functions.information_gain`.
 
-    mit300: mean over all fixations of log2 p - log2 b, with both maps divided by their sums (a
-    prediction with negative values is shifted first, an all-zero one becomes uniform); -inf where
-    the prediction is zero at a fixation. salicon: both maps scaled to 0..1, then divided by their
-    sums, eps = 2^-52 added inside the logarithms, each pixel once; NaN where the prediction or
-    the baseline is constant.
-
-    Warns when a prediction looks read back from 8 bits (see ``metric_inputs.warn_if_8bit``).
-
-    Args:
-        prediction: (B, H, W) density, any scale.
-        fixations: (B, H, W) counts of fixations per pixel.
-        baseline: (B, H, W) density of a baseline, such as a centre bias fitted on training data.
-        protocol: which definition; salicon2015 has none.
-        names: B image names for error messages.
-
-    Returns:
-        (B,) float64 bits per fixation; NaN without fixations.
+    mit300: all fixations; both maps divided by their sums (a prediction with negative values is
+    shifted first, an all-zero one is uniform); -inf where the prediction is zero at a fixation.
+    salicon: each fixated pixel once; both maps scaled to 0..1, then divided by their sums, eps =
+    2^-52; NaN where a map is constant. Warns where a prediction looks read back from 8 bits.
 
     Raises:
-        ValueError: mit300, and the baseline is zero at a fixation.
+        ValueError: the baseline is zero at a fixation (mit300); see the module for the others.
     """
     maps = {"fixations": fixations, "baseline": baseline}
-    return _score(["IG"], protocol, prediction, names, maps)["IG"]
+    return _score(["IG"], protocol, prediction, names, **maps)["IG"]
 
 
-# ---- against a density -------------------------------------------------------------------------
 def cc(
-    prediction: Tensor,
-    density: Tensor,
-    *,
-    protocol: str = "mit300",
-    names: Sequence[str] | None = None,
+    prediction: Tensor, density: Tensor, *, protocol: str = "mit300", names: Names = None
 ) -> Tensor:
-    """Pearson's linear correlation between prediction and density over the pixels.
+    """Pearson's correlation of prediction and density, -1..1: :func:`functions.cc`.
 
-    The protocols differ in how the density is made (docs/metrics.md), and for a constant
-    prediction: 0 in mit300, NaN otherwise. A constant density gives NaN.
-
-    Args:
-        prediction: (B, H, W), any range.
-        density: (B, H, W) blurred fixations, any scale.
-        protocol: which definition.
-        names: B image names for error messages.
-
-    Returns:
-        (B,) float64 in -1..1.
+    A constant density gives NaN, a constant prediction 0 in mit300 and NaN elsewhere.
     """
-    return _score(["CC"], protocol, prediction, names, {"density": density})["CC"]
+    return _score(["CC"], protocol, prediction, names, density=density)["CC"]
 
 
 def kl_divergence(
-    prediction: Tensor,
-    density: Tensor,
-    *,
-    protocol: str = "mit300",
-    names: Sequence[str] | None = None,
+    prediction: Tensor, density: Tensor, *, protocol: str = "mit300", names: Names = None
 ) -> Tensor:
-    """Kullback-Leibler divergence of the prediction p from the density g, in nats.
+    """Divergence of the prediction from the density, in nats: :func:`functions.kl_divergence`.
 
-    sum g ln(eps + g / (p + eps)) with both maps divided by their sums. mit300: eps = 2.2204e-16,
-    a prediction with negative values is shifted by its minimum, an all-zero one is uniform.
-    salicon: eps = 2^-52, no shift, an all-zero prediction stays zero; NaN for mixed signs.
-
-    Warns when a prediction looks read back from 8 bits (see ``metric_inputs.warn_if_8bit``).
-
-    Args:
-        prediction: (B, H, W) density, any scale.
-        density: (B, H, W) blurred fixations, any scale.
-        protocol: which definition; salicon2015 has none.
-        names: B image names for error messages.
-
-    Returns:
-        (B,) float64 nats, 0 = equal.
+    mit300: eps = 2.2204e-16; a prediction with negative values is shifted by its minimum, an
+    all-zero one is uniform. salicon: eps = 2^-52, no shift, an all-zero prediction stays zero; NaN
+    for values of both signs. Warns where a prediction looks read back from 8 bits.
     """
-    return _score(["KL"], protocol, prediction, names, {"density": density})["KL"]
+    return _score(["KL"], protocol, prediction, names, density=density)["KL"]
 
 
 def similarity(
-    prediction: Tensor,
-    density: Tensor,
-    *,
-    protocol: str = "mit300",
-    names: Sequence[str] | None = None,
+    prediction: Tensor, density: Tensor, *, protocol: str = "mit300", names: Names = None
 ) -> Tensor:
-    """Histogram intersection: sum of the pixelwise minimum of prediction and density.
+    """Intersection of prediction and density, 0..1, 1 = equal: :func:`functions.similarity`.
 
-    mit300: both maps divided by their sums (prediction shifted or uniform as in
-    :func:`kl_divergence`). salicon: both scaled to 0..1 first; 0 for an all-zero prediction, NaN
-    for any other constant one.
-
-    Args:
-        prediction: (B, H, W) density, any scale.
-        density: (B, H, W) blurred fixations, any scale.
-        protocol: which definition; salicon2015 has none.
-        names: B image names for error messages.
-
-    Returns:
-        (B,) float64 in 0..1, 1 = equal.
+    mit300: both divided by their sums (the prediction as in :func:`kl_divergence`). salicon: both
+    scaled to 0..1 first; 0 for an all-zero prediction, NaN for another constant map.
     """
-    return _score(["SIM"], protocol, prediction, names, {"density": density})["SIM"]
+    return _score(["SIM"], protocol, prediction, names, density=density)["SIM"]
 
 
-def emd(
-    prediction: Tensor, density: Tensor, *, downsize: int = 32, names: Sequence[str] | None = None
-) -> Tensor:
-    """Earth mover's distance as in the old MIT benchmark (MIT's ``EMD.m``); slow.
+def emd(prediction: Tensor, density: Tensor, *, downsize: int = 32, names: Names = None) -> Tensor:
+    """Earth mover's distance of the old MIT benchmark, in pixels of small maps: slow.
 
-    Both maps are shrunk with MATLAB's ``imresize``, divided by their sums, and compared with
-    Euclidean ground distance. Solved exactly by the package POT (extra ``emd``).
-
-    Args:
-        prediction: (B, H, W) density, any scale; all values of one sign (nothing is shifted, as
-            in MIT's code).
-        density: (B, H, W) blurred fixations, any scale.
-        downsize: factor by which the maps are shrunk.
-        names: B image names for error messages.
-
-    Returns:
-        (B,) float64 in pixels of the small maps, 0 = equal; NaN for an all-zero map.
+    Both maps are shrunk by the factor ``downsize`` with MATLAB's ``imresize`` and divided by their
+    sums: :func:`functions.emd`. NaN for an all-zero map.
 
     Raises:
-        ImportError: POT is not installed.
-        ValueError: a prediction has positive and negative values.
+        ImportError: the package POT (extra ``emd``) is not installed.
+        ValueError: a prediction has positive and negative values; see the module for the others.
     """
-    found = for_each_image(
-        lambda image: formulas.emd(image, downsize),
-        *(prediction, "mit300", (), names),
-        density=density,
-    )
-    return torch.tensor(found, dtype=torch.float64)
+    found = _score(["EMD"], "mit300", prediction, names, {"downsize": downsize}, density=density)
+    return found["EMD"]
 
 
 # ---- all at once -------------------------------------------------------------------------------
@@ -321,66 +329,109 @@ def score_all(
     protocol: str = "mit300",
     *,
     metrics: Sequence[str] | None = None,
-    names: Sequence[str] | None = None,
+    names: Names = None,
 ) -> dict[str, Tensor]:
-    """Every metric of the table in one pass, sharing what they have in common.
+    """Several metrics in one pass, with shared checks and intermediate results.
 
     Args:
-        prediction: (B, H, W).
-        fixations: (B, H, W) counts of fixations per pixel.
-        density: (B, H, W) blurred fixations; needed by CC, KL and SIM.
-        negatives: (B, H, W) counts of other images' fixations; needed by sAUC.
-        baseline: (B, H, W) density of a baseline; needed by IG.
-        protocol: which definitions.
-        metrics: keys of ``metric_formulas.FORMULAS``; None = those of :data:`METRICS` that the
-            protocol defines and whose inputs are given.
+        prediction: (B, H, W), as all the maps.
+        fixations: counts of fixations per pixel.
+        density: blurred fixations; needed by CC, KL, SIM and EMD.
+        negatives: counts of other images' fixations; needed by sAUC.
+        baseline: density of a baseline; needed by IG.
+        protocol: the definitions.
+        metrics: keys of ``DEFINITIONS[protocol]``; None = those of :data:`METRICS` that the
+            protocol defines and that have their inputs.
         names: B image names for error messages.
 
     Returns:
-        {metric: (B,) float64}, equal to what the single functions return.
+        {metric: (B,) float64}, equal to the single functions' results.
 
     Raises:
-        ValueError: a metric is unknown, undefined in the protocol, or lacks its input.
+        ValueError: a metric is unknown, undefined in the protocol, or lacks its input; see the
+            module for the others.
     """
     maps = {
         "fixations": fixations, "density": density, "negatives": negatives, "baseline": baseline
     }  # fmt: skip
     if metrics is None:
         given = {kind for kind, value in maps.items() if value is not None}
-        metrics = [
-            name
-            for name in METRICS
-            if protocol in FORMULAS[name].sums and given.issuperset(FORMULAS[name].needs)
-        ]
-    return _score(metrics, protocol, prediction, names, maps)
+        defined = DEFINITIONS.get(protocol, ())
+        metrics = [name for name in METRICS if name in defined and given.issuperset(NEEDS[name])]
+    return _score(metrics, protocol, prediction, names, **maps)
 
 
 def _score(
     metrics: Sequence[str],
     protocol: str,
     prediction: Tensor,
-    names: Sequence[str] | None,
-    maps: dict[str, Tensor | None],
+    names: Names,
+    options: dict[str, int] | None = None,
+    **maps: Tensor | None,
 ) -> dict[str, Tensor]:
-    """Apply formulas to every image of a batch."""
-    if protocol not in PROTOCOLS:
+    """Check the batch; apply definitions to each of its images."""
+    if protocol not in DEFINITIONS:
         raise ValueError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
     for name in metrics:
-        if name not in FORMULAS:
-            raise ValueError(f"metric {name!r} is not one of {', '.join(FORMULAS)}")
-        if protocol not in FORMULAS[name].sums:
+        if name not in NEEDS:
+            raise ValueError(f"metric {name!r} is not one of {', '.join(NEEDS)}")
+        if name not in DEFINITIONS[protocol]:
             raise ValueError(f"{name} is not defined in protocol {protocol!r}")
-        for kind in FORMULAS[name].needs:
+        for kind in NEEDS[name]:
             if maps.get(kind) is None:
                 raise ValueError(f"{name} needs {kind} (B, H, W), got None")
-    sums = [one for name in metrics if (one := FORMULAS[name].sums[protocol]) is not None]
+    maps = {kind: value for kind, value in maps.items() if value is not None}
+    _check_shapes(prediction, names, maps)
+    shared = _shared_baseline(maps)
 
-    def scores(image: ScoredImage) -> list[float]:
-        return [FORMULAS[name].formula(image) for name in metrics]
+    def scores(index: int) -> list[float]:
+        name = f"image {index} of the batch" if names is None else f"image {names[index]}"
+        image = Image(name, prediction[index], **{k: v[index] for k, v in maps.items()} | shared)
+        return [_value(metric, protocol, image, **(options or {})) for metric in metrics]
 
-    table = for_each_image(scores, prediction, protocol, sums, names, **maps)
-    device = "cpu" if prediction.device.type == "mps" else prediction.device  # MPS has no float64
-    return {
-        name: torch.tensor([row[place] for row in table], dtype=torch.float64, device=device)
-        for place, name in enumerate(metrics)
-    }
+    rows = _apply(scores, len(prediction))
+    table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(metrics))
+    if prediction.device.type != "mps":  # which has no float64
+        table = table.to(prediction.device)
+    return dict(zip(metrics, table.unbind(1), strict=True))
+
+
+def _check_shapes(prediction: Tensor, names: Names, maps: dict[str, Tensor]) -> None:
+    if not isinstance(prediction, Tensor) or prediction.ndim != 3 or 0 in prediction.shape[1:]:
+        raise ValueError(f"prediction must be a (B, H, W) tensor, got {_describe(prediction)}")
+    for kind, value in maps.items():
+        if not isinstance(value, Tensor) or value.shape != prediction.shape:
+            raise ValueError(
+                f"{kind} must have the prediction's shape {tuple(prediction.shape)}, got "
+                f"{_describe(value)}; nothing is resized silently (see mlnet_utils.metrics.resize)"
+            )
+    if names is not None and len(names) != len(prediction):
+        raise ValueError(f"{len(names)} names for {len(prediction)} images")
+
+
+def _describe(value: object) -> str:
+    return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def _shared_baseline(maps: dict[str, Tensor]) -> dict[str, Map]:
+    """The baseline, checked once, where ``expand`` gave the same one to every image."""
+    baseline = maps.get("baseline")
+    if baseline is None or len(baseline) < 2 or baseline.stride(0):
+        return {}
+    return {"baseline": density_map(baseline[0], "baseline", "every image of the batch")}
+
+
+def _apply(function: Callable[[int], list[float]], count: int) -> list[list[float]]:
+    """The function of 0 .. count - 1, each by one thread, as many at a time as torch has.
+
+    So the number of threads does not change a bit of the sums.
+    """
+    threads = torch.get_num_threads()
+    if threads == 1:
+        return [function(index) for index in range(count)]
+    one_thread = functools.partial(torch.set_num_threads, 1)
+    try:
+        with ThreadPoolExecutor(threads, initializer=one_thread) as pool:
+            return list(pool.map(function, range(count)))
+    finally:
+        torch.set_num_threads(threads)  # the workers' setting is also that of threads to come

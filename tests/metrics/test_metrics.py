@@ -14,7 +14,6 @@ from hypothesis.extra import numpy as hnp
 
 from mlnet_utils import metrics
 from mlnet_utils.data.geometry import density_from_points, fixation_counts
-from mlnet_utils.metrics import functions, inputs, roc
 from mlnet_utils.metrics.resize import resize
 
 H, W = 9, 11
@@ -40,7 +39,7 @@ def scene(seed=0, height=H, width=W, batch=1, points=8):
 
 
 def score(maps, names=ALL, protocol="mit300"):
-    defined = [name for name in names if protocol in metrics.FORMULAS[name].sums]
+    defined = [name for name in names if name in metrics.DEFINITIONS[protocol]]
     return metrics.score_all(**maps, protocol=protocol, metrics=defined)
 
 
@@ -179,38 +178,6 @@ def test_areas_equal_their_definition_pair_by_pair(prediction, counts, negatives
             assert math.isnan(found[name].item())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("power", [0.2, 1, 30])
-def test_ranks_equal_a_plain_search_on_large_maps(dtype, power):
-    generator = torch.Generator().manual_seed(1)
-    values = torch.rand(100_000, generator=generator, dtype=torch.float64) ** power
-    values = torch.cat([values - 0.5, -values[:50], values[:50].round(decimals=2)]).to(dtype)
-    fixated = values[torch.randint(len(values), (300,), generator=generator)]
-    ranks = roc.Ranks(fixated, values.min().item(), values.max().item())
-    order = fixated.sort().values
-    expected = torch.searchsorted(order, values) + torch.searchsorted(order, values, right=True)
-    assert torch.equal(ranks(values).long(), expected)
-
-
-@pytest.mark.parametrize("size", [1, 63, 64, 65, 1000])
-def test_at_least_finds_what_nonzero_finds(size):
-    generator = torch.Generator().manual_seed(size)
-    values = torch.randint(10, (size,), generator=generator)
-    for bound in (1, 8, 10):
-        assert torch.equal(roc.at_least(bound, values), (values >= bound).nonzero().squeeze(1))
-
-
-def test_results_do_not_depend_on_the_blocks(monkeypatch):
-    maps = scene(height=60, width=70, points=30)
-    whole = score(maps)
-    monkeypatch.setattr(inputs, "BLOCK", 500)
-    blocks = score(maps)
-    same(whole, blocks, tolerance=1e-12)
-    for name in ALL:
-        if "AUC" in name:
-            assert torch.equal(whole[name], blocks[name])
-
-
 @pytest.fixture
 def threads():
     """Sets the number of threads, and sets it back."""
@@ -267,17 +234,6 @@ def test_a_baseline_that_is_shared_gives_the_same_gains():
     spoilt[0, 0, 0] = math.nan
     with pytest.raises(ValueError, match="every image of the batch: baseline holds NaN"):
         metrics.information_gain(maps["prediction"], maps["fixations"], spoilt.expand(3, -1, -1))
-
-
-def test_sums_asked_for_later_leave_earlier_ones_alone():
-    maps = scene()
-    image = inputs.ScoredImage(
-        "x", "mit300", maps["prediction"][0], maps["fixations"][0], maps["density"][0],
-        sums=[functions.products],
-    )  # fmt: skip
-    first = image.pixel_sum(functions.products)
-    image.pixel_sum(functions.overlap_sum)
-    assert image.pixel_sum(functions.products) == first
 
 
 # ---- invariances -------------------------------------------------------------------------------
@@ -544,7 +500,6 @@ def test_repeated_fixations_count_as_the_protocol_says():
     names = ["AUC", "NSS", "IG", "sAUC"]
     same(score(once, names, "salicon"), score(often, names, "salicon"))
     assert score(once, ["NSS"])["NSS"] != score(often, ["NSS"])["NSS"]
-    assert torch.equal(metrics.keep_repeats(torch.tensor([0, 1, 2, 5])), torch.tensor([0, 0, 1, 4]))
 
 
 # ---- refused inputs ----------------------------------------------------------------------------
