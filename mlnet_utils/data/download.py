@@ -27,8 +27,8 @@ SOURCES = {**DATASETS, **TEST_PHOTOS}
 ARCHIVES = "archives"  # folder of a dataset that keeps what was downloaded
 RECORD = ".complete.json"  # written last; its presence means that a folder is whole
 DRIVE = "https://drive.google.com/uc?id={}"
-RETRIES = 8  # of a connection that fails or is cut; another run goes on with the bytes that came
-TIMEOUT = 60.0  # seconds without a byte
+RETRIES = 5  # of a connection that fails or is cut; another run goes on with the bytes that came
+TIMEOUT = (10.0, 60.0)  # seconds to connect, and without a byte
 BLOCK = 1 << 20
 # Beyond these an archive is taken for a bomb. Photos and maps hardly compress.
 MOST_FILES = 200_000
