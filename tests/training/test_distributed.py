@@ -302,7 +302,7 @@ def test_a_notebook_launches_processes(run_folder, preset):
         "from mlnet_utils.training import trainer\n"
         f"small = config.load_config({preset[4]!r}, epochs=2)\n"
         f"notebook_launcher(trainer.fit, (small, {str(run_folder)!r}), num_processes=2,\n"
-        f"                  use_port={free_port()!r})\n",
+        f"                  use_port={free_port()!r})\n"
     )
     root = Path(runtime.__file__).parent.parent
     environment = {**os.environ, **local_environment(), "PYTHONPATH": str(root)}
