@@ -1,15 +1,16 @@
-"""Baselines as models: what a score is worth is seen beside theirs.
+"""Baseline models that put a score in context.
 
 * :func:`uniform`: every pixel alike; the floor.
-* :class:`GaussianCentre`, :class:`CentreBias`: where people look whatever the photo, fitted on
-  *training* fixations; what a model must beat.
+* :class:`CentreBias`: where people look whatever the photo, fitted on *training* fixations; a
+  model must beat it.
 * :class:`LeaveOneOut`: where people look on the other photos of a split; the negatives of shuffled
-  AUC and LSUN'17's baseline of information gain.
-* :func:`inter_observer`: each observer predicted by the others; what people agree on.
+  AUC.
+* :func:`inter_observer`: each observer predicted by the others; the agreement of people.
 * :class:`GoldStandard`: the density of the fixations that are scored; an upper bound.
 
-All of them give (H, W) float64 densities that sum to 1. They take ``photos.Photo`` records (or
-anything with the same ``stem``, ``fixations``, ``observers``, ``height`` and ``width``).
+All but :class:`LeaveOneOut`, which counts, give (H, W) float64 densities that sum to 1. They take
+``photos.Photo`` records (or anything with the same ``stem``, ``fixations``, ``observers``,
+``height`` and ``width``).
 """
 
 import functools
@@ -42,50 +43,6 @@ def uniform(height: int, width: int) -> Tensor:
 
 
 # ---- centre bias -------------------------------------------------------------------------------
-@dataclass(frozen=True)
-class GaussianCentre:
-    """A Gaussian centre bias in units of the photo's sides.
-
-    Attributes:
-        centre: (x, y) of its peak, as shares of width and height.
-        spread: (x, y) standard deviations, as shares of width and height.
-        fixations: how many fixations it was fitted on.
-    """
-
-    centre: tuple[float, float]
-    spread: tuple[float, float]
-    fixations: int
-
-    @classmethod
-    def fit(cls, photos: Sequence[Photo]) -> "GaussianCentre":
-        """Mean and standard deviation of the photos' fixations.
-
-        Raises:
-            ValueError: the photos have fewer than two different fixations.
-        """
-        points = _relative_points(photos)
-        if len(points) < 2 or not points.std(axis=0).all():
-            raise ValueError("a Gaussian centre bias needs fixations that differ in x and in y")
-        centre, spread = points.mean(axis=0), points.std(axis=0)
-        return cls(tuple(centre.tolist()), tuple(spread.tolist()), len(points))
-
-    @property
-    def description(self) -> str:
-        """One line for reports."""
-        return (
-            f"Gaussian centre bias: mean ({self.centre[0]:.3f}, {self.centre[1]:.3f}), deviation "
-            f"({self.spread[0]:.3f}, {self.spread[1]:.3f}) of the sides, fitted on "
-            f"{self.fixations} training fixations"
-        )
-
-    def __call__(self, height: int, width: int) -> Tensor:
-        """(H, W) float64 density."""
-        x = (_centres(width) - self.centre[0]) / self.spread[0]
-        y = (_centres(height) - self.centre[1]) / self.spread[1]
-        density = torch.exp(-0.5 * y**2)[:, None] * torch.exp(-0.5 * x**2)
-        return density / density.sum()
-
-
 @dataclass(frozen=True, eq=False)  # compared by identity, which makes it a key of the cache below
 class CentreBias:
     """A kernel-density centre bias with cross-validated bandwidth, in units of the photo's sides.
@@ -97,7 +54,7 @@ class CentreBias:
         counts: (256, 256) training fixations per cell of the unit square.
         bandwidth: the kernel's deviation, as a share of the photo's sides.
         uniform_share: weight of the uniform density.
-        source: what it was fitted on, in words.
+        source: the data that it was fitted on, in words.
     """
 
     counts: Tensor
@@ -186,17 +143,10 @@ def _reflected_kernel(positions: Tensor, bandwidth: float) -> Tensor:
     return torch.exp(-0.5 * distance**2).sum(1)
 
 
-def _relative_points(photos: Sequence[Photo]) -> np.ndarray:
-    """(N, 2) x, y of all the photos' fixations as shares of width and height."""
-    points = [
-        (np.asarray(photo.fixations, np.float64) + 0.5) / (photo.width, photo.height)
-        for photo in photos
-    ]
-    return np.concatenate([np.zeros((0, 2)), *points])
-
-
 def _cell_counts(photo: Photo) -> Tensor:
-    x, y = np.minimum((_relative_points([photo]) * CELLS).astype(int), CELLS - 1).clip(0).T
+    """(256, 256) float64 fixations per cell of the unit square."""
+    shares = (np.asarray(photo.fixations, np.float64) + 0.5) / (photo.width, photo.height)
+    x, y = (shares * CELLS).astype(int).clip(0, CELLS - 1).T
     counts = np.bincount(y * CELLS + x, minlength=CELLS**2).reshape(CELLS, CELLS)
     return torch.from_numpy(counts).to(torch.float64)
 
@@ -224,7 +174,6 @@ class LeaveOneOut:
         )
         self._sizes = np.array([size for _, *size in sizes], np.int64)[self._of_photo]
         self._total = functools.lru_cache(maxsize=8)(self._make_total)
-        self._blurred = functools.lru_cache(maxsize=4)(self._make_blurred)
 
     def __call__(self, photo: Photo) -> Tensor:
         """(H, W) int32 counts of the other photos' fixations, at this photo's size.
@@ -243,30 +192,6 @@ class LeaveOneOut:
         total = self._total(photo.height, photo.width, each_photo_once=True)
         return total - self._own(photo).clamp(max=1)
 
-    def baseline(self, photo: Photo, sigma: float) -> Tensor:
-        """(H, W) float64 density: the other photos' fixations, blurred.
-
-        A floor of 1e-6 of the maximum is added before normalising, so that it is zero nowhere.
-
-        Args:
-            photo: one of the split.
-            sigma: of the Gaussian blur, in pixels of this photo.
-
-        Raises:
-            ValueError: the photo is not one of the split, or no other photo has fixations.
-        """
-        own = self._own(photo)  # also checks that the photo is one of the split
-        count = int(own.sum())
-        if count == len(self._pixels):
-            raise ValueError(f"photo {photo.stem}: no other photo of the split has fixations")
-        density = self._blurred(photo.height, photo.width, sigma).clone()
-        if count:
-            fixations = self._photos[photo.stem].fixations
-            density -= density_from_points(fixations, photo.height, photo.width, sigma) * count
-        density.clamp_(min=0)  # the difference of equal values can be -1e-17
-        density += 1e-6 * density.max()
-        return density / density.sum()
-
     def _own(self, photo: Photo) -> Tensor:
         if photo.stem not in self._photos:
             raise ValueError(
@@ -282,10 +207,6 @@ class LeaveOneOut:
             flat = np.unique(self._of_photo * (height * width) + flat) % (height * width)
         counts = np.bincount(flat, minlength=height * width).reshape(height, width)
         return torch.from_numpy(counts).to(torch.int32)
-
-    def _make_blurred(self, height: int, width: int, sigma: float) -> Tensor:
-        counts = self._total(height, width).to(torch.float64)
-        return blur_matrix(height, sigma) @ counts @ blur_matrix(width, sigma).T
 
 
 # ---- observers ---------------------------------------------------------------------------------
@@ -322,7 +243,7 @@ class GoldStandard:
     """The density of all the observers' fixations: an upper bound for predicting these fixations.
 
     Blur and share of the prior are those that predict left-out observers best, so the density is
-    no sharper than what people share; scored on its own fixations it is still optimistic.
+    as sharp as the agreement of people; scored on its own fixations it is still optimistic.
 
     Attributes:
         sigma_share: of the Gaussian blur, as a share of the photo's width.
@@ -332,12 +253,10 @@ class GoldStandard:
 
     sigma_share: float
     prior_share: float
-    prior: CentreBias | GaussianCentre | None = None
+    prior: CentreBias | None = None
 
     @classmethod
-    def fit(
-        cls, photos: Sequence[Photo], prior: CentreBias | GaussianCentre | None = None
-    ) -> "GoldStandard":
+    def fit(cls, photos: Sequence[Photo], prior: CentreBias | None = None) -> "GoldStandard":
         """Choose both values by the likelihood of each observer given the others.
 
         Raises:
@@ -384,7 +303,7 @@ def _mixed(
 
 
 def _left_out(
-    photo: Photo, sigma: float, prior: CentreBias | GaussianCentre | None
+    photo: Photo, sigma: float, prior: CentreBias | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """At each fixation: density of the other observers' fixations, and of the prior.
 
