@@ -280,7 +280,7 @@ def train(options: argparse.Namespace) -> int:
 
     config = load_config(options.preset, **overrides(options.overrides))
     folder = run_dir(options.run_dir, options.preset)
-    accelerator = trainer.make_accelerator(config)  # one of several processes, if launched so
+    accelerator = trainer.make_accelerator(config)  # of this process's launch
     with accelerator.main_process_first():
         if not (folder / "data" / "meta.json").is_file():
             preparation.prepare(config, data_root(options.data_root), folder / "data")

@@ -276,13 +276,13 @@ def plot_fixation_statistics(
 
 
 def plot_changes(table: pd.DataFrame, reference: str, infinite: str) -> Figure:
-    """How each metric moves when one prediction is changed: a heat map of relative changes.
+    """A heat map of the relative change of each metric when a prediction is changed.
 
     Args:
         table: index = variant of the prediction, columns = metrics, larger is better; -inf counts
             as the worst change.
         reference: the row that the others are compared with.
-        infinite: column that counts the photos whose score is infinite; the count is written in
+        infinite: column that counts the photos with an infinite score; the count is written in
             brackets under every infinite mean, and the column's name explains it.
     """
     photos, table = table[infinite], table.drop(columns=infinite)

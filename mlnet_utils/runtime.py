@@ -1,4 +1,4 @@
-"""Where a run happens: seeds, device, versions, folders, atomic writes, progress.
+"""The surroundings of a run: seeds, device, versions, folders, atomic writes, progress.
 
 Nothing here knows about saliency; nothing here imports torch until it must.
 """
@@ -33,7 +33,7 @@ def require(module: str, extra: str) -> ModuleType:
     """Import a package that only some features need.
 
     Args:
-        module: dotted name of what is imported, e.g. ``"onnxruntime"``.
+        module: dotted name, e.g. ``"onnxruntime"``.
         extra: the extra of this project that installs it.
 
     Raises:
@@ -120,7 +120,7 @@ def _runs() -> Path:
 def display_path(path: str | Path) -> str:
     """A path as readers should see it: relative to the checkout, the working folder or home.
 
-    Saved notebooks must not show whose machine they ran on.
+    Saved notebooks must not show the machine they ran on.
     """
     path = Path(path).resolve()
     for base, prefix in ((checkout_root(), ""), (Path.cwd(), ""), (Path.home(), "~/")):
@@ -151,7 +151,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def remove_temporaries(path: str | Path) -> None:
-    """Delete what :func:`atomic_path` of ``path`` left behind in processes that were killed."""
+    """Delete the leftovers of :func:`atomic_path` of ``path`` in processes that were killed."""
     path = Path(path)
     for leftover in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
         leftover.unlink(missing_ok=True)
@@ -172,7 +172,7 @@ def read_json(path: str | Path, made_by: str) -> Any:
     """Read a JSON file.
 
     Raises:
-        FileNotFoundError: the file is missing; the message names what makes it (``made_by``).
+        FileNotFoundError: the file is missing; the message names its maker (``made_by``).
         ValueError: the file is not valid JSON.
     """
     path = Path(path)
@@ -256,7 +256,7 @@ def keyed_seed(*key: int) -> int:
     """A 63-bit seed that depends on every part of the key.
 
     Randomness that is drawn anew from a key such as (seed, update, process) needs no generator
-    state in a checkpoint, and does not depend on what else was drawn before.
+    state in a checkpoint, and does not depend on earlier draws.
     """
     import numpy as np
 
@@ -338,7 +338,7 @@ def end_process(code: int) -> NoReturn:
 class StopSignals:
     """Note Ctrl-C and SIGTERM instead of dying of them, so that work in hand is finished and saved.
 
-    SIGTERM is what clusters send before they kill a job. A second Ctrl-C acts at once.
+    Clusters send SIGTERM before they kill a job. A second Ctrl-C acts at once.
     ``received`` is the signal's name, or ``""``. Outside the main thread, where Python delivers no
     signals, nothing changes.
     """

@@ -1,1 +1,4 @@
-"""Evaluation of a run, sweeps over configurations, and the study made from them."""
+"""Evaluation of a run beside floors and ceilings, sweeps of configurations, the paper's study.
+
+Metrics and their averages live in ``metrics``, notebooks and stages in ``running``.
+"""

@@ -131,7 +131,7 @@ def protocol_truth(
     """A photo's ground truth by a protocol's own definition (docs/metrics.md).
 
     Args:
-        photo: one of the split.
+        photo: of the split.
         others: where people looked on the other photos of the split.
         prepared: the data; salicon2015 has its own blur, :data:`SIGMA_2015`.
         protocol: name of the metric definitions.
@@ -166,7 +166,8 @@ def evaluate(
     """Score the network and the baselines; write ``metrics.json`` and ``per_image.csv``.
 
     Of several processes (torchrun, ``accelerate launch``) each scores its share of the photos;
-    the first one writes, and all return the same, to the bit what one process would.
+    the first writes the files, and all return the same report, equal to the bit to a single
+    process's.
 
     Args:
         run_dir: the run; its ``data/`` is read.

@@ -1,6 +1,6 @@
-"""The study of notebook 05: the paper's claims as grids of trainings, and what they say.
+"""The study of notebook 05: the paper's claims as grids of trainings, and verdicts on them.
 
-Every cell differs from the reference in what its name says; the reference has three levels, a
+The name of a cell says its difference from the reference; the reference has three levels, a
 learned prior, the density head, the KL divergence and mirrored photos. Comparisons are paired: for
 each photo the scores are averaged over the seeds and subtracted, and photos are resampled; the
 differences of the single seeds stand beside the interval, which knows nothing of other seeds.
@@ -58,8 +58,7 @@ def ablation(frozen: Sequence[str]) -> dict[str, Cells]:
     }
 
 
-# On OSIE also: fine-tuning, a larger input, what the earlier implementations change, and how much
-# data matters.
+# On OSIE also: fine-tuning, a larger input, the choices of earlier implementations, less data.
 _HEAD = {"head": "paper", "prior_penalty": -1}
 _PAPER = {
     **_HEAD, "loss": "mlnet", "optimizer": "sgd",
@@ -118,7 +117,7 @@ def grid(preset: str, seeds: Sequence[int] = (0, 1, 2)) -> Grid:
     common = {
         # Enough to tell cells apart in seconds, not to be good.
         "sample": {"limit": 100, "height": 64, "width": 80, "epochs": 4, "prior_cells": [4, 5]},
-        # A frozen backbone, whose features are computed once.
+        # A frozen backbone: its features are computed once.
         "osie": {
             "height": 240, "width": 320, "freeze": ["backbone.*"], "cache_features": True,
             "backbone_lr_scale": 0.3, "loss": "kl", "epochs": 4, "ema_decay": 0, "test_flip": False,
@@ -132,7 +131,7 @@ def grid(preset: str, seeds: Sequence[int] = (0, 1, 2)) -> Grid:
     return Grid(f"study-{preset}", preset, cells, tuple(seeds), common=common)
 
 
-# ---- what the trainings say --------------------------------------------------------------------
+# ---- differences and verdicts -----------------------------------------------------------------
 def compare(
     scores: pd.DataFrame, cells: Iterable[str], reference: str = REFERENCE, resamples: int = 2000
 ) -> pd.DataFrame:
@@ -141,7 +140,7 @@ def compare(
     Args:
         scores: columns ``cell``, ``seed``, ``stem`` and a column per metric, as the sweep's
             ``per_image.csv``.
-        cells: what to compare; cells without any score are left out.
+        cells: names of the cells to compare; cells without any score are left out.
         reference: the cell that is subtracted.
         resamples: of the bootstrap.
 
@@ -244,7 +243,7 @@ def photos_of(grid: Grid) -> pd.DataFrame:
 
 
 def amount_sentence(amounts: pd.DataFrame) -> str:
-    """What ten times the photos are worth, as one Markdown line.
+    """The gain from ten times the photos, as a Markdown line.
 
     Args:
         amounts: one row per training: ``training photos`` and a column per metric.
@@ -282,13 +281,13 @@ def low_level(run_dir: str | Path, split: str = "test", protocol: str = "mit300"
 def reachable_cc(run_dir: str | Path, split: str = "test", draws: int = 5) -> dict[str, float]:
     """The CC that a perfect model could be expected to have: the ground truth is a sample too.
 
-    Observers are divided at random into halves, whose densities correlate with r. Averaging both
-    halves makes a density of reliability R = 2r / (1 + r) (Spearman 1910, Brown 1910), and what is
-    perfectly predicted correlates with a measurement of reliability R as sqrt(R).
+    Observers are divided at random into halves; the halves' densities correlate with r.
+    Averaging both halves makes a density of reliability R = 2r / (1 + r) (Spearman 1910, Brown 1910), and a
+    perfect prediction correlates with a measurement of reliability R as sqrt(R).
 
     Args:
         run_dir: the run; its ``data/`` is read.
-        split: whose photos, of at least two known observers each.
+        split: name of a split; its photos with at least two known observers count.
         draws: divisions per photo.
 
     Returns:

@@ -1,8 +1,8 @@
 """Sweeps: many trainings that differ in a few keys, each in a run folder of its own, in one table.
 
 A grid names the cells, each a set of changes to a preset, and the seeds. Every (cell, seed) is
-prepared, trained and scored; what is done is not done again, and a training that was interrupted
-continues. A cell that fails is reported and does not stop the others.
+prepared, trained and scored; nothing is done twice, and an interrupted training continues. A
+cell that fails is reported and does not stop the others.
 """
 
 import contextlib
@@ -33,7 +33,13 @@ from mlnet_utils.runtime import cpu_count, display_path, read_json, read_yaml, r
 from mlnet_utils.training import trainer
 from mlnet_utils.training.trainer import TrainingDied
 
-DATA_KEYS = ("dataset", "limit", "train_limit", "sigma", "fold")  # what decides prepared data
+DATA_KEYS = (
+    "dataset",
+    "limit",
+    "train_limit",
+    "sigma",
+    "fold",
+)  # keys that decide the prepared data
 GRID_KEYS = ("preset", "seeds", "split", "common", "cells")
 TABLE, PER_IMAGE = "sweep.csv", "per_image.csv"
 DIED = "died.txt"  # in a run folder: which configuration died, and of what
@@ -44,7 +50,7 @@ Train = Callable[[Config, Path], Any]  # trains a configuration in its prepared 
 
 @dataclass(frozen=True)
 class Grid:
-    """What to train. ``cells`` maps a cell's name to what it changes in ``preset`` + ``common``.
+    """Trainings. ``cells`` maps a cell's name to its changes of ``preset`` + ``common``.
 
     ``start_from`` in a cell may be the name of another cell: it then starts from the weights that
     the same seed of that cell has found.
@@ -111,7 +117,7 @@ def read_grid(path: str | Path) -> Grid:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not a grid, an unknown key, or one that is there twice.
+        ValueError: not a grid, an unknown key, or a key that is there twice.
     """
     path, values = Path(path), read_yaml(path)
     if not isinstance(values.get("cells"), dict):
@@ -155,9 +161,9 @@ def data_key(config: Config, data_root: Path) -> str:
 
 # ---- one training ------------------------------------------------------------------------------
 def run_job(job: Job) -> None:
-    """Train and score one (cell, seed) on its prepared data, as far as that is not done yet.
+    """Train and score a (cell, seed) on its prepared data, as far as that is not done yet.
 
-    What it prints goes into the run folder: the lines of several workers would only be mixed up.
+    Its printed lines go into the run folder: the lines of several workers would only be mixed up.
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     with (
@@ -226,7 +232,7 @@ def run_sweep(
     cluster: str = "",
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
-    """Run what is missing of a grid and gather the table.
+    """Run the missing trainings of a grid and gather the table.
 
     Args:
         grid: the cells and seeds to train.
@@ -269,7 +275,7 @@ def run_sweep(
             with contextlib.closing(begun) as results:
                 for job, error in itertools.chain(over, results):
                     ended[job.title] = error
-                    cause = error.partition(". ")[0]  # advice is in what is returned
+                    cause = error.partition(". ")[0]  # the returned error has the advice too
                     print(f"{job.title}: {f'failed: {cause}' if error else 'done'}", flush=True)
     finally:
         if ended:  # other folders may hold scores of a configuration that was changed since
@@ -366,8 +372,8 @@ def on_cluster(
     executor = require("submitit", "cluster").AutoExecutor(folder, cluster=cluster)
     executor.update_parameters(name="mlnet-sweep", **options)
     submitted = executor.map_array(run, jobs) if jobs else []
-    for job, one in zip(jobs, submitted, strict=True):
-        yield job, attempt(one.result)
+    for job, sent in zip(jobs, submitted, strict=True):
+        yield job, attempt(sent.result)
 
 
 # ---- results -----------------------------------------------------------------------------------
@@ -376,7 +382,7 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
 
     Returns:
         The first table: cell, seed, dataset, split, epochs, seconds, the mean of every metric's
-        finite scores, and, where there are any, the number of photos whose score is infinite.
+        finite scores, and, where there are any, the number of photos with an infinite score.
     """
     rows, photos = [], []
     for job in jobs:

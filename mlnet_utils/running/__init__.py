@@ -1,1 +1,4 @@
-"""The notebooks executed headlessly, one stage after another."""
+"""Headless execution: a notebook by papermill, and the notebooks as stages of a pipeline.
+
+Nothing here knows about saliency: the computations stand in the notebooks.
+"""

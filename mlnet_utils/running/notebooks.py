@@ -122,7 +122,7 @@ def run_notebook(
         source: the notebook; it is not changed.
         target: where the executed copy goes, without machine paths, widgets and stderr.
         parameters: values that papermill injects after the cell tagged ``parameters``.
-        check: called after the last cell; returns what is wrong with the results, or ``""``.
+        check: called after the last cell; returns the fault of the results, or ``""``.
 
     Raises:
         NotebookError: a cell failed, the kernel died, or ``check`` found a fault.
@@ -160,7 +160,7 @@ def run_notebook(
 
 
 def _describe(error: Exception, notebook: NotebookNode) -> str:
-    """Cell, its first line, and what went wrong, for a reader who has the source notebook."""
+    """Cell, its first line, and the error, for a reader who has the source notebook."""
     cells = [c for c in notebook.cells if ERROR_TAG not in c.metadata.get("tags", ())]
     if isinstance(error, PapermillExecutionError):
         index, what = error.cell_index, f"{error.ename}: {error.evalue}"
@@ -181,7 +181,7 @@ def _describe(error: Exception, notebook: NotebookNode) -> str:
 
 
 def _clean(notebook: NotebookNode) -> None:
-    """Keep what a reader needs: no paths and times of this machine, no widgets, no stderr."""
+    """Remove paths and times of this machine, widgets and stderr."""
     notebook.metadata = nbformat.from_dict(
         {
             "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},

@@ -1,4 +1,4 @@
-"""Run the numbered notebooks in order with papermill; publish only what succeeded.
+"""Run the numbered notebooks in order with papermill; publish successful runs only.
 
 A stage is one notebook and the files it promises. The pipeline knows stages and paths, and nothing
 about saliency: the computations of a stage are written in its notebook. Needs the extra
@@ -87,8 +87,8 @@ def reproduce(
     """Run every stage with changed inputs, in order, and print the folder of the results.
 
     A stage is skipped when its notebook, its parameters, the preset's content, the package and
-    the records of the stages before it are what they were at its last success, and the files it
-    wrote are still as it left them.
+    the records of the stages before it are the same as at its last success, and its files are
+    still as it left them.
 
     Args:
         preset: name of a preset or path of a YAML file, for the notebooks' ``PRESET``.
@@ -97,10 +97,10 @@ def reproduce(
         notebooks_dir: folder of the notebooks; default ``notebooks/`` of the checkout.
         parameters: further notebook parameters. Text is converted to the type of the notebook's
             own value, so that values from a command line need no quoting.
-        force: run the stages even where nothing has changed, from their beginning: what they
-            would go on with is kept beside itself, as ``checkpoints.before``. Without it, a
-            training that has finished is not repeated because a notebook or the package changed.
-        stages: what to run, in order.
+        force: run the stages even where nothing has changed, from their beginning: the
+            folder they would go on with is kept beside itself, as ``checkpoints.before``. Without
+            it, a training that has finished is not repeated because a notebook or the package changed.
+        stages: the stages to run, in order.
 
     Returns:
         The run folder.
@@ -109,7 +109,7 @@ def reproduce(
         ValueError: unknown preset or parameter, or a value of the wrong type (nothing has run).
         FileNotFoundError: a notebook, the YAML file or the checkpoint to start from is missing
             (nothing has run).
-        NotebookError: a stage failed, or did not write what it promised.
+        NotebookError: a stage failed, or did not write a promised file.
     """
     config = load_config(preset)
     folder, data_folder = resolve_run_dir(run_dir, preset), resolve_data_root(data_root)
@@ -270,7 +270,7 @@ def _injections(
     return result
 
 
-# ---- what has changed --------------------------------------------------------------------------
+# ---- changes since the last run ----------------------------------------------------------------
 def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
@@ -335,7 +335,7 @@ def _set_aside(folder: Path) -> None:
         before = folder.with_name(f"{folder.name}.before")
         shutil.rmtree(before, ignore_errors=True)
         folder.rename(before)
-        print(f"what was in {display_path(folder)} is now in {before.name}", flush=True)
+        print(f"{display_path(folder)} was renamed to {before.name}", flush=True)
 
 
 # ---- after a stage -----------------------------------------------------------------------------
