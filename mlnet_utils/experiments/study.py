@@ -282,8 +282,8 @@ def reachable_cc(run_dir: str | Path, split: str = "test", draws: int = 5) -> di
     """The CC that a perfect model could be expected to have: the ground truth is a sample too.
 
     Observers are divided at random into halves; the halves' densities correlate with r.
-    Averaging both halves makes a density of reliability R = 2r / (1 + r) (Spearman 1910, Brown 1910), and a
-    perfect prediction correlates with a measurement of reliability R as sqrt(R).
+    Averaging both halves makes a density of reliability R = 2r / (1 + r) (Spearman 1910, Brown
+    1910), and a perfect prediction correlates with a measurement of reliability R as sqrt(R).
 
     Args:
         run_dir: the run; its ``data/`` is read.

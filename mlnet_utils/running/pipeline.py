@@ -99,7 +99,7 @@ def reproduce(
             own value, so that values from a command line need no quoting.
         force: run the stages even where nothing has changed, from their beginning: the
             folder they would go on with is kept beside itself, as ``checkpoints.before``. Without
-            it, a training that has finished is not repeated because a notebook or the package changed.
+            it, a finished training is not repeated because a notebook or the package changed.
         stages: the stages to run, in order.
 
     Returns:
