@@ -39,6 +39,7 @@ NOBODY = -1  # observer of fixations that are published without observers, and w
 MADE_BY = "notebook 01_data_preparation"
 INDEX_FILES = ("index.jsonl", "fixations.npz")
 COLUMNS = ("stem", "image", "width", "height", "split", "density", "sha256")  # of the index
+RARE = ("density_sha256", "sigma")  # columns only where set: the index decides the digest
 ARRAYS = (  # of fixations.npz: key, attribute of a photo, type
     ("points", "fixations", np.float32),
     ("observers", "observers", np.int16),
@@ -64,6 +65,8 @@ class Photo:
         sha256: of the photo's file, or ``""`` before indexing.
         density_sha256: of the density map's file, or ``""``.
         dropped: fixations that fell outside the photo and were dropped.
+        sigma: blur of this photo's fixations in its pixels, where datasets are mixed; 0 = the
+            dataset's.
     """
 
     stem: str
@@ -78,6 +81,7 @@ class Photo:
     sha256: str = ""
     density_sha256: str = ""
     dropped: int = 0
+    sigma: float = 0.0
 
     def __post_init__(self):
         n = len(self.fixations)
@@ -214,7 +218,7 @@ class Prepared:
 
         Args:
             photo: with fixations, a density map, both, or neither (its truth is secret).
-            sigma: blur of the fixations, in pixels of the photo; None = the dataset's.
+            sigma: blur of the fixations, in pixels of the photo; None = its own or the dataset's.
             device: where the density is made.
 
         Raises:
@@ -222,7 +226,7 @@ class Prepared:
         """
         if photo.density and not len(photo.fixations):
             return photo.read_density(self.root).to(device)
-        sigma = self.sigma if sigma is None else sigma
+        sigma = photo.sigma or self.sigma if sigma is None else sigma
         return density_from_points(photo.fixations, photo.height, photo.width, sigma, device)
 
     def grid_density(self, photo: Photo, box: Letterbox, grid: tuple[int, int]) -> Tensor:
@@ -238,7 +242,7 @@ class Prepared:
         """
         if photo.density and not len(photo.fixations):
             return map_on_grid(photo.read_density(self.root), box, grid)
-        return density_on_grid(photo.fixations, box, grid, self.sigma)
+        return density_on_grid(photo.fixations, box, grid, photo.sigma or self.sigma)
 
     # ---- the folder ----------------------------------------------------------------------------
     def write(self) -> None:
@@ -290,7 +294,8 @@ class Prepared:
             for number, row in enumerate(map(json.loads, lines)):
                 values = {key: row[key] for key in (*COLUMNS, "dropped")}
                 values |= {name: part[number] for name, part in parts.items()}
-                photos.append(Photo(**values, density_sha256=row.get("density_sha256", "")))
+                values |= {key: row[key] for key in RARE if key in row}
+                photos.append(Photo(**values))
                 if len(photos[-1].fixations) != row["fixations"]:
                     raise ValueError(f"photo {row['stem']} has {row['fixations']} fixations")
             if len(photos) != len(offsets) - 1:
@@ -337,8 +342,7 @@ def _row(photo: Photo) -> dict[str, Any]:
     """A photo's line in the index."""
     return {
         **{key: getattr(photo, key) for key in COLUMNS},
-        # Only where there is a map: the index is part of the digest that a training's data have.
-        **({"density_sha256": photo.density_sha256} if photo.density_sha256 else {}),
+        **{key: value for key in RARE if (value := getattr(photo, key))},
         "fixations": len(photo.fixations),
         "observers": len(photo.known_observers),
         "dropped": photo.dropped,

@@ -142,7 +142,7 @@ def protocol_truth(
     Raises:
         ValueError, FileNotFoundError: see ``Prepared.density`` and ``baselines.LeaveOneOut``.
     """
-    blurred, sigma = photo, prepared.sigma
+    blurred, sigma = photo, None  # its own or the dataset's
     if protocol == "salicon2015":
         _, once = np.unique(pixel_indices(photo.fixations), axis=0, return_index=True)
         kept = {key: getattr(photo, key)[once] for key in ("fixations", "observers", "durations")}

@@ -308,7 +308,7 @@ def reachable_cc(run_dir: str | Path, split: str = "test", draws: int = 5) -> di
             first = np.isin(photo.observers, chosen)
             halves = [
                 density_from_points(
-                    photo.fixations[rows], photo.height, photo.width, prepared.sigma
+                    photo.fixations[rows], photo.height, photo.width, photo.sigma or prepared.sigma
                 )
                 for rows in (first, np.isin(photo.observers, observers) & ~first)
             ]

@@ -85,6 +85,17 @@ def test_fixations_come_before_a_map(mapped):
     assert torch.equal(other, density_from_points(POINTS, 48, 64, 2.0))
 
 
+def test_a_photos_own_sigma_comes_before_the_datasets(mapped):
+    photo = replace(looked_at(""), sha256="x", sigma=3.0)
+    replace(mapped, photos=[photo]).write()
+    read = Prepared.read(mapped.folder)
+    assert [p.sigma for p in read.photos] == [3.0]
+    assert torch.equal(read.density(photo), density_from_points(POINTS, 48, 64, 3.0))
+    assert torch.equal(read.density(photo, 2.0), density_from_points(POINTS, 48, 64, 2.0))
+    box, grid = Letterbox(48, 64, 48, 64), (6, 8)
+    assert torch.equal(read.grid_density(photo, box, grid), density_on_grid(POINTS, box, grid, 3.0))
+
+
 def test_a_map_is_used_where_there_are_no_fixations(mapped):
     expected = density_from_points(POINTS, 48, 64, SIGMA)
     torch.testing.assert_close(mapped.density(mapped.photos[0]), expected)
