@@ -6,6 +6,11 @@ VENV ?= .venv
 PRESET ?= sample
 # Further options for the pipeline, e.g. ARGS="--force -p EPOCHS 3"
 ARGS ?=
+# For `make demo`: the network (none named: the one that comes with the package), photos to verify
+# the export with, and the port on this machine.
+CHECKPOINT ?=
+PHOTOS ?=
+PORT ?= 8000
 # The extra `parity` compiles pysaliency: without a C compiler, leave it out (its tests are skipped).
 TEST_EXTRAS ?= notebooks,test,legacy,emd,export,cluster,study,video,parity
 
@@ -13,12 +18,14 @@ PY := $(VENV)/bin/python
 NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce quick test style test-code test-notebooks publish address clean
+.PHONY: help reproduce demo quick test style test-code test-notebooks publish address clean
 
 help:
 	@echo "make reproduce [PRESET=sample]  run all notebooks: data, training, scores, figures"
 	@echo "                                PRESET is a name (sample, osie, ...) or a YAML file;"
 	@echo "                                more options: ARGS='--force --data-root ~/data'"
+	@echo "make demo [CHECKPOINT=best.pt]  the network in your browser, on this machine; needs npm"
+	@echo "                                PHOTOS='holiday/' verifies the exported network, PORT=8000"
 	@echo "make quick                      style and the fast tests, in a minute or so"
 	@echo "make test                       style, all tests, notebooks, one pipeline run"
 	@echo "make publish                    copy the sample run's notebooks and figures into the"
@@ -30,6 +37,12 @@ help:
 
 reproduce: $(VENV)/.reproduce
 	$(PY) -m mlnet_utils reproduce --preset $(PRESET) $(ARGS)
+
+# The runtime comes from npm, pinned in tools/demo.py; neither it nor the network is committed.
+demo: $(VENV)/.demo
+	$(PY) -m mlnet_utils export $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) \
+		--out docs/demo/network.onnx $(PHOTOS)
+	$(PY) tools/demo.py --port $(PORT)
 
 quick: $(VENV)/.test style
 	$(PY) -m pytest -n auto -m "not slow and not realdata"
@@ -73,6 +86,10 @@ $(VENV)/.reproduce: pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install --constraint constraints.txt --editable ".[notebooks]"
 	@touch $@
 
+$(VENV)/.demo: pyproject.toml constraints.txt | $(PY)
+	$(PY) -m pip install --constraint constraints.txt --editable ".[export]"
+	@touch $@
+
 $(VENV)/.test: pyproject.toml constraints.txt | $(PY)
 	$(PY) -m pip install --constraint constraints.txt --editable ".[$(TEST_EXTRAS)]"
-	@touch $@ $(VENV)/.reproduce
+	@touch $@ $(VENV)/.reproduce $(VENV)/.demo

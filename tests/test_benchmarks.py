@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,13 +22,16 @@ ROOT = Path(__file__).resolve().parent.parent
         ("inference", ["network, fp32", "whole photos", "paper", "osie", "sample"]),
         ("techniques", ["reference", "micro-batches of 4", "seed 1", "of the seeds'"]),
         ("scaling", ["exchange's share", "gradient MB", "speed-up"]),
+        ("in_a_browser", ["Chromium, one thread", "PyTorch, threads: 1"]),
         ("export", ["torch.export", "ONNX, 8 bits", "lowest CC"]),
     ],
 )
 def test_a_benchmark_runs(name, columns, tmp_path):
-    if name == "export":
+    if name in ("export", "in_a_browser"):
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
+    if name == "in_a_browser" and not (shutil.which("npm") and shutil.which("chromium")):
+        pytest.skip("needs npm and Chromium")
     results = ROOT / "results" / "benchmarks" / f"{name}.json"
     before = results.read_bytes() if results.exists() else None
     options = ["--smoke", *(["--layers"] if name == "training" else [])]
