@@ -38,7 +38,7 @@ def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
             f"dataset {spec.name!r} has no sigma of its own: set `sigma` in the preset, the "
             "pixels of one degree of visual angle"
         )
-    if spec.read is None:
+    if spec.name == "synthetic":
         if config.fold >= 0:
             raise ValueError(f"config: fold={config.fold}, but {spec.name} has its own split")
         limit = config.limit or max(SAMPLE.values())
@@ -47,7 +47,8 @@ def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
         root = "."
     else:
         source = data_root / spec.folder
-        photos = split_photos(spec.read(source), spec.name, spec.val, spec.test, config.fold)
+        photos = _joined(spec.joins, source) if spec.joins else spec.read(source)
+        photos = split_photos(photos, spec.name, spec.val, spec.test, config.fold)
         if config.limit:
             photos = first(photos, config.limit, SPLITS)
         unseen = [p.stem for p in photos if p.split != "test" and not len(p.fixations)]
@@ -79,6 +80,20 @@ def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
     prepared = Prepared(folder, photos, meta)
     prepared.write()
     return prepared
+
+
+def _joined(names: Iterable[str], root: Path) -> list[Photo]:
+    """All photos of the first dataset, and the others' training photos with their own sigma."""
+    photos = []
+    for spec in map(dataset_spec, names):
+        read = split_photos(spec.read(root / spec.folder), spec.name, spec.val, spec.test, -1)
+        sigma = spec.sigma if photos else 0.0
+        photos += [
+            replace(photo, image=f"{spec.folder}/{photo.image}", sigma=sigma)
+            for photo in read
+            if photo.split == "train" or not sigma
+        ]
+    return photos
 
 
 def check_same_data(config: Config, meta: dict) -> None:

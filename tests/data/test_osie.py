@@ -2,16 +2,24 @@
 
 import shutil
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
+from conftest import tiny_config
 from miniatures import cells, save_mat, save_osie, save_photo, truncate
 from scipy.io import loadmat
 from scipy.ndimage import gaussian_filter
 
-from mlnet_utils.data.geometry import density_from_points, pixel_indices
-from mlnet_utils.data.preparation import split_photos
-from mlnet_utils.data.readers import dataset_spec
+from mlnet_utils.data.geometry import (
+    Letterbox,
+    density_from_points,
+    density_on_grid,
+    pixel_indices,
+)
+from mlnet_utils.data.preparation import prepare, split_photos
+from mlnet_utils.data.readers import DATASETS, dataset_spec
 from mlnet_utils.data.readers.eyecrowd import read_eyecrowd
 from mlnet_utils.data.readers.osie import read_osie
 
@@ -119,6 +127,46 @@ def test_a_record_without_subjects(osie):
         read_osie(osie)
 
 
+# ---- both together -----------------------------------------------------------------------------
+@pytest.fixture
+def both(tmp_path, monkeypatch):
+    """Ten photos of each dataset, one for validation and two for the test."""
+    looked = [([40.0, 500.0], [300.0, 200.0], [200, 300])]
+    save_osie(tmp_path / "osie", {f"{1001 + i}.jpg": looked for i in range(10)})
+    save_osie(tmp_path / "eyecrowd", {f"00{i}.jpg": looked for i in range(10)}, 1024, 768)
+    for name in ("osie", "eyecrowd"):
+        monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], val=1, test=2))
+    return tmp_path
+
+
+def test_two_datasets_are_trained_on_together(both):
+    prepared, alone, crowd = (
+        prepare(tiny_config(dataset=name), both, both / "run")
+        for name in ("osie+eyecrowd", "osie", "eyecrowd")
+    )
+    assert prepared.meta["photos"] == {"train": 14, "val": 1, "test": 2}
+    assert prepared.check() == []
+    for split in ("val", "test"):
+        stems, wanted = ([p.stem for p in data.split(split)] for data in (prepared, alone))
+        assert stems == wanted
+    added = [photo.stem for photo in prepared.photos if photo.width == 1024]
+    assert added == [photo.stem for photo in crowd.split("train")]
+    with pytest.raises(ValueError, match=r"fold=0, but osie\+eyecrowd has its own split"):
+        prepare(tiny_config(dataset="osie+eyecrowd", fold=0), both, both / "run")
+
+
+def test_each_dataset_keeps_its_sigma(both):
+    prepared = prepare(tiny_config(dataset="osie+eyecrowd"), both, both / "run")
+    assert prepared.sigma == 24
+    for photo in prepared.photos:
+        size, sigma = (photo.height, photo.width), 26.0 if photo.width == 1024 else 24.0
+        wanted = density_from_points(photo.fixations, *size, sigma)
+        assert torch.equal(prepared.density(photo), wanted)
+        box = Letterbox(*size, 48, 64)
+        wanted = density_on_grid(photo.fixations, box, (6, 8), sigma)
+        assert torch.equal(prepared.grid_density(photo, box, (6, 8)), wanted)
+
+
 # ---- the real data -----------------------------------------------------------------------------
 @pytest.fixture(scope="module")
 def photos(real_data):
@@ -150,7 +198,7 @@ def test_eyecrowd_is_what_was_counted(real_data):
     points = np.concatenate([photo.fixations for photo in photos])
     assert points.min(0) + 1 == pytest.approx([1, 1.9], abs=0.05)
     assert (points.max(0) + 1).tolist() == [1024, 768]
-    assert Counter(photo.split for photo in photos) == {"train": 357, "val": 36, "test": 107}
+    assert Counter(photo.split for photo in photos) == {"train": 350, "val": 50, "test": 100}
 
 
 @pytest.mark.realdata

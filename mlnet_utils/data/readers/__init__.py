@@ -13,8 +13,8 @@ SYNTHETIC = DatasetSpec(
 DATASETS = {
     spec.name: spec
     for spec in (
-        *(SYNTHETIC, osie.SPEC, *salicon.SPECS, mit1003.SPEC, cat2000.SPEC, eyecrowd.SPEC),
-        own.SPEC,
+        *(SYNTHETIC, osie.SPEC, eyecrowd.SPEC, eyecrowd.WITH_OSIE, *salicon.SPECS),
+        *(mit1003.SPEC, cat2000.SPEC, own.SPEC),
     )
 }
 # Test photos of two benchmarks, for submissions: their fixations are secret, so nothing reads them.

@@ -21,8 +21,8 @@ SPEC = DatasetSpec(
     sigma=26.0,  # the authors'
     read=read_eyecrowd,
     folder="eyecrowd",
-    val=36,  # the shares of OSIE's rule: 500 * 50 / 700 = 35.7
-    test=107,  # 500 * 150 / 700 = 107.1
+    val=50,
+    test=100,
     archives=(
         Archive(
             name="eyecrowd.zip",
@@ -38,4 +38,13 @@ SPEC = DatasetSpec(
         ),
     ),
     citation="M. Jiang, J. Xu, Q. Zhao. Saliency in Crowd. ECCV 2014.",
+)
+# A network of both is comparable with one of OSIE alone: validation and test are OSIE's.
+WITH_OSIE = DatasetSpec(
+    name="osie+eyecrowd",
+    title="OSIE and EyeCrowd",
+    sigma=24.0,  # of OSIE's photos; EyeCrowd's keep their own
+    folder=".",
+    joins=("osie", "eyecrowd"),
+    by_hand="download osie and eyecrowd",
 )

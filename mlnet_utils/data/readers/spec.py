@@ -50,5 +50,6 @@ class DatasetSpec:
     val: float = 0  # photos of the published split rule, below 1 a share of them;
     test: float = 0  # 0 = the files have their own split
     archives: tuple[Archive, ...] = ()
+    joins: tuple[str, ...] = ()  # datasets: all of the first, the training photos of the others
     by_hand: str = ""  # for a dataset without archives: how it comes into its folder
     citation: str = ""
