@@ -1,0 +1,107 @@
+"""Statements drawn from a saliency map: likely first looks, and a crop that keeps what is seen."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.signal import fftconvolve
+
+WORKING_SIDE = 320  # pixels of the longer side while searching; a fixation is no sharper
+RADIUS = 0.06  # of the longer side: 2 degrees where a photo fills 33, as OSIE's do
+
+
+@dataclass(frozen=True)
+class Look:
+    """A place and the probability of a look within ``radius`` pixels of it."""
+
+    x: float
+    y: float
+    share: float
+    radius: float
+
+
+def first_looks(density: np.ndarray, count: int = 5, radius: float = RADIUS) -> list[Look]:
+    """The most likely places of a look, in falling order; no pixel is counted twice.
+
+    Args:
+        density: (H, W), non-negative, as ``Predictor.predict`` gives it; scaled to sum to 1.
+        count: number of places.
+        radius: of a place, as a share of the photo's longer side.
+
+    Raises:
+        ValueError: the density is not 2-D, is negative or not finite somewhere, or is all zero.
+    """
+    small, scale = _reduced(density)
+    size = max(1, round(radius * max(small.shape)))
+    y, x = np.ogrid[-size : size + 1, -size : size + 1]
+    window = np.exp(-(x**2 + y**2) / (2 * (size / 2) ** 2))  # a disc's sum has no clear peak
+    rows, columns = np.indices(small.shape)
+    looks = []
+    for _ in range(count):
+        nearby = fftconvolve(small, window, mode="same")
+        row, column = np.unravel_index(int(nearby.argmax()), nearby.shape)
+        within = (rows - row) ** 2 + (columns - column) ** 2 <= size**2
+        place = ((column + 0.5) * scale - 0.5, (row + 0.5) * scale - 0.5)
+        looks.append(Look(*place, float(small[within].sum()), size * scale))
+        small = np.where(within, 0, small)
+    return sorted(looks, key=lambda look: -look.share)
+
+
+def crop_that_keeps(density: np.ndarray, share: float = 0.9) -> tuple[int, int, int, int]:
+    """A small rectangle that keeps a share of the looks: left, top, right, bottom in pixels.
+
+    Row by row and column by column, the side goes that holds the least probability per pixel.
+    Right and bottom are exclusive: ``photo[top:bottom, left:right]``.
+
+    Args:
+        density: (H, W), as for :func:`first_looks`.
+        share: what the crop keeps at least, above 0 and at most 1.
+
+    Raises:
+        ValueError: the share is outside that range, or the density as for :func:`first_looks`.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share} must be above 0 and at most 1")
+    small, scale = _reduced(density)
+    sums = np.pad(small.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+
+    def mass(box: tuple[int, int, int, int]) -> float:
+        left, top, right, bottom = box
+        return sums[bottom, right] - sums[top, right] - sums[bottom, left] + sums[top, left]
+
+    box = (0, 0, small.shape[1], small.shape[0])
+    while True:
+        left, top, right, bottom = box
+        candidates = [
+            (left + 1, top, right, bottom),
+            (left, top + 1, right, bottom),
+            (left, top, right - 1, bottom),
+            (left, top, right, bottom - 1),
+        ]
+        area = (right - left) * (bottom - top)
+        kept = [
+            ((mass(box) - mass(new)) / (area - (new[2] - new[0]) * (new[3] - new[1])), new)
+            for new in candidates
+            if new[2] > new[0] and new[3] > new[1] and mass(new) >= share - 1e-12
+        ]
+        if not kept:
+            break
+        box = min(kept)[1]
+    height, width = density.shape
+    left, top = (int(np.floor(side * scale)) for side in box[:2])
+    right, bottom = (int(np.ceil(side * scale)) for side in box[2:])
+    return left, top, min(right, width), min(bottom, height)
+
+
+def _reduced(density: np.ndarray) -> tuple[np.ndarray, float]:
+    """The density summed into at most ``WORKING_SIDE`` cells a side, and a cell's side."""
+    density = np.asarray(density, dtype=np.float64)
+    if density.ndim != 2 or not np.isfinite(density).all() or density.min() < 0:
+        raise ValueError(f"a density is (H, W), finite and not negative, not {density.shape}")
+    if density.sum() == 0:
+        raise ValueError("a density must not be zero everywhere: nothing could be looked at")
+    scale = max(1.0, max(density.shape) / WORKING_SIDE)
+    size = [max(1, round(side / scale)) for side in density.shape]
+    small = F.interpolate(torch.from_numpy(density)[None, None], size=size, mode="area")[0, 0]
+    return (small / small.sum()).numpy(), scale

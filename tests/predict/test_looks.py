@@ -1,0 +1,57 @@
+"""First looks and crops on densities whose answer is known."""
+
+import numpy as np
+import pytest
+
+from mlnet_utils.predict.looks import crop_that_keeps, first_looks
+
+
+def two_spots(scale=1):
+    """(120, 160) times scale: 3/4 of the probability at (40, 30), the rest at (120, 90)."""
+    y, x = np.mgrid[: 120 * scale, : 160 * scale] / scale
+
+    def spot(cx, cy):
+        bump = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * 2**2))
+        return bump / bump.sum()
+
+    return 0.75 * spot(40, 30) + 0.25 * spot(120, 90)
+
+
+@pytest.mark.parametrize("scale", [1, 5])
+def test_looks_are_found_in_order_with_their_shares(scale):
+    looks = first_looks(two_spots(scale), count=2)
+    places = [place / scale for look in looks for place in (look.x, look.y)]
+    assert places == pytest.approx([40, 30, 120, 90], abs=1)
+    assert [look.share for look in looks] == pytest.approx([0.75, 0.25], abs=0.01)
+
+
+def test_no_pixel_counts_twice():
+    density = np.random.default_rng(0).random((64, 80))
+    looks = first_looks(density, count=40)
+    shares = [look.share for look in looks]
+    assert shares == sorted(shares, reverse=True)
+    assert sum(shares) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("share", [0.5, 0.9, 1.0])
+@pytest.mark.parametrize("scale", [1, 5])
+def test_the_crop_keeps_its_share(share, scale):
+    density = two_spots(scale)
+    left, top, right, bottom = crop_that_keeps(density, share)
+    assert density[top:bottom, left:right].sum() / density.sum() >= share - 2e-3
+    if share == 0.5:  # one spot is enough
+        assert right < 80 * scale
+        assert bottom < 60 * scale
+
+
+@pytest.mark.parametrize("call", [first_looks, crop_that_keeps])
+@pytest.mark.parametrize("bad", [np.zeros((4, 4)), np.full((4, 4), -1.0), np.ones(4), [[np.nan]]])
+def test_no_density_is_refused(call, bad):
+    with pytest.raises(ValueError, match="density"):
+        call(np.asarray(bad))
+
+
+@pytest.mark.parametrize("share", [0, 1.1])
+def test_an_impossible_share_is_refused(share):
+    with pytest.raises(ValueError, match=f"share={share}"):
+        crop_that_keeps(two_spots(), share)
