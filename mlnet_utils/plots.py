@@ -135,6 +135,39 @@ def _grid(
     return figure, axes.flat[:count]
 
 
+def plot_looks(
+    photo: np.ndarray,
+    density: np.ndarray,
+    looks: Sequence[tuple[float, float, float, float]],
+    crop: tuple[int, int, int, int],
+) -> Figure:
+    """A photo four times: as it is, under its saliency map, with likely first looks, and cropped.
+
+    Args:
+        photo: (H, W, 3) uint8.
+        density: (H, W), non-negative.
+        looks: x, y, share and radius of each place, in pixels of the photo.
+        crop: left, top, right, bottom; the last two exclusive.
+    """
+    left, top, right, bottom = crop
+    shape = photo.shape[0] / photo.shape[1]
+    figure, axes = _grid(4, 2, 9.0, 4.5 * shape + TITLE_INCHES, layout="compressed")
+    _draw(axes[0], photo)
+    _draw(axes[1], overlay(photo, density))
+    _draw(axes[2], photo)
+    for x, y, share, radius in looks:
+        axes[2].add_patch(plt.Circle((x, y), radius, fill=False, color="black", linewidth=3))
+        axes[2].add_patch(plt.Circle((x, y), radius, fill=False, color="#ffd54a", linewidth=1.5))
+        label = axes[2].text(x, y, f"{share:.0%}", ha="center", va="center", color="white")
+        label.set_bbox({"facecolor": "black", "alpha": 0.6, "pad": 1.5, "linewidth": 0})
+    _draw(axes[3], photo[top:bottom, left:right])
+    kept = density[top:bottom, left:right].sum() / density.sum()
+    titles = ("photo", "saliency map", "likely first looks", f"crop with {kept:.0%} of the looks")
+    for axis, title in zip(axes, titles, strict=True):
+        axis.set_title(title)
+    return figure
+
+
 def plot_history(log: pd.DataFrame) -> Figure:
     """Learning curves: losses with the best epoch marked, validation scores, learning rate."""
     figure, axes = plt.subplots(1, 3, figsize=(9, 3))

@@ -167,3 +167,13 @@ def test_amounts_have_a_tick_each_and_a_point_per_training():
     axis = plots.plot_amounts(table, ["CC"], "photos").axes[0]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["50", "500"]
     assert len(axis.collections[0].get_offsets()) == 3
+
+
+def test_looks_are_drawn_over_the_photo():
+    photo = np.zeros((60, 80, 3), np.uint8)
+    figure = plots.plot_looks(photo, np.ones((60, 80)), [(20, 30, 0.25, 6)], (10, 5, 50, 45))
+    axes = figure.axes
+    assert [text.get_text() for text in axes[2].texts] == ["25%"]
+    assert axes[2].patches[0].center == (20, 30)
+    assert axes[3].images[0].get_array().shape[:2] == (40, 40)
+    assert "33%" in axes[3].get_title()  # 1600 of 4800 pixels
