@@ -181,7 +181,7 @@ def test_a_death_is_remembered_until_the_cell_or_the_file_is_gone(tmp_path):
 
 def interrupt_when(files, process, kill):
     """Press Ctrl-C once these files are there."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 400  # on a machine that does other things
     while not all(file.is_file() for file in files) and time.monotonic() < deadline:
         time.sleep(0.05)
     kill(process, signal.SIGINT)
@@ -210,7 +210,7 @@ def test_ctrl_c_stops_two_workers(tmp_path):
     with subprocess.Popen(command, start_new_session=True) as call:
         saved = [tmp_path / "out" / "long" / seed / "checkpoints" / "last.pt" for seed in "01"]
         interrupt_when(saved, call.pid, os.killpg)  # as a terminal: to the workers too
-        assert call.wait(60) == 130
+        assert call.wait(300) == 130
     assert list(table_of(tmp_path / "out")["cell"]) == ["short", "short"]
     assert not (tmp_path / "out" / "never").exists()
     for file in saved:
