@@ -1,30 +1,25 @@
 """Time and memory of the metrics, beside pysaliency, on maps of OSIE's size.
 
-    python benchmarks/metrics.py                # table, results/benchmarks/metrics.json, figure
+    python benchmarks/metrics.py                # table and results/benchmarks/metrics.json
     python benchmarks/metrics.py --images 20    # a quick look
 
-Both sides score the same maps in the same run, turn by turn, so that whatever else the machine
-does hits both. pysaliency is called as its documentation shows, with all maps in memory. Real
-fixations are used where ``MLNET_DATA`` holds OSIE, simulated ones elsewhere.
-
-Needs the extra ``parity`` (pysaliency). Both use the same processor cores; pysaliency's metrics
-run on one of them, this module on as many as ``OMP_NUM_THREADS`` says. Besides the time on the
-clock, the processor time of both on one thread is compared: on a machine that has other work to do,
-where a second thread mostly waits, only that ratio is to be trusted.
+Both sides score the same maps in the same run, turn by turn, so that a busy moment hits both.
+pysaliency is called as its documentation shows, with all maps in memory, and runs on one core; the
+package scores as many images at a time as ``OMP_NUM_THREADS`` says. Real fixations are used where
+``MLNET_DATA`` holds OSIE, simulated ones elsewhere. Needs the extra ``parity`` (pysaliency).
 """
 
 import argparse
 import os
 import resource
-import statistics
 import subprocess
 import sys
-import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
-import matplotlib.pyplot as plt
+import measure
 import numpy as np
 import torch
 from torch import Tensor
@@ -34,9 +29,8 @@ from mlnet_utils.data.geometry import density_from_points, fixation_counts
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers.osie import SIZE, read_osie
 from mlnet_utils.metrics import baselines
-from mlnet_utils.runtime import atomic_path, data_root, versions, write_json
+from mlnet_utils.runtime import data_root
 
-ROOT = Path(__file__).resolve().parent.parent
 SIGMA = 24.0  # pixels: one degree, OSIE's own ground truth
 BATCH = 10  # images per call; more would only cost memory
 EPS = 2.2204e-16
@@ -159,123 +153,40 @@ def pysaliency_calls(chosen: list[Photo], maps: dict[str, Tensor]) -> dict[str, 
         ),
         "NSS": lambda: by_image(model.NSSs(stimuli, fixations)),
         "SIM": lambda: model.SIMs(stimuli, truth),
-        # A second way to the AUC, one sort instead of two and no integration.
-        "AUC (AUCs)": lambda: by_image(model.AUCs(stimuli, fixations)),
     }
 
 
 # ---- measurements ------------------------------------------------------------------------------
-def timed(call: Callable) -> tuple[float, float, object]:
-    """Seconds on the clock, seconds of processor time of all threads, and the result."""
-    clock, processor = time.perf_counter(), time.process_time()
-    result = call()
-    return time.perf_counter() - clock, time.process_time() - processor, result
-
-
-def compare(chosen: list[Photo], repeats: int) -> tuple[dict, float]:
-    """Milliseconds per image of both sides, metric by metric, and how well they agree.
-
-    The second value is a floor: milliseconds per image, on the clock with all threads, of adding up
-    every map once, which no exact metric can do without.
-    """
-    centre = baselines.CentreBias.fit(chosen)(chosen[0].height, chosen[0].width)
-    maps = inputs(chosen, baselines.LeaveOneOut(chosen), centre)
-    ours, theirs = our_calls(maps), pysaliency_calls(chosen, maps)
-    threads = torch.get_num_threads()
-    sides = (("pysaliency", theirs, 1), ("ours", ours, threads), ("ours_1_thread", ours, 1))
-    clock: dict[tuple[str, str], list[float]] = {}
-    processor: dict[tuple[str, str], list[float]] = {}
-    found = {}
+def compare(maps: dict[str, Tensor], ours: dict, theirs: dict, rounds: int) -> list[dict]:
+    """Milliseconds per image of both sides, metric by metric, and their largest difference."""
+    sides = {"pysaliency": theirs, "here": ours}
+    calls = {(side, name): call for side, one in sides.items() for name, call in one.items()}
     with np.errstate(divide="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # np.trapz inside pysaliency
-        for call in (*ours.values(), *theirs.values()):  # pysaliency compiles at the first call
-            call()
-        for _ in range(repeats):
-            for name in (*ours, "AUC (AUCs)"):
-                for side, calls, count in sides:
-                    if name in calls:
-                        torch.set_num_threads(count)
-                        on_clock, on_processor, found[side, name] = timed(calls[name])
-                        clock.setdefault((side, name), []).append(on_clock)
-                        processor.setdefault((side, name), []).append(on_processor)
-    torch.set_num_threads(threads)
-    per_image = 1e3 / len(chosen)
-    floor = min(timed(lambda: [one.sum() for one in maps.values()])[0] for _ in range(repeats))
-
-    def row(theirs: Sequence[str], name: str) -> dict[str, float]:
-        """One line of the table: medians of the repeats."""
-        clocks = [sum(statistics.median(clock["pysaliency", one]) for one in theirs)]
-        clocks += [statistics.median(clock["ours", name])]
-        busy = [sum(statistics.median(processor["pysaliency", one]) for one in theirs)]
-        busy += [statistics.median(processor["ours_1_thread", name])]
-        return {
-            "pysaliency_ms": per_image * clocks[0],
-            "ours_ms": per_image * clocks[1],
-            "ratio": clocks[0] / clocks[1],
-            "pysaliency_processor_ms": per_image * busy[0],
-            "ours_processor_ms": per_image * busy[1],
-            "ratio_processor": busy[0] / busy[1],
-        }
-
-    rows = {}
-    for name in metrics.METRICS:
-        gap = np.abs(found["ours", name].numpy() - np.asarray(found["pysaliency", name])).max()
-        rows[name] = row([name], name) | {"largest_difference": float(gap)}
-    rows["all seven"] = row(metrics.METRICS, "total")
-    faster = ["AUC (AUCs)", *metrics.METRICS[1:]]
-    rows["all seven, pysaliency's AUC by AUCs()"] = row(faster, "total")
-    return rows, per_image * floor
-
-
-def scaling(repeats: int) -> dict[str, list[dict]]:
-    """Processor seconds of the one pass, on one thread, against images and against pixels."""
-    result: dict[str, list[dict]] = {"images": [], "pixels": []}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    few = [simulated(index) for index in range(80)]
-    centre = baselines.CentreBias.fit(few)(SIZE[1], SIZE[0])
-    maps = inputs(few, baselines.LeaveOneOut(few), centre)
-    for count in (5, 10, 20, 40, 80):
-        part = {kind: value[:count] for kind, value in maps.items()}
-        call = our_calls(part)["total"]
-        result["images"].append(
-            {"images": count, "seconds": min(timed(call)[1] for _ in range(repeats))}
-        )
-    for scale in (0.1, 0.2, 0.4, 0.8, 1.6, 3.2):
-        height, width = round(SIZE[1] * scale), round(SIZE[0] * scale)
-        few = [simulated(index, height, width) for index in range(4)]
-        centre = baselines.CentreBias.fit(few)(height, width)
-        call = our_calls(inputs(few, baselines.LeaveOneOut(few), centre))["total"]
-        seconds = min(timed(call)[1] for _ in range(repeats)) / len(few)
-        result["pixels"].append({"pixels": height * width, "seconds_per_image": seconds})
-    torch.set_num_threads(threads)
-    return result
-
-
-def plot(measured: dict[str, list[dict]], path: Path) -> None:
-    """Both scalings beside n and n log n through their last points."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.4))
-    for ax, (rows, x, y, xlabel, ylabel) in zip(
-        axes,
-        (
-            (measured["images"], "images", "seconds", "images of 600 x 800", "seconds"),
-            (measured["pixels"], "pixels", "seconds_per_image", "pixels", "seconds per image"),
-        ),
-        strict=True,
-    ):
-        xs, ys = (np.array([row[key] for row in rows], float) for key in (x, y))
-        ax.plot(xs, ys, "o-", label="all seven metrics")
-        ax.plot(xs, ys[-1] * xs / xs[-1], "k:", label="n")
-        if x == "pixels":  # over three orders of magnitude
-            growth = xs * np.log(xs)
-            ax.plot(xs, ys[-1] * growth / growth[-1], "k--", lw=0.8, label="n log n")
-            ax.set(xscale="log", yscale="log")
-        ax.set(xlabel=xlabel, ylabel=ylabel)
-        ax.legend()
-    figure.suptitle("Processor time of scoring, one thread")
-    figure.tight_layout()
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=120, metadata={"Software": None})
+        times = {clock: measure.seconds(calls, rounds, clock) for clock in ("wall", "cpu")}
+        found = {key: call() for key, call in calls.items() if key[1] != "total"}
+    rows = []
+    for name in (*metrics.METRICS, "total"):
+        row = {"metric": name}
+        for clock, seconds in times.items():
+            median = {
+                side: sum(measure.median(seconds[side, part]) for part in parts)
+                for side, parts in (
+                    ("pysaliency", metrics.METRICS if name == "total" else [name]),
+                    ("here", [name]),
+                )
+            }
+            row |= {
+                f"{side} {clock} ms": 1e3 * value / len(maps["prediction"])
+                for side, value in median.items()
+            }
+            row[f"{clock} ratio"] = median["pysaliency"] / median["here"]
+        if name != "total":
+            gap = found["here", name].numpy() - np.asarray(found["pysaliency", name])
+            row["largest difference"] = float(np.abs(gap).max())
+        rows.append(row)
+    rows[-1]["largest difference"] = max(row["largest difference"] for row in rows[:-1])
+    return rows
 
 
 def peak_memory(count: int) -> float:
@@ -296,61 +207,35 @@ def only_ours(count: int) -> None:
 
 
 def main() -> None:
-    """Measure, print a table, write the record and the figure."""
+    """Measure, print a table, write the record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=150)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only-ours", action="store_true", help=argparse.SUPPRESS)
-    parser.add_argument("--no-write", action="store_true", help="print only")
-    arguments = parser.parse_args()
-    if arguments.only_ours:
-        only_ours(arguments.images)
+    parser.add_argument("--out", type=Path, help="where to write the record")
+    options = parser.parse_args()
+    if options.only_ours:
+        only_ours(options.images)
         return
-    chosen, source = photos(arguments.images)
     # First, while this process is small: Linux counts a parent's memory as its child's.
-    memory = peak_memory(arguments.images)
-    rows, floor = compare(chosen, arguments.repeats)
-    print(
-        f"{len(chosen)} images of 600 x 800 ({source} fixations), {torch.get_num_threads()} threads"
-    )
-    print(
-        f"{'metric':40s} {'pysaliency ms':>14s} {'here ms':>9s} {'ratio':>7s} "
-        f"{'processor: pysaliency ms':>26s} {'here ms':>9s} {'ratio':>7s} {'difference':>11s}"
-    )
-    for name, found in rows.items():
-        gap = f"{found['largest_difference']:11.1e}" if "largest_difference" in found else ""
-        clock = f"{found['pysaliency_ms']:14.2f} {found['ours_ms']:9.2f} {found['ratio']:7.1f}"
-        busy = f"{found['pysaliency_processor_ms']:26.2f} {found['ours_processor_ms']:9.2f}"
-        print(f"{name:40s} {clock} {busy} {found['ratio_processor']:7.1f} {gap}")
-    print(f"adding up every map once takes {floor:.2f} ms per image")
-    print(f"peak memory of scoring {len(chosen)} images here: {memory:.0f} MB")
-    if arguments.no_write:
-        return
-    measured = scaling(arguments.repeats)
-    plot(measured, ROOT / "figures" / "metrics_scaling.png")
-    write_json(
-        ROOT / "results" / "benchmarks" / "metrics.json",
-        {
-            "command": " ".join(["python benchmarks/metrics.py", *sys.argv[1:]]),
-            "fixations": source,
-            "images": len(chosen),
-            "repeats": arguments.repeats,
-            "threads": torch.get_num_threads(),
-            "load_average": os.getloadavg()[0],  # of a machine with nothing else to do: about 1
-            "milliseconds_per_image": rows,
-            "adding_up_every_map_ms": floor,
-            "peak_memory_mb": memory,
-            "scaling": measured,
-            "versions": {**versions(), "pysaliency": pysaliency_version()},
-        },
-    )
-
-
-def pysaliency_version() -> str:
-    """Version of the reference."""
-    from importlib.metadata import version
-
-    return version("pysaliency")
+    memory = peak_memory(options.images)
+    load = os.getloadavg()[0]  # of a machine with nothing else to do: about 1
+    chosen, source = photos(options.images)
+    centre = baselines.CentreBias.fit(chosen)(chosen[0].height, chosen[0].width)
+    maps = inputs(chosen, baselines.LeaveOneOut(chosen), centre)
+    rows = compare(maps, our_calls(maps), pysaliency_calls(chosen, maps), options.rounds)
+    measure.print_table(rows)
+    print(f"{source} fixations; peak memory of {len(chosen)} images here: {memory:.0f} MB")
+    record = {
+        "fixations": source,
+        "images": len(chosen),
+        "rounds": options.rounds,
+        "load_average": load,
+        "rows": rows,
+        "peak_memory_mb": memory,
+        "pysaliency": version("pysaliency"),
+    }
+    measure.save("metrics", record, options.out)
 
 
 if __name__ == "__main__":

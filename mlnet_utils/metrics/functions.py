@@ -142,7 +142,8 @@ def kl_divergence(p: Tensor, g: Tensor, eps: float) -> float:
     Returns:
         Nats, 0 = equal.
     """
-    ratio = g / (p + eps)
+    ratio = p + eps
+    torch.div(g, ratio, out=ratio)  # in place: memory for new maps costs more than the sums
     return torch.dot(g, ratio.add_(eps).log_()).item()
 
 

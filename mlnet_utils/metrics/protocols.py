@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from mlnet_utils.metrics import functions
-from mlnet_utils.metrics.inputs import Image, Map, density_map
+from mlnet_utils.metrics.inputs import Image, density_map
 from mlnet_utils.metrics.resize import resize
 
 METRICS = ("AUC", "CC", "KL", "sAUC", "IG", "NSS", "SIM")  # the order of MLNet-Pytorch's table
@@ -333,23 +333,15 @@ def score_all(
 ) -> dict[str, Tensor]:
     """Several metrics in one pass, with shared checks and intermediate results.
 
-    Args:
-        prediction: (B, H, W), as all the maps.
-        fixations: counts of fixations per pixel.
-        density: blurred fixations; needed by CC, KL, SIM and EMD.
-        negatives: counts of other images' fixations; needed by sAUC.
-        baseline: density of a baseline; needed by IG.
-        protocol: the definitions.
-        metrics: keys of ``DEFINITIONS[protocol]``; None = those of :data:`METRICS` that the
-            protocol defines and that have their inputs.
-        names: B image names for error messages.
+    Args as in the module; CC, KL, SIM and EMD need ``density``, sAUC ``negatives``, IG
+    ``baseline``. ``metrics`` are keys of ``DEFINITIONS[protocol]``; None = those of :data:`METRICS`
+    that the protocol defines and that have their inputs.
 
     Returns:
         {metric: (B,) float64}, equal to the single functions' results.
 
     Raises:
-        ValueError: a metric is unknown, undefined in the protocol, or lacks its input; see the
-            module for the others.
+        ValueError: a metric is unknown or lacks its input; see the module for the others.
     """
     maps = {
         "fixations": fixations, "density": density, "negatives": negatives, "baseline": baseline
@@ -382,7 +374,10 @@ def _score(
                 raise ValueError(f"{name} needs {kind} (B, H, W), got None")
     maps = {kind: value for kind, value in maps.items() if value is not None}
     _check_shapes(prediction, names, maps)
-    shared = _shared_baseline(maps)
+    shared, baseline = {}, maps.get("baseline")
+    if baseline is not None and len(baseline) > 1 and baseline.stride(0) == 0:
+        # `expand` gave the same one to every image: it is checked once.
+        shared["baseline"] = density_map(baseline[0], "baseline", "every image of the batch")
 
     def scores(index: int) -> list[float]:
         name = f"image {index} of the batch" if names is None else f"image {names[index]}"
@@ -411,14 +406,6 @@ def _check_shapes(prediction: Tensor, names: Names, maps: dict[str, Tensor]) -> 
 
 def _describe(value: object) -> str:
     return f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-
-
-def _shared_baseline(maps: dict[str, Tensor]) -> dict[str, Map]:
-    """The baseline, checked once, where ``expand`` gave the same one to every image."""
-    baseline = maps.get("baseline")
-    if baseline is None or len(baseline) < 2 or baseline.stride(0):
-        return {}
-    return {"baseline": density_map(baseline[0], "baseline", "every image of the batch")}
 
 
 def _apply(function: Callable[[int], list[float]], count: int) -> list[list[float]]:
