@@ -140,15 +140,6 @@ def test_expectations_lie_within_the_spread_of_matlabs_random_runs(case, name, k
     assert_close(found, mean, max(spread, 1e-12))
 
 
-def test_borji_is_the_salicon_auc():
-    maps = inputs("gmm", "salicon")
-    prediction, fixations = maps["prediction"], maps["fixations"]
-    assert torch.equal(
-        metrics.auc(prediction, fixations, protocol="salicon"),
-        metrics.auc_borji(prediction, fixations),
-    )
-
-
 @pytest.mark.parametrize("case", sorted(set(NAMES) - {"up4", "up1p6", "down2"} - {"all_zero"}))
 def test_emd_equals_matlabs(case):
     pytest.importorskip("ot", reason="needs the extra emd")

@@ -2,7 +2,6 @@
 
 import itertools
 import math
-import sys
 import warnings
 
 import numpy as np
@@ -103,13 +102,6 @@ def test_auc_of_a_perfect_and_of_a_reversed_ranking():
     assert found["AUC-unfixated"].item() == found["AUC-Judd"].item() == 1.0
 
 
-def test_shuffled_auc_against_all_pixels_is_auc():
-    maps = scene()
-    maps["negatives"] = torch.full_like(maps["negatives"], 3)
-    found = score(maps)
-    assert found["sAUC"].item() == pytest.approx(found["AUC"].item(), abs=1e-12)
-
-
 def test_judd_exceeds_the_exact_area_by_its_known_bias():
     maps = scene(points=5)
     found = score(maps)
@@ -127,12 +119,6 @@ def test_emd_of_one_moved_pixel_is_its_distance():
     here[0, 1, 1], there[0, 4, 5] = 1, 1
     assert metrics.emd(here, there, downsize=1).item() == pytest.approx(5, abs=1e-9)
     assert metrics.emd(here, here, downsize=1).item() == 0
-
-
-def test_emd_without_its_package_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ot", None)
-    with pytest.raises(ImportError, match=r"mlnet-utils\[emd\]"):
-        metrics.emd(torch.rand(1, 64, 64), torch.rand(1, 64, 64))
 
 
 def test_emd_refuses_a_prediction_of_both_signs():
@@ -208,20 +194,6 @@ def test_an_error_in_a_thread_is_the_first_images(threads):
     assert torch.get_num_threads() == 2
 
 
-@pytest.mark.parametrize("fixated", [1, 20, 400])
-def test_rare_and_frequent_negatives_are_counted_alike(fixated):
-    maps = scene(height=60, width=70, batch=2)
-    counts = torch.zeros(2, 60 * 70, dtype=torch.int64)
-    counts[:, torch.randperm(60 * 70, generator=torch.Generator().manual_seed(0))[:fixated]] = 3
-    found = metrics.auc_shuffled(maps["prediction"], maps["fixations"], counts.view(2, 60, 70))
-    for image in range(2):
-        values = maps["prediction"][image].flatten()
-        positive = values.repeat_interleave(maps["fixations"][image].flatten())[:, None]
-        negative = values.repeat_interleave(counts[image])
-        area = ((positive > negative).double() + (positive == negative) / 2).mean()
-        assert found[image] == pytest.approx(area.item(), abs=1e-12)
-
-
 def test_a_baseline_that_is_shared_gives_the_same_gains():
     maps = scene(batch=3)
     one = maps["baseline"][:1]
@@ -267,16 +239,6 @@ def test_the_scale_of_a_prediction_does_not_matter(protocol, seed, scale):
 
 
 @pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
-@given(seed=seeds)
-@settings(max_examples=10, deadline=None)
-def test_flips_change_nothing(protocol, seed):
-    maps = scene(seed)
-    for dims in ((1,), (2,), (1, 2)):
-        flipped = {kind: values.flip(dims) for kind, values in maps.items()}
-        same(score(maps, protocol=protocol), score(flipped, protocol=protocol), tolerance=1e-12)
-
-
-@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
 def test_an_image_scores_the_same_wherever_it_is_in_a_batch(protocol):
     maps = scene(3, batch=5)
     order = torch.tensor([4, 0, 3, 1, 2])
@@ -285,15 +247,6 @@ def test_an_image_scores_the_same_wherever_it_is_in_a_batch(protocol):
     alone = [score({k: v[i : i + 1] for k, v in maps.items()}, protocol=protocol) for i in order]
     same({name: values[order] for name, values in whole.items()}, permuted)
     same({name: torch.cat([one[name] for one in alone]) for name in whole}, permuted)
-
-
-def test_reversing_the_map_reverses_areas_and_correlations():
-    maps = scene(7)
-    found, reversed_ = score(maps), score({**maps, "prediction": -maps["prediction"]})
-    for name in ("AUC", "sAUC", "AUC-unfixated"):
-        assert found[name].item() + reversed_[name].item() == pytest.approx(1, abs=1e-12)
-    for name in ("CC", "NSS"):
-        assert found[name].item() == pytest.approx(-reversed_[name].item(), abs=1e-12)
 
 
 # ---- interface ---------------------------------------------------------------------------------
@@ -316,12 +269,6 @@ def test_single_functions_and_the_one_pass_agree_to_the_bit(protocol):
     for values in single.values():
         assert values.shape == (3,)
         assert values.dtype == torch.float64
-
-
-@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
-def test_scoring_twice_is_identical_to_the_bit(protocol):
-    maps = scene(4, batch=3, height=90, width=100, points=40)
-    same(score(maps, protocol=protocol), score(maps, protocol=protocol))
 
 
 def test_score_all_gives_what_its_inputs_allow():
@@ -356,22 +303,6 @@ def test_inputs_are_left_as_they_are():
         score(maps, protocol=protocol)
     for kind, values in before.items():
         assert torch.equal(values, maps[kind])
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
-def test_the_gpu_gives_the_values_of_the_cpu(protocol):
-    maps = scene(8, batch=3, height=200, width=300, points=60)
-    maps["prediction"][2] = 0.1
-    on_gpu = score({kind: values.cuda() for kind, values in maps.items()}, protocol=protocol)
-    assert all(values.is_cuda for values in on_gpu.values())
-    on_gpu = {name: values.cpu() for name, values in on_gpu.items()}
-    on_cpu = score(maps, protocol=protocol)
-    same(on_cpu, on_gpu, tolerance=1e-12)
-    for name in on_cpu:
-        if "AUC" in name:
-            torch.testing.assert_close(on_cpu[name], on_gpu[name], atol=0, rtol=0, equal_nan=True)
 
 
 # ---- degenerate inputs -------------------------------------------------------------------------
@@ -410,16 +341,6 @@ def test_constant_maps_of_any_scale_are_uniform(protocol, kind, value):
     found = score(maps, metrics.METRICS, protocol)
     maps[kind] = torch.ones_like(maps[kind])
     same(found, score(maps, metrics.METRICS, protocol), 1e-12)
-
-
-@pytest.mark.parametrize("kind", ["prediction", "baseline"])
-@pytest.mark.parametrize("value", [0.1, 0.0])
-def test_a_constant_map_has_no_information_gain_on_a_range(kind, value):
-    maps = scene(height=60, width=80)
-    maps[kind] = torch.full_like(maps[kind], value)
-    assert math.isnan(score(maps, ["IG"], "salicon")["IG"].item())
-    if value:
-        assert math.isfinite(score(maps, ["IG"])["IG"].item())
 
 
 def test_beyond_rounding_a_map_is_not_constant():
@@ -491,6 +412,9 @@ def test_constant_density_has_no_correlation():
     maps["density"] = torch.full_like(maps["density"], 0.1)
     assert math.isnan(score(maps)["CC"].item())
     assert math.isnan(score(maps, protocol="salicon")["SIM"].item())
+    maps["baseline"] = torch.full_like(maps["baseline"], 0.1)
+    assert math.isnan(score(maps, ["IG"], "salicon")["IG"].item())
+    assert math.isfinite(score(maps, ["IG"])["IG"].item())
 
 
 def test_repeated_fixations_count_as_the_protocol_says():
@@ -515,26 +439,13 @@ def test_not_finite_is_an_error_that_names_the_image(kind, value):
 
 
 @pytest.mark.parametrize("kind", ["fixations", "negatives"])
-@pytest.mark.parametrize("value", [0.5, -1.0, math.nan])
+@pytest.mark.parametrize("value", [0.5, -1.0, math.nan])  # 0.5: as in a blurred map
 def test_counts_must_be_whole(kind, value):
     maps = scene()
     maps[kind] = maps[kind].double()
     maps[kind][0, 0, 0] = value
     with pytest.raises(ValueError, match=f"{kind} must be whole counts"):
         metrics.score_all(**maps)
-
-
-def test_negative_integer_counts():
-    maps = scene()
-    maps["fixations"][0, 0, 0] = -1
-    with pytest.raises(ValueError, match="must be whole counts"):
-        metrics.score_all(**maps)
-
-
-def test_a_blurred_map_is_no_fixation_map():
-    maps = scene()
-    with pytest.raises(ValueError, match="a blurred map is a density"):
-        metrics.nss(maps["prediction"], maps["density"])
 
 
 @pytest.mark.parametrize("kind", ["density", "baseline"])

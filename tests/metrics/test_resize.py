@@ -29,15 +29,6 @@ def test_equals_the_reference(case, protocol):
 
 
 @pytest.mark.parametrize("protocol", REFERENCES)
-@pytest.mark.parametrize("size", [(12, 16), (7, 5), (30, 41), (1, 1)])
-def test_constants_stay_constant(protocol, size):
-    maps = torch.full((2, 12, 16), 0.3, dtype=torch.float64)
-    found = resize(maps, *size, protocol=protocol)
-    assert found.shape == (2, *size)
-    torch.testing.assert_close(found, torch.full((2, *size), 0.3, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("protocol", REFERENCES)
 def test_same_size_changes_only_the_number_type(protocol):
     maps = torch.rand(2, 5, 6)
     assert torch.equal(resize(maps, 5, 6, protocol=protocol), maps.double())
