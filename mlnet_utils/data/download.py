@@ -79,7 +79,7 @@ def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) ->
     folder = Path(root) / spec.folder
     if not spec.archives:
         raise ValueError(f"{name} is not downloaded: {spec.by_hand} in {folder}")
-    given = _match(spec, [Path(path) for path in archives])
+    given = _match(spec, map(Path, archives))
     for archive in spec.archives:
         target = folder / archive.into
         if target.exists():
@@ -102,17 +102,18 @@ def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) ->
     return folder
 
 
-def _match(spec: DatasetSpec, paths: list[Path]) -> dict[str, Path]:
-    """The user's archives by the name of ours."""
+def _match(spec: DatasetSpec, paths: Iterable[Path]) -> dict[str, Path]:
+    """The user's archives, called as at the source or as here, by their name here."""
+    names = {archive.published: archive.name for archive in spec.archives if archive.published}
+    names |= {archive.name: archive.name for archive in spec.archives}
     given = {}
     for path in paths:
         if not path.is_file():
             raise FileNotFoundError(f"archive {path} does not exist")
-        fitting = [archive.name for archive in spec.archives if path.name in archive.names]
-        if not fitting:
-            names = sorted(set().union(*(archive.names for archive in spec.archives)))
-            raise ValueError(f"{path.name} is none of {spec.name}'s archives: {', '.join(names)}")
-        given[fitting[0]] = path
+        if path.name not in names:
+            expected = ", ".join(sorted(names))
+            raise ValueError(f"{path.name} is none of {spec.name}'s archives: {expected}")
+        given[names[path.name]] = path
     return given
 
 

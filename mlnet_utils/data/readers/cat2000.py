@@ -17,13 +17,18 @@ from mlnet_utils.data.readers.files import (
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
 from mlnet_utils.runtime import progress
 
+_ADDRESS = "http://saliency.mit.edu"
+_CITATION = (
+    "A. Borji, L. Itti. CAT2000: A Large Scale Fixation Dataset for Boosting Saliency Research. "
+    "arXiv:1505.03581, 2015."
+)
+
 
 def read_cat2000(root: str | Path) -> list[Photo]:
     """CAT2000's training set in its original layout.
 
     Numbers repeat across categories, so the stem is ``<category>_<number>``. ``fixLocs`` marks
-    fixated pixels; observers are only in ``allFixData.mat``, a MATLAB object that nothing else
-    reads.
+    fixated pixels; observers are only in ``allFixData.mat``, an object that only MATLAB reads.
 
     Raises:
         FileNotFoundError: a part of the layout is missing.
@@ -33,8 +38,10 @@ def read_cat2000(root: str | Path) -> list[Photo]:
     stimuli = need(root / "trainSet" / "Stimuli", "cat2000")
     located = need(root / "trainSet" / "FIXATIONLOCS", "cat2000")
     photos = []
-    categories = sorted(path.name for path in stimuli.iterdir() if path.is_dir())
-    maps = {path.name for path in located.iterdir() if path.is_dir()}
+    categories, maps = (
+        sorted(path.name for path in folder.iterdir() if path.is_dir())
+        for folder in (stimuli, located)
+    )
     check_pairs("cat2000", f"categories in {stimuli}", categories, f"in {located}", maps)
     for category in progress(categories, "reading cat2000", unit="category"):
         # Not recursive: some packings keep saliency maps in a folder Output among the stimuli.
@@ -49,10 +56,6 @@ def read_cat2000(root: str | Path) -> list[Photo]:
     return check_looked_at("cat2000", photos)
 
 
-_CITATION = (
-    "A. Borji, L. Itti. CAT2000: A Large Scale Fixation Dataset for Boosting Saliency Research. "
-    "arXiv:1505.03581, 2015."
-)
 SPEC = DatasetSpec(
     name="cat2000",
     title="CAT2000",
@@ -62,12 +65,8 @@ SPEC = DatasetSpec(
     val=200,
     test=400,
     archives=(
-        Archive(
-            name="trainSet.zip",
-            into="trainSet",
-            holds=("Stimuli", "FIXATIONLOCS"),
-            url="http://saliency.mit.edu/trainSet.zip",
-            md5="56ad5c77e6c8f72ed9ef2901628d6e48",
+        Archive.at(
+            _ADDRESS, "trainSet", ("Stimuli", "FIXATIONLOCS"), "56ad5c77e6c8f72ed9ef2901628d6e48"
         ),
     ),
     citation=_CITATION,
@@ -76,14 +75,6 @@ TEST = DatasetSpec(
     name="cat2000-test",
     title="CAT2000, test photos",
     folder="cat2000",
-    archives=(
-        Archive(
-            name="testSet.zip",
-            into="testSet",
-            holds=("Stimuli",),
-            url="http://saliency.mit.edu/testSet.zip",
-            md5="903ec668df2e5a8470aef9d8654e7985",
-        ),
-    ),
+    archives=(Archive.at(_ADDRESS, "testSet", ("Stimuli",), "903ec668df2e5a8470aef9d8654e7985"),),
     citation=_CITATION,
 )

@@ -6,8 +6,8 @@ Photos of 1024x768: ``data/stimuli/001.jpg .. 500.jpg`` and ``data/eye/fixations
 from pathlib import Path
 
 from mlnet_utils.data.photos import Photo
-from mlnet_utils.data.readers.osie import read_stimuli_and_cells
-from mlnet_utils.data.readers.spec import Archive, DatasetSpec
+from mlnet_utils.data.readers.osie import github_archive, read_stimuli_and_cells
+from mlnet_utils.data.readers.spec import DatasetSpec
 
 
 def read_eyecrowd(root: str | Path) -> list[Photo]:
@@ -23,19 +23,10 @@ SPEC = DatasetSpec(
     folder="eyecrowd",
     val=50,
     test=100,
-    archives=(
-        Archive(
-            name="eyecrowd.zip",
-            into="data",
-            holds=("stimuli", "eye/fixations.mat"),
-            url="https://github.com/NUS-VIP/saliency-in-crowd/archive/master.zip",
-            published="saliency-in-crowd-master.zip",
-            known={
-                "eye/fixations.mat": (
-                    "ecf99dcbb4d44c3caa5740361461f6b5775da978f32a87d1cd801c202c3beab6"
-                )
-            },
-        ),
+    archives=github_archive(
+        "eyecrowd",
+        "saliency-in-crowd",
+        "ecf99dcbb4d44c3caa5740361461f6b5775da978f32a87d1cd801c202c3beab6",
     ),
     citation="M. Jiang, J. Xu, Q. Zhao. Saliency in Crowd. ECCV 2014.",
 )

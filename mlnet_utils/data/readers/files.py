@@ -11,20 +11,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlnet_utils.data.images import blame_file, to_upright
+from mlnet_utils.data.images import blame_file, orientation
 from mlnet_utils.data.photos import Photo
 
-_SIDEWAYS = (
-    Image.Transpose.ROTATE_90,
-    Image.Transpose.ROTATE_270,
-    Image.Transpose.TRANSPOSE,
-    Image.Transpose.TRANSVERSE,
-)
 _NAMED = 5  # files that an error names
 
 
 def need(path: Path, dataset: str) -> Path:
-    """The path, or an error that says what was expected where."""
+    """The path, or a FileNotFoundError that says how the dataset comes there."""
     if not path.exists():
         raise FileNotFoundError(
             f"{dataset}: {path} is missing; `python -m mlnet_utils download {dataset}` puts it "
@@ -35,12 +29,7 @@ def need(path: Path, dataset: str) -> Path:
 
 # ---- pairing -----------------------------------------------------------------------------------
 def by_stem(paths: Iterable[Path], dataset: str, strip: str = "") -> dict[str, Path]:
-    """Files by their stem, in the stems' order.
-
-    Args:
-        paths: files whose stems must differ.
-        dataset: for the message.
-        strip: an ending that is not part of the stem, such as ``_fixPts``.
+    """Files by their stem without the ending ``strip`` (such as ``_fixPts``), in the stems' order.
 
     Raises:
         ValueError: two files share a stem; names both.
@@ -85,9 +74,8 @@ def check_looked_at(dataset: str, photos: list[Photo]) -> list[Photo]:
     if empty:
         outside = sum(photo.dropped for photo in empty)
         raise ValueError(
-            f"{dataset}: {len(empty)} photos have no fixation on them "
-            f"({outside} fixations lie outside): {named([photo.stem for photo in empty])}. "
-            "Correct their coordinates or remove them"
+            f"{dataset}: {len(empty)} photos have no fixation on them ({outside} lie outside): "
+            f"{named([photo.stem for photo in empty])}. Correct their coordinates or remove them"
         )
     return photos
 
@@ -108,16 +96,15 @@ def photo_size(path: Path) -> tuple[int, int]:
     with blame_file(f"photo {path} cannot be decoded"), Image.open(path) as image:
         width, height = image.size
         image.draft("L", (1, 1))  # the cheapest way through all of a JPEG
-        if to_upright(image) in _SIDEWAYS:
-            width, height = height, width
-    return width, height
+        image.load()  # which turns a TIFF, and then there is no orientation any more
+        return (height, width) if orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
 def load_mat(path: Path, *names: str) -> dict[str, Any]:
     """The variables of a MATLAB file (to version 7), structs as objects.
 
     Raises:
-        ValueError: the file is empty, damaged, of version 7.3, or lacks a variable.
+        ValueError: the file is empty, damaged, of version 7.3, or lacks one of ``names``.
     """
     from scipy.io import loadmat
 
@@ -166,9 +153,7 @@ def fixated_pixels(path: Path, size: tuple[int, int], variable: str = "") -> np.
             f"{size[0]}x{size[1]}: get the map of this photo, unresized, as one matrix"
         )
     if not np.isfinite(values).all():
-        raise ValueError(
-            f"map {path} holds values that are not finite: save it with 0 where nobody looked"
-        )
+        raise ValueError(f"map {path} holds values that are not finite: use 0 where nobody looked")
     top = values.max()
     marked = (values > top / 2) & (top > 0)
     between = (values > top / 4) & (values <= 3 * top / 4)

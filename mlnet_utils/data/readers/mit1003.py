@@ -5,11 +5,13 @@ is that detector in NumPy, so that no MATLAB is needed; it was compared with the
 GNU Octave, on generated recordings (``tests/vectors/mit1003_fixations.npz``).
 """
 
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from mlnet_utils.data.images import blame_file
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers.files import (
     by_stem,
@@ -46,29 +48,32 @@ def read_mit1003(root: str | Path) -> list[Photo]:
     """
     root = Path(root)
     photos = by_stem(need(root / "ALLSTIMULI", "mit1003").glob("*.jpeg"), "mit1003")
-    read = (_from_recordings if (root / "DATA").is_dir() else _from_maps)(root, photos)
-    return check_looked_at("mit1003", list(progress(read, "reading mit1003", len(photos), "photo")))
+    fixations = (_recorded if (root / "DATA").is_dir() else _marked)(root, photos)
+    found = [
+        Photo.from_points(path.stem, path.relative_to(root).as_posix(), *looked)
+        for path, looked in progress(fixations, "reading mit1003", len(photos), "photo")
+    ]
+    return check_looked_at("mit1003", found)
 
 
-def _from_maps(root: Path, photos: dict[str, Path]) -> Iterator[Photo]:
+def _marked(root: Path, photos: dict[str, Path]) -> Iterator[tuple[Path, tuple]]:
+    """Each photo's path, and its size and marked points."""
     folder = need(root / "ALLFIXATIONMAPS", "mit1003")
     # The pattern passes over a stray copy, ...p1010764fixPts.jpg, that the archive contains.
     maps = by_stem(folder.glob("*_fixPts.jpg"), "mit1003", strip="_fixPts")
     check_pairs("mit1003", "photos", photos, "*_fixPts.jpg", maps)
     for stem, path in photos.items():
         size = photo_size(path)
-        points = fixated_pixels(maps[stem], size)
-        yield Photo.from_points(stem, path.relative_to(root).as_posix(), size, points)
+        yield path, (size, fixated_pixels(maps[stem], size))
 
 
-def _from_recordings(root: Path, photos: dict[str, Path]) -> Iterator[Photo]:
+def _recorded(root: Path, photos: dict[str, Path]) -> Iterator[tuple[Path, tuple]]:
+    """Each photo's path, and its size, points, observers and durations."""
     folders = sorted(path for path in (root / "DATA").iterdir() if path.is_dir())
     if not folders:
         raise ValueError(f"mit1003: {root / 'DATA'} holds no observers; download it again")
-    recordings = []
     for folder in folders:
-        recordings.append(by_stem(folder.glob("*.mat"), "mit1003"))
-        lacking = sorted(set(photos) - set(recordings[-1]))
+        lacking = sorted(stem for stem in photos if not (folder / f"{stem}.mat").is_file())
         if lacking:
             raise ValueError(
                 f"mit1003: {len(lacking)} photos without a recording in {folder}: "
@@ -76,32 +81,23 @@ def _from_recordings(root: Path, photos: dict[str, Path]) -> Iterator[Photo]:
             )
     for stem, path in photos.items():
         size = photo_size(path)
-        found = [detect_fixations(_eye_positions(files[stem])) for files in recordings]
+        found = [detect_fixations(_eye_positions(folder / f"{stem}.mat")) for folder in folders]
         # The authors take floor() of a fixation as the 1-based pixel, and leave out the first.
-        yield Photo.from_points(
-            stem,
-            path.relative_to(root).as_posix(),
-            size,
-            np.concatenate([np.floor(points[1:]) - 1 for points, _ in found]),
-            np.repeat(np.arange(len(found)), [len(points) - 1 for points, _ in found]),
-            np.concatenate([durations[1:] for _, durations in found]),
-        )
+        points = np.concatenate([np.floor(places[1:]) - 1 for places, _ in found])
+        durations = np.concatenate([durations[1:] for _, durations in found])
+        observers = np.repeat(np.arange(len(found)), [len(places) - 1 for places, _ in found])
+        yield path, (size, points, observers, durations)
 
 
 def _eye_positions(path: Path) -> np.ndarray:
     """(N, 2) x, y in 1-based pixels, one every 1/240 s; negative during blinks."""
-    values = list(load_mat(path).values())
-    try:
+    values = load_mat(path).values()
+    with blame_file(f"{path} is not MIT1003's: expected one struct with DATA(1).eyeData"):
         # The variable is named after the photo, cut to MATLAB's 63 characters: take the only one.
         ((record,),) = values
         positions = np.asarray(record[0].DATA[0, 0].eyeData, np.float64)
         if positions.ndim != 2 or positions.shape[1] < 2 or not len(positions):
             raise ValueError(f"eyeData has shape {positions.shape}")
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not MIT1003's: expected one struct with DATA(1).eyeData ({error}); "
-            "download DATA.zip again"
-        ) from error
     return positions[:, :2]
 
 
@@ -120,23 +116,14 @@ def detect_fixations(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         (M, 2) median position and (M,) duration in ms of each fixation, in order.
     """
     n = len(positions)
-    change = _speed_change(positions)
-    saccades = _merged(_saccades(change, n), n)
-    starts = [0, *(last + 1 for _, last in saccades if last + 1 < n)]
-    ends = [*(first for first, _ in saccades)]
-    if len(ends) < len(starts):  # it does not end in a saccade
-        ends.append(n)
-    medians = [
-        [_median(positions[start:end, axis]) for axis in (0, 1)]
-        for start, end in zip(starts, ends, strict=True)
-    ]
-    durations = [1000 * (end - start) / RATE for start, end in zip(starts, ends, strict=True)]
-    return np.array(medians), np.array(durations)
-
-
-def _median(values: np.ndarray) -> float:
-    values = values[~np.isnan(values)]
-    return float(np.median(values)) if len(values) else float("nan")
+    saccades = _saccades(_speed_change(positions))
+    starts = [0, *(last + 1 for _, last in saccades)]
+    ends = [*(first for first, _ in saccades), n]
+    parts = [positions[a:b] for a, b in zip(starts, ends, strict=True) if a < n]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a lost eye's median, NaN
+        medians = [np.nanmedian(part, axis=0) for part in parts]
+    return np.array(medians), np.array([1000 * len(part) / RATE for part in parts])
 
 
 def _speed_change(positions: np.ndarray) -> np.ndarray:
@@ -148,50 +135,43 @@ def _speed_change(positions: np.ndarray) -> np.ndarray:
     if n > WINDOW + 2:
         # Sums over [k, k + 4] and [k + 1, k + 5] differ by their ends.
         inner = slice(1, n - WINDOW - 1)
-        change[inner] = (speed[WINDOW + 2 :] - speed[1 : n - WINDOW - 1]) * RATE / WINDOW
+        change[inner] = (speed[WINDOW + 2 :] - speed[inner]) * RATE / WINDOW
     return change
 
 
-def _saccades(change: np.ndarray, n: int) -> list[tuple[int, int]]:
-    """First and last sample of every saccade, in order; they may still overlap."""
+def _saccades(change: np.ndarray) -> list[tuple[int, int]]:
+    """First and last sample of every saccade, in order, from the (N,) changes of the speed."""
+    end = len(change) - 1
     fast, slowing = change > THRESHOLD, change < -THRESHOLD
     edges = np.flatnonzero(np.diff(np.concatenate([[False], fast, [False]])))
     runs = [(a, b - 1) for a, b in edges.reshape(-1, 2) if b - a >= SHORTEST_RUN]
-    found = []
+    merged = []
     for first, last in runs:
-        end = _end_of_slowing(slowing, last + 1, n)
-        if end is None and len(runs) == 1 and last == np.flatnonzero(change != 0)[-1]:
-            end = n - 1  # the recording ends in its only saccade
-        if end is not None:
-            found.append((int(first), int(end)))
-    return found
+        slowed = _end_of_slowing(slowing, last + 1)
+        if slowed is None and len(runs) == 1 and last == np.flatnonzero(change != 0)[-1]:
+            slowed = end  # the recording ends in its only saccade
+        if slowed is None:
+            continue
+        if merged and first - merged[-1][1] <= SHORTEST_FIXATION:
+            first, _ = merged.pop()
+        merged.append((first, slowed))
+    if merged and end - merged[-1][1] <= SHORTEST_FIXATION:
+        merged[-1] = (merged[-1][0], end)
+    return merged
 
 
-def _end_of_slowing(slowing: np.ndarray, at: int, n: int) -> int | None:
+def _end_of_slowing(slowing: np.ndarray, at: int) -> int | None:
     """The last sample of the first stretch of slowing down from ``at`` on, within the search."""
     for place in range(at, at + SEARCH):
-        if place + 2 > n - 1 and place > at:
+        if place + 2 > len(slowing) - 1 and place > at:
             return None
         if slowing[place] and not slowing[place + 1]:
             return place
     return None
 
 
-def _merged(saccades: list[tuple[int, int]], n: int) -> list[tuple[int, int]]:
-    """Saccades without the fixations between them that are too short to be ones."""
-    merged = []
-    for first, last in saccades:
-        if merged and first - merged[-1][1] <= SHORTEST_FIXATION:
-            merged[-1] = (merged[-1][0], last)
-        else:
-            merged.append((first, last))
-    if merged and n - 1 - merged[-1][1] <= SHORTEST_FIXATION:
-        merged[-1] = (merged[-1][0], n - 1)
-    return merged
-
-
 # ---- the dataset -------------------------------------------------------------------------------
-_ADDRESS = "https://people.csail.mit.edu/tjudd/WherePeopleLook/"
+_ADDRESS = "https://people.csail.mit.edu/tjudd/WherePeopleLook"
 _FIRST = "i05june05_static_street_boston_p1010764"
 SPEC = DatasetSpec(
     name="mit1003",
@@ -202,27 +182,13 @@ SPEC = DatasetSpec(
     folder="mit1003",
     val=103,
     test=200,
-    archives=(
-        Archive(
-            name="ALLSTIMULI.zip",
-            into="ALLSTIMULI",
-            holds=(f"{_FIRST}.jpeg",),
-            url=f"{_ADDRESS}ALLSTIMULI.zip",
-            md5="0d7df8b954ecba69b6796e77b9afe4b6",
-        ),
-        Archive(
-            name="DATA.zip",
-            into="DATA",
-            holds=("ajs", "hp"),
-            url=f"{_ADDRESS}DATA.zip",
-            md5="ea19d74ad0a0144428c53e9d75c2d71c",
-        ),
-        Archive(
-            name="ALLFIXATIONMAPS.zip",
-            into="ALLFIXATIONMAPS",
-            holds=(f"{_FIRST}_fixMap.jpg",),
-            url=f"{_ADDRESS}ALLFIXATIONMAPS.zip",
-        ),
+    archives=tuple(
+        Archive.at(_ADDRESS, part, holds, md5)
+        for part, holds, md5 in (
+            ("ALLSTIMULI", (f"{_FIRST}.jpeg",), "0d7df8b954ecba69b6796e77b9afe4b6"),
+            ("DATA", ("ajs", "hp"), "ea19d74ad0a0144428c53e9d75c2d71c"),
+            ("ALLFIXATIONMAPS", (f"{_FIRST}_fixMap.jpg",), ""),
+        )
     ),
     citation="T. Judd, K. Ehinger, F. Durand, A. Torralba. Learning to Predict Where Humans Look. "
     "ICCV 2009.",
@@ -232,12 +198,11 @@ MIT300 = DatasetSpec(
     title="MIT300",
     folder="mit300",
     archives=(
-        Archive(
-            name="BenchmarkIMAGES.zip",
-            into="BenchmarkIMAGES",
-            holds=("i1.jpg",),
-            url="http://saliency.mit.edu/BenchmarkIMAGES.zip",
-            md5="03ed32bdf5e4289950cd28df89451260",
+        Archive.at(
+            "http://saliency.mit.edu",
+            "BenchmarkIMAGES",
+            ("i1.jpg",),
+            "03ed32bdf5e4289950cd28df89451260",
         ),
     ),
     citation="T. Judd, F. Durand, A. Torralba. A Benchmark of Computational Models of Saliency to "

@@ -7,15 +7,14 @@ from pathlib import Path
 
 import numpy as np
 
+from mlnet_utils.data.images import blame_file
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers.files import check_looked_at, check_pairs, load_mat, need, photo_size
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
 from mlnet_utils.runtime import progress
 
+SIZE = (800, 600)  # width, height
 FIELDS = ("fix_x", "fix_y", "fix_duration")
-
-
-SIZE = (800, 600)
 
 
 def read_osie(root: str | Path) -> list[Photo]:
@@ -27,12 +26,8 @@ def read_stimuli_and_cells(root: str | Path, dataset: str, size: tuple[int, int]
     """The layout of the group's datasets: ``data/stimuli/*.jpg``, ``data/eye/fixations.mat``.
 
     The MATLAB coordinates are 1-based floats; the authors' pixel is ``round(x)``, so the 0-based
-    coordinate is ``x - 1`` with pixel centres at integers.
-
-    Args:
-        root: folder of the dataset.
-        dataset: its name, for messages.
-        size: width and height of all its photos.
+    coordinate is ``x - 1`` with pixel centres at integers. All photos have the ``size`` (width,
+    height); ``dataset`` is the name for messages.
 
     Raises:
         FileNotFoundError: a part of the layout is missing.
@@ -47,15 +42,15 @@ def read_stimuli_and_cells(root: str | Path, dataset: str, size: tuple[int, int]
     check_pairs(dataset, f"photos in {stimuli}", files, f"records in {path}", records)
     photos = []
     for name, file in progress(files.items(), f"reading {dataset}", len(files), "photo"):
-        found = photo_size(file)
-        if found != size:
+        width, height = photo_size(file)
+        if (width, height) != size:
             raise ValueError(
-                f"{dataset}: {file} is {found[0]}x{found[1]} instead of {size[0]}x{size[1]}: the "
-                "fixations belong to the original photos; download it again"
+                f"{dataset}: {file} is {width}x{height} instead of {size[0]}x{size[1]}: get the "
+                "original, to which the fixations belong"
             )
         subjects = records[name]
         x, y, durations = np.concatenate([np.zeros((3, 0), np.float32), *subjects], axis=1)
-        observers = np.repeat(np.arange(len(subjects)), [one.shape[1] for one in subjects])
+        observers = np.repeat(np.arange(len(subjects)), [subject.shape[1] for subject in subjects])
         points = np.stack([x, y], axis=1) - 1
         image = file.relative_to(root).as_posix()
         photos.append(Photo.from_points(file.stem, image, size, points, observers, durations))
@@ -65,7 +60,10 @@ def read_stimuli_and_cells(root: str | Path, dataset: str, size: tuple[int, int]
 def _records(path: Path, dataset: str) -> dict[str, list[np.ndarray]]:
     """(3, N) float32 x, y, duration of every subject, 1-based, by the photo's file name."""
     cells, records = load_mat(path, "fixations")["fixations"], {}
-    try:
+    with blame_file(
+        f"{path} is not that of {dataset}: expected a cell array `fixations` of structs with `img` "
+        f"and `subjects`, each with as many {', '.join(FIELDS)}"
+    ):
         for cell in cells.ravel():
             name = str(cell[0, 0].img[0])
             if name in records:
@@ -75,17 +73,25 @@ def _records(path: Path, dataset: str) -> dict[str, list[np.ndarray]]:
                 np.stack([np.asarray(getattr(one[0, 0], k), np.float32).ravel() for k in FIELDS])
                 for one in cell[0, 0].subjects.ravel()
             ]
-    except (AttributeError, IndexError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not that of {dataset}: expected a cell array `fixations` of structs with "
-            f"`img` and `subjects`, each with as many {', '.join(FIELDS)} ({error}); download it "
-            "again"
-        ) from error
     return records
 
 
-_ADDRESS = "https://github.com/NUS-VIP/predicting-human-gaze-beyond-pixels"
-_FIXATIONS = "2aab9133a407e4eff3f57ab5799872b162dbc77ca462c0391762eb5e67deadb9"
+def github_archive(name: str, repository: str, sha256: str) -> tuple[Archive]:
+    """The group's repository; ``sha256`` is that of its fixations.
+
+    GitHub packs a branch anew at any time: the fixations' checksum holds, not the zip's.
+    """
+    archive = Archive(
+        name=f"{name}.zip",
+        into="data",
+        holds=("stimuli", "eye/fixations.mat"),
+        url=f"https://github.com/NUS-VIP/{repository}/archive/master.zip",
+        published=f"{repository}-master.zip",
+        known={"eye/fixations.mat": sha256},
+    )
+    return (archive,)
+
+
 SPEC = DatasetSpec(
     name="osie",
     title="OSIE",
@@ -95,16 +101,10 @@ SPEC = DatasetSpec(
     folder="osie",
     val=50,
     test=150,
-    archives=(
-        # GitHub packs a branch anew at any time: the fixations' checksum holds, not the zip's.
-        Archive(
-            name="osie.zip",
-            into="data",
-            holds=("stimuli", "eye/fixations.mat"),
-            url=f"{_ADDRESS}/archive/master.zip",
-            published="predicting-human-gaze-beyond-pixels-master.zip",
-            known={"eye/fixations.mat": _FIXATIONS},
-        ),
+    archives=github_archive(
+        "osie",
+        "predicting-human-gaze-beyond-pixels",
+        "2aab9133a407e4eff3f57ab5799872b162dbc77ca462c0391762eb5e67deadb9",
     ),
     citation="J. Xu, M. Jiang, S. Wang, M. Kankanhalli, Q. Zhao. Predicting Human Gaze Beyond "
     "Pixels. Journal of Vision 14(1), 2014.",

@@ -21,27 +21,23 @@ from mlnet_utils.data.readers.spec import DatasetSpec
 from mlnet_utils.runtime import progress
 
 COLUMNS = ("image", "x", "y")
-OPTIONAL = ("observer", "duration")  # ms
+OPTIONAL = ("observer", "duration")  # any name; ms
+PARTS = {  # of the dataset ``folder``, by argument of read_folder
+    "fixations_csv": "fixations.csv",
+    "fixation_maps": "fixation_maps",
+    "density_maps": "density_maps",
+}
 FIXATION_SUFFIXES = (*PHOTO_SUFFIXES, ".npy", ".mat")
 DENSITY_SUFFIXES = (*PHOTO_SUFFIXES, ".npz")
 
 
 def read_own(root: str | Path) -> list[Photo]:
-    """The dataset ``folder``: ``images/`` and what there is beside it.
+    """The dataset ``folder``: ``images/`` and any of :data:`PARTS`, see :func:`read_folder`.
 
-    That is ``fixations.csv`` or ``fixation_maps/``, and ``density_maps/``: see
-    :func:`read_folder`. Paths in the photos are relative to ``root``.
+    Paths in the photos are relative to ``root``.
     """
     root = Path(root)
-    there = {
-        key: root / name
-        for key, name in (
-            ("fixations_csv", "fixations.csv"),
-            ("fixation_maps", "fixation_maps"),
-            ("density_maps", "density_maps"),
-        )
-        if (root / name).exists()
-    }
+    there = {key: root / name for key, name in PARTS.items() if (root / name).exists()}
     photos = read_folder(root / "images", **there)
     for photo in photos:
         photo.image = f"images/{photo.image}"
@@ -79,10 +75,10 @@ def read_folder(
     for path in filter(str, (images, fixations_csv, fixation_maps, density_maps)):
         if not Path(path).exists():
             raise FileNotFoundError(f"own photos: {path} does not exist")
-    if fixations_csv and fixation_maps:
-        raise ValueError("own photos: give a fixation list or fixation maps, not both")
-    if not (fixations_csv or fixation_maps or density_maps):
-        raise ValueError("own photos: give a fixation list, fixation maps or density maps")
+    if (fixations_csv and fixation_maps) or not (fixations_csv or fixation_maps or density_maps):
+        raise ValueError(
+            "own photos: give a fixation list or fixation maps (not both), or density maps"
+        )
     files = by_stem(visible_files(images), "own photos")
     if not files:
         raise ValueError(f"own photos: {images} holds none of {', '.join(PHOTO_SUFFIXES)}")
@@ -97,18 +93,17 @@ def read_folder(
             looked = (fixated_pixels(marked[stem], size),)
         split = place.parts[0] if place.parts[0] in SPLITS and len(place.parts) > 1 else ""
         density = Path(os.path.relpath(drawn[stem], images)).as_posix() if drawn else ""
-        photo = Photo.from_points(
-            stem, place.as_posix(), size, *looked, split=split, density=density
-        )
+        rest = {"split": split, "density": density}
+        photos.append(Photo.from_points(stem, place.as_posix(), size, *looked, **rest))
         if drawn:
-            photo.read_density(images)  # or an error: training would meet it hours later
-        photos.append(photo)
+            photos[-1].read_density(images)  # or an error: training would meet it hours later
     return check_looked_at("own photos", photos)
 
 
 def _maps(
     folder: str | Path, files: dict[str, Path], kind: str, suffixes: tuple[str, ...]
 ) -> dict[str, Path]:
+    """The folder's maps by stem, a map for each of the photos ``files``."""
     if not folder:
         return {}
     maps = by_stem(visible_files(Path(folder), suffixes), "own photos")
@@ -116,27 +111,24 @@ def _maps(
     return maps
 
 
-def _read_csv(
-    path: Path, stems: set[str], first_pixel: int
-) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
-    """Points, observers and durations by stem."""
+def _read_csv(path: Path, stems: set[str], first_pixel: int) -> dict[str, tuple[np.ndarray, ...]]:
+    """(N, 2) x, y, (N,) observers and (N,) durations by stem."""
     rows, names, line = defaultdict(list), {"": NOBODY}, 1
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file, skipinitialspace=True)
             columns = reader.fieldnames or []
-            lacking = [name for name in COLUMNS if name not in columns]
-            if lacking:
-                raise ValueError(f"columns {columns}, but {', '.join(lacking)} is needed")
-            twice = [name for name in (*COLUMNS, *OPTIONAL) if columns.count(name) > 1]
-            if twice:
-                raise ValueError(f"columns {columns}, but only one {', '.join(twice)} can be meant")
+            if any(columns.count(name) != 1 for name in COLUMNS) or any(
+                columns.count(name) > 1 for name in OPTIONAL
+            ):
+                raise ValueError(
+                    f"columns {columns}: give each of {', '.join(COLUMNS)} once, and "
+                    f"{' and '.join(OPTIONAL)} at most once"
+                )
             for row in reader:
                 line = reader.line_num
                 if any(row.get(None, ())):
-                    raise ValueError(
-                        f"more than {len(columns)} values; is a comma a decimal point?"
-                    )
+                    raise ValueError(f"over {len(columns)} values; is a comma a decimal point?")
                 x, y = (float(row[name]) - first_pixel for name in ("x", "y"))
                 duration = float(row.get("duration") or math.nan)
                 observer = names.setdefault((row.get("observer") or "").strip(), len(names) - 1)
@@ -146,10 +138,7 @@ def _read_csv(
         raise ValueError(f"{path}, line {line}: {error}") from error
     check_pairs("own photos", "photos", stems, f"rows of {path.name}", rows)
     arrays = {stem: np.array(values, np.float64) for stem, values in rows.items()}
-    return {
-        stem: (values[:, :2], values[:, 2].astype(int), values[:, 3])
-        for stem, values in arrays.items()
-    }
+    return {stem: (v[:, :2], v[:, 2].astype(int), v[:, 3]) for stem, v in arrays.items()}
 
 
 SPEC = DatasetSpec(

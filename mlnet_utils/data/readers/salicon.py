@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlnet_utils.data.geometry import density_from_points
+from mlnet_utils.data.images import blame_file
 from mlnet_utils.data.photos import SPLITS, Photo
 from mlnet_utils.data.readers.files import (
     by_stem,
@@ -52,14 +53,13 @@ def read_salicon_mat(root: str | Path, edition: str, points: str = "fixations") 
     root, dataset = Path(root), f"salicon-{edition}"
     images = need(root / "images", dataset)
     fixations = need(root / f"fixations-{edition}", dataset)
-    maps = root / f"maps-{edition}"
     photos = []
     for split in SPLITS:
         files = by_stem((images / split).glob("*.jpg"), dataset)
         recorded = by_stem((fixations / split).glob("*.mat"), dataset)
+        drawn = by_stem((root / f"maps-{edition}" / split).glob("*.png"), dataset)
         if split != "test":
             check_pairs(f"{dataset} {split}", "photos", files, "fixation files", recorded)
-        drawn = by_stem((maps / split).glob("*.png"), dataset)
         if drawn:
             check_pairs(f"{dataset} {split}", "photos", files, "density maps", drawn)
         for stem, path in progress(files.items(), f"reading {split}", len(files), "photo"):
@@ -102,27 +102,23 @@ def read_salicon_json(root: str | Path) -> list[Photo]:
     photos = []
     entries = progress(found.items(), f"reading {dataset}", len(found), "photo")
     for stem, (path, split, said, workers) in entries:
-        size = photo_size(files[stem])
-        if size != said:
-            raise ValueError(
-                f"{files[stem]} is {size[0]}x{size[1]}, but {path} says {said[0]}x{said[1]}: get "
-                "the original photo"
-            )
+        if (size := photo_size(files[stem])) != said:
+            sizes = " and ".join(f"{width}x{height}" for width, height in (size, said))
+            raise ValueError(f"{files[stem]} and {path} differ in size: {sizes}; get the original")
         photos.append(_photo(files[stem], root, size, workers, split=split))
     return check_looked_at(dataset, photos)
 
 
-def fit_sigma(photos: list[Photo], root: str | Path, low: float = 2, high: float = 60) -> float:
+def fit_sigma(photos: list[Photo], root: str | Path) -> float:
     """The blur that turns the fixations into the published maps; for 2017 nobody states it.
 
     Args:
         photos: records with fixations and density maps; a few dozen are enough.
         root: what their paths are relative to.
-        low: the smallest sigma that is considered, in pixels.
-        high: the largest.
 
     Returns:
-        The sigma, to 0.05 pixels, whose densities correlate best with the maps on average.
+        The sigma of 2 to 60 pixels, to 0.05, whose densities correlate best with the maps on
+        average.
 
     Raises:
         ValueError: no photo has both fixations and a map, or a map is damaged, of another size
@@ -133,21 +129,16 @@ def fit_sigma(photos: list[Photo], root: str | Path, low: float = 2, high: float
     both = [photo for photo in photos if photo.density and len(photo.fixations)]
     if not both:
         raise ValueError("fitting sigma needs photos with both fixations and density maps")
-    maps = []
-    for photo in both:
-        path = Path(root) / photo.density
-        values = photo.read_density(root).numpy()
+    maps = [photo.read_density(root).numpy().ravel() for photo in both]
+    for photo, values in zip(both, maps, strict=True):
         if values.min() == values.max():
-            raise ValueError(f"density map {path} is the same everywhere: it shows no blur to fit")
-        maps.append(values.ravel())
+            raise ValueError(f"density map {Path(root) / photo.density} is the same everywhere")
 
     def distance(sigma: float) -> float:
-        ours = (density_from_points(p.fixations, p.height, p.width, sigma) for p in both)
-        return -float(
-            np.mean([np.corrcoef(d.ravel(), m)[0, 1] for d, m in zip(ours, maps, strict=True)])
-        )
+        ours = (density_from_points(p.fixations, p.height, p.width, sigma).ravel() for p in both)
+        return -float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(ours, maps, strict=True)]))
 
-    return float(minimize_scalar(distance, bounds=(low, high), options={"xatol": 0.05}).x)
+    return float(minimize_scalar(distance, bounds=(2, 60), options={"xatol": 0.05}).x)
 
 
 def _photo(
@@ -163,20 +154,18 @@ def _photo(
 def _workers(path: Path, edition: str, points: str, size: tuple[int, int]) -> list[np.ndarray]:
     """(N, 2) float64 x, y, 0-based, of every worker in a file of either edition."""
     values = load_mat(path, "gaze", "resolution")
-    try:
+    with blame_file(
+        f"{path} is not SALICON's: expected `gaze` structs with `{points}` of x, y, and a "
+        "`resolution` of rows and columns"
+    ):
         height, width = map(int, values["resolution"].ravel())
         rows, columns = values["gaze"].shape
         # As floats, since 1 less than 0 would wrap around in the files' unsigned integers.
         workers = [_pairs(getattr(worker, points)) - 1 for worker in values["gaze"].ravel()]
-    except (AttributeError, OverflowError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} is not SALICON's: expected `gaze` structs with `{points}` of x, y, and a "
-            f"`resolution` of rows and columns ({error}); get it again"
-        ) from error
     if (width, height) != size:
         raise ValueError(
-            f"{path} is of a photo of {width}x{height}, but the photo is "
-            f"{'x'.join(map(str, size))}: get the original of both"
+            f"{path} is of a photo of {width}x{height}, but the photo is {size[0]}x{size[1]}: get "
+            "the original of both"
         )
     # The editions store workers along different axes, which tells them apart.
     if {"2015": rows, "2017": columns}[edition] > 1:
@@ -200,7 +189,10 @@ def _pairs(values: Any) -> np.ndarray:
 
 def _read_annotations(path: Path) -> dict[str, tuple[tuple[int, int], list[np.ndarray]]]:
     """Size of each photo and its workers' (N, 2) x, y, 0-based, by stem."""
-    try:
+    with blame_file(
+        f"{path} is not SALICON's JSON: expected `images` with file_name, id, width, height and "
+        "`annotations` of these with image_id, worker_id, fixations of row, column"
+    ):
         content = json.loads(path.read_text(encoding="utf-8"))
         images = {image["id"]: image for image in content["images"]}
         stems = {Path(image["file_name"]).stem for image in images.values()}
@@ -217,42 +209,26 @@ def _read_annotations(path: Path) -> dict[str, tuple[tuple[int, int], list[np.nd
             )
             for number, image in images.items()
         }
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is not SALICON's JSON: expected `images` with file_name, id, width, height "
-            "and `annotations` of these with image_id, worker_id, fixations of row, column "
-            f"({error!r})"
-        ) from error
 
 
 # ---- the datasets ------------------------------------------------------------------------------
-def _fixations(edition: str, drive: str, md5: str) -> Archive:
-    return Archive(
-        name=f"fixations-{edition}.zip",
-        into=f"fixations-{edition}",
-        holds=("train", "val"),
+_FILES = (  # the folder, the id on Google Drive, and the MD5, which maps have none
+    ("images", "1g8j-hTT-51IG1UFwP0xTGhLdgIUCW5e5", "eb2a1bb706633d1b31fc2e01422c5757"),
+    ("fixations-2015", "1WVEiXba-I4GN33f0uUl4KhaN1rK7qzs6", "9a22db9d718200fb90252e5010c004c4"),
+    ("fixations-2017", "1P-jeZXCsjoKO79OhFUgnj6FGcyvmLDPj", "462b70f4f9e8ea446ac628e46cea8d3d"),
+    ("maps-2017", "1PnO7szbdub1559LfjYHMy65EDC4VhJC8", ""),
+)
+_ARCHIVES = {
+    part: Archive(
+        name=f"{part}.zip",
+        into=part,
+        holds=SPLITS if part == "images" else ("train", "val"),
         drive=drive,
-        published="fixations.zip",
+        published=f"{part.partition('-')[0]}.zip",
         md5=md5,
     )
-
-
-_IMAGES = Archive(  # the photos of both editions
-    name="images.zip",
-    into="images",
-    holds=("train", "val", "test"),
-    drive="1g8j-hTT-51IG1UFwP0xTGhLdgIUCW5e5",
-    md5="eb2a1bb706633d1b31fc2e01422c5757",
-)
-_MAPS = Archive(  # of 2017; for 2015 none are public
-    name="maps-2017.zip",
-    into="maps-2017",
-    holds=("train", "val"),
-    drive="1PnO7szbdub1559LfjYHMy65EDC4VhJC8",
-    published="maps.zip",
-)
-_2017 = _fixations("2017", "1P-jeZXCsjoKO79OhFUgnj6FGcyvmLDPj", "462b70f4f9e8ea446ac628e46cea8d3d")
-_2015 = _fixations("2015", "1WVEiXba-I4GN33f0uUl4KhaN1rK7qzs6", "9a22db9d718200fb90252e5010c004c4")
+    for part, drive, md5 in _FILES
+}
 _SHARED = {
     "sigma": 19.0,  # that of the evaluators of 2015; for 2017 it is not stated, see fit_sigma
     "citation": "M. Jiang, S. Huang, J. Duan, Q. Zhao. SALICON: Saliency in Context. CVPR 2015.",
@@ -264,10 +240,13 @@ SPECS = (
             title=f"SALICON {edition}",
             read=partial(read_salicon_mat, edition=edition),
             folder="salicon",
-            archives=archives,
+            archives=tuple(_ARCHIVES[part] for part in parts),
             **_SHARED,
         )
-        for edition, archives in (("2015", (_2015, _IMAGES)), ("2017", (_2017, _MAPS, _IMAGES)))
+        for edition, parts in (
+            ("2015", ("fixations-2015", "images")),
+            ("2017", ("fixations-2017", "maps-2017", "images")),
+        )
     ),
     DatasetSpec(
         name="salicon-json",

@@ -11,7 +11,7 @@ UNKNOWN = float("nan")
 
 @dataclass(frozen=True)
 class Archive:
-    """One file at a source, and the folder of the dataset that it becomes.
+    """A file at a source, and the folder of the dataset that it becomes.
 
     Addresses, ids and checksums are those that the sources, pysaliency and the datasets' users
     publish. Exactly one of ``url`` and ``drive`` is set.
@@ -26,10 +26,10 @@ class Archive:
     md5: str = ""  # "" where the source publishes none
     known: Mapping[str, str] = field(default_factory=dict)  # SHA-256 of files inside, by path
 
-    @property
-    def names(self) -> set[str]:
-        """File names under which a user may hand it over."""
-        return {self.name, self.published or self.name}
+    @classmethod
+    def at(cls, address: str, part: str, holds: tuple[str, ...], md5: str = "") -> "Archive":
+        """The file ``<address>/<part>.zip``, which becomes the folder ``part``."""
+        return cls(f"{part}.zip", part, holds, url=f"{address}/{part}.zip", md5=md5)
 
     @property
     def page(self) -> str:
