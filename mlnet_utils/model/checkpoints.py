@@ -1,18 +1,22 @@
 """Checkpoints: written atomically, read without running code, and taken over by a new training."""
 
 import dataclasses
+import json
 import os
 import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 
 from mlnet_utils.config import ENGINE_FIELDS, RETIRED, Config, from_dict
 from mlnet_utils.model.network import MLNet, load_strictly, read_tensors
 from mlnet_utils.runtime import atomic_path, checkout_root, display_path, sha256_file, versions
 
 FORMAT = "mlnet-checkpoint-1"
+SHIPPED = Path(__file__).parents[1] / "weights" / "mlnet.safetensors"  # comes with the package
 PIN = "#sha256="  # between a path and the checksum of the file that is meant
 
 # Keys that decide which weights there are and what they mean: always those of the start.
@@ -58,14 +62,53 @@ def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any)
         ) from error
 
 
-def load_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint.
+def save_published(path: str | Path, checkpoint: str | Path, card: dict[str, Any]) -> None:
+    """Write a checkpoint's network for others to use: safetensors, matrices in float16.
+
+    Vectors stay as they are: batch norm's statistics would leave float16's range.
+
+    Args:
+        path: the file to (re)place, ``.safetensors``.
+        checkpoint: what :func:`load_checkpoint` reads.
+        card: what readers should know, e.g. data, command and scores; plain values.
+    """
+    content = load_checkpoint(checkpoint)
+    weights = {
+        key: (value.half() if value.is_floating_point() and value.ndim > 1 else value).contiguous()
+        for key, value in content["model"].items()
+    }
+    texts = {"config": content["config"], "card": card}
+    metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in texts.items()}}
+    with atomic_path(path) as temporary:
+        save_file(weights, temporary, metadata)
+
+
+def _load_published(path: Path) -> dict[str, Any]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") == FORMAT:
+                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                texts = {key: json.loads(metadata[key]) for key in ("config", "card")}
+                weights = {k: v.float() if v.dtype == torch.half else v for k, v in weights.items()}
+                return {"format": FORMAT, "model": weights, **texts}
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise ValueError(f"checkpoint {path} cannot be read ({error}); get it again") from error
+    return {}
+
+
+def load_checkpoint(path: str | Path = "") -> dict[str, Any]:
+    """Read a checkpoint of a training, or a published network; by default this package's own.
 
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: unreadable, truncated, or not one of this project's checkpoints.
     """
-    content = read_tensors(path, "checkpoint", "notebook 02_training makes it")
+    path = Path(path) if str(path) else SHIPPED
+    if path.suffix == ".safetensors" and path.is_file():
+        content = _load_published(path)
+    else:
+        content = read_tensors(path, "checkpoint", "notebook 02_training makes it")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(
             f"{path} is not a checkpoint of this project; weights of the earlier implementations "
@@ -74,7 +117,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def load_model(path: str | Path) -> tuple[MLNet, Config, dict[str, Any]]:
+def load_model(path: str | Path = "") -> tuple[MLNet, Config, dict[str, Any]]:
     """The trained network (in eval mode), its configuration and the rest of the checkpoint.
 
     Nothing is downloaded: the checkpoint holds all the weights.

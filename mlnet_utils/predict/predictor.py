@@ -26,11 +26,12 @@ SMOOTHLY = {"mode": "bilinear", "antialias": True, "align_corners": False}
 Photo = str | Path | Image.Image | np.ndarray | Tensor
 
 
-def load(checkpoint: str | Path, device: str | None = None) -> "Predictor":
+def load(checkpoint: str | Path = "", device: str | None = None) -> "Predictor":
     """A trained network, ready to predict.
 
     Args:
-        checkpoint: ``checkpoints/best.pt`` of a run, an imported one, or an exported network.
+        checkpoint: ``checkpoints/best.pt`` of a run, an imported one, or an exported network;
+            default: the network that comes with the package, trained on OSIE and EyeCrowd.
         device: e.g. ``"cuda"``; default: a GPU if there is one. Exported networks use the CPU only.
 
     Raises:
@@ -40,7 +41,7 @@ def load(checkpoint: str | Path, device: str | None = None) -> "Predictor":
 
     Example:
         >>> import mlnet_utils
-        >>> density = mlnet_utils.load("best.pt").predict("photo.jpg")  # doctest: +SKIP
+        >>> density = mlnet_utils.load().predict("photo.jpg")  # doctest: +SKIP
     """
     if Path(checkpoint).suffix in EXPORTED:
         from mlnet_utils.predict.export import load_exported
