@@ -12,7 +12,7 @@ CHECKPOINT ?=
 PHOTOS ?=
 PORT ?= 8000
 # The extra `parity` compiles pysaliency: without a C compiler, leave it out (its tests are skipped).
-TEST_EXTRAS ?= notebooks,test,legacy,emd,export,cluster,study,video,parity
+TEST_EXTRAS ?= notebooks,backbone,test,legacy,emd,export,cluster,study,video,parity
 
 PY := $(VENV)/bin/python
 NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
@@ -83,7 +83,7 @@ $(PY):
 # Stamps: nothing is installed again until the requirements change.
 $(VENV)/.reproduce: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing into $(VENV), once; torch alone is several hundred MB, with CUDA several GB."
-	$(PY) -m pip install --constraint constraints.txt --editable ".[notebooks]"
+	$(PY) -m pip install --constraint constraints.txt --editable ".[notebooks,backbone]"
 	@touch $@
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(PY)

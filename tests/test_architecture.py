@@ -30,7 +30,7 @@ MAY_PRINT = {"__main__", "running", "experiments", "training", "runtime"}
 
 TRAINING_PATH = (
     *("config", "runtime", "data.geometry", "data.photos", "data.loading"),
-    *("model.network", "model.losses", "model.checkpoints", "model.legacy"),
+    *("model.backbones", "model.network", "model.losses", "model.checkpoints", "model.legacy"),
     *("training.trainer", "training.features", "metrics", "experiments.evaluation"),
     "experiments.sweep",
 )

@@ -105,6 +105,7 @@ def test_unknown_preset_and_unknown_keys_are_errors():
         ("head", "softmax", "paper, density"),
         ("compat", "keras", "theano, mlnet-pytorch"),
         ("normalisation", "none", "imagenet, caffe, half"),
+        ("output_stride", 4, "8, 16, 32"),
         ("optimizer", "lion", "sgd, adam, adamw"),
         ("schedule", "cosine", "keras1, constant, onecycle"),
         ("precision", "half", "auto, fp32, bf16, fp16"),

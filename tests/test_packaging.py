@@ -24,7 +24,7 @@ PYTHONS = ("3.10", "3.11", "3.12", "3.13")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 PROJECT = PYPROJECT["project"]
 EXTRAS = PROJECT["optional-dependencies"]
-CONDA_EXTRAS = ("notebooks", "test")  # what environment.yml installs
+CONDA_EXTRAS = ("notebooks", "backbone", "test")  # what environment.yml installs
 NOTEBOOK_MODULES = {"running.pipeline", "running.notebooks"}
 # Names under which distributions are imported, where they differ.
 IMPORT_NAMES = {

@@ -12,7 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from mlnet_utils.config import ENGINE_FIELDS, RETIRED, Config, from_dict
-from mlnet_utils.model.network import MLNet, load_strictly, read_tensors
+from mlnet_utils.model.backbones import load_strictly, read_tensors
+from mlnet_utils.model.network import MLNet
 from mlnet_utils.runtime import atomic_path, checkout_root, display_path, sha256_file, versions
 
 FORMAT = "mlnet-checkpoint-1"
@@ -22,7 +23,7 @@ PIN = "#sha256="  # between a path and the checksum of the file that is meant
 # Keys that decide which weights there are and what they mean: always those of the start.
 ARCHITECTURE = (
     *("backbone", "backbone_args", "backbone_drop", "normalisation", "levels", "channels"),
-    *("head", "prior_cells", "compat"),
+    *("head", "prior_cells", "compat", "output_stride", "standardise"),
 )
 # Taken from the start unless they are set: the network works at any size.
 USUAL = ("height", "width", "channels_last")
@@ -324,6 +325,8 @@ def _begun(start_from: str, folder: Path | None) -> tuple[dict[str, Any], bool]:
 def load_start(model: MLNet, config: Config) -> None:
     """Give a network the weights that its training starts from, if any are named.
 
+    The checksum of the backbone's ImageNet weights comes along.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: it cannot be read, has changed since, or lacks weights of the network.
@@ -332,3 +335,4 @@ def load_start(model: MLNet, config: Config) -> None:
         return
     content, start_from = read_start(config.start_from)
     load_strictly(model, content["model"], f"config: start_from={start_from.partition(PIN)[0]}")
+    model.backbone.sha256 = content.get("backbone_sha256", "")

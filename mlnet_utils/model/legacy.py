@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from mlnet_utils.config import Config, load_config
+from mlnet_utils.model.backbones import VGG16Levels, load_strictly, read_weights
 from mlnet_utils.model.checkpoints import save_checkpoint
-from mlnet_utils.model.network import MLNet, VGG16Levels, load_strictly, read_weights
+from mlnet_utils.model.network import MLNet
 from mlnet_utils.runtime import atomic_path, require, sha256_file
 
 KINDS = ("keras-mlnet", "keras-vgg16", "mlnet-pytorch")

@@ -25,8 +25,8 @@ from mlnet_utils.runtime import atomic_path, feature_root, progress
 
 BATCH = 8
 # Beside the weights, what changes features. Not `levels`: those of all three are kept.
-DECIDING = ("backbone", "backbone_args", "backbone_drop", "normalisation", "compat", "height",
-            "width")  # fmt: skip
+DECIDING = ("backbone", "backbone_args", "backbone_drop", "output_stride", "normalisation",
+            "compat", "height", "width")  # fmt: skip
 
 
 def cache_features(

@@ -395,7 +395,11 @@ class Trainer:
             write_text(self.run_dir / "log.csv", format_log(self.history))
             if improved:
                 checkpoints.save_checkpoint(
-                    self.folder / "best.pt", self.config, self.judged.state_dict(), scores=row
+                    self.folder / "best.pt",
+                    self.config,
+                    self.judged.state_dict(),
+                    scores=row,
+                    backbone_sha256=self.model.backbone.sha256,
                 )
             print(
                 f"epoch {row['epoch']:>3}/{self.config.epochs}  lr {row['lr']:.1e}  "
@@ -428,6 +432,7 @@ class Trainer:
         scaler = self.accelerator.scaler
         state: dict[str, Any] = {
             "data": self.data_digest,
+            "backbone_sha256": self.model.backbone.sha256,
             "precision": self.accelerator.mixed_precision,
             "optimizer": self.optimizer.state_dict(),
             "average": self.average.state_dict() if self.average is not None else {},
@@ -484,6 +489,7 @@ class Trainer:
                 stacklevel=2,
             )
         self.model.load_state_dict(content["model"])
+        self.model.backbone.sha256 = content.get("backbone_sha256", "")
         self.optimizer.load_state_dict(content["optimizer"])
         if self.average is not None:
             self.average.load_state_dict(content["average"])

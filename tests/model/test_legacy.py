@@ -19,9 +19,10 @@ import mlnet_utils
 from mlnet_utils.__main__ import main
 from mlnet_utils.experiments.evaluation import evaluate
 from mlnet_utils.model import legacy
+from mlnet_utils.model.backbones import read_weights
 from mlnet_utils.model.checkpoints import load_checkpoint, load_model
 from mlnet_utils.model.legacy import import_weights, recognise
-from mlnet_utils.model.network import MLNet, read_weights
+from mlnet_utils.model.network import MLNet
 
 h5py = pytest.importorskip("h5py", reason="needs the extra `legacy`")
 

