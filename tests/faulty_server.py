@@ -20,10 +20,9 @@ class Served:
     content: bytes
     ranges: bool = True  # answer Range with 206
     etag: str = '"1"'
-    kind: str = "application/octet-stream"
     cuts: list[int] = field(default_factory=list)  # bytes after which each request is cut off
     reset: bool = False  # cut off with a reset instead of an end
-    stalls: list[int] = field(default_factory=list)  # bytes after which each request hangs
+    stalls: int = 0  # requests that hang first
     announce: int | None = None  # a false Content-Length
     chunked: bool = False  # no Content-Length at all
     errors: list[int] = field(default_factory=list)  # status codes answered first
@@ -40,8 +39,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_error(404)
             return
         served.requests.append(dict(self.headers))
-        stall = served.stalls.pop(0) if served.stalls else None
-        if stall == 0:
+        if served.stalls:
+            served.stalls -= 1
             self.server.closing.wait(STALL)
         if served.errors:
             self.send_error(served.errors.pop(0))
@@ -55,9 +54,8 @@ class _Handler(BaseHTTPRequestHandler):
         if start:
             whole = f"bytes {start}-{len(served.content) - 1}/{len(served.content)}"
             self.send_header("Content-Range", served.span or whole)
-        self.send_header("Content-Type", served.kind)
-        if served.etag:
-            self.send_header("ETag", served.etag)
+        self.send_header("Content-Type", "application/octet-stream")
+        self.send_header("ETag", served.etag)
         if served.chunked:
             self.send_header("Connection", "close")
         else:
@@ -66,25 +64,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         cut = served.cuts.pop(0) if served.cuts else None
         with contextlib.suppress(ConnectionError):  # clients may refuse a file by its headers
-            if stall:
-                self.wfile.write(body[:stall])
-                body = body[stall:]
-                self.server.closing.wait(STALL)
             self.wfile.write(body if cut is None else body[:cut])
         if cut is not None or served.announce is not None or served.chunked:
-            self._hang_up(served.reset)
+            self.close_connection = True
+            self.wfile.flush()
+            if served.reset:  # linger 0: the kernel answers with RST
+                linger = struct.pack("ii", 1, 0)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+                self.connection.close()
 
     def _start(self, served) -> int:
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
         unchanged = self.headers.get("If-Range", served.etag) == served.etag
         return int(asked[1]) if asked and served.ranges and unchanged else 0
-
-    def _hang_up(self, reset: bool):
-        self.close_connection = True
-        self.wfile.flush()
-        if reset:  # linger 0: the kernel answers with RST
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()
 
     def log_message(self, *_):
         """Silence: tests print nothing."""

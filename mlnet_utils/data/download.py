@@ -38,6 +38,7 @@ GROWTH_FROM = 64 << 20  # above this unpacked size
 # What packers leave behind, CAT2000's folders of saliency maps among the stimuli, and the record in
 # an archive that was packed from an unpacked folder.
 SKIPPED = frozenset({"__MACOSX", ".svn", ".DS_Store", "Thumbs.db", "Output", RECORD})
+FILE_KINDS = (0, stat.S_IFREG, stat.S_IFDIR)  # 0: packed where files have no kinds
 # The last: an unknown method of compression.
 DAMAGE = (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError)
 
@@ -66,12 +67,10 @@ def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) ->
         The dataset's folder.
 
     Raises:
-        ValueError: unknown name, an archive that is none of this dataset's, a damaged record.
+        ValueError: unknown name, or an archive that is none of this dataset's.
         FileNotFoundError: an archive that was handed over does not exist.
-        FileExistsError: a folder is there that this program did not unpack.
         TransferError: a download failed; says what to do by hand.
-        ArchiveError: an archive is not what its source published, damaged or unsafe.
-        OSError: there is too little disk space.
+        ArchiveError, FileExistsError, OSError: see :func:`check_unpacked` and :func:`unpack`.
     """
     if name not in SOURCES:
         raise ValueError(f"no source for dataset {name!r}: use one of {', '.join(SOURCES)}")
@@ -94,9 +93,8 @@ def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) ->
             if fetched is None:  # it is the user's
                 raise
             fetched.unlink()
-            raise ArchiveError(
-                f"{error}; it was deleted. {_by_hand(name, archive, path)}"
-            ) from error
+            hint = _by_hand(name, archive, path)
+            raise ArchiveError(f"{error}; it was deleted. {hint}") from error
         if fetched:
             fetched.replace(path)
     return folder
@@ -122,10 +120,6 @@ def _fetch(name: str, archive: Archive, path: Path) -> Path:
     """Fetch an archive, from Google Drive or any other server, into a ``.part`` of its file.
 
     gdown retries, and keeps what came of a file beside it for the next run, which goes on with it.
-
-    Raises:
-        TransferError: it failed for good; says why and what to do by hand.
-        OSError: the disk is full.
     """
     part = path.with_name(f"{path.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
@@ -167,11 +161,7 @@ def _by_hand(name: str, archive: Archive, path: Path) -> str:
 
 
 def need_space(folder: Path, needed: int, purpose: str) -> None:
-    """Check the free space of a folder's disk.
-
-    Raises:
-        OSError: there is less than ``needed`` bytes.
-    """
+    """Raise an OSError where the folder's disk has less than ``needed`` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OSError(
@@ -185,14 +175,13 @@ def _check_archive(path: Path, archive: Archive) -> None:
     """Compare an archive with what its source published."""
     with open(path, "rb") as file:
         start = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    if start.startswith((b"<!doctype html", b"<html", b"<head")):
-        raise ArchiveError(f"{path} is a web page, not {archive.name}")
-    if not archive.md5:
-        return
-    md5, blocks = hashlib.md5(usedforsecurity=False), -(-path.stat().st_size // BLOCK)
-    with open(path, "rb") as file:
-        reading = iter(lambda: file.read(BLOCK), b"")
-        for block in progress(reading, f"verifying {path.name}", blocks, "MiB"):
+        if start.startswith((b"<!doctype html", b"<html", b"<head")):
+            raise ArchiveError(f"{path} is a web page, not {archive.name}")
+        if not archive.md5:
+            return
+        file.seek(0)
+        md5 = hashlib.md5(usedforsecurity=False)
+        while block := file.read(BLOCK):
             md5.update(block)
     found = md5.hexdigest()
     if found != archive.md5:
@@ -208,32 +197,25 @@ def check_unpacked(target: str | Path) -> None:
 
     Raises:
         FileExistsError: the folder has no record: it was not unpacked by :func:`unpack`.
-        ValueError: the record is damaged.
         ArchiveError: files are missing or have other content; counts and names them.
     """
-    target, found = Path(target), []
-    if not (target / RECORD).is_file():
+    target = Path(target)
+    record = target / RECORD
+    if not record.is_file():
         raise FileExistsError(
-            f"{target} was not unpacked by this command. If you placed it yourself and it is "
-            "complete, nothing needs to be downloaded; otherwise move it away and try again"
+            f"{target} was not unpacked by this command: move it away to have it downloaded"
         )
-    record = read_json(target / RECORD, "`python -m mlnet_utils download`")
-    try:
-        files = [(target / name, sha256) for name, (_, sha256) in record["files"].items()]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{target / RECORD} is no record of unpacked files: expected `files` with bytes and "
-            f"SHA-256 of each ({error!r}); delete {target} and download it again"
-        ) from error
-    for path, sha256 in progress(files, f"verifying {target.name}", unit="file"):
-        if not path.is_file():
-            found.append(f"{path} is missing")
-        elif sha256_file(path) != sha256:
-            found.append(f"{path} has other content")
-    if found:
+    known, changed = read_json(record, "`python -m mlnet_utils download`")["files"], []
+    entries = progress(known.items(), f"verifying {target.name}", len(known), "file")
+    for name, (_, sha256) in entries:
+        if not (target / name).is_file():
+            changed.append(f"{target / name} is missing")
+        elif sha256_file(target / name) != sha256:
+            changed.append(f"{target / name} has other content")
+    if changed:
         raise ArchiveError(
-            f"{len(found)} files have changed since they were unpacked ({'; '.join(found[:3])}): "
-            f"delete {target} and try again"
+            f"{len(changed)} files have changed since they were unpacked "
+            f"({'; '.join(changed[:3])}): delete {target} and try again"
         )
 
 
@@ -272,21 +254,15 @@ def unpack(
             members = _below(_members(file, archive), tuple(holds), archive)
             size = sum(info.file_size for info in members.values())
             need_space(target.parent, size, f"unpacking {archive}")
-            files = {
-                str(path): _extract(file, info, temporary / path)
-                for path, info in progress(
-                    members.items(), f"unpacking {archive.name}", len(members), "file"
-                )
-            }
+            entries = progress(members.items(), f"unpacking {archive.name}", len(members), "file")
+            files = {str(path): _extract(file, info, temporary / path) for path, info in entries}
         for name, sha256 in (known or {}).items():
             if files[name][1] != sha256:
                 raise ArchiveError(f"{archive}: {name} has SHA-256 {files[name][1]}, not {sha256}")
         (temporary / RECORD).write_text(json.dumps({"files": files}), encoding="utf-8")
         os.replace(temporary, target)
     except DAMAGE as error:
-        raise ArchiveError(
-            f"{archive} is no zip file, cut off or damaged ({error}): download it again"
-        ) from error
+        raise ArchiveError(f"{archive} is no zip or damaged ({error}): get it again") from error
     except (FileExistsError, NotADirectoryError) as error:
         raise ArchiveError(f"{archive} holds {error.filename} twice: refused") from error
     finally:
@@ -295,27 +271,24 @@ def unpack(
 
 def _members(file: zipfile.ZipFile, archive: Path) -> dict[PurePosixPath, zipfile.ZipInfo]:
     """The files of an archive that are wanted, by their path; refuses what is unsafe."""
-    total, kept = 0, {}
-    for count, info in enumerate(file.infolist(), start=1):
+    infos, kept = file.infolist(), {}
+    total = sum(info.file_size for info in infos)
+    grown = total > GROWTH_FROM and total > MOST_GROWTH * archive.stat().st_size
+    if len(infos) > MOST_FILES or total > MOST_BYTES or grown:
+        raise ArchiveError(
+            f"{archive} holds more than {MOST_FILES} files or {MOST_BYTES / 1e9:.0f} GB, or grows "
+            f"more than {MOST_GROWTH}-fold: refused as a zip bomb"
+        )
+    for info in infos:
         path = PurePosixPath(info.filename)
-        total += info.file_size
-        grown = total > GROWTH_FROM and total > MOST_GROWTH * archive.stat().st_size
-        if count > MOST_FILES or total > MOST_BYTES or grown:
+        outside = path.is_absolute() or ".." in path.parts or {"\\", ":"} & set(info.filename)
+        special = stat.S_IFMT(info.external_attr >> 16) not in FILE_KINDS or info.flag_bits & 1
+        if outside or special or path in kept:
             raise ArchiveError(
-                f"{archive} holds more than {MOST_FILES} files or {MOST_BYTES / 1e9:.0f} GB, or "
-                f"grows more than {MOST_GROWTH}-fold: refused as a zip bomb"
+                f"{archive}: {info.filename} is a path out of its folder, a link, a device, "
+                "encrypted, or there twice: refused"
             )
-        if path.is_absolute() or ".." in path.parts or set(info.filename) & {"\\", ":"}:
-            raise ArchiveError(
-                f"{archive} would write outside its folder ({info.filename!r}): refused"
-            )
-        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
-            raise ArchiveError(f"{archive} holds a link or device ({info.filename}): refused")
-        if info.flag_bits & 1:
-            raise ArchiveError(f"{archive} is encrypted ({info.filename}): refused")
-        if not info.is_dir() and SKIPPED.isdisjoint(path.parts):
-            if path in kept or not path.parts:
-                raise ArchiveError(f"{archive} holds {path} twice: refused")
+        if not info.is_dir() and path.parts and SKIPPED.isdisjoint(path.parts):
             kept[path] = info
     return kept
 
@@ -329,8 +302,8 @@ def _below(
     if not bases:
         first = ", ".join(sorted({path.parts[0] for path in members})[:5])
         raise ArchiveError(
-            f"{archive} is another archive: no folder in it holds {' and '.join(holds)} "
-            f"(it starts with {first or 'nothing'}); check which file you downloaded"
+            f"{archive} is another archive: no folder in it holds {' and '.join(holds)} (it starts "
+            f"with {first or 'nothing'})"
         )
     base = min(bases, key=lambda path: (len(path.parts), str(path)))
     return {
@@ -341,12 +314,9 @@ def _below(
 def _extract(file: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> list:
     """Write one member; returns its size and SHA-256."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    digest, written = hashlib.sha256(), 0
     with file.open(info) as source, open(path, "xb") as out:
-        while block := source.read(BLOCK):  # zipfile reads no more than the archive announces
-            written += len(block)
-            digest.update(block)
-            out.write(block)
+        shutil.copyfileobj(source, out, BLOCK)  # no more than the archive announces
+    written = path.stat().st_size
     if written != info.file_size:
         raise zipfile.BadZipFile(f"{info.filename} has {written} bytes, not {info.file_size}")
-    return [written, digest.hexdigest()]
+    return [written, sha256_file(path)]

@@ -20,7 +20,6 @@ from mlnet_utils.data.geometry import (
 )
 from mlnet_utils.data.preparation import prepare, split_photos
 from mlnet_utils.data.readers import DATASETS, dataset_spec
-from mlnet_utils.data.readers.eyecrowd import read_eyecrowd
 from mlnet_utils.data.readers.osie import read_osie
 
 
@@ -55,7 +54,7 @@ def test_osie_is_read_as_published(osie):
 def test_eyecrowd_has_empty_scanpaths(tmp_path):
     looked = [([1024.0], [768.0], [200]), ([], [], []), ([1.0, 2.0], [1.0, 2.0], [3, 4])]
     save_osie(tmp_path, {"001.jpg": looked}, 1024, 768)
-    (photo,) = read_eyecrowd(tmp_path)
+    (photo,) = dataset_spec("eyecrowd").read(tmp_path)
     assert photo.fixations.tolist() == [[1023, 767], [0, 0], [1, 1]]
     assert photo.observers.tolist() == [0, 2, 2]
     with pytest.raises(ValueError, match=r"001\.jpg is 1024x768 instead of 800x600"):

@@ -6,14 +6,7 @@
 from pathlib import Path
 
 from mlnet_utils.data.photos import Photo
-from mlnet_utils.data.readers.files import (
-    by_stem,
-    check_looked_at,
-    check_pairs,
-    fixated_pixels,
-    need,
-    photo_size,
-)
+from mlnet_utils.data.readers import files
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
 from mlnet_utils.runtime import progress
 
@@ -35,25 +28,25 @@ def read_cat2000(root: str | Path) -> list[Photo]:
         ValueError: photos and maps that do not pair, damaged files, maps of another size.
     """
     root = Path(root)
-    stimuli = need(root / "trainSet" / "Stimuli", "cat2000")
-    located = need(root / "trainSet" / "FIXATIONLOCS", "cat2000")
+    stimuli = files.need(root / "trainSet" / "Stimuli", "cat2000")
+    located = files.need(root / "trainSet" / "FIXATIONLOCS", "cat2000")
     photos = []
     categories, maps = (
         sorted(path.name for path in folder.iterdir() if path.is_dir())
         for folder in (stimuli, located)
     )
-    check_pairs("cat2000", f"categories in {stimuli}", categories, f"in {located}", maps)
+    files.check_pairs("cat2000", f"categories in {stimuli}", categories, f"in {located}", maps)
     for category in progress(categories, "reading cat2000", unit="category"):
         # Not recursive: some packings keep saliency maps in a folder Output among the stimuli.
-        files = by_stem((stimuli / category).glob("*.jpg"), "cat2000")
-        points = by_stem((located / category).glob("*.mat"), "cat2000")
-        check_pairs(f"cat2000 {category}", "photos", files, "fixation files", points)
-        for stem, file in files.items():
-            size = photo_size(file)
-            marked = fixated_pixels(points[stem], size, "fixLocs")
+        paths = files.by_stem((stimuli / category).glob("*.jpg"), "cat2000")
+        points = files.by_stem((located / category).glob("*.mat"), "cat2000")
+        files.check_pairs(f"cat2000 {category}", "photos", paths, "fixation files", points)
+        for stem, file in paths.items():
+            size = files.photo_size(file)
+            marked = files.fixated_pixels(points[stem], size, "fixLocs")
             image = file.relative_to(root).as_posix()
             photos.append(Photo.from_points(f"{category}_{stem}", image, size, marked))
-    return check_looked_at("cat2000", photos)
+    return files.check_looked_at("cat2000", photos)
 
 
 SPEC = DatasetSpec(

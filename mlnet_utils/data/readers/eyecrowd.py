@@ -3,31 +3,21 @@
 Photos of 1024x768: ``data/stimuli/001.jpg .. 500.jpg`` and ``data/eye/fixations.mat``, as in OSIE.
 """
 
-from pathlib import Path
+from functools import partial
 
-from mlnet_utils.data.photos import Photo
-from mlnet_utils.data.readers.osie import github_archive, read_stimuli_and_cells
+from mlnet_utils.data.readers.osie import github_archive, read_osie
 from mlnet_utils.data.readers.spec import DatasetSpec
 
-
-def read_eyecrowd(root: str | Path) -> list[Photo]:
-    """EyeCrowd in its original layout, see :func:`~.osie.read_stimuli_and_cells`."""
-    return read_stimuli_and_cells(root, "eyecrowd", (1024, 768))
-
-
+_FIXATIONS = "ecf99dcbb4d44c3caa5740361461f6b5775da978f32a87d1cd801c202c3beab6"
 SPEC = DatasetSpec(
     name="eyecrowd",
     title="EyeCrowd",
     sigma=26.0,  # the authors'
-    read=read_eyecrowd,
+    read=partial(read_osie, dataset="eyecrowd", size=(1024, 768)),
     folder="eyecrowd",
     val=50,
     test=100,
-    archives=github_archive(
-        "eyecrowd",
-        "saliency-in-crowd",
-        "ecf99dcbb4d44c3caa5740361461f6b5775da978f32a87d1cd801c202c3beab6",
-    ),
+    archives=(github_archive("eyecrowd", "saliency-in-crowd", _FIXATIONS),),
     citation="M. Jiang, J. Xu, Q. Zhao. Saliency in Crowd. ECCV 2014.",
 )
 # A network of both is comparable with one of OSIE alone: validation and test are OSIE's.

@@ -13,16 +13,7 @@ import numpy as np
 
 from mlnet_utils.data.images import blame_file
 from mlnet_utils.data.photos import Photo
-from mlnet_utils.data.readers.files import (
-    by_stem,
-    check_looked_at,
-    check_pairs,
-    fixated_pixels,
-    load_mat,
-    named,
-    need,
-    photo_size,
-)
+from mlnet_utils.data.readers import files
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
 from mlnet_utils.runtime import progress
 
@@ -47,24 +38,24 @@ def read_mit1003(root: str | Path) -> list[Photo]:
         ValueError: files that do not pair, are damaged, or have another structure or size.
     """
     root = Path(root)
-    photos = by_stem(need(root / "ALLSTIMULI", "mit1003").glob("*.jpeg"), "mit1003")
+    photos = files.by_stem(files.need(root / "ALLSTIMULI", "mit1003").glob("*.jpeg"), "mit1003")
     fixations = (_recorded if (root / "DATA").is_dir() else _marked)(root, photos)
     found = [
         Photo.from_points(path.stem, path.relative_to(root).as_posix(), *looked)
         for path, looked in progress(fixations, "reading mit1003", len(photos), "photo")
     ]
-    return check_looked_at("mit1003", found)
+    return files.check_looked_at("mit1003", found)
 
 
 def _marked(root: Path, photos: dict[str, Path]) -> Iterator[tuple[Path, tuple]]:
     """Each photo's path, and its size and marked points."""
-    folder = need(root / "ALLFIXATIONMAPS", "mit1003")
+    folder = files.need(root / "ALLFIXATIONMAPS", "mit1003")
     # The pattern passes over a stray copy, ...p1010764fixPts.jpg, that the archive contains.
-    maps = by_stem(folder.glob("*_fixPts.jpg"), "mit1003", strip="_fixPts")
-    check_pairs("mit1003", "photos", photos, "*_fixPts.jpg", maps)
+    maps = files.by_stem(folder.glob("*_fixPts.jpg"), "mit1003", strip="_fixPts")
+    files.check_pairs("mit1003", "photos", photos, "*_fixPts.jpg", maps)
     for stem, path in photos.items():
-        size = photo_size(path)
-        yield path, (size, fixated_pixels(maps[stem], size))
+        size = files.photo_size(path)
+        yield path, (size, files.fixated_pixels(maps[stem], size))
 
 
 def _recorded(root: Path, photos: dict[str, Path]) -> Iterator[tuple[Path, tuple]]:
@@ -77,10 +68,10 @@ def _recorded(root: Path, photos: dict[str, Path]) -> Iterator[tuple[Path, tuple
         if lacking:
             raise ValueError(
                 f"mit1003: {len(lacking)} photos without a recording in {folder}: "
-                f"{named(lacking)}; download DATA.zip again"
+                f"{files.named(lacking)}; download DATA.zip again"
             )
     for stem, path in photos.items():
-        size = photo_size(path)
+        size = files.photo_size(path)
         found = [detect_fixations(_eye_positions(folder / f"{stem}.mat")) for folder in folders]
         # The authors take floor() of a fixation as the 1-based pixel, and leave out the first.
         points = np.concatenate([np.floor(places[1:]) - 1 for places, _ in found])
@@ -91,7 +82,7 @@ def _recorded(root: Path, photos: dict[str, Path]) -> Iterator[tuple[Path, tuple
 
 def _eye_positions(path: Path) -> np.ndarray:
     """(N, 2) x, y in 1-based pixels, one every 1/240 s; negative during blinks."""
-    values = load_mat(path).values()
+    values = files.load_mat(path).values()
     with blame_file(f"{path} is not MIT1003's: expected one struct with DATA(1).eyeData"):
         # The variable is named after the photo, cut to MATLAB's 63 characters: take the only one.
         ((record,),) = values

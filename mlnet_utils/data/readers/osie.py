@@ -9,7 +9,7 @@ import numpy as np
 
 from mlnet_utils.data.images import blame_file
 from mlnet_utils.data.photos import Photo
-from mlnet_utils.data.readers.files import check_looked_at, check_pairs, load_mat, need, photo_size
+from mlnet_utils.data.readers import files
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
 from mlnet_utils.runtime import progress
 
@@ -17,17 +17,12 @@ SIZE = (800, 600)  # width, height
 FIELDS = ("fix_x", "fix_y", "fix_duration")
 
 
-def read_osie(root: str | Path) -> list[Photo]:
-    """OSIE in its original layout, see :func:`read_stimuli_and_cells`."""
-    return read_stimuli_and_cells(root, "osie", SIZE)
-
-
-def read_stimuli_and_cells(root: str | Path, dataset: str, size: tuple[int, int]) -> list[Photo]:
-    """The layout of the group's datasets: ``data/stimuli/*.jpg``, ``data/eye/fixations.mat``.
+def read_osie(root: str | Path, dataset: str = "osie", size: tuple[int, int] = SIZE) -> list[Photo]:
+    """OSIE or another dataset of its group as published: ``data/stimuli``, ``data/eye``.
 
     The MATLAB coordinates are 1-based floats; the authors' pixel is ``round(x)``, so the 0-based
-    coordinate is ``x - 1`` with pixel centres at integers. All photos have the ``size`` (width,
-    height); ``dataset`` is the name for messages.
+    coordinate is ``x - 1`` with pixel centres at integers. All photos have the ``size``, width and
+    height.
 
     Raises:
         FileNotFoundError: a part of the layout is missing.
@@ -35,14 +30,14 @@ def read_stimuli_and_cells(root: str | Path, dataset: str, size: tuple[int, int]
             a photo that is damaged or of another size.
     """
     root = Path(root)
-    path = need(root / "data" / "eye" / "fixations.mat", dataset)
-    stimuli = need(root / "data" / "stimuli", dataset)
+    path = files.need(root / "data" / "eye" / "fixations.mat", dataset)
+    stimuli = files.need(root / "data" / "stimuli", dataset)
     records = _records(path, dataset)
-    files = {file.name: file for file in sorted(stimuli.glob("*.jpg"))}
-    check_pairs(dataset, f"photos in {stimuli}", files, f"records in {path}", records)
+    paths = {file.name: file for file in sorted(stimuli.glob("*.jpg"))}
+    files.check_pairs(dataset, f"photos in {stimuli}", paths, f"records in {path}", records)
     photos = []
-    for name, file in progress(files.items(), f"reading {dataset}", len(files), "photo"):
-        width, height = photo_size(file)
+    for name, file in progress(paths.items(), f"reading {dataset}", len(paths), "photo"):
+        width, height = files.photo_size(file)
         if (width, height) != size:
             raise ValueError(
                 f"{dataset}: {file} is {width}x{height} instead of {size[0]}x{size[1]}: get the "
@@ -54,12 +49,12 @@ def read_stimuli_and_cells(root: str | Path, dataset: str, size: tuple[int, int]
         points = np.stack([x, y], axis=1) - 1
         image = file.relative_to(root).as_posix()
         photos.append(Photo.from_points(file.stem, image, size, points, observers, durations))
-    return check_looked_at(dataset, photos)
+    return files.check_looked_at(dataset, photos)
 
 
 def _records(path: Path, dataset: str) -> dict[str, list[np.ndarray]]:
     """(3, N) float32 x, y, duration of every subject, 1-based, by the photo's file name."""
-    cells, records = load_mat(path, "fixations")["fixations"], {}
+    cells, records = files.load_mat(path, "fixations")["fixations"], {}
     with blame_file(
         f"{path} is not that of {dataset}: expected a cell array `fixations` of structs with `img` "
         f"and `subjects`, each with as many {', '.join(FIELDS)}"
@@ -76,12 +71,12 @@ def _records(path: Path, dataset: str) -> dict[str, list[np.ndarray]]:
     return records
 
 
-def github_archive(name: str, repository: str, sha256: str) -> tuple[Archive]:
+def github_archive(name: str, repository: str, sha256: str) -> Archive:
     """The group's repository; ``sha256`` is that of its fixations.
 
     GitHub packs a branch anew at any time: the fixations' checksum holds, not the zip's.
     """
-    archive = Archive(
+    return Archive(
         name=f"{name}.zip",
         into="data",
         holds=("stimuli", "eye/fixations.mat"),
@@ -89,9 +84,9 @@ def github_archive(name: str, repository: str, sha256: str) -> tuple[Archive]:
         published=f"{repository}-master.zip",
         known={"eye/fixations.mat": sha256},
     )
-    return (archive,)
 
 
+_FIXATIONS = "2aab9133a407e4eff3f57ab5799872b162dbc77ca462c0391762eb5e67deadb9"
 SPEC = DatasetSpec(
     name="osie",
     title="OSIE",
@@ -101,11 +96,7 @@ SPEC = DatasetSpec(
     folder="osie",
     val=50,
     test=150,
-    archives=github_archive(
-        "osie",
-        "predicting-human-gaze-beyond-pixels",
-        "2aab9133a407e4eff3f57ab5799872b162dbc77ca462c0391762eb5e67deadb9",
-    ),
+    archives=(github_archive("osie", "predicting-human-gaze-beyond-pixels", _FIXATIONS),),
     citation="J. Xu, M. Jiang, S. Wang, M. Kankanhalli, Q. Zhao. Predicting Human Gaze Beyond "
     "Pixels. Journal of Vision 14(1), 2014.",
 )

@@ -10,13 +10,7 @@ import numpy as np
 
 from mlnet_utils.data.images import PHOTO_SUFFIXES, visible_files
 from mlnet_utils.data.photos import NOBODY, SPLITS, Photo
-from mlnet_utils.data.readers.files import (
-    by_stem,
-    check_looked_at,
-    check_pairs,
-    fixated_pixels,
-    photo_size,
-)
+from mlnet_utils.data.readers import files
 from mlnet_utils.data.readers.spec import DatasetSpec
 from mlnet_utils.runtime import progress
 
@@ -79,35 +73,35 @@ def read_folder(
         raise ValueError(
             "own photos: give a fixation list or fixation maps (not both), or density maps"
         )
-    files = by_stem(visible_files(images), "own photos")
-    if not files:
+    paths = files.by_stem(visible_files(images), "own photos")
+    if not paths:
         raise ValueError(f"own photos: {images} holds none of {', '.join(PHOTO_SUFFIXES)}")
-    marked = _maps(fixation_maps, files, "fixation maps", FIXATION_SUFFIXES)
-    drawn = _maps(density_maps, files, "density maps", DENSITY_SUFFIXES)
-    rows = _read_csv(Path(fixations_csv), set(files), first_pixel) if fixations_csv else {}
+    marked = _maps(fixation_maps, paths, "fixation maps", FIXATION_SUFFIXES)
+    drawn = _maps(density_maps, paths, "density maps", DENSITY_SUFFIXES)
+    rows = _read_csv(Path(fixations_csv), set(paths), first_pixel) if fixations_csv else {}
     photos = []
-    for stem, path in progress(files.items(), "reading photos", len(files), "photo"):
-        size, place = photo_size(path), path.relative_to(images)
+    for stem, path in progress(paths.items(), "reading photos", len(paths), "photo"):
+        size, place = files.photo_size(path), path.relative_to(images)
         looked = rows.get(stem, (np.zeros((0, 2)),))
         if stem in marked:
-            looked = (fixated_pixels(marked[stem], size),)
+            looked = (files.fixated_pixels(marked[stem], size),)
         split = place.parts[0] if place.parts[0] in SPLITS and len(place.parts) > 1 else ""
         density = Path(os.path.relpath(drawn[stem], images)).as_posix() if drawn else ""
         rest = {"split": split, "density": density}
         photos.append(Photo.from_points(stem, place.as_posix(), size, *looked, **rest))
         if drawn:
             photos[-1].read_density(images)  # or an error: training would meet it hours later
-    return check_looked_at("own photos", photos)
+    return files.check_looked_at("own photos", photos)
 
 
 def _maps(
-    folder: str | Path, files: dict[str, Path], kind: str, suffixes: tuple[str, ...]
+    folder: str | Path, paths: dict[str, Path], kind: str, suffixes: tuple[str, ...]
 ) -> dict[str, Path]:
-    """The folder's maps by stem, a map for each of the photos ``files``."""
+    """The folder's maps by stem, one for each of the photos ``paths``."""
     if not folder:
         return {}
-    maps = by_stem(visible_files(Path(folder), suffixes), "own photos")
-    check_pairs("own photos", "photos", files, kind, maps)
+    maps = files.by_stem(visible_files(Path(folder), suffixes), "own photos")
+    files.check_pairs("own photos", "photos", paths, kind, maps)
     return maps
 
 
@@ -136,7 +130,7 @@ def _read_csv(path: Path, stems: set[str], first_pixel: int) -> dict[str, tuple[
                 rows[stem].append((x, y, observer, duration))
     except (ValueError, TypeError, csv.Error) as error:
         raise ValueError(f"{path}, line {line}: {error}") from error
-    check_pairs("own photos", "photos", stems, f"rows of {path.name}", rows)
+    files.check_pairs("own photos", "photos", stems, f"rows of {path.name}", rows)
     arrays = {stem: np.array(values, np.float64) for stem, values in rows.items()}
     return {stem: (v[:, :2], v[:, 2].astype(int), v[:, 3]) for stem, v in arrays.items()}
 

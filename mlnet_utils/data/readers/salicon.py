@@ -15,14 +15,7 @@ import numpy as np
 from mlnet_utils.data.geometry import density_from_points
 from mlnet_utils.data.images import blame_file
 from mlnet_utils.data.photos import SPLITS, Photo
-from mlnet_utils.data.readers.files import (
-    by_stem,
-    check_looked_at,
-    check_pairs,
-    load_mat,
-    need,
-    photo_size,
-)
+from mlnet_utils.data.readers import files
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
 from mlnet_utils.runtime import progress
 
@@ -51,19 +44,19 @@ def read_salicon_mat(root: str | Path, edition: str, points: str = "fixations") 
         if value not in allowed:
             raise ValueError(f"SALICON: {value!r} is not one of {', '.join(allowed)}")
     root, dataset = Path(root), f"salicon-{edition}"
-    images = need(root / "images", dataset)
-    fixations = need(root / f"fixations-{edition}", dataset)
+    images = files.need(root / "images", dataset)
+    fixations = files.need(root / f"fixations-{edition}", dataset)
     photos = []
     for split in SPLITS:
-        files = by_stem((images / split).glob("*.jpg"), dataset)
-        recorded = by_stem((fixations / split).glob("*.mat"), dataset)
-        drawn = by_stem((root / f"maps-{edition}" / split).glob("*.png"), dataset)
+        paths = files.by_stem((images / split).glob("*.jpg"), dataset)
+        recorded = files.by_stem((fixations / split).glob("*.mat"), dataset)
+        drawn = files.by_stem((root / f"maps-{edition}" / split).glob("*.png"), dataset)
         if split != "test":
-            check_pairs(f"{dataset} {split}", "photos", files, "fixation files", recorded)
+            files.check_pairs(f"{dataset} {split}", "photos", paths, "fixation files", recorded)
         if drawn:
-            check_pairs(f"{dataset} {split}", "photos", files, "density maps", drawn)
-        for stem, path in progress(files.items(), f"reading {split}", len(files), "photo"):
-            size = photo_size(path)
+            files.check_pairs(f"{dataset} {split}", "photos", paths, "density maps", drawn)
+        for stem, path in progress(paths.items(), f"reading {split}", len(paths), "photo"):
+            size = files.photo_size(path)
             workers = [] if split == "test" else _workers(recorded[stem], edition, points, size)
             density = drawn[stem].relative_to(root).as_posix() if drawn else ""
             photos.append(_photo(path, root, size, workers, split=split, density=density))
@@ -71,7 +64,7 @@ def read_salicon_mat(root: str | Path, edition: str, points: str = "fixations") 
                 photos[-1].read_density(root)  # or an error: training would meet it later
     if not photos:
         raise ValueError(f"{dataset}: {images} holds no photos in train, val or test")
-    check_looked_at(dataset, [photo for photo in photos if photo.split != "test"])
+    files.check_looked_at(dataset, [photo for photo in photos if photo.split != "test"])
     return photos
 
 
@@ -85,10 +78,10 @@ def read_salicon_json(root: str | Path) -> list[Photo]:
         ValueError: another structure, or photos that are missing, damaged or of another size.
     """
     root, dataset = Path(root), "salicon-json"
-    annotations = sorted(need(root / "annotations", dataset).glob("fixations_*.json"))
+    annotations = sorted(files.need(root / "annotations", dataset).glob("fixations_*.json"))
     if not annotations:
         raise FileNotFoundError(f"{dataset}: no fixations_<split>.json in {root / 'annotations'}")
-    files = by_stem(need(root / "images", dataset).rglob("*.jpg"), dataset)
+    paths = files.by_stem(files.need(root / "images", dataset).rglob("*.jpg"), dataset)
     found = {}
     for path in annotations:
         split = next((s for s in SPLITS if path.stem.startswith(f"fixations_{s}")), None)
@@ -98,15 +91,15 @@ def read_salicon_json(root: str | Path) -> list[Photo]:
             if stem in found:
                 raise ValueError(f"{dataset}: {path} and {found[stem][0]} share {stem}; keep one")
             found[stem] = (path, split, size, workers)
-    check_pairs(dataset, f"photos in {root / 'images'}", files, "annotations", found)
+    files.check_pairs(dataset, f"photos in {root / 'images'}", paths, "annotations", found)
     photos = []
     entries = progress(found.items(), f"reading {dataset}", len(found), "photo")
     for stem, (path, split, said, workers) in entries:
-        if (size := photo_size(files[stem])) != said:
+        if (size := files.photo_size(paths[stem])) != said:
             sizes = " and ".join(f"{width}x{height}" for width, height in (size, said))
-            raise ValueError(f"{files[stem]} and {path} differ in size: {sizes}; get the original")
-        photos.append(_photo(files[stem], root, size, workers, split=split))
-    return check_looked_at(dataset, photos)
+            raise ValueError(f"{paths[stem]} and {path} differ in size: {sizes}; get the original")
+        photos.append(_photo(paths[stem], root, size, workers, split=split))
+    return files.check_looked_at(dataset, photos)
 
 
 def fit_sigma(photos: list[Photo], root: str | Path) -> float:
@@ -153,7 +146,7 @@ def _photo(
 
 def _workers(path: Path, edition: str, points: str, size: tuple[int, int]) -> list[np.ndarray]:
     """(N, 2) float64 x, y, 0-based, of every worker in a file of either edition."""
-    values = load_mat(path, "gaze", "resolution")
+    values = files.load_mat(path, "gaze", "resolution")
     with blame_file(
         f"{path} is not SALICON's: expected `gaze` structs with `{points}` of x, y, and a "
         "`resolution` of rows and columns"
