@@ -22,14 +22,8 @@ TITLE_INCHES = 0.35  # of a picture, in a grid
 def use_style() -> None:
     """The look shared by all notebooks; called once, in their setup cell."""
     sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE)
-    plt.rcParams.update(
-        {
-            # 9 inches fill nbviewer's column, and leave letters a phone can still show.
-            "figure.dpi": 100,
-            "savefig.dpi": 120,
-            "axes.titlesize": "medium",
-        }
-    )
+    # 9 inches fill nbviewer's column, and leave letters a phone can still show.
+    plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 120, "axes.titlesize": "medium"})
     if "ipykernel" in sys.modules:
         # Photos as PNG would make the saved notebooks several MB; nbviewer and git dislike that.
         from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -38,12 +32,9 @@ def use_style() -> None:
 
 
 def overlay(photo: np.ndarray, density: np.ndarray, strength: float = 0.65) -> np.ndarray:
-    """A photo with its saliency map on top: (H, W, 3) uint8.
+    """A photo (H, W, 3) with its map (H, W) of any non-negative scale on top: (H, W, 3) uint8.
 
-    Args:
-        photo: (H, W, 3) uint8.
-        density: (H, W), any non-negative scale.
-        strength: opacity of the map where it peaks, 0..1.
+    ``strength`` is the map's opacity where it peaks, 0..1.
     """
     scaled = density / max(float(density.max()), 1e-12)
     colours = plt.get_cmap(MAP_COLOURS)(scaled)[..., :3] * 255
@@ -56,12 +47,11 @@ def plot_panels(rows: Sequence[Mapping[str, object]], width: float = 9.0) -> Fig
     """Rows of pictures: each row maps a title to a photo (H, W, 3), a map (H, W) or
     ``(photo, points)`` for fixations on a photo. A key ``"label"`` names the row."""
     titles = [title for title in rows[0] if title != "label"]
-    cell = width / len(titles)
-    heights = []  # rows may hold photos of different shapes
+    shapes = []  # rows may hold photos of different shapes
     for row in rows:
         first = row[titles[0]]
-        picture = np.asarray(first[0] if isinstance(first, tuple) else first)
-        heights.append(cell * picture.shape[0] / picture.shape[1])
+        shapes.append(np.shape(first[0] if isinstance(first, tuple) else first))
+    heights = [width / len(titles) * shape[0] / shape[1] for shape in shapes]
     figure, axes = plt.subplots(
         len(rows),
         len(titles),
@@ -70,35 +60,25 @@ def plot_panels(rows: Sequence[Mapping[str, object]], width: float = 9.0) -> Fig
         height_ratios=heights,
         layout="compressed",  # pictures have shapes of their own: no gaps between them
     )
-    for r, row in enumerate(rows):
-        for c, title in enumerate(titles):
-            _draw(axes[r, c], row[title])
-            if r == 0:
-                axes[r, c].set_title(title)
-        if "label" in row:
-            axes[r, 0].set_ylabel(str(row["label"]), fontsize="small")
+    for line, row in zip(axes, rows, strict=True):
+        for axis, title in zip(line, titles, strict=True):
+            _draw(axis, row[title])
+        line[0].set_ylabel(str(row.get("label", "")), fontsize="small")
+    for axis, title in zip(axes[0], titles, strict=True):
+        axis.set_title(title)
     return figure
 
 
 def _draw(axis: Axes, content: object) -> None:
     """A photo, a map, or a photo with fixations."""
-    axis.set(xticks=[], yticks=[])
+    photo, points = content if isinstance(content, tuple) else (np.asarray(content), None)
+    axis.imshow(photo, cmap=MAP_COLOURS)  # colours are those of maps; photos have their own
+    axis.set(xticks=[], yticks=[], frame_on=False)
     axis.grid(False)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-    if isinstance(content, tuple):
-        photo, points = content
-        axis.imshow(photo)
-        axis.scatter(
-            points[:, 0], points[:, 1], s=9, c="#ffd54a", edgecolors="black", linewidths=0.4
-        )
+    if points is not None:
+        style = {"s": 9, "c": "#ffd54a", "edgecolors": "black", "linewidths": 0.4}
+        axis.scatter(points[:, 0], points[:, 1], **style)
         axis.set(xlim=(-0.5, photo.shape[1] - 0.5), ylim=(photo.shape[0] - 0.5, -0.5))
-        return
-    content = np.asarray(content)
-    if content.ndim == 2:
-        axis.imshow(content, cmap=MAP_COLOURS)
-    else:
-        axis.imshow(content)
 
 
 def plot_maps(
@@ -106,30 +86,28 @@ def plot_maps(
 ) -> Figure:
     """Titled maps or photos in a grid; ``diverging`` centres the colours of maps on zero."""
     columns = min(columns, len(maps))
-    first = np.asarray(next(iter(maps.values())))
-    cell = width / columns
-    height = cell * first.shape[0] / first.shape[1] + TITLE_INCHES
-    figure, axes = _grid(len(maps), columns, width, height, layout="compressed")
+    height, side = np.shape(next(iter(maps.values())))[:2]
+    inches = width / columns * height / side + TITLE_INCHES
+    figure, axes = _grid(len(maps), columns, width, inches, "compressed")
     for axis, (title, content) in zip(axes, maps.items(), strict=True):
         axis.axis("off")
+        axis.set_title(title)
         content = np.asarray(content)
+        image = axis.imshow(content, cmap=MAP_COLOURS)
         if diverging and content.ndim == 2:
             limit = max(float(np.abs(content).max()), 1e-12)
-            image = axis.imshow(content, cmap="RdBu_r", vmin=-limit, vmax=limit)
+            image.set(cmap="RdBu_r", clim=(-limit, limit))
             figure.colorbar(image, ax=axis, shrink=0.7, pad=0.02)
-        else:
-            axis.imshow(content, cmap=MAP_COLOURS)
-        axis.set_title(title)
     return figure
 
 
 def _grid(
-    count: int, columns: int, width: float, height: float, **options: object
+    count: int, columns: int, width: float, height: float, layout: str, sharey: bool = False
 ) -> tuple[Figure, Sequence[Axes]]:
     """A figure with ``count`` panels in so many columns; ``height`` is that of a row, in inches."""
     rows = -(-count // columns)
-    size = (width, height * rows)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
+    options = {"figsize": (width, height * rows), "layout": layout, "sharey": sharey}
+    figure, axes = plt.subplots(rows, columns, squeeze=False, **options)
     for axis in axes.flat[count:]:
         axis.axis("off")
     return figure, axes.flat[:count]
@@ -170,7 +148,7 @@ def plot_looks(
 
 def plot_history(log: pd.DataFrame) -> Figure:
     """Learning curves: losses with the best epoch marked, validation scores, learning rate."""
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3))
+    figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="tight")
     best = log.loc[log["val_loss"].idxmin(), "epoch"]
     axes[0].plot(log["epoch"], log["train_loss"], marker="o", ms=3, label="train")
     axes[0].plot(log["epoch"], log["val_loss"], marker="o", ms=3, label="validation")
@@ -189,28 +167,23 @@ def plot_history(log: pd.DataFrame) -> Figure:
     axes[2].set(title="Learning rate", xlabel="epoch", yscale="log")
     for axis in axes:
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    figure.tight_layout()
     return figure
 
 
 def plot_scores(
     table: pd.DataFrame, metrics: Sequence[str], columns: int = 4, zero: bool = False
 ) -> Figure:
-    """Scores with intervals: one panel per metric, one row per model.
+    """Scores with intervals: a panel per metric, a row in it per model; ``zero`` marks zero.
 
-    Args:
-        table: columns ``model``, ``metric``, ``mean``, ``low``, ``high``.
-        metrics: the panels, in order.
-        columns: panels per row.
-        zero: mark zero, for differences.
+    ``table`` has columns ``model``, ``metric``, ``mean``, ``low``, ``high``.
     """
-    models = list(dict.fromkeys(table["model"]))
+    models = list(table["model"].unique())
     if not models:
         figure, axis = plt.subplots(figsize=(9, 0.6))
         axis.text(0.5, 0.5, "no scores", ha="center", va="center")
         axis.axis("off")
         return figure
-    figure, axes = _grid(len(metrics), columns, 9, 0.3 * len(models) + 0.8, sharey=True)
+    figure, axes = _grid(len(metrics), columns, 9, 0.3 * len(models) + 0.8, "tight", sharey=True)
     colours = dict(zip(models, sns.color_palette(PALETTE, len(models)), strict=True))
     for axis, metric in zip(axes, metrics, strict=True):
         part = table[table["metric"] == metric].set_index("model").reindex(models)
@@ -225,20 +198,16 @@ def plot_scores(
                 axis.plot(row["mean"], y, "o", color=colours[model], ms=6)
         axis.set(title=_title(metric), yticks=range(len(models)), yticklabels=models)
         axis.set_ylim(len(models) - 0.5, -0.5)
-    figure.tight_layout()
     return figure
 
 
 def plot_distributions(scores: pd.DataFrame, metrics: Sequence[str], columns: int = 4) -> Figure:
-    """Per-photo scores of each model as violins.
+    """Per-photo scores of each model as violins, a panel per metric.
 
-    Args:
-        scores: one row per photo and model, with ``model`` and a column per metric.
-        metrics: the panels, in order.
-        columns: panels per row.
+    ``scores`` has a row per photo and model, with ``model`` and a column per metric.
     """
-    figure, axes = _grid(len(metrics), columns, 9, 2.6, sharey=True)
-    models = list(dict.fromkeys(scores["model"]))  # one colour each, where some are missing too
+    figure, axes = _grid(len(metrics), columns, 9, 2.6, "tight", sharey=True)
+    models = list(scores["model"].unique())  # one colour each, where some are missing too
     colours = dict(zip(models, sns.color_palette(PALETTE, len(models)), strict=True))
     for axis, metric in zip(axes, metrics, strict=True):
         finite = scores[np.isfinite(scores[metric])]
@@ -247,19 +216,16 @@ def plot_distributions(scores: pd.DataFrame, metrics: Sequence[str], columns: in
             order=models, hue_order=models, palette=colours, legend=False,
         )  # fmt: skip
         axis.set(title=_title(metric), xlabel="", ylabel="")
-    figure.tight_layout()
     return figure
 
 
 def plot_amounts(table: pd.DataFrame, metrics: Sequence[str], amount: str) -> Figure:
     """Scores against an amount of data: every seed as a point, their mean as a line.
 
-    Args:
-        table: one row per training, with ``amount`` and a column per metric.
-        metrics: the panels, in order.
-        amount: the column of the horizontal axis, on a logarithmic scale.
+    ``table`` has a row per training, with a column per metric and the column ``amount``, which
+    the horizontal axis shows on a logarithmic scale.
     """
-    figure, axes = plt.subplots(1, len(metrics), figsize=(11, 2.8), squeeze=False)
+    figure, axes = plt.subplots(1, len(metrics), figsize=(11, 2.8), squeeze=False, layout="tight")
     for axis, metric in zip(axes.flat, metrics, strict=True):
         sns.lineplot(table, x=amount, y=metric, ax=axis, errorbar=None, color="C0")
         sns.scatterplot(table, x=amount, y=metric, ax=axis, color="C0", s=22)
@@ -267,7 +233,6 @@ def plot_amounts(table: pd.DataFrame, metrics: Sequence[str], amount: str) -> Fi
         ticks = sorted(table[amount].unique())
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axis.minorticks_off()
-    figure.tight_layout()
     return figure
 
 
@@ -281,13 +246,10 @@ def plot_fixation_statistics(
 ) -> Figure:
     """Histograms: fixations per photo, per observer and photo, and saccade amplitude.
 
-    Args:
-        per_photo: fixations of each photo.
-        per_observer: fixations of each observer on each photo; empty if observers are unknown.
-        saccades: distances between consecutive fixations of one observer; may be empty.
-        unit: of the distances, e.g. ``"degrees"`` or ``"pixels"``.
+    Saccades are distances between consecutive fixations of an observer, in ``unit``, such as
+    ``"degrees"`` or ``"pixels"``. What is unknown is empty.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(9, 2.8))
+    figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), layout="tight")
     panels = (
         (per_photo, "Fixations per photo", "fixations", "no photos"),
         (per_observer, "Fixations per observer and photo", "fixations", "observers unknown"),
@@ -297,14 +259,12 @@ def plot_fixation_statistics(
         if len(values):
             sns.histplot(np.asarray(values), ax=axis, bins=30, edgecolor="white", linewidth=0.3)
             axis.margins(y=0.3)  # room for the legend above the bars
-            axis.axvline(
-                np.median(values), color="C3", lw=1.2, label=f"median {np.median(values):.3g}"
-            )
+            median = np.median(values)
+            axis.axvline(median, color="C3", lw=1.2, label=f"median {median:.3g}")
             axis.legend(fontsize="small")
         else:
             axis.text(0.5, 0.5, absent, ha="center", transform=axis.transAxes)
         axis.set(title=title, xlabel=label, ylabel="")
-    figure.tight_layout()
     return figure
 
 
@@ -315,14 +275,14 @@ def plot_changes(table: pd.DataFrame, reference: str, infinite: str) -> Figure:
         table: index = variant of the prediction, columns = metrics, larger is better; -inf counts
             as the worst change.
         reference: the row that the others are compared with.
-        infinite: column that counts the photos with an infinite score; the count is written in
+        infinite: column with the number of photos with an infinite score; the number stands in
             brackets under every infinite mean, and the column's name explains it.
     """
     photos, table = table[infinite], table.drop(columns=infinite)
     change = 100 * (table - table.loc[reference]) / table.loc[reference].abs()
     # Where the reference is infinite there is no relative change, but there is a score to write.
     change = change.fillna(0).where(table.notna())
-    figure, axis = plt.subplots(figsize=(8.5, 0.42 * len(table) + 1.2))
+    figure, axis = plt.subplots(figsize=(8.5, 0.42 * len(table) + 1.2), layout="tight")
     labels = table.map(lambda value: f"{value:.3f}").where(
         ~np.isinf(table), table.astype(str).add(photos.map("\n({})".format), axis=0)
     )
@@ -332,15 +292,13 @@ def plot_changes(table: pd.DataFrame, reference: str, infinite: str) -> Figure:
     )  # fmt: skip
     note = f"in brackets: {infinite}" if np.isinf(table).any(axis=None) else ""
     axis.set(xlabel=note, ylabel="")
-    figure.tight_layout()
     return figure
 
 
 def show(alt: str) -> None:
     """Display the latest figure in a notebook, described for those who cannot see it.
 
-    nbconvert's ``classic`` and ``basic`` templates, hence nbviewer, write the output's metadata
-    ``alt`` into the image.
+    nbviewer (nbconvert's ``classic`` template) writes the output's ``alt`` into the image.
     """
     from IPython.display import display
 
