@@ -10,25 +10,19 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mlnet_utils.config import Config, from_dict
+from mlnet_utils.config import from_dict
 from mlnet_utils.data.images import read_image, visible_files
 from mlnet_utils.data.photos import Prepared
 from mlnet_utils.data.preparation import hash_order
 from mlnet_utils.model.checkpoints import load_model
 from mlnet_utils.predict.predictor import EXPORTED, MODEL, Predictor
-from mlnet_utils.runtime import (
-    atomic_path,
-    display_path,
-    read_json,
-    require,
-    sha256_file,
-    versions,
-)
+from mlnet_utils.runtime import atomic_path, display_path, read_json, require, sha256_file, versions
 
 FORMATS = dict(zip(("onnx", "torch-export"), EXPORTED, strict=True))
 TOLERANCE = 1e-4  # largest difference from PyTorch, as a share of the map's maximum
@@ -73,9 +67,6 @@ def export(
         photos: photos and folders to verify and calibrate with; default: the training photos of
             the checkpoint's run.
 
-    Returns:
-        The file and its distance from PyTorch.
-
     Raises:
         ImportError: the extra ``export`` is not installed.
         FileNotFoundError: the checkpoint or a photo does not exist.
@@ -89,21 +80,29 @@ def export(
         raise ValueError(f"{format} is written to a file ending in {FORMATS[format]}, not {out}")
     if int8 and format != "onnx":
         raise ValueError("8 bits are made by onnxruntime: use the format onnx")
-    if format == "onnx":
-        for name in ("onnx", "onnxscript", "onnxruntime"):
-            require(name, "export")
+    for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
+        require(name, "export")
     model, config, content = load_model(checkpoint)
     if config.dropout_at_test:
         raise ValueError(
-            "the network draws random numbers at test time (dropout_at_test), so that no export "
-            "can be verified; import or train it without that defect (preset mlnet-pytorch)"
+            "dropout_at_test makes the network random, so that no export can be verified: import "
+            "or train it without that defect (preset mlnet-pytorch)"
         )
     config = replace(config, test_scales=(1.0,))  # exported networks take photos of one size
     predictor = Predictor(model, config)
     files = _photo_files(checkpoint, photos, int8)
     images = torch.stack([predictor.prepare(read_image(file))[0] for file in files])
     metadata = {
-        **_describe(config, "int8" if int8 else "float32"),
+        "title": "ML-Net, a deep multi-level network for saliency prediction",
+        "input": f"image: (batch, 3, {config.height}, {config.width}) uint8 RGB, the photo resized "
+        "with its aspect ratio kept and centred on black",
+        "output": "saliency: (batch, 1, {}, {}) float32, ".format(*config.grid)
+        + ("probability density" if config.head == "density" else "non-negative, unnormalised"),
+        "input_height": str(config.height),
+        "input_width": str(config.width),
+        "backbone": config.backbone,
+        "dataset": config.dataset,
+        "precision": "int8" if int8 else "float32",
         "scores": json.dumps(_scores(checkpoint, content)),
         "scores_measured_with": "PyTorch, float32",
         "config": json.dumps(config.to_dict()),
@@ -111,15 +110,10 @@ def export(
         "checkpoint_sha256": sha256_file(checkpoint),
     }
     with atomic_path(out) as temporary:
+        _write_float(model, images, metadata, temporary)
         if int8:
-            with tempfile.TemporaryDirectory() as folder:
-                full = Path(folder) / "float.onnx"
-                _write_onnx(model, images, metadata, full)
-                _compare(predictor, full, images[:CHECKED])
-                _write_int8(full, images[CHECKED:], metadata, temporary)
-        else:
-            write = _write_onnx if format == "onnx" else _write_torch_export
-            write(model, images, metadata, temporary)
+            _compare(predictor, temporary, images[:CHECKED])
+            _write_int8(temporary, images[CHECKED:], metadata)
         deviation, correlation = _compare(predictor, temporary, images[:CHECKED], int8)
     return ExportReport(out, metadata, deviation, correlation)
 
@@ -127,9 +121,7 @@ def export(
 def load_exported(path: str | Path, threads: int = 0) -> Predictor:
     """An exported file as a predictor on the CPU: the same pre- and postprocessing as ever.
 
-    Args:
-        path: of a file that :func:`export` wrote.
-        threads: of onnxruntime; 0 = its own choice.
+    onnxruntime uses ``threads``; 0 = its own choice.
 
     Raises:
         ImportError: the extra ``export`` is not installed.
@@ -152,8 +144,7 @@ def load_exported(path: str | Path, threads: int = 0) -> Predictor:
         config = from_dict(json.loads(metadata["config"]))
     except Exception as error:  # both readers raise many types for a foreign file
         raise ValueError(
-            f"{path} is not an exported network of this project ({error}): write it again with "
-            "`python -m mlnet_utils export`"
+            f"{path} is no network that `python -m mlnet_utils export` wrote ({error})"
         ) from error
     return Predictor(network, config)
 
@@ -186,29 +177,13 @@ def _photo_files(checkpoint: Path, photos: Sequence[str | Path], int8: bool) -> 
         files = [prepared.root / photo.image for photo in hash_order(prepared.split("train"))]
     else:
         raise ValueError(
-            f"an export is verified on photos, and {checkpoint} does not lie in the checkpoints/ "
-            "of a run with prepared data; name some photos or a folder of photos"
+            f"{checkpoint} does not lie in the checkpoints/ of a run with prepared data: name "
+            "photos, or a folder of them, on which the export is verified"
         )
     fewest = CHECKED + FEWEST_CALIBRATED if int8 else 1
     if len(files) < fewest:
         raise ValueError(f"found {len(files)} photos; this export needs at least {fewest}")
     return files[: CHECKED + CALIBRATED] if int8 else files[:CHECKED]
-
-
-def _describe(config: Config, precision: str) -> dict[str, str]:
-    size, grid = (config.height, config.width), config.grid
-    what = "probability density" if config.head == "density" else "non-negative, unnormalised"
-    return {
-        "title": "ML-Net, a deep multi-level network for saliency prediction",
-        "input": f"image: (batch, 3, {size[0]}, {size[1]}) uint8 RGB, the photo resized with its "
-        "aspect ratio kept and centred on black",
-        "output": f"saliency: (batch, 1, {grid[0]}, {grid[1]}) float32, {what}",
-        "input_height": str(config.height),
-        "input_width": str(config.width),
-        "backbone": config.backbone,
-        "dataset": config.dataset,
-        "precision": precision,
-    }
 
 
 def _scores(checkpoint: Path, content: dict) -> dict:
@@ -227,30 +202,16 @@ def _scores(checkpoint: Path, content: dict) -> dict:
 
 
 # ---- what comes out ----------------------------------------------------------------------------
-def _example(images: Tensor) -> tuple[tuple[Tensor], dict]:
-    """An example input and its dynamic shape: a batch of 1 would be taken for a constant."""
-    return (images[:1].repeat(2, 1, 1, 1),), {"image": {0: torch.export.Dim("batch")}}
-
-
-def _write_torch_export(model: nn.Module, images: Tensor, metadata: dict, path: Path) -> None:
-    example, shapes = _example(images)
-    program = torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
-    torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
-
-
-def _write_onnx(model: nn.Module, images: Tensor, metadata: dict, path: Path) -> None:
-    example, shapes = _example(images)
-    program = torch.onnx.export(
-        model,
-        example,
-        dynamo=True,
-        dynamic_shapes=shapes,
-        input_names=["image"],
-        output_names=["saliency"],
-        opset_version=OPSET,
-        verbose=False,
-    )
-    _save_onnx(program.model_proto, metadata, path)
+def _write_float(model: nn.Module, images: Tensor, metadata: dict, path: Path) -> None:
+    example = (images[:1].repeat(2, 1, 1, 1),)  # a batch of 1 would be taken for a constant
+    shapes = {"image": {0: torch.export.Dim("batch")}}
+    if path.suffix == FORMATS["torch-export"]:
+        program = torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
+        torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+        return
+    names = {"input_names": ["image"], "output_names": ["saliency"]}
+    options = {"dynamo": True, "dynamic_shapes": shapes, "opset_version": OPSET, "verbose": False}
+    _save_onnx(torch.onnx.export(model, example, **names, **options).model_proto, metadata, path)
 
 
 def _save_onnx(proto, metadata: dict, path: Path) -> None:
@@ -259,55 +220,42 @@ def _save_onnx(proto, metadata: dict, path: Path) -> None:
     onnx.save(proto, path)
 
 
-def _write_int8(full: Path, images: Tensor, metadata: dict, path: Path) -> None:
-    """Quantise a float ONNX file: 8-bit weights per channel, 8-bit activations."""
+def _write_int8(path: Path, images: Tensor, metadata: dict) -> None:
+    """Quantise a float ONNX file in place: 8-bit weights per channel, 8-bit activations."""
     onnx, tools = require("onnx", "export"), require("onnxruntime.quantization", "export")
     preparation = require("onnxruntime.quantization.shape_inference", "export")
-    prepared, result = full.with_name("prepared.onnx"), full.with_name("int8.onnx")
-    preparation.quant_pre_process(full, prepared, skip_symbolic_shape=True)
-    nodes = onnx.load(prepared).graph.node
-    # In float: the last convolution, whose output is the map itself, and pools of -infinity.
-    padded = {output for node in nodes if node.op_type == "Pad" for output in node.output}
-    pools = [n.name for n in nodes if n.op_type == "MaxPool" and padded & set(n.input)]
-    last = [n.name for n in nodes if n.op_type == "Conv"][-1]
-    # Ranges are computed of what pools pad with -infinity too, though it is kept in float.
-    with np.errstate(invalid="ignore"):
-        tools.quantize_static(
-            prepared,
-            result,
-            _Calibration(images),
-            quant_format=tools.QuantFormat.QDQ,
-            per_channel=True,
-            activation_type=tools.QuantType.QUInt8,
-            weight_type=tools.QuantType.QInt8,
-            # 7-bit weights: processors without VNNI instructions overflow with 8.
-            reduce_range=True,
-            op_types_to_quantize=list(IN_8_BITS),
-            nodes_to_exclude=[last, *pools],
-        )
-    _save_onnx(onnx.load(result), metadata, path)
-
-
-class _Calibration:
-    """The photos that onnxruntime looks at to choose the ranges of activations."""
-
-    def __init__(self, images: Tensor):
-        self.images = iter(images)
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        image = next(self.images, None)
-        return None if image is None else {"image": image[None].numpy()}
+    feed = ({"image": image[None].numpy()} for image in images)
+    with tempfile.TemporaryDirectory() as folder:
+        prepared, result = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
+        preparation.quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        nodes = onnx.load(prepared).graph.node
+        # In float: the last convolution, whose output is the map itself, and pools of -infinity.
+        padded = {output for node in nodes if node.op_type == "Pad" for output in node.output}
+        pools = [n.name for n in nodes if n.op_type == "MaxPool" and padded & set(n.input)]
+        last = [n.name for n in nodes if n.op_type == "Conv"][-1]
+        # Ranges are computed of what pools pad with -infinity too, though it is kept in float.
+        with np.errstate(invalid="ignore"):
+            tools.quantize_static(
+                prepared,
+                result,
+                SimpleNamespace(get_next=lambda: next(feed, None)),
+                quant_format=tools.QuantFormat.QDQ,
+                per_channel=True,
+                activation_type=tools.QuantType.QUInt8,
+                weight_type=tools.QuantType.QInt8,
+                # 7-bit weights: processors without VNNI instructions overflow with 8.
+                reduce_range=True,
+                op_types_to_quantize=list(IN_8_BITS),
+                nodes_to_exclude=[last, *pools],
+            )
+        _save_onnx(onnx.load(result), metadata, path)
 
 
 @torch.inference_mode()
 def _compare(
     predictor: Predictor, path: Path, images: Tensor, int8: bool = False
 ) -> tuple[float, float]:
-    """(largest deviation, lowest correlation) of an exported file's maps, alone and in a batch.
-
-    Raises:
-        RuntimeError: more than rounding explains.
-    """
+    """(largest deviation, lowest correlation) of an exported file's maps, alone and in a batch."""
     expected = predictor.model(images).flatten(1).double()
     network = load_exported(path).model
     deviation, correlation = 0.0, 1.0
@@ -320,7 +268,7 @@ def _compare(
     good = correlation >= LOWEST_CORRELATION if int8 else deviation <= TOLERANCE
     if not good:
         raise RuntimeError(
-            f"the exported network differs from PyTorch: by {deviation:.1e} of the map's maximum, "
-            f"with a correlation of {correlation:.3f}; nothing was written"
+            f"the exported network differs from PyTorch by {deviation:.1e} of the map's maximum "
+            f"(correlation {correlation:.3f}): nothing was written"
         )
     return deviation, correlation

@@ -45,43 +45,39 @@ def from_pysaliency(stimuli: Any, fixations: Any, folder: str | Path) -> list[Ph
     if len(owners) and not 0 <= owners.min() <= owners.max() < len(stimuli):
         raise ValueError(
             f"pysaliency: fixations are on stimuli {owners.min()} to {owners.max()}, but there "
-            f"are {len(stimuli)}: stimuli and fixations do not belong together"
+            f"are {len(stimuli)}; pass stimuli and fixations of one dataset"
         )
     if (folder / "images").exists():
         raise FileExistsError(f"{folder / 'images'} exists: choose an empty folder, or remove it")
     staging = folder / "images.part"
     shutil.rmtree(staging, ignore_errors=True)  # of a call that failed
     staging.mkdir(parents=True)
-    stems = _stems(stimuli)
+    files = getattr(stimuli, "filenames", None)
+    stems = [Path(name).stem for name in files or ()]
+    if not stems or len(set(stems)) < len(stems):
+        stems = [f"stimulus_{number:05d}" for number in range(len(stimuli))]
     points = _half_a_pixel_less(np.stack([fixations.x, fixations.y], axis=1).reshape(-1, 2))
     _, observers = np.unique(np.asarray(fixations.subjects), return_inverse=True)
     seconds = np.asarray(getattr(fixations, "duration", np.full(len(owners), np.nan)), np.float64)
     photos = []
     for number, stem in enumerate(progress(stems, "reading stimuli", unit="photo")):
-        path = _write_image(stimuli, number, staging / stem)
+        copied = files is not None and _is_upright(files[number])
+        path = staging / (stem + (Path(files[number]).suffix.lower() if copied else ".png"))
+        if copied:
+            shutil.copyfile(files[number], path)
+        else:
+            Image.fromarray(_as_rgb(stimuli.stimuli[number])).save(path)
         height, width = (int(side) for side in stimuli.sizes[number])
         own = owners == number
-        photos.append(
-            Photo.from_points(
-                stem,
-                f"images/{path.name}",
-                (width, height),
-                points[own],
-                observers[own],
-                1000 * seconds[own],
-            )
-        )
+        looked = (points[own], observers[own], 1000 * seconds[own])
+        photos.append(Photo.from_points(stem, f"images/{path.name}", (width, height), *looked))
     check_looked_at("pysaliency", photos)
     staging.rename(folder / "images")
     return photos
 
 
 def to_pysaliency(photos: list[Photo], root: str | Path) -> tuple[Any, Any]:
-    """Photos as ``(FileStimuli, Fixations)``, for pysaliency's evaluation.
-
-    Args:
-        photos: records with fixations.
-        root: what their paths are relative to.
+    """Photos as ``(FileStimuli, Fixations)``; the photos' paths are relative to ``root``.
 
     Raises:
         ValueError: a photo is turned by its EXIF.
@@ -99,8 +95,8 @@ def to_pysaliency(photos: list[Photo], root: str | Path) -> tuple[Any, Any]:
     turned = [path for path in files if not _is_upright(path)]
     if turned:
         raise ValueError(
-            f"{len(turned)} photos are turned by their EXIF, e.g. {turned[0]}, which pysaliency "
-            "ignores: save them upright and prepare the dataset again"
+            f"{len(turned)} photos are turned by EXIF that pysaliency ignores, e.g. {turned[0]}: "
+            "save them upright and prepare the dataset again"
         )
     return pysaliency.FileStimuli(files, cached=False), fixations
 
@@ -124,19 +120,15 @@ def as_pysaliency_model(predict: Callable[[np.ndarray], np.ndarray]) -> Any:
     class Predicted(require("pysaliency", "parity").Model):
         def _log_density(self, stimulus: np.ndarray) -> np.ndarray:
             image = _as_rgb(stimulus)
-            return _log_density(predict(image), image.shape[:2])
+            density = np.asarray(predict(image), np.float64)
+            if density.shape != image.shape[:2]:
+                raise ValueError(f"predicted {density.shape} for a photo of {image.shape[:2]}")
+            if not (np.isfinite(density).all() and density.min() >= 0 and density.sum() > 0):
+                raise ValueError("a predicted density must be finite, >= 0 and not all zero")
+            density = np.maximum(density / density.sum(), LOWEST)
+            return np.log(density) - np.log(density.sum())
 
     return Predicted(memory_cache_size=32)  # by default every map would be kept
-
-
-def _log_density(density: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    density = np.asarray(density, np.float64)
-    if density.shape != size:
-        raise ValueError(f"the predictor returned {density.shape} for a photo of {size}")
-    if not (np.isfinite(density).all() and density.min() >= 0 and density.sum() > 0):
-        raise ValueError("the predictor's density must be finite, non-negative and not all zero")
-    density = np.maximum(density / density.sum(), LOWEST)
-    return np.log(density) - np.log(density.sum())
 
 
 def _as_rgb(stimulus: np.ndarray) -> np.ndarray:
@@ -144,11 +136,9 @@ def _as_rgb(stimulus: np.ndarray) -> np.ndarray:
     stimulus = np.asarray(stimulus)
     if stimulus.dtype != np.uint8:
         raise ValueError(f"pysaliency: stimuli must be uint8, got {stimulus.dtype}")
-    if stimulus.ndim == 2:
-        stimulus = stimulus[:, :, None]
-    return np.ascontiguousarray(
-        np.repeat(stimulus, 3, axis=2) if stimulus.shape[2] == 1 else stimulus[:, :, :3]
-    )
+    if stimulus.ndim == 2 or stimulus.shape[2] == 1:
+        return np.repeat(stimulus.reshape(*stimulus.shape[:2], 1), 3, axis=2)
+    return np.ascontiguousarray(stimulus[:, :, :3])
 
 
 def _half_a_pixel_less(points: np.ndarray) -> np.ndarray:
@@ -157,25 +147,6 @@ def _half_a_pixel_less(points: np.ndarray) -> np.ndarray:
     whole = np.trunc(np.where(np.isfinite(points), points, -1))
     moved = (points - 0.5).astype(np.float32)
     return np.where(np.floor(moved + np.float32(0.5)) == whole, moved, whole).astype(np.float32)
-
-
-def _stems(stimuli: Any) -> list[str]:
-    """File names where they are unique, numbers otherwise."""
-    names = [Path(name).stem for name in getattr(stimuli, "filenames", ())]
-    if names and len(set(names)) == len(names):
-        return names
-    return [f"stimulus_{number:05d}" for number in range(len(stimuli))]
-
-
-def _write_image(stimuli: Any, number: int, path: Path) -> Path:
-    files = getattr(stimuli, "filenames", None)
-    if files is not None and _is_upright(files[number]):
-        path = path.with_name(path.name + Path(files[number]).suffix.lower())
-        shutil.copyfile(files[number], path)
-    else:
-        path = path.with_name(path.name + ".png")
-        Image.fromarray(_as_rgb(stimuli.stimuli[number])).save(path)
-    return path
 
 
 def _is_upright(path: str | Path) -> bool:

@@ -16,8 +16,8 @@ import shutil
 import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -71,7 +71,6 @@ def benchmark_photos(
 
     Raises:
         ValueError: unknown dataset or split, or not the benchmark's number of photos.
-        FileNotFoundError: the folder does not exist.
     """
     if dataset not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {dataset!r}: use one of {', '.join(BENCHMARKS)}")
@@ -79,18 +78,14 @@ def benchmark_photos(
     if split not in benchmark.splits:
         raise ValueError(f"{dataset} takes the split {' or '.join(benchmark.splits)}, not {split}")
     folder = Path(photos) if str(photos) else data_root(root) / benchmark.photos.format(split=split)
-    if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{folder} does not exist; it should hold the {benchmark.count} photos of {dataset} "
-            f"({split}), or name their folder"
-        )
     sizes = {}
     for file in progress(visible_files(folder), "reading sizes", unit="photo"):
         with Image.open(file) as image:
             sizes[file.relative_to(folder).as_posix()] = image.size
     if len(sizes) != benchmark.count:
         raise ValueError(
-            f"{folder} holds {len(sizes)} photos, but {dataset} ({split}) has {benchmark.count}"
+            f"{folder} holds {len(sizes)} photos, but {dataset} ({split}) has {benchmark.count}: "
+            "name the folder that holds them all"
         )
     return folder, sizes
 
@@ -102,8 +97,6 @@ def write_submission(
     split: str = "test",
     photos: str | Path = "",
     root: str | Path = "",
-    batch_size: int = 8,
-    device: str | None = None,
 ) -> Path:
     """Predict all photos of a benchmark and pack the maps as it wants them.
 
@@ -112,20 +105,12 @@ def write_submission(
 
     Args:
         checkpoint: a trained or imported network.
-        dataset: a name in ``BENCHMARKS``.
+        dataset, split, photos, root: see :func:`benchmark_photos`.
         out: the file to write: ``.zip``, ``.json`` or ``.hdf5``, as the benchmark wants. The 2015
             edition wants ``fixations_<split>2014_<algorithm>_results.json``.
-        split: ``"test"``, or ``"val"`` where the benchmark takes it.
-        photos: their folder; default: the dataset's place in the raw data.
-        root: folder of the raw data.
-        batch_size: photos per forward pass.
-        device: default: a GPU if there is one.
-
-    Returns:
-        ``out``.
 
     Raises:
-        ValueError, FileNotFoundError: see :func:`benchmark_photos`; a wrong suffix of ``out``.
+        ValueError: see :func:`benchmark_photos`; or a wrong suffix of ``out``.
         ImportError: HDF5 is wanted and h5py is not installed.
         RuntimeError: a photo could not be predicted, or the file fails its validation.
     """
@@ -137,12 +122,14 @@ def write_submission(
     if suffix == ".hdf5":
         require("h5py", "legacy")  # fail before the work, not after it
     maps = out.with_name(f"{out.stem}_maps")
-    options = {"batch_size": batch_size, "device": device, "upright": False}
-    result = predict_folder(checkpoint, [folder], maps, npy=suffix == ".hdf5", **options)
+    result = predict_folder(checkpoint, [folder], maps, npy=suffix == ".hdf5", upright=False)
     if result.failed:
         raise RuntimeError(f"the submission would not be complete: {result.summary()}")
     if PartialState().is_main_process:
-        _pack(maps, sizes, out)
+        with atomic_path(out) as temporary:
+            _pack(maps, sizes, temporary)
+            if problems := validate_submission(temporary, sizes):
+                raise RuntimeError(f"{display_path(out)} would be refused: {'; '.join(problems)}")
         shutil.rmtree(maps)
     return out
 
@@ -155,8 +142,7 @@ def validate_submission(path: str | Path, sizes: Sizes) -> list[str]:
         sizes: photo -> (width, height), from :func:`benchmark_photos`.
 
     Returns:
-        One sentence per kind of problem, with how often it occurs and the first names; empty if
-        there is none.
+        A sentence per kind of problem, with its number and the first names; empty if all is well.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -166,53 +152,15 @@ def validate_submission(path: str | Path, sizes: Sizes) -> list[str]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"submission {path} does not exist")
-    checks = {".zip": _check_zip, ".json": _check_json, ".hdf5": _check_hdf5, ".h5": _check_hdf5}
-    if path.suffix not in checks:
-        raise ValueError(f"a submission ends in {', '.join(checks)}, not {path.name}")
+    if path.suffix not in NAMES:
+        raise ValueError(f"a submission ends in {', '.join(NAMES)}, not {path.name}")
     names: dict[str, list[str]] = defaultdict(list)
-    for kind, name in checks[path.suffix](path, sizes):
-        names[kind].append(name)
+    for kind, name in _problems(path, sizes):
+        names[kind].append(str(name))
     return [
         f"{kind} ({len(found)}): {', '.join(found[:5])}{' ...' if len(found) > 5 else ''}"
         for kind, found in names.items()
     ]
-
-
-# ---- writing -----------------------------------------------------------------------------------
-def _pack(maps: Path, sizes: Sizes, out: Path) -> None:
-    write = {".zip": _write_zip, ".json": _write_json, ".hdf5": _write_hdf5}[out.suffix]
-    with atomic_path(out) as temporary:
-        write(maps, sizes, temporary)
-        problems = validate_submission(temporary, sizes)
-        if problems:
-            raise RuntimeError(f"{display_path(out)} would be refused: {'; '.join(problems)}")
-
-
-def _write_zip(maps: Path, sizes: Sizes, path: Path) -> None:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:  # PNG is compressed already
-        for name in map(_png_name, sizes):
-            # A fixed date: the same maps give the same file.
-            archive.writestr(zipfile.ZipInfo(name), (maps / name).read_bytes())
-
-
-def _write_json(maps: Path, sizes: Sizes, path: Path) -> None:
-    entries = [
-        {
-            "image_id": _image_id(name),
-            "saliency_map": base64.b64encode((maps / _png_name(name)).read_bytes()).decode(),
-        }
-        for name in sizes
-    ]
-    path.write_text(json.dumps(entries), encoding="utf-8")
-
-
-def _write_hdf5(maps: Path, sizes: Sizes, path: Path) -> None:
-    with require("h5py", "legacy").File(path, "w") as file:
-        for name in progress(sizes, "packing", unit="photo"):
-            density = np.load(maps / PurePosixPath(name).with_suffix(".npy")).astype(np.float64)
-            density = (1 - UNIFORM_SHARE) * density + UNIFORM_SHARE / density.size
-            log_density = np.log(density / density.sum()).astype(np.float32)
-            file.create_dataset(name, data=log_density, compression=9)
 
 
 def _png_name(photo: str) -> str:
@@ -220,111 +168,111 @@ def _png_name(photo: str) -> str:
 
 
 def _image_id(photo: str) -> int:
-    """COCO_test2014_000000000042.jpg -> 42.
-
-    Raises:
-        ValueError: the name does not end in a number.
-    """
+    """COCO_test2014_000000000042.jpg -> 42."""
     digits = PurePosixPath(photo).stem.rpartition("_")[2]
     if not digits.isdecimal():
         raise ValueError(f"the photo {photo} has no COCO image id at the end of its name")
     return int(digits)
 
 
+# Suffix of a submission -> a photo's name in it.
+NAMES = {".zip": _png_name, ".json": _image_id, ".hdf5": str, ".h5": str}
+
+
+def _pack(maps: Path, sizes: Sizes, path: Path) -> None:
+    """Write the maps of all photos into a file of the kind that its suffix says."""
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:  # PNG is compressed already
+            for name in map(_png_name, sizes):
+                # A fixed date: the same maps give the same file.
+                archive.writestr(zipfile.ZipInfo(name), (maps / name).read_bytes())
+    elif path.suffix == ".json":
+        entries = []
+        for name in sizes:
+            text = base64.b64encode((maps / _png_name(name)).read_bytes()).decode()
+            entries.append({"image_id": _image_id(name), "saliency_map": text})
+        path.write_text(json.dumps(entries), encoding="utf-8")
+    else:
+        with require("h5py", "legacy").File(path, "w") as file:
+            for name in progress(sizes, "packing", unit="photo"):
+                density = np.load(maps / PurePosixPath(name).with_suffix(".npy")).astype(np.float64)
+                density = (1 - UNIFORM_SHARE) * density + UNIFORM_SHARE / density.size
+                log_density = np.log(density / density.sum()).astype(np.float32)
+                file.create_dataset(name, data=log_density, compression=9)
+
+
 # ---- checking ----------------------------------------------------------------------------------
-Problems = Iterator[tuple[str, str]]  # (kind, name)
-
-
-def _check_zip(path: Path, sizes: Sizes) -> Problems:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            files = [entry for entry in archive.infolist() if not entry.is_dir()]
-            maps = [(file.filename, partial(archive.read, file)) for file in files]
-            expected = {_png_name(photo): size for photo, size in sizes.items()}
-            yield from _check_maps(maps, expected, _check_png)
-    except zipfile.BadZipFile as error:
-        yield "not a zip file", f"{path.name} ({error})"
-
-
-def _check_json(path: Path, sizes: Sizes) -> Problems:
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        yield "not a JSON file", f"{path.name} ({error})"
-        return
-    if not isinstance(entries, list) or not all(
-        isinstance(entry, dict)
-        and isinstance(entry.get("image_id"), int)
-        and isinstance(entry.get("saliency_map"), str)
-        for entry in entries
-    ):
-        yield "not a list of {image_id: number, saliency_map: text}", path.name
-        return
-    maps = [
-        (entry["image_id"], partial(base64.b64decode, entry["saliency_map"], validate=True))
-        for entry in entries
-    ]
-    expected = {_image_id(photo): size for photo, size in sizes.items()}
-    yield from _check_maps(maps, expected, _check_png)
-
-
-def _check_maps(
-    maps: list[tuple[Any, Callable[[], Any]]], expected: dict, check: Callable[..., Problems]
-) -> Problems:
-    """Problems of the names, and of every map: a name and a function that reads the content."""
-    counts = Counter(name for name, _ in maps)
-    yield from (("missing", str(name)) for name in expected if name not in counts)
-    yield from (("not asked for", str(name)) for name in counts if name not in expected)
-    yield from (("more than once", str(name)) for name, n in counts.items() if n > 1)
-    for name, read in progress(maps, "checking the submission", unit="map"):
-        if name not in expected:
-            continue
+def _problems(path: Path, sizes: Sizes) -> Iterator[tuple[str, Any]]:
+    """(kind, name) of the problems of the file, of the names in it, and of every map."""
+    expected = {NAMES[path.suffix](photo): size for photo, size in sizes.items()}
+    with ExitStack() as opened:
         try:
-            content = read()
-        except (zipfile.BadZipFile, RuntimeError, OSError, ValueError) as error:
-            yield "cannot be unpacked", f"{name} ({error})"
-        else:
-            yield from check(content, str(name), expected[name])
+            maps, read = _open(path, opened)
+        except (zipfile.BadZipFile, OSError, ValueError) as error:
+            yield f"not a readable {path.suffix} file", f"{path.name} ({error})"
+            return
+        counts = Counter(name for name, _ in maps)
+        yield from (("missing", name) for name in expected if name not in counts)
+        yield from (("not asked for", name) for name in counts if name not in expected)
+        yield from (("more than once", name) for name, n in counts.items() if n > 1)
+        for name, key in progress(maps, "checking the submission", unit="map"):
+            if name in expected:
+                try:
+                    content = read(key)
+                except Exception as error:  # readers raise many types for damaged content
+                    yield "not readable", f"{name} ({error})"
+                    continue
+                check = _check_png if isinstance(content, Image.Image) else _check_log_density
+                for kind, found in check(content, *expected[name]):
+                    yield kind, f"{name}{found and f' ({found})'}"
 
 
-def _check_png(content: bytes, name: str, size: tuple[int, int]) -> Problems:
-    """Problems of one map that should be an 8-bit greyscale PNG of the photo's size."""
-    try:
-        with Image.open(io.BytesIO(content)) as image:
-            image.load()
-    except (OSError, SyntaxError, ValueError) as error:
-        yield "not a readable image", f"{name} ({error})"
-        return
-    if image.format != "PNG":
-        yield "not a PNG", f"{name} ({image.format})"
-    if image.mode != "L":
-        yield "not 8-bit greyscale", f"{name} ({image.mode})"
-    if image.size != tuple(size):
-        found, wanted = ("x".join(map(str, pair)) for pair in (image.size, size))
-        yield "not of the photo's size", f"{name} ({found} instead of {wanted})"
-    if np.ptp(np.asarray(image)) == 0:
-        yield "the same value everywhere, which no metric can score", name
-
-
-def _check_hdf5(path: Path, sizes: Sizes) -> Problems:
+def _open(path: Path, opened: ExitStack) -> tuple[list[tuple[Any, Any]], Callable[[Any], Any]]:
+    """(name, key) of every map, and a function that reads the map of a key."""
+    if path.suffix == ".zip":
+        archive = opened.enter_context(zipfile.ZipFile(path))
+        files = [entry for entry in archive.infolist() if not entry.is_dir()]
+        return [(file.filename, file) for file in files], lambda file: _decode(archive.read(file))
+    if path.suffix == ".json":
+        entries = json.loads(path.read_text(encoding="utf-8"))
+        form = {"image_id": int, "saliency_map": str}
+        if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and all(isinstance(entry.get(k), t) for k, t in form.items())
+            for entry in entries
+        ):
+            raise ValueError("not a list of {image_id: number, saliency_map: text}")
+        maps = [tuple(entry[key] for key in form) for entry in entries]
+        return maps, lambda text: _decode(base64.b64decode(text, validate=True))
     h5py = require("h5py", "legacy")
-    try:
-        with h5py.File(path, "r") as file:
-            names: list[str] = []
-            file.visititems(
-                lambda name, item: names.append(name) if isinstance(item, h5py.Dataset) else None
-            )
-            maps = [(name, partial(np.array, file[name])) for name in names]
-            yield from _check_maps(maps, dict(sizes), _check_log_density)
-    except OSError as error:
-        yield "not a readable HDF5 file", f"{path.name} ({error})"
+    file = opened.enter_context(h5py.File(path, "r"))
+    names: list[str] = []
+    file.visititems(lambda name, item: names.append(name) if hasattr(item, "shape") else None)
+    return [(name, name) for name in names], lambda name: np.array(file[name])
 
 
-def _check_log_density(values: np.ndarray, name: str, size: tuple[int, int]) -> Problems:
-    width, height = size
+def _decode(content: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(content))
+    image.load()
+    return image
+
+
+def _check_png(image: Image.Image, width: int, height: int) -> Iterator[tuple[str, str]]:
+    """(kind, what was found) where a map is no 8-bit greyscale PNG of the photo's size."""
+    if image.format != "PNG":
+        yield "not a PNG", image.format
+    if image.mode != "L":
+        yield "not 8-bit greyscale", image.mode
+    if image.size != (width, height):
+        yield "not of the photo's size", f"{image.width}x{image.height} instead of {width}x{height}"
+    if np.ptp(np.asarray(image)) == 0:
+        yield "the same value everywhere, which no metric can score", ""
+
+
+def _check_log_density(values: np.ndarray, width: int, height: int) -> Iterator[tuple[str, str]]:
+    """(kind, what was found) where a map is no log-density of the photo's size."""
     if values.shape != (height, width):
-        yield "not of the photo's size", f"{name} {values.shape} instead of {(height, width)}"
+        yield "not of the photo's size", f"{values.shape} instead of {(height, width)}"
     elif not np.isfinite(values).all():
-        yield "values that are not finite", name
+        yield "values that are not finite", ""
     elif abs(total := float(logsumexp(values.astype(np.float64)))) > 0.01:  # pysaliency's limit
-        yield "not a log-density that sums to 1", f"{name} (sums to exp({total:.2f}))"
+        yield "not a log-density that sums to 1", f"sums to exp({total:.2f})"

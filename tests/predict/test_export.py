@@ -215,14 +215,14 @@ def test_a_random_network_cannot_be_exported(tmp_path, photos):
 def test_a_file_that_differs_is_not_written(checkpoint, photos, tmp_path, monkeypatch, int8):
     pytest.importorskip("onnxscript")
     other = load(save_network(tmp_path / "other.pt", seed=1), "cpu").model
-    original = export_module._write_int8 if int8 else export_module._write_onnx
+    write = export_module._write_int8 if int8 else export_module._write_float
 
-    def sabotaged(first, *rest):
+    def sabotaged(first, images, *rest):
         if int8:  # calibrated for photos that are all black
-            return original(first, torch.zeros_like(rest[0]), *rest[1:])
-        return original(other, *rest)
+            return write(first, torch.zeros_like(images), *rest)
+        return write(other, images, *rest)
 
-    monkeypatch.setattr(export_module, original.__name__, sabotaged)
+    monkeypatch.setattr(export_module, write.__name__, sabotaged)
     with pytest.raises(RuntimeError, match="differs from PyTorch"):
         export(checkpoint, tmp_path / "x.onnx", int8=int8, photos=[photos])
     assert {path.name for path in tmp_path.iterdir()} == {"other.pt"}

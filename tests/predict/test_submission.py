@@ -72,7 +72,7 @@ def test_impossible_requests_are_errors(photos, checkpoint, tmp_path):
         benchmark_photos("salicon")
     with pytest.raises(ValueError, match="train"):
         benchmark_photos("salicon-2017", "train")
-    with pytest.raises(FileNotFoundError, match=r"images/val"):
+    with pytest.raises(ValueError, match=r"images/val holds 0 photos"):
         benchmark_photos("salicon-2017", "val", root=tmp_path / "data")
     with pytest.raises(ValueError, match=r"\.zip, not out\.json"):
         write_submission(checkpoint, "salicon-2017", tmp_path / "out.json", photos=photos)
@@ -230,8 +230,8 @@ ONE = f"{NAMES[0]}.png"
         ({ONE: png(format="JPEG")}, [f"not a PNG (1): {ONE} (JPEG)"]),
         ({ONE: png(constant=True)},
          [f"the same value everywhere, which no metric can score (1): {ONE}"]),
-        ({ONE: png()[:100]}, [f"not a readable image (1): {ONE} "]),
-        ({ONE: b"text"}, [f"not a readable image (1): {ONE} "]),
+        ({ONE: png()[:100]}, [f"not readable (1): {ONE} "]),
+        ({ONE: b"text"}, [f"not readable (1): {ONE} "]),
         (dict.fromkeys(GOOD), [f"missing (3): {', '.join(GOOD)}"]),
     ],
 )  # fmt: skip
@@ -251,16 +251,13 @@ def test_a_name_that_occurs_twice(tmp_path):
     assert validate_submission(tmp_path / "x.zip", SIZES) == [f"more than once (1): {ONE}"]
 
 
-def test_damaged_archives(tmp_path):
+def test_a_damaged_entry(tmp_path):
     path = zipped(tmp_path / "x.zip", GOOD)
     content = bytearray(path.read_bytes())
     content[content.index(b"IDAT") + 20] ^= 255
     path.write_bytes(content)
     (problem,) = validate_submission(path, SIZES)
-    assert problem.startswith(f"cannot be unpacked (1): {ONE} (Bad CRC-32")
-    path.write_bytes(content[:300])
-    (problem,) = validate_submission(path, SIZES)
-    assert problem.startswith("not a zip file (1): x.zip")
+    assert problem.startswith(f"not readable (1): {ONE} (Bad CRC-32")
 
 
 def test_long_lists_are_cut(tmp_path):
@@ -291,21 +288,23 @@ def entry(number: int, content: bytes | None = None) -> dict:
         ([entry(42), entry(7), entry(523957), entry(1)], "not asked for (1): 1"),
         ([entry(42), entry(7), entry(523957), entry(7)], "more than once (1): 7"),
         ([entry(42), entry(7, png((9, 9))), entry(523957)], "not of the photo's size (1): 7 (9x9"),
-        (
-            [{**entry(42), "saliency_map": "?"}, entry(7), entry(523957)],
-            "cannot be unpacked (1)",
-        ),
-        ([{"image_id": "42", "saliency_map": ""}], "not a list of {image_id: number"),
-        ({"annotations": []}, "not a list of {image_id: number"),
+        ([{**entry(42), "saliency_map": "?"}, entry(7), entry(523957)], "not readable (1): 42"),
+        ([{"image_id": "42", "saliency_map": ""}], "not a readable .json file (1): x.json"),
+        ({"annotations": []}, "not a readable .json file (1): x.json"),
     ],
 )
 def test_every_mistake_in_json_is_noticed(tmp_path, entries, start):
     (tmp_path / "x.json").write_text(json.dumps(entries))
     (problem,) = validate_submission(tmp_path / "x.json", SIZES)
     assert problem.startswith(start)
-    (tmp_path / "x.json").write_text('[{"image_id": 4')
-    (problem,) = validate_submission(tmp_path / "x.json", SIZES)
-    assert problem.startswith("not a JSON file (1): x.json")
+
+
+def test_files_that_are_damaged(tmp_path):
+    pytest.importorskip("h5py")
+    for name in ("x.zip", "x.json", "x.h5"):
+        (tmp_path / name).write_text('[{"image_id": 4')
+        (problem,) = validate_submission(tmp_path / name, SIZES)
+        assert problem.startswith(f"not a readable {name[1:]} file (1): {name}")
 
 
 # ---- the validator: HDF5 -----------------------------------------------------------------------
@@ -317,7 +316,7 @@ UNIFORM = np.full((48, 64), -np.log(48 * 64))
     [
         ({"a.jpg": None}, "missing (1): a.jpg"),
         ({"c/a.jpg": UNIFORM}, "not asked for (1): c/a.jpg"),
-        ({"a.jpg": UNIFORM.T}, "not of the photo's size (1): a.jpg (64, 48) instead of (48, 64)"),
+        ({"a.jpg": UNIFORM.T}, "not of the photo's size (1): a.jpg ((64, 48) instead of"),
         ({"a.jpg": np.exp(UNIFORM)}, "not a log-density that sums to 1 (1): a.jpg"),
         ({"a.jpg": np.where(np.eye(48, 64) > 0, -np.inf, UNIFORM)}, "values that are not finite"),
     ],
@@ -331,10 +330,3 @@ def test_every_mistake_in_hdf5_is_noticed(tmp_path, change, start):
                 file[name] = values
     (problem,) = validate_submission(tmp_path / "x.hdf5", sizes)
     assert problem.startswith(start)
-
-
-def test_damaged_hdf5(tmp_path):
-    pytest.importorskip("h5py")
-    (tmp_path / "x.h5").write_bytes(b"no HDF5")
-    (problem,) = validate_submission(tmp_path / "x.h5", SIZES)
-    assert problem.startswith("not a readable HDF5 file (1): x.h5")
