@@ -27,12 +27,8 @@ def visible_files(
 ) -> list[Path]:
     """Files of these kinds in a folder and its sub-folders, in alphabetical order.
 
-    Hidden files are left out: programs make ``._a.jpg`` and ``.ipynb_checkpoints/``.
-
-    Args:
-        folder: where to look.
-        suffixes: with their dot, in lower case; those of files may be in capitals.
-        out: a folder to leave out, into which results are written.
+    ``suffixes`` are in lower case, those of files may be in capitals. Left out are hidden files
+    (programs make ``._a.jpg`` and ``.ipynb_checkpoints/``) and the folder ``out`` of results.
     """
     return [
         path
@@ -44,21 +40,20 @@ def visible_files(
 
 
 @contextmanager
-def blame_file(problem: str) -> Iterator[None]:
-    """Turn whatever a reader raises about a damaged file into an error that names the file.
+def blame_file(problem: str, remedy: str = "get it again") -> Iterator[None]:
+    """Turn whatever a reader raises about a damaged file into a ValueError that names the file.
 
-    Args:
-        problem: the beginning of the message, such as "photo x.jpg cannot be decoded".
+    ``problem`` begins the message, such as "photo x.jpg cannot be decoded"; ``remedy`` ends it.
     """
     try:
         yield
     # Readers check little of what they read: struct.error, IndexError, zlib.error, BadZipFile...
     except Exception as error:
-        raise ValueError(f"{problem} ({error}): get it again") from error
+        raise ValueError(f"{problem} ({error}): {remedy}") from error
 
 
 def orientation(image: Image.Image) -> int:
-    """How a photo's EXIF says that the camera was held, 1 to 8; 1, upright, where it is unknown."""
+    """Orientation of the camera by a photo's EXIF, 1 to 8; 1, upright, where it is unknown."""
     try:
         return int(image.getexif().get(_ORIENTATION, 1))
     except Exception:  # damaged EXIF, which must not cost the pixels
@@ -66,7 +61,7 @@ def orientation(image: Image.Image) -> int:
 
 
 def to_upright(image: Image.Image) -> Image.Transpose | None:
-    """Decode a photo, and say what turns it as the camera was held; None = it is upright.
+    """Decode a photo; the turn that makes it upright, None = it is.
 
     Pillow's ``exif_transpose`` would also write the EXIF anew, which fails where any other of its
     entries is damaged.
@@ -78,10 +73,8 @@ def to_upright(image: Image.Image) -> Image.Transpose | None:
 def read_image(path: str | Path, upright: bool = True) -> Tensor:
     """Decode a photo: (3, H, W) uint8 RGB, alpha over white.
 
-    Args:
-        path: JPEG, PNG, WebP or whatever else Pillow reads.
-        upright: apply the rotation that the camera noted (EXIF); False keeps the pixels as they
-            are stored, which is what the evaluators of benchmarks read.
+    ``upright`` applies the rotation that the camera noted (EXIF); False keeps the pixels as they
+    are stored, as the evaluators of benchmarks read them.
 
     Raises:
         ValueError: the file is not a readable image.
@@ -107,9 +100,8 @@ def decode(image: Image.Image, upright: bool = True) -> Tensor:
     elif image.mode == "F":
         image = Image.fromarray(to_bytes(np.asarray(image)))
     elif image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
-        image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image)
+        image = Image.alpha_composite(white, image.convert("RGBA"))
     pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
@@ -145,13 +137,7 @@ def read_density(path: str | Path) -> Tensor:
         else:
             with Image.open(path) as image:
                 values = np.asarray(image.convert("F"), dtype=np.float64)
-    if (
-        values.ndim != 2
-        or not np.isfinite(values).all()
-        or values.min() < 0
-        or not values.sum() > 0
-    ):
-        raise ValueError(
-            f"density map {path} must be 2-D, finite, non-negative and not zero everywhere"
-        )
-    return torch.from_numpy(values / values.sum())
+    total = values.sum()
+    if values.ndim != 2 or not 0 < total < np.inf or values.min() < 0:  # a NaN makes the sum NaN
+        raise ValueError(f"density map {path} must be 2-D, finite, non-negative and not all zero")
+    return torch.from_numpy(values / total)

@@ -11,7 +11,6 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from mlnet_utils.data.geometry import (
     inside,
     map_on_grid,
 )
-from mlnet_utils.data.images import read_density
+from mlnet_utils.data.images import blame_file, read_density
 from mlnet_utils.runtime import (
     atomic_path,
     progress,
@@ -40,48 +39,36 @@ MADE_BY = "notebook 01_data_preparation"
 INDEX_FILES = ("index.jsonl", "fixations.npz")
 COLUMNS = ("stem", "image", "width", "height", "split", "density", "sha256")  # of the index
 RARE = ("density_sha256", "sigma")  # columns only where set: the index decides the digest
-ARRAYS = (  # of fixations.npz: key, attribute of a photo, type
-    ("points", "fixations", np.float32),
-    ("observers", "observers", np.int16),
-    ("durations", "durations", np.float32),
-)
+ARRAYS = {  # attribute of a photo: its key in fixations.npz, its type
+    "fixations": ("points", np.float32),
+    "observers": ("observers", np.int16),
+    "durations": ("durations", np.float32),
+}
 
 
 @dataclass
 class Photo:
-    """A photo and who looked where.
+    """A photo and who looked where. Paths are relative to the dataset's root.
 
-    Attributes:
-        stem: file name without extension; photos, fixations and maps are paired by it.
-        image: path relative to the dataset's root, with forward slashes.
-        width: columns of the photo.
-        height: rows of the photo.
-        split: ``train``, ``val``, ``test``, or ``""`` before splitting.
-        fixations: (N, 2) float32 x, y, 0-based, pixel centres at integers, all inside the photo.
-        observers: (N,) int16 observer of each fixation, :data:`NOBODY` where it is unknown; order
-            within one observer is viewing order.
-        durations: (N,) float32 milliseconds, NaN where unknown.
-        density: path of a density map where one exists, relative to the root, or ``""``.
-        sha256: of the photo's file, or ``""`` before indexing.
-        density_sha256: of the density map's file, or ``""``.
-        dropped: fixations that fell outside the photo and were dropped.
-        sigma: blur of this photo's fixations in its pixels, where datasets are mixed; 0 = the
-            dataset's.
+    Raises:
+        ValueError: the numbers of fixations, observers and durations differ.
     """
 
-    stem: str
-    image: str
+    stem: str  # file name without extension; photos, fixations and maps are paired by it
+    image: str  # path of the photo, with forward slashes
     width: int
     height: int
-    split: str = ""
+    split: str = ""  # train, val, test, or "" before splitting
+    # (N, 2) float32 x, y, 0-based, pixel centres at integers, all inside the photo
     fixations: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.float32))
+    # (N,) int16, NOBODY where unknown; within an observer fixations are in viewing order
     observers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int16))
-    durations: np.ndarray | None = None
-    density: str = ""
-    sha256: str = ""
-    density_sha256: str = ""
-    dropped: int = 0
-    sigma: float = 0.0
+    durations: np.ndarray | None = None  # (N,) float32 milliseconds, NaN where unknown
+    density: str = ""  # path of a density map where there is one
+    sha256: str = ""  # of the photo's file, or "" before indexing
+    density_sha256: str = ""  # of the density map's file
+    dropped: int = 0  # fixations that fell outside the photo
+    sigma: float = 0.0  # its own blur in its pixels, where datasets are mixed; 0 = the dataset's
 
     def __post_init__(self):
         n = len(self.fixations)
@@ -109,35 +96,29 @@ class Photo:
         Points outside are never an error: trackers and web pages record them.
 
         Args:
-            stem: see :class:`Photo`; likewise ``image``.
-            image: path of the photo.
+            stem: see :class:`Photo`; likewise ``image`` and ``rest``.
             size: width and height of the photo.
             points: (N, 2) x, y, 0-based, pixel centres at integers.
             observers: (N,) numbers from 0; None = published without observers.
             durations: (N,) milliseconds; None = unknown.
-            **rest: ``split`` and ``density``.
 
         Raises:
             ValueError: the arrays differ in length, or an observer's number exceeds int16.
         """
         points = np.asarray(points, np.float32).reshape(-1, 2)
         observers = np.full(len(points), NOBODY) if observers is None else np.asarray(observers)
-        most = np.iinfo(np.int16).max
-        if observers.max(initial=0) > most:
+        if (last := observers.max(initial=0)) > np.iinfo(np.int16).max:
             raise ValueError(
-                f"photo {stem}: {int(observers.max()) + 1:,} observers, at most {most + 1:,} can "
-                "be told apart; number those of each photo from the same few, or leave them out"
+                f"photo {stem}: {int(last) + 1:,} observers are more than int16 can number: number "
+                "those of each photo from the same few, or leave them out"
             )
-        if durations is None:
-            durations = np.full(len(points), np.nan)
-        given = {
-            "fixations": points,
-            "observers": observers.astype(np.int16),
-            "durations": np.asarray(durations, np.float32),
-        }
-        photo = cls(stem, image, *size, **given, **rest)  # or an error: lengths that differ
+        durations = None if durations is None else np.asarray(durations, np.float32)
+        photo = cls(
+            *(stem, image, *size), fixations=points, observers=observers.astype(np.int16),
+            durations=durations, **rest,
+        )  # fmt: skip
         kept = inside(points, photo.height, photo.width)
-        on_photo = {name: values[kept] for name, values in given.items()}
+        on_photo = {name: getattr(photo, name)[kept] for name in ARRAYS}
         return replace(photo, **on_photo, dropped=int((~kept).sum()))
 
     @property
@@ -175,21 +156,16 @@ class Prepared:
     The ground truth of a photo is its blurred fixations, or its density map where it has no
     fixations. Fixations come first, because metrics and several losses need points, and because
     blurring them is exact where a published map is rounded to 8 bits.
-
-    Attributes:
-        folder: the prepared folder.
-        photos: all photos, in the order of the index.
-        meta: contents of ``meta.json``.
     """
 
-    folder: Path
-    photos: list[Photo]
-    meta: dict[str, Any]
+    folder: Path  # the prepared folder
+    photos: list[Photo]  # all, in the order of the index
+    meta: dict[str, Any]  # contents of meta.json
 
     @property
     def root(self) -> Path:
         """The folder that the photos' paths are relative to."""
-        return self.folder if self.meta["root"] == "." else Path(self.meta["root"])
+        return self.folder / self.meta["root"]  # an absolute path, or "."
 
     @property
     def sigma(self) -> float:
@@ -216,10 +192,8 @@ class Prepared:
     ) -> Tensor:
         """(H, W) float64 density at the photo's size; zero where nothing is known of the photo.
 
-        Args:
-            photo: with fixations, a density map, both, or neither (its truth is secret).
-            sigma: blur of the fixations, in pixels of the photo; None = its own or the dataset's.
-            device: where the density is made.
+        ``sigma`` is the blur of the fixations in pixels of the photo; None = the photo's own or the
+        dataset's.
 
         Raises:
             FileNotFoundError, ValueError: see :meth:`Photo.read_density`.
@@ -231,11 +205,6 @@ class Prepared:
 
     def grid_density(self, photo: Photo, box: Letterbox, grid: tuple[int, int]) -> Tensor:
         """(h, w) float64: the same density on the grid that covers the letterboxed photo.
-
-        Args:
-            photo: see :meth:`density`.
-            box: the photo's letterbox.
-            grid: rows and columns.
 
         Raises:
             FileNotFoundError, ValueError: see :meth:`Photo.read_density`.
@@ -253,18 +222,23 @@ class Prepared:
         """
         if not self.photos:
             raise ValueError(f"there are no photos to write into {self.folder}: add some")
-        counts = Counter(photo.stem for photo in self.photos)
-        twice = sorted(stem for stem, n in counts.items() if n > 1)
-        if twice:
+        stems = Counter(photo.stem for photo in self.photos)
+        if twice := [stem for stem, count in stems.items() if count > 1]:
             raise ValueError(
-                f"{len(twice)} photos share their stem with another ({', '.join(twice[:5])}): "
-                "pairing is by stem, so every stem must be unique; rename the files"
+                f"{len(twice)} stems belong to several photos, e.g. {twice[0]}: pairing is by "
+                "stem, so rename the files"
             )
         (self.folder / "meta.json").unlink(missing_ok=True)
-        lines = [json.dumps(_row(photo)) + "\n" for photo in self.photos]
-        write_text(self.folder / "index.jsonl", "".join(lines))
+        rows = []
+        for photo in self.photos:
+            row = {key: getattr(photo, key) for key in COLUMNS}
+            row |= {key: value for key in RARE if (value := getattr(photo, key))}
+            row["fixations"] = len(photo.fixations)
+            row["observers"] = len(photo.known_observers)
+            rows.append(json.dumps({**row, "dropped": photo.dropped}) + "\n")
+        write_text(self.folder / "index.jsonl", "".join(rows))
         arrays = {"offsets": np.cumsum([0] + [len(photo.fixations) for photo in self.photos])}
-        for key, name, dtype in ARRAYS:
+        for name, (key, dtype) in ARRAYS.items():
             values = [getattr(photo, name) for photo in self.photos]
             arrays[key] = np.concatenate(values).astype(dtype)
         with atomic_path(self.folder / "fixations.npz") as temporary:
@@ -285,26 +259,20 @@ class Prepared:
         for name in INDEX_FILES:
             if not (folder / name).is_file():
                 raise FileNotFoundError(f"{folder / name} is missing: run {MADE_BY} again")
-        try:
+        photos = []
+        damaged = f"{folder}: index.jsonl or fixations.npz is damaged"
+        with blame_file(damaged, f"run {MADE_BY} again"):
             lines = (folder / "index.jsonl").read_text(encoding="utf-8").splitlines()
             with np.load(folder / "fixations.npz", allow_pickle=False) as arrays:
-                offsets = arrays["offsets"]
-                parts = {name: np.split(arrays[key], offsets[1:-1]) for key, name, _ in ARRAYS}
-            photos = []
-            for number, row in enumerate(map(json.loads, lines)):
-                values = {key: row[key] for key in (*COLUMNS, "dropped")}
-                values |= {name: part[number] for name, part in parts.items()}
-                values |= {key: row[key] for key in RARE if key in row}
-                photos.append(Photo(**values))
+                inner = arrays["offsets"][1:-1]
+                parts = [np.split(arrays[key], inner) for key, _ in ARRAYS.values()]
+            for line, *values in zip(lines, *parts, strict=True):
+                row = json.loads(line)
+                known = {key: row[key] for key in (*COLUMNS, "dropped")}
+                known |= {key: row[key] for key in RARE if key in row}
+                photos.append(Photo(**known, **dict(zip(ARRAYS, values, strict=True))))
                 if len(photos[-1].fixations) != row["fixations"]:
                     raise ValueError(f"photo {row['stem']} has {row['fixations']} fixations")
-            if len(photos) != len(offsets) - 1:
-                raise ValueError(f"{len(photos)} photos, but fixations of {len(offsets) - 1}")
-        except (ValueError, LookupError, TypeError, AttributeError, EOFError, BadZipFile) as error:
-            raise ValueError(
-                f"{folder}: index.jsonl or fixations.npz is damaged ({error!r}); run {MADE_BY} "
-                "again"
-            ) from error
         return cls(folder, photos, meta)
 
     @property
@@ -321,10 +289,8 @@ class Prepared:
             changed since preparation; empty if none. The files that fixations were read from are
             left out: their content is in the index.
         """
-        files = [
-            (name, self.folder / name, digest)
-            for name, digest in self.meta.get("files", {}).items()
-        ]
+        hashes = self.meta.get("files", {})
+        files = [(name, self.folder / name, digest) for name, digest in hashes.items()]
         for photo in self.photos:
             files.append((photo.stem, self.root / photo.image, photo.sha256))
             if photo.density:
@@ -336,17 +302,6 @@ class Prepared:
             elif digest and sha256_file(path) != digest:
                 problems.append(f"{name}: {path} has changed since preparation (SHA-256 differs)")
         return problems
-
-
-def _row(photo: Photo) -> dict[str, Any]:
-    """A photo's line in the index."""
-    return {
-        **{key: getattr(photo, key) for key in COLUMNS},
-        **{key: value for key in RARE if (value := getattr(photo, key))},
-        "fixations": len(photo.fixations),
-        "observers": len(photo.known_observers),
-        "dropped": photo.dropped,
-    }
 
 
 def fixation_statistics(photos: list[Photo], px_per_degree: float | None = None) -> dict:
@@ -361,16 +316,15 @@ def fixation_statistics(photos: list[Photo], px_per_degree: float | None = None)
         observer's consecutive fixations) and ``unit`` ("degrees" or "pixels"). Fixations that are
         published without observers have no order: they count in ``per_photo`` only.
     """
-    per_observer, saccades = [], []
+    per_observer, saccades = [], [np.zeros(0)]
     for photo in photos:
         for observer in photo.known_observers:
             points = photo.fixations[photo.observers == observer].astype(float)
             per_observer.append(len(points))
             saccades.append(np.linalg.norm(np.diff(points, axis=0), axis=1))
-    amplitudes = np.concatenate(saccades) if saccades else np.zeros(0)
     return {
         "per_photo": [len(photo.fixations) for photo in photos],
         "per_observer": per_observer,
-        "saccades": amplitudes / px_per_degree if px_per_degree else amplitudes,
+        "saccades": np.concatenate(saccades) / (px_per_degree or 1),
         "unit": "degrees" if px_per_degree else "pixels",
     }

@@ -1,16 +1,15 @@
 """Stimuli made from a seed whose fixation density is KNOWN: the embedded sample.
 
-A scene is a textured ground with many similar items, a few of which differ from the rest in
-colour, orientation, size or luminance, and therefore "pop out" (Treisman & Gelade 1980, feature
-integration theory; Itti, Koch & Niebur 1998 model saliency by the same contrasts). The density is
-a mixture of Gaussians: one on every odd item, weighted by how much it differs, weak ones on the
-other items, a centre bias, and a uniform floor.
+A scene is a textured ground with many similar items. A few differ from the rest in colour,
+orientation, size or luminance, and therefore "pop out" (Treisman & Gelade 1980, feature integration
+theory; Itti, Koch & Niebur 1998 model saliency by the same contrasts). The density is a mixture of
+Gaussians: on every odd item, weighted by its difference, weak ones on the other items, a centre
+bias, and a uniform floor.
 
-Simulated observers differ in what attracts them (mixture weights drawn around the common ones)
-and in where their gaze lands (a constant offset each, plus scatter). Both deviations have the
-population values as their mean, and points that leave the photo are folded back at its border, so
-the density is the *exact* expected distribution of fixations, and the best attainable value of
-every metric is known.
+Simulated observers differ in their mixture weights, drawn around the common ones, and in a constant
+offset of their gaze, to which scatter is added. Both deviations have the population values as their
+mean, and points that leave the photo are folded back at its border. The density is therefore the
+*exact* expected distribution of fixations, and the best attainable value of every metric is known.
 """
 
 from dataclasses import dataclass
@@ -35,7 +34,7 @@ SHARES = np.array([0.68, 0.08, 0.18, 0.06])
 SHARE_CONCENTRATION = 25.0  # observers' own shares: Dirichlet around SHARES; larger = more alike
 ITEM_SPREAD = 14.0  # pixels: deviation of gaze around an item, of which
 OFFSET = 4.0  # pixels: the constant offset of one observer
-CENTRE_SPREAD = (0.19, 0.22)  # of height and width
+CENTRE_SPREAD = (0.22, 0.19)  # of width and height
 
 # (ground, items...): colours that go together; the odd item takes another of the same palette.
 PALETTES = (
@@ -52,73 +51,52 @@ PALETTES = (
 
 @dataclass(frozen=True)
 class Stimulus:
-    """A scene and everything that is known of it.
+    """A scene and everything that is known of it."""
 
-    Attributes:
-        image: (H, W, 3) uint8.
-        density: (H, W) float64, positive, sums to 1: the expected distribution of fixations.
-        kind: which feature makes the odd items odd.
-        centres: (K, 2) x, y of all items, odd ones first.
-        salience: (K,) share of each item in the density's item terms.
-        n_odd: how many items are odd.
-    """
-
-    image: np.ndarray
-    density: np.ndarray
-    kind: str
-    centres: np.ndarray
-    salience: np.ndarray
+    image: np.ndarray  # (H, W, 3) uint8
+    density: np.ndarray  # (H, W) float64, positive, sums to 1: expected distribution of fixations
+    centres: np.ndarray  # (K, 2) x, y of all items, odd ones first
+    salience: np.ndarray  # (K,) share of each item in the density's item terms
     n_odd: int
 
 
-def make_stimulus(
-    rng: np.random.Generator, height: int = HEIGHT, width: int = WIDTH, kind: str | None = None
-) -> Stimulus:
-    """Draw one scene.
-
-    Args:
-        rng: source of all randomness.
-        height: rows, at least 96.
-        width: columns, at least 96.
-        kind: the odd feature, one of :data:`KINDS`; None = drawn.
-
-    Raises:
-        ValueError: unknown kind, or a scene too small for items.
-    """
-    if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind {kind!r} is not one of {', '.join(KINDS)}")
-    if min(height, width) < 96:
-        raise ValueError(f"a scene needs at least 96x96 pixels, got {height}x{width}")
-    kind = kind or str(rng.choice(KINDS))
+def make_stimulus(rng: np.random.Generator) -> Stimulus:
+    """Draw a scene of 240x320 pixels; all its randomness comes from ``rng``."""
+    kind = str(rng.choice(KINDS))
     palette = np.array([getrgb(code) for code in PALETTES[rng.integers(len(PALETTES))]]) / 255
-    centres, cell = _place_items(rng, height, width)
+    ground = palette[0]
+    centres, cell = _place_items(rng)
     n_odd = int(rng.integers(1, 4))
     strength = rng.uniform(0.7, 1.0, n_odd)
 
-    canvas = _ground(rng, palette[0], height, width)
+    canvas = _ground(rng, ground)
     own, other = rng.choice(np.arange(1, len(palette)), 2, replace=False)
     shape = str(rng.choice(("bar", "leaf") if kind == "orientation" else SHAPES))
-    angle = rng.uniform(0, np.pi)
+    common_angle = rng.uniform(0, np.pi)
     for i, centre in enumerate(centres):
-        look = {
-            "colour": palette[own] * rng.uniform(0.95, 1.05),
-            "size": cell * 0.30 * rng.uniform(0.92, 1.08),
-            "angle": angle + rng.normal(0, 0.08),
-        }
-        if i < n_odd:
-            look = _make_odd(look, kind, strength[i], palette[other], palette[0])
-        elif kind == "luminance":  # the others stay close to the ground, whatever the palette
-            look["colour"] = 0.45 * look["colour"] + 0.55 * palette[0]
-        _draw(canvas, centre, shape, **look)
-    grain = rng.normal(0, 0.012, (height, width, 1))
+        colour = palette[own] * rng.uniform(0.95, 1.05)
+        size = cell * 0.30 * rng.uniform(0.92, 1.08)
+        angle = common_angle + rng.normal(0, 0.08)
+        if i >= n_odd:
+            if kind == "luminance":  # the others stay close to the ground, whatever the palette
+                colour = 0.45 * colour + 0.55 * ground
+        elif kind == "colour":
+            colour = (1 - strength[i]) * colour + strength[i] * palette[other]
+        elif kind == "orientation":
+            angle += strength[i] * np.pi / 2
+        elif kind == "size":
+            size *= 1 + 0.55 * strength[i]
+        else:  # darker on light grounds, lighter on dark ones
+            away = 0.0 if ground.mean() > 0.5 else 1.0
+            colour = (1 - 0.75 * strength[i]) * colour + 0.75 * strength[i] * away
+        _draw(canvas, centre, shape, colour, size, angle)
+    grain = rng.normal(0, 0.012, (HEIGHT, WIDTH, 1))
     image = np.round((canvas + grain).clip(0, 1) * 255).astype(np.uint8)
 
     others = len(centres) - n_odd
-    salience = np.concatenate(
-        [SHARES[0] * strength / strength.sum(), np.full(others, SHARES[1] / others)]
-    )
-    density = _density(centres, salience, height, width)
-    return Stimulus(image, density, kind, centres, salience, n_odd)
+    odd_salience = SHARES[0] * strength / strength.sum()
+    salience = np.concatenate([odd_salience, np.full(others, SHARES[1] / others)])
+    return Stimulus(image, density_of(centres, salience), centres, salience, n_odd)
 
 
 def draw_fixations(
@@ -129,9 +107,10 @@ def draw_fixations(
     Returns:
         (N, 2) float32 x, y inside the photo, and (N,) int16 observers.
     """
-    height, width = stimulus.density.shape
-    middle = np.array([(width - 1) / 2, (height - 1) / 2])
+    size = np.array([WIDTH, HEIGHT])
     item_share = stimulus.salience / stimulus.salience.sum()
+    weights = np.where(np.arange(len(item_share)) < stimulus.n_odd, item_share, 0)
+    rest = item_share - weights
     points, who = [], []
     for observer in range(observers):
         shares = rng.dirichlet(SHARE_CONCENTRATION * SHARES)
@@ -140,8 +119,6 @@ def draw_fixations(
         source = rng.choice(3, count, p=[shares[0] + shares[1], shares[2], shares[3]])
         # An observer's share of odd items among items follows from the same draw.
         odd = rng.random(count) < shares[0] / (shares[0] + shares[1])
-        weights = np.where(np.arange(len(item_share)) < stimulus.n_odd, item_share, 0)
-        rest = item_share - weights
         item = np.where(
             odd,
             rng.choice(len(weights), count, p=weights / weights.sum()),
@@ -149,11 +126,9 @@ def draw_fixations(
         )
         scatter = rng.normal(0, np.sqrt(ITEM_SPREAD**2 - OFFSET**2), (count, 2))
         at_item = stimulus.centres[item] + offset + scatter
-        centre_spread = np.array([CENTRE_SPREAD[1] * width, CENTRE_SPREAD[0] * height])
-        at_centre = middle + rng.normal(0, 1, (count, 2)) * centre_spread
-        anywhere = rng.uniform(0, 1, (count, 2)) * (width, height) - 0.5
-        chosen = np.choose(source[:, None], (at_item, at_centre, anywhere))
-        points.append(_fold(chosen, width, height))
+        at_centre = (size - 1) / 2 + rng.normal(0, 1, (count, 2)) * (CENTRE_SPREAD * size)
+        anywhere = rng.uniform(0, 1, (count, 2)) * size - 0.5
+        points.append(_fold(np.choose(source[:, None], (at_item, at_centre, anywhere))))
         who.append(np.full(count, observer, np.int16))
     return np.concatenate(points), np.concatenate(who)
 
@@ -161,33 +136,24 @@ def draw_fixations(
 def write_sample(folder: str | Path, counts: dict[str, int], seed: int = 2016) -> list[Photo]:
     """Make the sample: ``folder/images/*.png`` and the true ``folder/densities/*.npz``.
 
-    The scene with a given split and number is the same whatever else is made.
+    The scene with a given split and number is the same whatever else is made. Existing files are
+    replaced.
 
     Args:
-        folder: written to; files that exist are replaced.
+        folder: written to.
         counts: photos per split, e.g. ``{"train": 480, "val": 60, "test": 100}``.
         seed: of the whole sample.
 
     Returns:
         One record per photo, with fixations, observers and the path of the true density.
-
-    Raises:
-        ValueError: a split that is not one of :data:`mlnet_utils.data.photos.SPLITS`.
     """
-    unknown = [split for split in counts if split not in SPLITS]
-    if unknown:
-        raise ValueError(f"unknown splits {', '.join(unknown)}: use {', '.join(SPLITS)}")
     folder = Path(folder)
     for name in ("images", "densities"):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    jobs = [
-        (split, number, seed + 1000 * SPLITS.index(split))
-        for split in counts
-        for number in range(counts[split])
-    ]
+    jobs = [(split, number) for split in counts for number in range(counts[split])]
     photos = []
-    for split, number, stream in progress(jobs, "making the sample", unit="photo"):
-        rng = np.random.default_rng([stream, number])
+    for split, number in progress(jobs, "making the sample", unit="photo"):
+        rng = np.random.default_rng([seed + 1000 * SPLITS.index(split), number])
         stimulus = make_stimulus(rng)
         points, observers = draw_fixations(stimulus, rng)
         stem = f"{split}_{number:04d}"
@@ -202,15 +168,17 @@ def write_sample(folder: str | Path, counts: dict[str, int], seed: int = 2016) -
 
 
 # ---- the density -------------------------------------------------------------------------------
-def _density(centres: np.ndarray, salience: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W): the mixture, integrated over every pixel, folded at the border."""
-    rows = np.stack([_folded_gaussian(y, ITEM_SPREAD, height) for y in centres[:, 1]])
-    columns = np.stack([_folded_gaussian(x, ITEM_SPREAD, width) for x in centres[:, 0]])
+def density_of(centres: np.ndarray, salience: np.ndarray) -> np.ndarray:
+    """(H, W) that sums to 1: the mixture, integrated over every pixel, folded at the border."""
+    rows = np.stack([_folded_gaussian(y, ITEM_SPREAD, HEIGHT) for y in centres[:, 1]])
+    columns = np.stack([_folded_gaussian(x, ITEM_SPREAD, WIDTH) for x in centres[:, 0]])
     items = (rows * salience[:, None]).T @ columns
-    centre_rows = _folded_gaussian((height - 1) / 2, CENTRE_SPREAD[0] * height, height)
-    centre_columns = _folded_gaussian((width - 1) / 2, CENTRE_SPREAD[1] * width, width)
+    centre_columns, centre_rows = (
+        _folded_gaussian((size - 1) / 2, spread * size, size)
+        for size, spread in zip((WIDTH, HEIGHT), CENTRE_SPREAD, strict=True)
+    )
     centre = SHARES[2] * np.outer(centre_rows, centre_columns)
-    return items + centre + SHARES[3] / (height * width)
+    return items + centre + SHARES[3] / (HEIGHT * WIDTH)
 
 
 def _folded_gaussian(mean: float, sigma: float, size: int) -> np.ndarray:
@@ -223,99 +191,75 @@ def _folded_gaussian(mean: float, sigma: float, size: int) -> np.ndarray:
     return total / total.sum()
 
 
-def _fold(points: np.ndarray, width: int, height: int) -> np.ndarray:
+def _fold(points: np.ndarray) -> np.ndarray:
     """(N, 2) float32: points outside the photo reflected back at its border."""
-    size = np.array([width, height])
+    size = np.array([WIDTH, HEIGHT])
     position = np.mod(points + 0.5, 2 * size)
     position = np.where(position >= size, 2 * size - position, position)
     folded = (position - 0.5).astype(np.float32)
     # Rounding to float32 must not push a point on the border over it.
-    over = pixel_indices(folded) >= size
-    return np.where(over, (size - 1).astype(np.float32), folded)
+    return np.where(pixel_indices(folded) >= size, (size - 1).astype(np.float32), folded)
 
 
 # ---- the picture -------------------------------------------------------------------------------
-def _place_items(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndarray, float]:
+def _place_items(rng: np.random.Generator) -> tuple[np.ndarray, float]:
     """(K, 2) x, y on a jittered grid with gaps, in random order, and the grid's cell size."""
     rows = int(rng.integers(4, 7))
-    cell = height / rows
-    columns = int(width // cell)
+    cell = HEIGHT / rows
+    columns = int(WIDTH // cell)
     y, x = np.meshgrid(np.arange(rows), np.arange(columns), indexing="ij")
     grid = np.stack([x.ravel(), y.ravel()], 1) + 0.5
     keep = rng.permutation(len(grid))[: max(8, int(len(grid) * rng.uniform(0.65, 0.95)))]
     jitter = rng.uniform(-0.16, 0.16, (len(keep), 2))
-    left = (width - columns * cell) / 2
+    left = (WIDTH - columns * cell) / 2
     return (grid[keep] + jitter) * cell + (left, 0.0), cell
 
 
-def _make_odd(
-    look: dict, kind: str, strength: float, other_colour: np.ndarray, ground: np.ndarray
-) -> dict:
-    """The look of an odd item: one feature changed in proportion to ``strength``."""
-    if kind == "colour":
-        return {**look, "colour": (1 - strength) * look["colour"] + strength * other_colour}
-    if kind == "orientation":
-        return {**look, "angle": look["angle"] + strength * np.pi / 2}
-    if kind == "size":
-        return {**look, "size": look["size"] * (1 + 0.55 * strength)}
-    away = 0.0 if ground.mean() > 0.5 else 1.0  # darker on light grounds, lighter on dark ones
-    return {**look, "colour": (1 - 0.75 * strength) * look["colour"] + 0.75 * strength * away}
-
-
-def _smooth_noise(rng: np.random.Generator, height: int, width: int, cells: int) -> np.ndarray:
+def _smooth_noise(rng: np.random.Generator, cells: int) -> np.ndarray:
     """(H, W) value noise in about -1..1: random values on a coarse grid, smoothly interpolated."""
-    coarse = rng.uniform(-1, 1, (cells + 2, cells + 2))
-    result = coarse
-    for axis, size in ((0, height), (1, width)):
+    result = rng.uniform(-1, 1, (cells + 2, cells + 2))
+    for axis, size in enumerate((HEIGHT, WIDTH)):
         position = np.linspace(0, cells, size, endpoint=False)
         low = position.astype(int)
         t = position - low
-        t = t * t * (3 - 2 * t)
-        shape = (-1, 1) if axis == 0 else (1, -1)
+        t = np.expand_dims(t * t * (3 - 2 * t), 1 - axis)
         a, b = np.take(result, low, axis), np.take(result, low + 1, axis)
-        result = a + (b - a) * t.reshape(shape)
+        result = a + (b - a) * t
     return result
 
 
-def _ground(rng: np.random.Generator, colour: np.ndarray, height: int, width: int) -> np.ndarray:
+def _ground(rng: np.random.Generator, colour: np.ndarray) -> np.ndarray:
     """(H, W, 3) float: paper with a soft gradient, a texture and a vignette."""
-    y, x = np.mgrid[0:height, 0:width]
+    y, x = np.mgrid[0:HEIGHT, 0:WIDTH]
     direction = rng.uniform(0, 2 * np.pi)
-    along = np.cos(direction) * (x / width - 0.5) + np.sin(direction) * (y / height - 0.5)
-    shade = 0.05 * along + 0.035 * _smooth_noise(rng, height, width, 5)
-    shade += 0.018 * _smooth_noise(rng, height, width, 40)
+    along = np.cos(direction) * (x / WIDTH - 0.5) + np.sin(direction) * (y / HEIGHT - 0.5)
+    shade = 0.05 * along + 0.035 * _smooth_noise(rng, 5)
+    shade += 0.018 * _smooth_noise(rng, 40)
     texture = rng.integers(4)
     if texture == 1:  # woven stripes
         turn = rng.uniform(0, np.pi)
-        shade += 0.014 * np.sin(
-            (np.cos(turn) * x + np.sin(turn) * y) * 2 * np.pi / rng.uniform(7, 14)
-        )
+        across = np.cos(turn) * x + np.sin(turn) * y
+        shade += 0.014 * np.sin(across * 2 * np.pi / rng.uniform(7, 14))
     elif texture == 2:  # dots
         step = rng.uniform(9, 15)
         dots = np.cos(2 * np.pi * x / step) * np.cos(2 * np.pi * y / step)
         shade -= 0.03 * np.clip((dots - 0.55) * 6, 0, 1)
     elif texture == 3:  # wood-like rings
-        rings = _smooth_noise(rng, height, width, 3) * 5 + y / rng.uniform(18, 30)
+        rings = _smooth_noise(rng, 3) * 5 + y / rng.uniform(18, 30)
         shade += 0.016 * np.sin(2 * np.pi * rings)
-    vignette = 0.05 * (((x / width - 0.5) ** 2 + (y / height - 0.5) ** 2) / 0.5)
+    vignette = 0.05 * (((x / WIDTH - 0.5) ** 2 + (y / HEIGHT - 0.5) ** 2) / 0.5)
     return colour + (shade - vignette)[..., None]
 
 
 def _draw(
-    canvas: np.ndarray,
-    centre: np.ndarray,
-    shape: str,
-    colour: np.ndarray,
-    size: float,
-    angle: float,
+    canvas: np.ndarray, at: np.ndarray, shape: str, colour: np.ndarray, size: float, angle: float
 ) -> None:
     """Paint one antialiased item with a soft shadow and a little shading, in place."""
-    height, width = canvas.shape[:2]
     reach = int(np.ceil(size * 1.7)) + 4
-    x0, y0 = (np.round(centre).astype(int) - reach).clip(0)
-    x1, y1 = min(width, x0 + 2 * reach + 1), min(height, y0 + 2 * reach + 1)
+    x0, y0 = (np.round(at).astype(int) - reach).clip(0)
+    x1, y1 = min(WIDTH, x0 + 2 * reach + 1), min(HEIGHT, y0 + 2 * reach + 1)
     y, x = np.mgrid[y0:y1, x0:x1].astype(float)
-    x, y = x - centre[0], y - centre[1]
+    x, y = x - at[0], y - at[1]
     patch = canvas[y0:y1, x0:x1]
     shadow = 0.16 * (0.5 - _distance(shape, x - 0.09 * size, y - 0.13 * size, size, angle) / 5)
     patch *= 1 - shadow.clip(0, 0.16)[..., None]
