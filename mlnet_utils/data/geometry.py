@@ -20,10 +20,10 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 # ---- letterbox ---------------------------------------------------------------------------------
 @dataclass(frozen=True)
 class Letterbox:
-    """How a photo is fitted into the network's input: resized to the content size, then centred.
+    """The fit of a photo into the network's input: resized to the content size, then centred.
 
-    The photo's aspect ratio is kept; the rest is padding, as in the authors' code
-    (``padding()`` in their ``utilities.py``): the side that would overflow decides the scale.
+    The aspect ratio is kept, and the side that would overflow decides the scale; the rest is
+    padding, as in the authors' code (``padding()`` in their ``utilities.py``).
     """
 
     photo_height: int
@@ -56,14 +56,12 @@ class Letterbox:
         return (self.width - self.content_width) // 2
 
     @property
-    def rows(self) -> "Axis":
-        """The vertical axis."""
-        return Axis(self.photo_height, self.height, self.content_height, self.top)
-
-    @property
-    def columns(self) -> "Axis":
-        """The horizontal axis."""
-        return Axis(self.photo_width, self.width, self.content_width, self.left)
+    def axes(self) -> tuple["Axis", "Axis"]:
+        """The vertical and the horizontal axis."""
+        return (
+            Axis(self.photo_height, self.height, self.content_height, self.top),
+            Axis(self.photo_width, self.width, self.content_width, self.left),
+        )
 
 
 class Axis(NamedTuple):
@@ -91,27 +89,21 @@ def letterbox(image: Tensor, height: int, width: int, antialias: bool = True) ->
     Raises:
         ValueError: the image is not (C, H, W).
     """
-    if image.ndim != 3:
-        raise ValueError(f"letterbox expects (C, H, W), got shape {tuple(image.shape)}")
-    box = Letterbox(image.shape[1], image.shape[2], height, width)
-    content = image.float()
-    if tuple(content.shape[1:]) != (box.content_height, box.content_width):
-        content = F.interpolate(
-            content[None],
-            size=(box.content_height, box.content_width),
-            mode="bilinear",
-            antialias=antialias,
-        )[0]
-    right, below = width - box.content_width - box.left, height - box.content_height - box.top
+    _, rows, columns = image.shape
+    box = Letterbox(rows, columns, height, width)
+    size, content = (box.content_height, box.content_width), image.float()
+    if (rows, columns) != size:
+        content = F.interpolate(content[None], size=size, mode="bilinear", antialias=antialias)[0]
+    right, below = width - size[1] - box.left, height - size[0] - box.top
     return F.pad(content, (box.left, right, box.top, below))
 
 
 def unletterbox(maps: Tensor, box: Letterbox) -> Tensor:
     """Bring maps on the network's grid back to the photo's own pixels: the letterbox's inverse.
 
-    Every photo pixel centre is mapped to its place on the grid and read there bilinearly, so
-    that no rounding to whole grid cells occurs even where the padding is not a multiple of the
-    output stride; the padding itself is never read.
+    Every photo pixel centre is read bilinearly at its place on the grid. No rounding to whole
+    cells occurs even where the padding is not a multiple of the output stride, and the padding
+    itself is never read.
 
     Args:
         maps: (B, h, w) on the grid that covers the letterboxed input (any stride).
@@ -120,37 +112,11 @@ def unletterbox(maps: Tensor, box: Letterbox) -> Tensor:
     Returns:
         (B, photo_height, photo_width), values interpolated, not renormalised.
     """
-    rows = _sampling_matrix(box.rows, maps.shape[-2]).to(maps)
-    columns = _sampling_matrix(box.columns, maps.shape[-1]).to(maps)
+    rows, columns = (
+        _sampling_matrix(axis, cells).to(maps)
+        for axis, cells in zip(box.axes, maps.shape[-2:], strict=True)
+    )
     return rows @ maps @ columns.T
-
-
-def authors_postprocess(maps: Tensor, height: int, width: int) -> Tensor:
-    """Bring maps back to the photo as the authors' code does (``postprocess_predictions``).
-
-    The map is resized until the letterboxed area covers the photo, the centre is cropped, and
-    the result is divided by its maximum. Without padding this equals :func:`unletterbox`; with
-    it, this rounds the resized side down to whole pixels and reads into cells of the padding.
-
-    Args:
-        maps: (B, h, w), non-negative, on the grid that covers the letterboxed input.
-        height: rows of the photo.
-        width: columns of the photo.
-
-    Returns:
-        (B, height, width) with a maximum of 1 (the authors multiply by 255 for their files);
-        a map without any saliency stays zero, where the authors' becomes NaN.
-    """
-    rows, columns = maps.shape[-2:]
-    if height * columns > width * rows:
-        size = (height, columns * height // rows)
-    else:
-        size = (rows * width // columns, width)
-    covering = F.interpolate(maps[:, None], size=size, mode="bilinear")[:, 0]
-    top, left = (size[0] - height) // 2, (size[1] - width) // 2
-    photo = covering[:, top : top + height, left : left + width]
-    peak = photo.amax((1, 2), keepdim=True)
-    return photo / peak.where(peak > 0, 1)
 
 
 @functools.lru_cache(maxsize=256)
@@ -189,10 +155,8 @@ def _checked_pixels(points: np.ndarray, height: int, width: int) -> np.ndarray:
     points = np.asarray(points).reshape(-1, 2)
     within = inside(points, height, width)
     if not within.all():
-        bad = points[~within][0]
-        raise ValueError(
-            f"fixation at x={bad[0]:.1f}, y={bad[1]:.1f} lies outside the {width}x{height} photo"
-        )
+        x, y = points[~within][0]
+        raise ValueError(f"fixation x={x:.1f}, y={y:.1f} lies outside the {width}x{height} photo")
     return pixel_indices(points).T
 
 
@@ -245,16 +209,11 @@ def _spread_matrix(axis: Axis, cells: int) -> Tensor:
     cell_edges = np.arange(cells + 1) * size / cells
     low = np.maximum(edges[None, :-1], cell_edges[:-1, None])
     high = np.minimum(edges[None, 1:], cell_edges[1:, None])
-    spread = np.clip(high - low, 0, None) * photo / content
-    return torch.from_numpy(spread)
+    return torch.from_numpy(np.clip(high - low, 0, None) * photo / content)
 
 
 def density_from_points(
-    points: np.ndarray,
-    height: int,
-    width: int,
-    sigma: float,
-    device: torch.device | str = "cpu",
+    points: np.ndarray, height: int, width: int, sigma: float, device: torch.device | str = "cpu"
 ) -> Tensor:
     """Fixation density at the photo's size: the fixations blurred with a Gaussian.
 
@@ -266,7 +225,7 @@ def density_from_points(
         height: rows of the photo.
         width: columns of the photo.
         sigma: in pixels of the photo.
-        device: where the map is made.
+        device: of the map.
 
     Returns:
         (H, W) float64 that sums to 1; all zeros if there is no fixation.
@@ -293,40 +252,26 @@ def density_on_grid(
         ValueError: a point lies outside the photo, or sigma is not positive.
     """
     x, y = _checked_pixels(points, box.photo_height, box.photo_width)
-    rows = _target_matrix(box.rows, grid[0], sigma)[:, y]
-    columns = _target_matrix(box.columns, grid[1], sigma)[:, x]
+    vertical, horizontal = box.axes
+    rows = _target_matrix(vertical, grid[0], sigma)[:, y]
+    columns = _target_matrix(horizontal, grid[1], sigma)[:, x]
     return rows @ columns.T / max(len(x), 1)
 
 
 def map_on_grid(density: Tensor, box: Letterbox, grid: tuple[int, int]) -> Tensor:
-    """A density at the photo's size, letterboxed and summed onto a coarse grid.
-
-    Args:
-        density: (H, W) float64 of the photo's size.
-        box: the photo's letterbox.
-        grid: rows and columns.
-
-    Returns:
-        (h, w) float64 with the same sum.
-    """
-    return _spread_matrix(box.rows, grid[0]) @ density @ _spread_matrix(box.columns, grid[1]).T
+    """A photo's (H, W) float64 density, letterboxed and summed onto a grid: (h, w), same sum."""
+    rows, columns = map(_spread_matrix, box.axes, grid)
+    return rows @ density @ columns.T
 
 
 def counts_on_grid(points: np.ndarray, box: Letterbox, grid: tuple[int, int]) -> Tensor:
-    """(h, w) int64: fixations per cell of a coarse grid over the letterboxed photo.
-
-    Args:
-        points: (N, 2) x, y, 0-based, inside the photo.
-        box: the photo's letterbox.
-        grid: rows and columns.
-    """
+    """(h, w) int64: fixations, (N, 2) x, y inside the photo, per cell of a letterboxed grid."""
     x, y = pixel_indices(points).T
-    row, column = _cells(y, box.rows, grid[0]), _cells(x, box.columns, grid[1])
+    row, column = (  # the cells on which the pixels' centres fall
+        (((at + 0.5) * axis.content / axis.photo + axis.offset) * cells / axis.size)
+        .astype(int)
+        .clip(0, cells - 1)
+        for at, axis, cells in zip((y, x), box.axes, grid, strict=True)
+    )
     counts = np.bincount(row * grid[1] + column, minlength=grid[0] * grid[1])
     return torch.from_numpy(counts.reshape(grid))
-
-
-def _cells(pixels: np.ndarray, axis: Axis, cells: int) -> np.ndarray:
-    """(N,) int: the cell of a letterboxed axis on which each pixel's centre falls."""
-    place = ((pixels + 0.5) * axis.content / axis.photo + axis.offset) * cells / axis.size
-    return place.astype(int).clip(0, cells - 1)

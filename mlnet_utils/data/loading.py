@@ -18,25 +18,15 @@ from mlnet_utils.runtime import cpu_count
 class SaliencyDataset(Dataset):
     """Photos letterboxed to the network's input, densities and fixations on its output grid.
 
-    Items are keyed by ``(epoch, index)``: the augmentation of a photo depends only on the seed,
-    the epoch and the photo, never on which worker or process loads it, so that a resumed or a
-    distributed run sees exactly the same data.
+    Items are keyed by ``(epoch, index)``. The augmentation of a photo depends only on the seed, the
+    epoch and the photo, so that a resumed or a distributed run sees exactly the same data.
     """
 
     def __init__(self, prepared: Prepared, split: str, config: Config, augment: bool = False):
-        """
-        Args:
-            prepared: the data.
-            split: which of its photos.
-            config: input size, probability of mirroring, seed, and whether items are kept.
-            augment: mirror photos at random.
-
-        Raises:
-            ValueError: the split is empty.
-        """
+        """``augment`` mirrors photos at random. Raises ValueError where the split is empty."""
         self.prepared, self.config, self.augment = prepared, config, augment
         self.photos = prepared.split(split)
-        self.cached: dict[int, Tensor] = {}
+        self.images: dict[int, Tensor] = {}  # kept if the configuration says so, by index
         self.truths: dict[int, tuple[Tensor, Tensor]] = {}
         # (photo, mirrored) -> features to give instead of the photo, see features.FeatureCache
         self.features: Callable[[Photo, bool], Tensor] | None = None
@@ -66,12 +56,8 @@ class SaliencyDataset(Dataset):
         else:
             image = self.image(index)
             seen = {"image": image.flip(-1) if mirrored else image}
-        return {
-            **seen,
-            "density": density[None],
-            "fixations": counts[None],
-            "index": torch.tensor(index),
-        }
+        truth = {"density": density[None], "fixations": counts[None]}
+        return {**seen, **truth, "index": torch.tensor(index)}
 
     def _truth(self, index: int) -> tuple[Tensor, Tensor]:
         """(h, w) float32 density and fixation counts on the grid."""
@@ -91,19 +77,19 @@ class SaliencyDataset(Dataset):
         Raises:
             ValueError: the photo's size is not that of the index.
         """
-        if index in self.cached:
-            return self.cached[index]
+        if index in self.images:
+            return self.images[index]
         photo = self.photos[index]
         image = read_image(self.prepared.root / photo.image)
         if tuple(image.shape[1:]) != (photo.height, photo.width):
             raise ValueError(
-                f"{photo.image} is {image.shape[2]}x{image.shape[1]}, but was "
-                f"{photo.width}x{photo.height} when the dataset was prepared; prepare it again"
+                f"{photo.image} is {image.shape[2]}x{image.shape[1]}, but was prepared as "
+                f"{photo.width}x{photo.height}: prepare the dataset again"
             )
         image = letterbox(image, self.config.height, self.config.width, self.config.antialias)
         image = image.round_().clamp_(0, 255).to(torch.uint8)
         if self.config.cache:
-            self.cached[index] = image
+            self.images[index] = image
         return image
 
 

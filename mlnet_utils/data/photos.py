@@ -165,7 +165,7 @@ class Prepared:
     @property
     def root(self) -> Path:
         """The folder that the photos' paths are relative to."""
-        return self.folder / self.meta["root"]  # an absolute path, or "."
+        return self.folder if self.meta["root"] == "." else Path(self.meta["root"])
 
     @property
     def sigma(self) -> float:

@@ -23,7 +23,7 @@ def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
     """Read a dataset, split it, hash its files, and write the prepared folder.
 
     Args:
-        config: names the dataset, the fold and the limit.
+        config: names the dataset, the fold and the limits.
         data_root: folder of the raw datasets (not written to).
         folder: the prepared folder to write; synthetic photos are made inside it.
 
@@ -39,12 +39,10 @@ def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
             "pixels of one degree of visual angle"
         )
     if spec.name == "synthetic":
-        if config.fold >= 0:
-            raise ValueError(f"config: fold={config.fold}, but {spec.name} has its own split")
+        _refuse_fold(config.fold, spec.name)
         limit = config.limit or max(SAMPLE.values())
         counts = {split: min(count, limit) for split, count in SAMPLE.items()}
-        photos = synthetic.write_sample(folder, counts)
-        root = "."
+        photos, root = synthetic.write_sample(folder, counts), "."
     else:
         source = data_root / spec.folder
         photos = _joined(spec.joins, source) if spec.joins else spec.read(source)
@@ -58,11 +56,8 @@ def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
                 f"fixations, e.g. {unseen[0]}, and loss={config.loss!r} needs fixations; use mse, "
                 "mlnet, kl, cc or sim"
             )
-        photos = [
-            photo.with_hashes(source)
-            for photo in progress(photos, f"indexing {spec.name}", unit="photo")
-        ]
-        root = str(source.resolve())
+        unhashed = progress(photos, f"indexing {spec.name}", unit="photo")
+        photos, root = [photo.with_hashes(source) for photo in unhashed], str(source.resolve())
     if config.train_limit:
         photos = first(photos, config.train_limit, ("train",))
     meta = {
@@ -97,27 +92,19 @@ def _joined(names: Iterable[str], root: Path) -> list[Photo]:
 
 
 def check_same_data(config: Config, meta: dict) -> None:
-    """Refuse a configuration that other data were prepared for.
+    """Refuse a training configuration that differs from a prepared folder's.
 
     Folders of a dataset that no preset can name were written by hand, and are taken as they are.
 
-    Args:
-        config: of the training that is about to begin.
-        meta: of the prepared folder.
-
     Raises:
-        ValueError: a key that decides the data differs from the prepared folder's.
+        ValueError: a key that decides the data differs from that in the folder's ``meta``.
     """
     if meta["dataset"] not in DATASETS:
         return
     wanted = {key: getattr(config, key) for key in ("dataset", "fold", "limit", "train_limit")}
     wanted["sigma"] = config.sigma or dataset_spec(config.dataset).sigma
     known = {**wanted, **meta, "sigma": meta["sigma_px"]}  # early folders do not note the limits
-    different = [
-        f"{key}={value} (prepared: {known[key]})"
-        for key, value in wanted.items()
-        if known[key] != value
-    ]
+    different = [f"{k}={v} (prepared: {known[k]})" for k, v in wanted.items() if known[k] != v]
     if different:
         raise ValueError(
             f"the prepared data are of another configuration: {', '.join(different)}; run the verb "
@@ -139,13 +126,11 @@ def hash_split(photos: list[Photo], n_val: int, n_test: int) -> list[Photo]:
     """
     if n_val + n_test >= len(photos):
         raise ValueError(
-            f"cannot take {n_val} validation and {n_test} test photos out of {len(photos)}; with "
-            f"fewer photos than published, but at least {FOLDS}, set `fold: 0` in the preset for "
-            "fifths"
+            f"cannot take {n_val} validation and {n_test} test photos out of {len(photos)}: add "
+            f"photos, or with at least {FOLDS} set `fold: 0` in the preset for fifths"
         )
-    ordered = hash_order(photos)
-    split = {photo.stem: "test" for photo in ordered[:n_test]}
-    split |= {photo.stem: "val" for photo in ordered[n_test : n_test + n_val]}
+    split = {photo.stem: "val" for photo in hash_order(photos)[: n_test + n_val]}
+    split |= {photo.stem: "test" for photo in hash_order(photos)[:n_test]}
     return [replace(photo, split=split.get(photo.stem, "train")) for photo in photos]
 
 
@@ -155,13 +140,10 @@ def fold_split(photos: list[Photo], fold: int) -> list[Photo]:
     Raises:
         ValueError: the fold does not exist, or there are fewer photos than folds.
     """
-    if not 0 <= fold < FOLDS:
+    if not 0 <= fold < FOLDS <= len(photos):
         raise ValueError(
-            f"config: fold={fold} must be in 0..{FOLDS - 1}, or -1 for the fixed split"
-        )
-    if len(photos) < FOLDS:
-        raise ValueError(
-            f"config: fold={fold}, but {len(photos)} photos cannot make {FOLDS} folds: add photos"
+            f"config: fold={fold} of {len(photos)} photos: folds are 0 to {FOLDS - 1}, of at least "
+            f"{FOLDS} photos; fold=-1 is the fixed split"
         )
     place = {photo.stem: i % FOLDS for i, photo in enumerate(hash_order(photos))}
     names = {fold: "test", (fold + 1) % FOLDS: "val"}
@@ -185,26 +167,31 @@ def split_photos(
             their split, or there are too few photos for the rule.
     """
     unsplit = [photo.stem for photo in photos if not photo.split]
+    if not n_test or len(unsplit) < len(photos):
+        _refuse_fold(fold, name)
+        if n_test and unsplit:
+            raise ValueError(
+                f"{name}: {len(unsplit)} photos are in none of the folders {', '.join(SPLITS)}, "
+                f"e.g. {unsplit[0]}, while others are: move them into one, or all photos out"
+            )
+        return photos
     if fold >= 0:
-        if not n_test or len(unsplit) < len(photos):
-            raise ValueError(f"config: fold={fold}, but {name} has its own split")
         return fold_split(photos, fold)
-    if n_test and len(unsplit) == len(photos):
-        counts = (max(1, round(n * len(photos))) if n < 1 else int(n) for n in (n_val, n_test))
-        return hash_split(photos, *counts)
-    if n_test and unsplit:
-        raise ValueError(
-            f"{name}: {len(unsplit)} photos are in none of the folders {', '.join(SPLITS)}, e.g. "
-            f"{unsplit[0]}, while others are: move them into one, or take all photos out of them"
-        )
-    return photos
+    counts = (max(1, round(n * len(photos))) if n < 1 else int(n) for n in (n_val, n_test))
+    return hash_split(photos, *counts)
+
+
+def _refuse_fold(fold: int, name: str) -> None:
+    """An error for a fold of a dataset that has its own split."""
+    if fold >= 0:
+        raise ValueError(f"config: fold={fold}, but {name} has its own split: set fold to -1")
 
 
 def first(photos: list[Photo], limit: int, splits: Iterable[str]) -> list[Photo]:
     """At most the first ``limit`` photos, in hash order, of each of the ``splits``."""
-    left_out = {
-        p.stem
+    kept = {
+        photo.stem
         for split in splits
-        for p in hash_order([q for q in photos if q.split == split])[limit:]
+        for photo in hash_order([p for p in photos if p.split == split])[:limit]
     }
-    return [photo for photo in photos if photo.stem not in left_out]
+    return [photo for photo in photos if photo.stem in kept or photo.split not in splits]

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from mlnet_utils.config import Config
-from mlnet_utils.data.geometry import Letterbox, authors_postprocess, letterbox, unletterbox
+from mlnet_utils.data.geometry import Letterbox, letterbox, unletterbox
 from mlnet_utils.data.images import decode, read_image, to_bytes
 from mlnet_utils.model.checkpoints import load_model
 from mlnet_utils.runtime import pick_device
@@ -196,6 +196,26 @@ def to_density(single: Tensor, config: Config, box: Letterbox) -> Tensor:
         )
         density, total = torch.ones_like(density), density.numel()
     return density / total
+
+
+def authors_postprocess(maps: Tensor, height: int, width: int) -> Tensor:
+    """(B, h, w) maps on the grid back at the photo's size, as the authors' code brings them.
+
+    Their ``postprocess_predictions`` resizes a map until the letterboxed area covers the photo,
+    crops the centre, and divides by the maximum (they multiply by 255 for their files). Without
+    padding this equals :func:`unletterbox`; with it, this rounds the resized side down to whole
+    pixels and reads into cells of the padding. A map of zeros stays so; the authors' becomes NaN.
+    """
+    rows, columns = maps.shape[-2:]
+    if height * columns > width * rows:
+        size = (height, columns * height // rows)
+    else:
+        size = (rows * width // columns, width)
+    covering = F.interpolate(maps[:, None], size=size, mode="bilinear")[:, 0]
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    photo = covering[:, top : top + height, left : left + width]
+    peak = photo.amax((1, 2), keepdim=True)
+    return photo / peak.where(peak > 0, 1)
 
 
 def to_tensor(image: Photo) -> Tensor:

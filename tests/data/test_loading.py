@@ -63,14 +63,14 @@ def test_augmentation_depends_on_seed_epoch_and_photo_only(tiny_photos):
 def test_the_cache_changes_nothing(tiny_photos):
     dataset = make_dataset(tiny_photos, cache=True, augment=True, flip=0.5)
     before = [dataset[(0, i)] for i in range(10)]
-    assert len(dataset.cached) == 10
+    assert len(dataset.images) == 10
     assert all(same(dataset[(0, i)], before[i]) for i in range(10))
 
 
 def test_a_photo_that_changed_size_is_an_error(tiny_photos):
     dataset = make_dataset(tiny_photos)
     dataset.photos = [replace(dataset.photos[0], width=99)]
-    with pytest.raises(ValueError, match=r"train0.png is 61x75, but was 99x75.*prepare it again"):
+    with pytest.raises(ValueError, match=r"train0.png is 61x75, but was prepared as 99x75"):
         dataset[0]
 
 

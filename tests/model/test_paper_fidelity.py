@@ -17,17 +17,12 @@ from conftest import tiny_config
 from torch import nn
 
 from mlnet_utils.config import load_config
-from mlnet_utils.data.geometry import (
-    Letterbox,
-    authors_postprocess,
-    density_on_grid,
-    letterbox,
-    unletterbox,
-)
+from mlnet_utils.data.geometry import Letterbox, density_on_grid, letterbox, unletterbox
 from mlnet_utils.data.loading import EpochSampler
 from mlnet_utils.model.backbones import max_pool
 from mlnet_utils.model.losses import Objective, mlnet_loss
 from mlnet_utils.model.network import MLNet, freeze
+from mlnet_utils.predict.predictor import authors_postprocess
 from mlnet_utils.training.trainer import fit, learning_rate, make_optimizer
 
 PAPER = load_config("paper", backbone_weights="none")

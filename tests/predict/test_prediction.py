@@ -11,13 +11,14 @@ from PIL import Image
 from torch import nn
 
 import mlnet_utils
-from mlnet_utils.data.geometry import Letterbox, authors_postprocess, unletterbox
+from mlnet_utils.data.geometry import Letterbox, unletterbox
 from mlnet_utils.model.checkpoints import save_checkpoint
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.predict.predictor import (
     FLOOR,
     SMOOTHLY,
     Predictor,
+    authors_postprocess,
     load,
     predict_maps,
     to_density,
