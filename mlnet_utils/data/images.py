@@ -139,5 +139,5 @@ def read_density(path: str | Path) -> Tensor:
                 values = np.asarray(image.convert("F"), dtype=np.float64)
     total = values.sum()
     if values.ndim != 2 or not 0 < total < np.inf or values.min() < 0:  # a NaN makes the sum NaN
-        raise ValueError(f"density map {path} must be 2-D, finite, non-negative and not all zero")
+        raise ValueError(f"density map {path} must be 2-D, finite, non-negative, not zero")
     return torch.from_numpy(values / total)
