@@ -79,7 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
         return int(asked[1]) if asked and served.ranges and unchanged else 0
 
     def log_message(self, *_):
-        """Silence: tests print nothing."""
+        """Print nothing."""
 
 
 class _Server(ThreadingHTTPServer):

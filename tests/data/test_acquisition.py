@@ -17,7 +17,8 @@ from mlnet_utils.data.download import SOURCES
 STREET = "i05june05_static_street_boston_p1010764"  # the photo by which MIT1003 is recognised
 
 
-def make_salicon(root, edition):
+def make_salicon(root, name):
+    edition = name[-4:]
     for number, split in enumerate(("train", "val", "test")):
         stem = f"COCO_{split}2014_{number:012d}"
         save_photo(root / f"images/{split}/{stem}.jpg", 640, 480)
@@ -28,12 +29,12 @@ def make_salicon(root, edition):
                 save_photo(root / f"maps-2017/{split}/{stem}.png", 640, 480)
 
 
-def make_osie(root, *size):
+def make_osie(root, name):
     looked = {"1001.jpg": [([1.0], [1.0], [200])], "1002.jpg": [([9.0], [9.0], [100])]}
-    save_osie(root, looked, *size)
+    save_osie(root, looked, *((1024, 768) if name == "eyecrowd" else (800, 600)))
 
 
-def make_mit1003(root):
+def make_mit1003(root, _):
     for stem in (STREET, "i2"):
         save_photo(root / f"ALLSTIMULI/{stem}.jpeg", 200, 100)
         for observer in ("ajs", "hp"):
@@ -43,61 +44,33 @@ def make_mit1003(root):
             save_photo(root / f"ALLFIXATIONMAPS/{stem}_{kind}.jpg", 200, 100)
 
 
-def make_cat2000(root):
+def make_cat2000(root, _):
     for category in ("Action", "Art"):
         save_photo(root / f"trainSet/Stimuli/{category}/001.jpg")
         save_photo(root / f"trainSet/FIXATIONMAPS/{category}/001.jpg")
         save_mat(root / f"trainSet/FIXATIONLOCS/{category}/001.mat", fixLocs=np.eye(48, 64))
+        save_photo(root / f"testSet/Stimuli/{category}/001.jpg")
 
 
-def make_test_photos(root, *names):
-    for name in names:
-        save_photo(root / name)
+def make_mit300(root, _):
+    save_photo(root / "BenchmarkIMAGES/i1.jpg")
 
 
-# Maker of the layout, and for each archive the part that it becomes and where that part lies in it.
-_SALICON = {"images.zip": ("images", "images/")}
+# The maker, the folder, and for each archive the part that it becomes and the place of that part in
+# it. An archive is called as its part, or, where that is data, as the dataset.
+_IMAGES = ("images", "images/")
 FORMATS = {
-    "salicon-2017": (
-        "salicon",
-        lambda root: make_salicon(root, "2017"),
-        {
-            "fixations-2017.zip": ("fixations-2017", ""),
-            "maps-2017.zip": ("maps-2017", ""),
-            **_SALICON,
-        },
-    ),
-    "salicon-2015": (
-        "salicon",
-        lambda root: make_salicon(root, "2015"),
-        {"fixations-2015.zip": ("fixations-2015", ""), **_SALICON},
-    ),
-    "osie": (
-        "osie",
-        make_osie,
-        {"osie.zip": ("data", "predicting-human-gaze-beyond-pixels-master/data/")},
-    ),
-    "eyecrowd": (
-        "eyecrowd",
-        lambda root: make_osie(root, 1024, 768),
-        {"eyecrowd.zip": ("data", "saliency-in-crowd-master/data/")},
-    ),
+    "salicon-2017": (make_salicon, "salicon", ("fixations-2017", ""), ("maps-2017", ""), _IMAGES),
+    "salicon-2015": (make_salicon, "salicon", ("fixations-2015", ""), _IMAGES),
+    "osie": (make_osie, "osie", ("data", "predicting-human-gaze-beyond-pixels-master/data/")),
+    "eyecrowd": (make_osie, "eyecrowd", ("data", "saliency-in-crowd-master/data/")),
     "mit1003": (
-        "mit1003",
-        make_mit1003,
-        {f"{part}.zip": (part, f"{part}/") for part in ("ALLSTIMULI", "DATA", "ALLFIXATIONMAPS")},
+        *(make_mit1003, "mit1003"),
+        *((part, f"{part}/") for part in ("ALLSTIMULI", "DATA", "ALLFIXATIONMAPS")),
     ),
-    "cat2000": ("cat2000", make_cat2000, {"trainSet.zip": ("trainSet", "trainSet/")}),
-    "mit300": (
-        "mit300",
-        lambda root: make_test_photos(root, "BenchmarkIMAGES/i1.jpg", "BenchmarkIMAGES/i2.jpg"),
-        {"BenchmarkIMAGES.zip": ("BenchmarkIMAGES", "BenchmarkIMAGES/")},
-    ),
-    "cat2000-test": (
-        "cat2000",
-        lambda root: make_test_photos(root, "testSet/Stimuli/Action/001.jpg"),
-        {"testSet.zip": ("testSet", "testSet/")},
-    ),
+    "cat2000": (make_cat2000, "cat2000", ("trainSet", "trainSet/")),
+    "mit300": (make_mit300, "mit300", ("BenchmarkIMAGES", "BenchmarkIMAGES/")),
+    "cat2000-test": (make_cat2000, "cat2000", ("testSet", "testSet/")),
 }
 
 
@@ -123,13 +96,13 @@ def test_no_source_is_left_out():
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_format_is_acquired_and_read(name, tmp_path, monkeypatch):
-    folder, make, archives = FORMATS[name]
+    make, folder, *parts = FORMATS[name]
     made = tmp_path / "made"
-    make(made)
+    make(made, name)
     with FaultyServer() as server:
         served = []
-        for archive in SOURCES[name].archives:
-            part, top = archives[archive.name]
+        for archive, (part, top) in zip(SOURCES[name].archives, parts, strict=True):
+            assert archive.name == f"{name if part == 'data' else part}.zip"
             place = archive.drive or archive.name
             content = packed(made / part, top)
             server.files[place] = Served(content, cuts=[len(content) // 2])
@@ -142,10 +115,9 @@ def test_a_format_is_acquired_and_read(name, tmp_path, monkeypatch):
         monkeypatch.setattr("random.uniform", lambda *_: 0)  # how long gdown waits
         acquired = download.acquire(name, tmp_path / "data")
     assert acquired == tmp_path / "data" / folder
-    parts = [part for part, _ in archives.values()]
-    for part in parts:
+    for part, _ in parts:
         assert files(acquired / part) == sorted([".complete.json", *files(made / part)])
-    assert sorted(p.name for p in acquired.iterdir()) == sorted(["archives", *parts])
+    assert sorted(p.name for p in acquired.iterdir()) == sorted(["archives", *dict(parts)])
     assert SOURCES[name].folder == folder
     if read := SOURCES[name].read:  # the others are photos for submissions
         photos, expected = read(acquired), read(made)

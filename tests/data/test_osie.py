@@ -73,14 +73,11 @@ def test_missing_parts(osie):
 
 def test_faulty_files(osie):
     photo, fixations = osie / "data/stimuli/1002.jpg", osie / "data/eye/fixations.mat"
-    save_photo(photo, 400, 300)
-    with pytest.raises(ValueError, match=r"1002\.jpg is 400x300 instead of 800x600"):
-        read_osie(osie)
     truncate(photo, 0.9)
-    with pytest.raises(ValueError, match=r"1002\.jpg cannot be decoded \(.*truncated"):
+    with pytest.raises(ValueError, match=r"1002\.jpg cannot be decoded"):
         read_osie(osie)
-    save_osie(osie, {"1001.jpg": [([1.0], [1.0], [1])], "1002.jpg": [([900.0], [1.0], [1])]})
-    with pytest.raises(ValueError, match=r"1 photos .*\(1 .*\): 1002"):
+    save_osie(osie, {"1001.jpg": [], "1002.jpg": [([900.0], [1.0], [1])]})
+    with pytest.raises(ValueError, match=r"2 photos .*\(1 .*\): 1001, 1002"):
         read_osie(osie)
     truncate(fixations)
     with pytest.raises(ValueError, match=r"fixations\.mat is empty, damaged"):
@@ -98,11 +95,7 @@ def subject(x, y, durations):
 STRUCTURES = {
     "numbers": np.zeros((1, 3)),
     "no subjects": cells([{"img": "1001.jpg"}]),
-    "cells of numbers": cells([1, 2]),
-    "subjects of numbers": cells([record(1, 2)]),
-    "subjects a matrix": cells([{"img": "1001.jpg", "subjects": np.zeros((1, 3))}]),
     "no durations": cells([record({"fix_x": np.ones(2), "fix_y": np.ones(2)})]),
-    "structs": cells([record({key: {"x": 1} for key in ("fix_x", "fix_y", "fix_duration")})]),
     "text": cells([record({"fix_x": "a", "fix_y": "b", "fix_duration": "c"})]),
     "lengths": cells([record(subject(3, 2, 2))]),
     # As many x as y in all, which must not pair across the subjects.
@@ -116,13 +109,6 @@ STRUCTURES = {
 def test_another_structure(osie, name):
     save_mat(osie / "data/eye/fixations.mat", fixations=STRUCTURES[name])
     with pytest.raises(ValueError, match=r"fixations\.mat is not that of osie"):
-        read_osie(osie)
-
-
-def test_a_record_without_subjects(osie):
-    records = [record(), {**record(subject(1, 1, 1)), "img": "1002.jpg"}]
-    save_mat(osie / "data/eye/fixations.mat", fixations=cells(records))
-    with pytest.raises(ValueError, match=r"1 photos .*: 1001"):
         read_osie(osie)
 
 

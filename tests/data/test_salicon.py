@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from miniatures import save_mat, save_photo, save_salicon_mat, truncate
+from miniatures import save_mat, save_photo, save_salicon_mat
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -71,10 +71,7 @@ def test_maps_are_noted_where_they_are(root, edition):
     assert photos[3].density == ""
     drawn = root / photos[0].density
     save_photo(drawn, 320, 240)
-    with pytest.raises(ValueError, match=rf"{drawn.name} is 320x240, but its photo is 640x480"):
-        read_salicon_mat(root, edition)
-    truncate(save_photo(drawn, 640, 480))
-    with pytest.raises(ValueError, match=rf"maps.*{drawn.name} cannot be read .*truncated"):
+    with pytest.raises(ValueError, match=rf"{drawn.name} is 320x240, .* 640x480"):
         read_salicon_mat(root, edition)
     drawn.unlink()
     with pytest.raises(ValueError, match=r"train: 1 photos without density maps: COCO_train2014"):
@@ -86,13 +83,6 @@ def test_an_edition_is_not_taken_for_the_other(root, edition):
     (root / f"fixations-{edition}").rename(root / f"fixations-{other}")
     with pytest.raises(ValueError, match=rf"is not of SALICON's {other} edition.*not be mixed"):
         read_salicon_mat(root, other)
-
-
-def test_names_of_editions_and_points_are_checked(root):
-    with pytest.raises(ValueError, match="'2016' is not one of 2015, 2017"):
-        read_salicon_mat(root, "2016")
-    with pytest.raises(ValueError, match="'gaze' is not one of fixations, location"):
-        read_salicon_mat(root, "2017", points="gaze")
 
 
 def test_missing_parts(root, edition, first, tmp_path):
@@ -109,44 +99,40 @@ def test_missing_parts(root, edition, first, tmp_path):
         read_salicon_mat(tmp_path / "x", edition)
 
 
-def save_gaze(path, points, resolution=((480, 640),)):
-    gaze = np.empty((1, 1), [("location", object), ("fixations", object)])
-    gaze[0, 0] = (points, points)
-    save_mat(path, gaze=gaze, resolution=resolution)
+def gaze(points, resolution=((480, 640),)):
+    """Variables of a file whose only worker has these points."""
+    worker = np.empty((1, 1), [("location", object), ("fixations", object)])
+    worker[0, 0] = (points, points)
+    return {"gaze": worker, "resolution": resolution}
 
 
 SIZE = np.array([[480, 640]])
+STRUCTURE = "is not SALICON"
 FAULTS = {
-    "empty": (lambda path: path.write_bytes(b""), "is empty, damaged"),
-    "cut off": (truncate, "is empty, damaged"),
-    "no structs": (lambda path: save_mat(path, gaze=np.zeros((1, 1)), resolution=SIZE), ""),
+    "no structs": ({"gaze": np.zeros((1, 1)), "resolution": SIZE}, STRUCTURE),
     "fields": (
-        lambda path: save_mat(path, gaze=np.array([[{"location": 1}]], object), resolution=SIZE),
-        "",
+        {"gaze": np.array([[{"location": 1}]], object), "resolution": SIZE},
+        STRUCTURE,
     ),
-    "dimensions": (lambda path: save_mat(path, gaze=np.zeros((2, 2, 2)), resolution=SIZE), ""),
-    "rows of x and of y": (lambda path: save_gaze(path, np.arange(8).reshape(2, 4)), ""),
-    "columns": (lambda path: save_gaze(path, np.arange(6).reshape(2, 3)), ""),
-    "resolution as a struct": (lambda path: save_gaze(path, [[1, 1]], {"rows": 480}), ""),
-    "resolution as text": (lambda path: save_gaze(path, [[1, 1]], "480x640"), ""),
-    "no resolution": (lambda path: save_gaze(path, [[1, 1]], [[np.nan, 640]]), ""),
-    "endless resolution": (lambda path: save_gaze(path, [[1, 1]], [[np.inf, 640]]), ""),
-    "variables": (  # as the older packages of LSUN'15
-        lambda path: save_mat(path, I=np.zeros((480, 640))),
-        "holds I instead of gaze, resolution",
-    ),
-    "size": (
-        lambda path: save_salicon_mat(path, WORKERS, "2017", resolution=(240, 320)),
-        "320x240.*640x480",
-    ),
+    "dimensions": ({"gaze": np.zeros((2, 2, 2)), "resolution": SIZE}, STRUCTURE),
+    "rows of x and of y": (gaze(np.arange(8).reshape(2, 4)), STRUCTURE),
+    "columns": (gaze(np.arange(6).reshape(2, 3)), STRUCTURE),
+    "resolution as a struct": (gaze([[1, 1]], {"rows": 480}), STRUCTURE),
+    "resolution as text": (gaze([[1, 1]], "480x640"), STRUCTURE),
+    "no resolution": (gaze([[1, 1]], [[np.nan, 640]]), STRUCTURE),
+    "endless resolution": (gaze([[1, 1]], [[np.inf, 640]]), STRUCTURE),
+    # As the older packages of LSUN'15.
+    "variables": ({"I": np.zeros((480, 640))}, "holds I instead of gaze, resolution"),
+    "size": (gaze([[1, 1]], [[240, 320]]), "320x240.*640x480"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faulty_files(tmp_path, fault):
-    spoil, said = FAULTS[fault]
-    spoil(make(tmp_path, "2017") / f"fixations-2017/train/{STEMS['train'][0]}.mat")
-    with pytest.raises(ValueError, match=rf"0001\.mat .*{said or 'is not SALICON'}"):
+    content, said = FAULTS[fault]
+    path = make(tmp_path, "2017") / f"fixations-2017/train/{STEMS['train'][0]}.mat"
+    save_mat(path, **content)
+    with pytest.raises(ValueError, match=rf"0001\.mat .*{said}"):
         read_salicon_mat(tmp_path, "2017")
 
 
@@ -156,60 +142,54 @@ def test_a_photo_nobody_looked_at(root, edition, first):
         read_salicon_mat(root, edition)
 
 
-def test_truncated_photo(root, edition):
-    truncate(root / f"images/val/{STEMS['val'][0]}.jpg", 0.9)
-    with pytest.raises(ValueError, match=r"COCO_val2014_000000000003.jpg cannot be decoded"):
-        read_salicon_mat(root, edition)
-
-
 @pytest.mark.parametrize("sigma", [6.0, 19.0])
 def test_the_blur_of_published_maps_is_found(tmp_path, sigma):
     """Maps of 8 bits, scaled to their maximum, as SALICON publishes them."""
     rng, photos = np.random.default_rng(0), []
     for number in range(3):
-        points = rng.uniform(20, 100, (40, 2)).astype(np.float32)
-        density = density_from_points(points, 120, 160, sigma).numpy()
+        points = rng.uniform(20, 100, (40, 2))
+        photos.append(Photo.from_points("a", "", (160, 120), points, density=f"{number}.png"))
+        density = density_from_points(photos[-1].fixations, 120, 160, sigma).numpy()
         pixels = np.round(255 * density / density.max()).astype(np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
-        observers = np.zeros(40, np.int16)
-        photo = Photo(str(number), "", 160, 120, fixations=points, observers=observers)
-        photo.density = f"{number}.png"
-        photos.append(photo)
     assert fit_sigma(photos, tmp_path) == pytest.approx(sigma, abs=0.15)
     for pixels, message in (
-        (np.ones((60, 80)), r"2.png is 80x60, but its photo is 160x120"),
-        (np.ones((120, 160)), r"2.png is the same everywhere"),
-        (np.zeros((120, 160)), r"2.png must be 2-D, .*not zero everywhere"),
+        (np.ones((60, 80)), "80x60.* 160x120"),
+        (np.ones((120, 160)), "the same everywhere"),
+        (np.zeros((120, 160)), "not zero"),
     ):
         Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "2.png")
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=rf"2\.png .*{message}"):
             fit_sigma(photos, tmp_path)
-    with pytest.raises(ValueError, match="needs photos with both fixations and density maps"):
+    with pytest.raises(ValueError, match="needs photos with both"):
         fit_sigma([Photo("a", "a.jpg", 160, 120)], tmp_path)
 
 
 # ---- JSON --------------------------------------------------------------------------------------
-def annotations(**changes):
-    image = {"file_name": "a.jpg", "id": 7, "width": 64, "height": 48}
-    notes = [
-        {"id": 1, "image_id": 7, "worker_id": 30, "fixations": [[1, 1], [48, 64]]},
-        {"id": 2, "image_id": 7, "worker_id": 20, "fixations": [[49, 5], [10, 20]]},
-        {"id": 3, "image_id": 7, "worker_id": 30, "fixations": []},
-    ]
-    return {"images": [{**image, **changes}], "annotations": notes}
+IMAGE = {"file_name": "a.jpg", "id": 7, "width": 64, "height": 48}
+NOTES = [
+    {"id": 1, "image_id": 7, "worker_id": 30, "fixations": [[1, 1], [48, 64]]},
+    {"id": 2, "image_id": 7, "worker_id": 20, "fixations": [[49, 5], [10, 20]]},
+    {"id": 3, "image_id": 7, "worker_id": 30, "fixations": []},
+]
+
+
+def annotations(*images, **note):
+    """The JSON with these changes of the image, one for each, and of the first note."""
+    first = {**NOTES[0], **note}
+    return {"images": [IMAGE | image for image in images], "annotations": [first, *NOTES[1:]]}
 
 
 @pytest.fixture
 def example(tmp_path):
     save_photo(tmp_path / "images/train2014examples/a.jpg")
-    write_json(tmp_path, annotations())
+    write_json(tmp_path, annotations({}))
     return tmp_path
 
 
 def write_json(root, content, name="fixations_train2014examples.json"):
     (root / "annotations").mkdir(exist_ok=True)
-    text = content if isinstance(content, str) else json.dumps(content)
-    (root / "annotations" / name).write_text(text)
+    (root / "annotations" / name).write_text(json.dumps(content))
 
 
 def test_json_is_read(example):
@@ -220,40 +200,22 @@ def test_json_is_read(example):
     assert photo.dropped == 1
 
 
-def with_note(**changes):
-    content = annotations()
-    content["annotations"][0].update(changes)
-    return content
-
-
-def with_images(*changes):
-    content = annotations()
-    content["images"] = [{**content["images"][0], **change} for change in changes]
-    return content
-
-
 FAULTY = {
-    "no JSON": ("{", r"examples\.json is not SALICON"),
+    "no object": ("{", r"examples\.json is not SALICON"),
     "no annotations": ({"images": []}, "'annotations'"),
-    "no width": (annotations(width=None), r"a\.jpg and .*\.json .* 64x48 and Nonex48"),
-    "size": (annotations(width=640), r"a\.jpg and .*\.json .* 64x48 and 640x48"),
-    "another photo": (
-        annotations(file_name="b.jpg"),
-        r"1 photos .*: a; 1 annotations without photos .*: b",
-    ),
-    "unknown image": (annotations(id=8), r"examples\.json .*\(7\)"),
-    "three columns": (with_note(fixations=[[1, 2, 3], [4, 5, 6]]), r"\(2, 3\)"),
-    "one row": (with_note(fixations=[1, 2, 3, 4]), r"\(4,\)"),
-    "no fixations": (with_note(fixations=None), r"\(\)"),
-    "worker a list": (with_note(worker_id=[1]), "unhashable"),
-    "id a list": (annotations(id=[7]), "unhashable"),
-    "an id twice": (with_images({}, {"file_name": "b.jpg"}), "share a name or an id"),
-    "a name twice": (with_images({}, {"id": 8, "file_name": "x/a.jpg"}), "share a name or an id"),
-    "no height": (
-        {"images": [{"file_name": "a.jpg", "id": 7, "width": 64}], "annotations": []},
-        "'height'",
-    ),
-    "nobody looked": ({**annotations(), "annotations": []}, r"1 photos .*: a\."),
+    "no height": ({"images": [{"file_name": "a", "id": 7}], "annotations": []}, "'width'"),
+    "null": (annotations({"width": None}), r"a\.jpg and .*\.json .* 64x48 and Nonex48"),
+    "size": (annotations({"width": 640}), r"a\.jpg and .*\.json .* 64x48 and 640x48"),
+    "another photo": (annotations({"file_name": "b.jpg"}), r"1 photos .*: a; 1 .*: b"),
+    "unknown image": (annotations({"id": 8}), r"examples\.json .*\(7\)"),
+    "id a list": (annotations({"id": [7]}), "unhashable"),
+    "an id twice": (annotations({}, {"file_name": "b.jpg"}), "share a name or an id"),
+    "a name twice": (annotations({}, {"id": 8, "file_name": "x/a.jpg"}), "share a name or an id"),
+    "three columns": (annotations({}, fixations=[[1, 2, 3], [4, 5, 6]]), r"\(2, 3\)"),
+    "one row": (annotations({}, fixations=[1, 2, 3, 4]), r"\(4,\)"),
+    "no fixations": (annotations({}, fixations=None), r"\(\)"),
+    "worker a list": (annotations({}, worker_id=[1]), "unhashable"),
+    "nobody looked": ({"images": [IMAGE], "annotations": []}, r"1 photos .*: a\."),
 }
 
 
@@ -270,15 +232,15 @@ def test_json_that_does_not_cover_the_photos(example):
     with pytest.raises(ValueError, match=r"1 photos in .*images without annotations: c"):
         read_salicon_json(example)
     (example / "images/c.jpg").unlink()
-    write_json(example, annotations(), "fixations_val.json")
+    write_json(example, annotations({}), "fixations_val.json")
     with pytest.raises(ValueError, match=r"fixations_val\.json and .*examples\.json share a"):
         read_salicon_json(example)
-    write_json(example, annotations(), "fixations_other.json")
+    write_json(example, annotations({}), "fixations_other.json")
     with pytest.raises(ValueError, match=r"fixations_other\.json"):
         read_salicon_json(example)
     for path in (example / "annotations").iterdir():
         path.unlink()
-    with pytest.raises(FileNotFoundError, match="annotations"):
+    with pytest.raises(ValueError, match=r"1 photos .*: a\."):
         read_salicon_json(example)
 
 
@@ -303,22 +265,6 @@ def test_the_real_example_is_what_was_counted(real):
     # 1-based rows 1..480 and columns 1..640: as 0-based x, y they span the photo exactly.
     assert points.min(0).tolist() == [0, 0]
     assert points.max(0).tolist() == [639, 479]
-
-
-@pytest.mark.realdata
-def test_the_real_densities_agree_with_scipy(real):
-    photos, root = real
-    content = json.loads((root / "annotations/fixations_train2014examples.json").read_text())
-    ids = {image["file_name"]: image["id"] for image in content["images"]}
-    for photo in photos[:3]:
-        counts = np.zeros((480, 640))
-        for note in content["annotations"]:
-            if note["image_id"] == ids[photo.stem + ".jpg"]:
-                for row, column in note["fixations"]:
-                    counts[row - 1, column - 1] += 1
-        expected = gaussian_filter(counts / counts.sum(), 19.0, mode="reflect", truncate=4)
-        ours = density_from_points(photo.fixations, 480, 640, 19.0).numpy()
-        assert np.abs(ours - expected).max() < 1e-6 * expected.max()
 
 
 @pytest.mark.realdata

@@ -14,8 +14,6 @@ from PIL import Image
 from mlnet_utils.data.images import blame_file, orientation
 from mlnet_utils.data.photos import Photo
 
-_NAMED = 5  # files that an error names
-
 
 def need(path: Path, dataset: str) -> Path:
     """The path, or a FileNotFoundError that says how the dataset comes there."""
@@ -81,9 +79,8 @@ def check_looked_at(dataset: str, photos: list[Photo]) -> list[Photo]:
 
 
 def named(names: Sequence[str]) -> str:
-    """The first few names."""
-    rest = len(names) - _NAMED
-    return ", ".join(names[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    """The first five names."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 # ---- files -------------------------------------------------------------------------------------

@@ -19,30 +19,24 @@ from mlnet_utils.data.readers import files
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
 from mlnet_utils.runtime import progress
 
-EDITIONS = ("2015", "2017")
-POINTS = ("fixations", "location")  # detected fixations, or all mouse samples
-
 
 def read_salicon_mat(root: str | Path, edition: str, points: str = "fixations") -> list[Photo]:
     """SALICON's MATLAB files: ``images/<split>``, ``fixations-<edition>/<split>``.
 
     10,000 training and 5,000 validation photos of 640x480 with about 60 workers each, who looked
-    with the mouse, and 5,000 test photos whose fixations are secret. Density maps in
+    with the mouse, and 5,000 test photos with secret fixations. Density maps in
     ``maps-<edition>/<split>``, where there are any, become the photos' ``density``. Coordinates
     in the files are 1-based x, y.
 
     Args:
         root: folder with the above.
         edition: ``"2015"`` or ``"2017"``.
-        points: ``"fixations"``, or ``"location"`` for all mouse samples.
+        points: ``"fixations"``, which were detected, or ``"location"``, all mouse samples.
 
     Raises:
         FileNotFoundError: a part of the layout is missing.
         ValueError: files that do not pair, are damaged, of the other edition or another size.
     """
-    for value, allowed in ((edition, EDITIONS), (points, POINTS)):
-        if value not in allowed:
-            raise ValueError(f"SALICON: {value!r} is not one of {', '.join(allowed)}")
     root, dataset = Path(root), f"salicon-{edition}"
     images = files.need(root / "images", dataset)
     fixations = files.need(root / f"fixations-{edition}", dataset)
@@ -79,8 +73,6 @@ def read_salicon_json(root: str | Path) -> list[Photo]:
     """
     root, dataset = Path(root), "salicon-json"
     annotations = sorted(files.need(root / "annotations", dataset).glob("fixations_*.json"))
-    if not annotations:
-        raise FileNotFoundError(f"{dataset}: no fixations_<split>.json in {root / 'annotations'}")
     paths = files.by_stem(files.need(root / "images", dataset).rglob("*.jpg"), dataset)
     found = {}
     for path in annotations:
