@@ -1,24 +1,59 @@
 """Statements drawn from a saliency map: likely first looks, and a crop that keeps what is seen."""
 
-from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.signal import fftconvolve
 
+from mlnet_utils.data.images import PHOTO_SUFFIXES, read_image, visible_files
+from mlnet_utils.runtime import in_colab
+
 WORKING_SIDE = 320  # pixels of the longer side while searching; a fixation is no sharper
 RADIUS = 0.06  # of the longer side: 2 degrees where a photo fills 33, as OSIE's do
 
 
-@dataclass(frozen=True)
-class Look:
+class Look(NamedTuple):
     """A place and the probability of a look within ``radius`` pixels of it."""
 
     x: float
     y: float
     share: float
     radius: float
+
+
+def chosen_photos(place: str = "") -> dict[str, np.ndarray]:
+    """Photos to try the network on, (H, W, 3) uint8 each by its name.
+
+    Args:
+        place: a photo, a folder of photos, ``"upload"`` for a button in Colab, or ``""`` for the
+            astronaut that comes with scikit-image.
+
+    Raises:
+        FileNotFoundError: there is no such photo, or no photo in the folder.
+        ValueError: a photo cannot be read, or an upload is wanted outside Colab.
+    """
+    if not place:
+        import skimage.data
+
+        return {"astronaut": skimage.data.astronaut()}
+    if place == "upload":
+        if not in_colab():
+            raise ValueError("'upload' needs Google Colab; give the path of a photo or a folder")
+        from google.colab import files
+
+        paths = [Path(name) for name in files.upload()]
+    else:
+        path = Path(place).expanduser()
+        paths = visible_files(path) if path.is_dir() else [path]
+        paths = [p for p in paths if not path.is_dir() or p.suffix.lower() in PHOTO_SUFFIXES]
+    if not paths:
+        raise FileNotFoundError(
+            f"no photo in {place!r}: {', '.join(PHOTO_SUFFIXES)} are looked for"
+        )
+    return {p.stem: read_image(p).permute(1, 2, 0).numpy() for p in paths}
 
 
 def first_looks(density: np.ndarray, count: int = 5, radius: float = RADIUS) -> list[Look]:

@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from mlnet_utils.predict.looks import crop_that_keeps, first_looks
+from mlnet_utils.predict.looks import chosen_photos, crop_that_keeps, first_looks
 
 
 def two_spots(scale=1):
@@ -55,3 +56,24 @@ def test_no_density_is_refused(call, bad):
 def test_an_impossible_share_is_refused(share):
     with pytest.raises(ValueError, match=f"share={share}"):
         crop_that_keeps(two_spots(), share)
+
+
+def test_photos_are_chosen_by_path_folder_or_default(tmp_path):
+    for name in ("b.png", "a.jpg", ".hidden.png"):
+        Image.new("RGB", (40, 32)).save(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no photo")
+    assert list(chosen_photos(str(tmp_path))) == ["a", "b"]
+    assert chosen_photos(str(tmp_path / "b.png"))["b"].shape == (32, 40, 3)
+    assert chosen_photos()["astronaut"].shape == (512, 512, 3)
+
+
+@pytest.mark.parametrize("place", ["missing.jpg", "empty"])
+def test_no_photo_is_an_error_that_names_the_place(tmp_path, place):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match=place):
+        chosen_photos(str(tmp_path / place))
+
+
+def test_an_upload_needs_colab():
+    with pytest.raises(ValueError, match="Colab"):
+        chosen_photos("upload")
