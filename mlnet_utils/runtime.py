@@ -1,19 +1,15 @@
-"""The surroundings of a run: seeds, device, versions, folders, atomic writes, progress.
+"""The surroundings of a run: device, versions, folders, atomic writes, progress.
 
 Nothing here knows about saliency; nothing here imports torch until it must.
 """
 
 import contextlib
-import functools
 import hashlib
 import importlib
 import importlib.metadata
-import importlib.util
 import json
 import os
 import platform
-import random
-import shlex
 import signal
 import sys
 import threading
@@ -30,11 +26,7 @@ REPORTED_PACKAGES = ("mlnet-utils", "torch", "torchvision", "timm", "accelerate"
 
 # ---- optional packages -------------------------------------------------------------------------
 def require(module: str, extra: str) -> ModuleType:
-    """Import a package that only some features need.
-
-    Args:
-        module: dotted name, e.g. ``"onnxruntime"``.
-        extra: the extra of this project that installs it.
+    """Import a module by its dotted name; ``extra`` is the extra of this project that installs it.
 
     Raises:
         ImportError: it is not installed; names the command that installs it.
@@ -42,59 +34,42 @@ def require(module: str, extra: str) -> ModuleType:
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ImportError(
-            f"this needs the package {error.name!r}: pip install 'mlnet-utils[{extra}]', or from a "
-            f"checkout pip install -e '.[{extra}]'"
-        ) from error
+        install = f"pip install 'mlnet-utils[{extra}]' (in a checkout: -e '.[{extra}]')"
+        raise ImportError(f"this needs the package {error.name!r}: {install}") from error
 
 
 # ---- folders -----------------------------------------------------------------------------------
-def in_colab() -> bool:
-    """True inside Google Colab, whose kernel ships the ``google.colab`` package."""
-    try:
-        return importlib.util.find_spec("google.colab") is not None
-    except ModuleNotFoundError:  # the parent package ``google`` is absent
-        return False
-
-
 def checkout_root() -> Path | None:
     """The repository this package is imported from, or None when it is installed elsewhere."""
     root = Path(__file__).resolve().parent.parent
     return root if (root / "pyproject.toml").is_file() and (root / "notebooks").is_dir() else None
 
 
-def drive_folder() -> Path:
-    """The user's Google Drive, mounted below the working folder (Colab's is ``/content``).
+def chosen_folder(value: str | Path) -> Path:
+    """A folder as users write it: ``~`` is home, ``drive:`` is Google Drive.
+
+    Colab mounts the user's Drive below the working folder (``/content``).
 
     Raises:
-        RuntimeError: this is not Colab.
+        RuntimeError: ``drive:`` outside Colab.
     """
-    if not in_colab():
-        raise RuntimeError(
-            "a folder that starts with drive: lies on Google Drive, which only Google Colab can "
-            "mount; name a folder of this machine instead"
-        )
-    folder = Path.cwd() / "drive" / "MyDrive"
-    if not folder.is_dir():  # a process that the notebook starts finds it mounted
-        from google.colab import drive
-
-        drive.mount(str(folder.parent))
-    return folder
-
-
-def chosen_folder(value: str | Path) -> Path:
-    """A folder as users write it: ``~`` is home, ``drive:`` is Google Drive (in Colab)."""
     text = str(value)
-    if text.startswith("drive:"):
-        return drive_folder() / text.removeprefix("drive:").lstrip("/")
-    return Path(value).expanduser()
+    if not text.startswith("drive:"):
+        return Path(value).expanduser()
+    drive_folder = Path.cwd() / "drive" / "MyDrive"
+    if not drive_folder.is_dir():  # a process that the notebook starts finds it mounted
+        try:
+            from google.colab import drive
+        except ModuleNotFoundError:
+            raise RuntimeError(f"{text}: this is not Google Colab; name a folder here") from None
+        drive.mount(str(drive_folder.parent))
+    return drive_folder / text.removeprefix("drive:").lstrip("/")
 
 
 def data_root(value: str | Path = "") -> Path:
     """Folder of the raw datasets: ``value``, else ``$MLNET_DATA``, else ``data/``.
 
-    ``data/`` is the checkout's, or the working folder's where there is no checkout, so that a
-    notebook finds the same data by hand (in ``notebooks/``), by papermill and by nbval.
+    ``data/`` is the checkout's (by hand, papermill and nbval alike), else the working folder's.
     """
     chosen = str(value) or os.environ.get("MLNET_DATA", "")
     return chosen_folder(chosen) if chosen else (checkout_root() or Path.cwd()) / "data"
@@ -102,9 +77,8 @@ def data_root(value: str | Path = "") -> Path:
 
 def run_dir(value: str | Path = "", preset: str = "sample") -> Path:
     """Folder of one run: ``value``, else ``$MLNET_RUNS/<preset>``, else ``runs/<preset>``."""
-    if str(value):
-        return chosen_folder(value)
-    return _runs() / Path(preset).stem  # a preset may be the path of a YAML file
+    # A preset may be the path of a YAML file.
+    return chosen_folder(value) if str(value) else _runs() / Path(preset).stem
 
 
 def feature_root() -> Path:
@@ -118,10 +92,7 @@ def _runs() -> Path:
 
 
 def display_path(path: str | Path) -> str:
-    """A path as readers should see it: relative to the checkout, the working folder or home.
-
-    Saved notebooks must not show the machine they ran on.
-    """
+    """A path without this machine: relative to the checkout, the working folder or home."""
     path = Path(path).resolve()
     for base, prefix in ((checkout_root(), ""), (Path.cwd(), ""), (Path.home(), "~/")):
         if base is not None and path.is_relative_to(base):
@@ -134,8 +105,7 @@ def display_path(path: str | Path) -> str:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it onto ``path`` only on success.
 
-    A reader therefore sees the old file or the new one, never half of either, and a full disk
-    or a kill leaves the old one intact.
+    A full disk or a kill leaves the old file intact, and no reader sees half a file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -150,9 +120,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_temporaries(path: str | Path) -> None:
+def remove_temporaries(path: Path) -> None:
     """Delete the leftovers of :func:`atomic_path` of ``path`` in processes that were killed."""
-    path = Path(path)
     for leftover in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
         leftover.unlink(missing_ok=True)
 
@@ -169,10 +138,10 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def read_json(path: str | Path, made_by: str) -> Any:
-    """Read a JSON file.
+    """Read a JSON file; errors name its maker, ``made_by``.
 
     Raises:
-        FileNotFoundError: the file is missing; the message names its maker (``made_by``).
+        FileNotFoundError: the file is missing.
         ValueError: the file is not valid JSON.
     """
     path = Path(path)
@@ -181,9 +150,8 @@ def read_json(path: str | Path, made_by: str) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}); delete it and run {made_by}"
-        ) from None
+        remedy = f"delete it and run {made_by}"
+        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from None
 
 
 class _SingleKeys(yaml.SafeLoader):
@@ -206,11 +174,10 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: not valid YAML, no mapping, or a key that is there twice; names file and line.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not Path(path).is_file():
         raise FileNotFoundError(f"{path} does not exist: name a YAML file that does")
     try:
-        values = _SingleKeys(path.read_text(encoding="utf-8")).get_single_data() or {}
+        values = _SingleKeys(Path(path).read_text(encoding="utf-8")).get_single_data() or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(values, dict):
@@ -228,21 +195,8 @@ def sha256_file(path: str | Path) -> str:
 
 
 # ---- machine -----------------------------------------------------------------------------------
-def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (all devices)."""
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - third-party code draws from the global generator
-    torch.manual_seed(seed)
-
-
 def set_determinism(on: bool) -> None:
-    """Bit-reproducible GPU kernels, or the fastest ones.
-
-    A CPU reproduces its bits either way, with the same number of threads.
-    """
+    """Bit-reproducible GPU kernels, or the fastest ones; a CPU is reproducible either way."""
     import torch
 
     if on:
@@ -253,10 +207,9 @@ def set_determinism(on: bool) -> None:
 
 
 def keyed_seed(*key: int) -> int:
-    """A 63-bit seed that depends on every part of the key.
+    """A 63-bit seed that depends on every part of a key such as (seed, update, process).
 
-    Randomness that is drawn anew from a key such as (seed, update, process) needs no generator
-    state in a checkpoint, and does not depend on earlier draws.
+    Randomness drawn from it depends on no earlier draw: a checkpoint needs no generator state.
     """
     import numpy as np
 
@@ -274,41 +227,28 @@ def pick_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-@functools.cache  # every checkpoint stores it
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Python, the packages that decide the numbers, and the hardware, for run records."""
     import torch
 
     found = {"python": platform.python_version()}
     for name in REPORTED_PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
-    if torch.cuda.is_available():
-        found["device"] = torch.cuda.get_device_name()
-    else:
-        found["device"] = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    cpu = f"{os.cpu_count()} CPU cores ({platform.machine()})"
+    found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     return found
 
 
-def versions() -> dict[str, str]:
-    """Python, the packages that decide the numbers, and the hardware, for run records."""
-    return dict(_versions())
-
-
-def note_command(arguments: list[str]) -> None:
-    """Keep the command line for records, also those of notebooks that it goes on to run."""
-    os.environ["MLNET_COMMAND"] = shlex.join(["python", "-m", "mlnet_utils", *arguments])
-
-
 def given_command() -> str:
-    """The command line that led here; without one, the word ``Python``: somebody's own code."""
+    """The command line that led here, also to a notebook; ``Python`` where there was none."""
     return os.environ.get("MLNET_COMMAND", "Python")
 
 
 def cpu_count() -> int:
     """Cores this process may use (a container or a cluster job often grants fewer than exist)."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    some = hasattr(os, "sched_getaffinity")
+    return len(os.sched_getaffinity(0)) if some else os.cpu_count() or 1
 
 
 def leave_processes() -> None:
@@ -324,9 +264,8 @@ def leave_processes() -> None:
 def end_process(code: int) -> NoReturn:
     """End the interpreter with an exit code.
 
-    One of several processes is not taken apart first: gloo's threads outlive a closed group (its
-    DistributedDataParallel keeps it) and, when they still hold a tensor, now and then abort a
-    process whose work is done (pytorch/pytorch pull request 179291).
+    One of several processes is not taken apart first: gloo's threads outlive a closed group and
+    can abort a process that has done its work (pytorch/pytorch pull request 179291).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
@@ -336,11 +275,10 @@ def end_process(code: int) -> NoReturn:
 
 
 class StopSignals:
-    """Note Ctrl-C and SIGTERM instead of dying of them, so that work in hand is finished and saved.
+    """Note Ctrl-C and SIGTERM (a cluster's warning), so that work in hand is finished and saved.
 
-    Clusters send SIGTERM before they kill a job. A second Ctrl-C acts at once.
-    ``received`` is the signal's name, or ``""``. Outside the main thread, where Python delivers no
-    signals, nothing changes.
+    ``received`` is the signal's name, or ``""``. A second Ctrl-C acts at once. Outside the main
+    thread, where Python delivers no signals, nothing changes.
     """
 
     def __init__(self):
@@ -367,11 +305,9 @@ class StopSignals:
 def progress(
     iterable: Iterable, description: str, total: int | None = None, unit: str = "it"
 ) -> Iterator:
-    """Iterate with a bar on a terminal, and with a plain line every 15 s elsewhere.
+    """Iterate with a bar on a terminal (stderr), and with a line every 15 s (stdout) elsewhere.
 
-    In notebooks and log files a redrawn bar is noise (and breaks saved outputs), and silence is
-    worrying; short loops therefore print nothing there. Everything goes to stderr on a terminal
-    and to stdout elsewhere, so that a saved notebook holds no stderr.
+    Notebooks and log files thus hold no redrawn bars and no stderr, and nothing of short loops.
     """
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
@@ -385,6 +321,5 @@ def progress(
         yield item
         now = time.monotonic()
         if now - last >= 15:
-            last = now
-            of = f"/{total}" if total else ""
+            last, of = now, f"/{total}" if total else ""
             print(f"{description}: {done}{of} {unit}, {now - started:.0f} s", flush=True)

@@ -1,14 +1,12 @@
 """Folders, atomic writes, records, seeds, signals and progress."""
 
 import os
-import random
 import signal
 import sys
 import threading
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -50,12 +48,6 @@ def test_display_path_hides_where_the_machine_keeps_things(monkeypatch, tmp_path
     assert runtime.display_path(elsewhere) == elsewhere.resolve().as_posix()
 
 
-def test_colab_is_recognised_by_its_package(monkeypatch):
-    assert not runtime.in_colab()
-    monkeypatch.setattr(runtime.importlib.util, "find_spec", lambda name: name == "google.colab")
-    assert runtime.in_colab()
-
-
 def test_drive_is_mounted_once_where_colab_keeps_it(monkeypatch, tmp_path):
     mounted = []
 
@@ -66,7 +58,6 @@ def test_drive_is_mounted_once_where_colab_keeps_it(monkeypatch, tmp_path):
     colab = ModuleType("google.colab")
     colab.drive = SimpleNamespace(mount=mount)
     monkeypatch.setitem(sys.modules, "google.colab", colab)
-    monkeypatch.setattr(runtime, "in_colab", lambda: True)
     monkeypatch.chdir(tmp_path)
     drive = tmp_path / "drive" / "MyDrive"
     assert runtime.run_dir("drive:mlnet/sample") == drive / "mlnet" / "sample"
@@ -75,7 +66,7 @@ def test_drive_is_mounted_once_where_colab_keeps_it(monkeypatch, tmp_path):
 
 
 def test_drive_outside_colab_is_an_error():
-    with pytest.raises(RuntimeError, match=r"only Google Colab can mount; name a folder"):
+    with pytest.raises(RuntimeError, match="drive:mlnet"):
         runtime.run_dir("drive:mlnet")
 
 
@@ -124,14 +115,6 @@ def test_sha256_of_a_known_text(tmp_path):
 
 
 # ---- machine -----------------------------------------------------------------------------------
-def test_seed_everything_fixes_all_generators():
-    def draw():
-        runtime.seed_everything(3)
-        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
-
-    assert draw() == draw()
-
-
 def test_keyed_seeds_depend_on_every_part_of_the_key():
     keys = [(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 1), (2**40, 3)]
     seeds = [runtime.keyed_seed(*key) for key in keys]

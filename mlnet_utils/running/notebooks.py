@@ -46,8 +46,8 @@ def parameters_of(path: Path) -> dict[str, Any]:
     """Name and value of every parameter of a notebook: the cell tagged ``parameters``.
 
     Raises:
-        ValueError: the notebook does not have exactly one such cell, a line of the cell is not
-            ``NAME = literal``, or an earlier run has injected a cell of parameters.
+        ValueError: not exactly one such cell, a line of it that is not ``NAME = literal``, or a
+            cell of parameters that an earlier run has injected.
     """
     cells = nbformat.read(path, as_version=4).cells
     if any(INJECTED_TAG in cell.metadata.get("tags", ()) for cell in cells):
@@ -61,33 +61,27 @@ def parameters_of(path: Path) -> dict[str, Any]:
             (target,) = getattr(statement, "targets", None) or [statement.target]
             values[target.id] = ast.literal_eval(statement.value)
         except (AttributeError, ValueError):
-            raise ValueError(
-                f"{path}: `{ast.unparse(statement)}` is not NAME = literal; a derived value would "
-                "go stale when another value is injected"
-            ) from None
+            # A derived value would go stale when another value is injected.
+            line = ast.unparse(statement)
+            raise ValueError(f"{path}: `{line}` is not NAME = literal") from None
     return values
 
 
 def converted(name: str, value: Any, default: Any) -> Any:
-    """``value`` in the type of the notebook's own value, ``default``.
-
-    Raises:
-        ValueError: the value cannot be read as that type.
-    """
+    """``value`` in the type of the notebook's own value, ``default``, else a ValueError."""
     if isinstance(value, str) and not isinstance(default, str):
         with contextlib.suppress(ValueError, SyntaxError):
             value = ast.literal_eval(value)
     if isinstance(default, float) and type(value) is int:
         value = float(value)
     if type(value) is not type(default):
-        raise ValueError(
-            f"parameter {name}={value!r} should be {type(default).__name__} (like {default!r})"
-        )
+        wanted = f"{type(default).__name__} (like {default!r})"
+        raise ValueError(f"parameter {name}={value!r} should be {wanted}")
     return value
 
 
 def source_digest(path: Path) -> str:
-    """Digest of the cells and tags of a notebook, without outputs."""
+    """SHA-256 of the cells and tags of a notebook, without outputs."""
     cells = nbformat.read(path, as_version=4).cells
     content = [[cell.cell_type, cell.source, cell.metadata.get("tags", [])] for cell in cells]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
@@ -113,21 +107,17 @@ def run_notebook(
     parameters: Mapping[str, Any],
     check: Callable[[], str] = lambda: "",
 ) -> None:
-    """Execute ``source`` in the current folder and write the executed copy to ``target``.
+    """Execute ``source``, which is not changed, in the current folder, passing on what it prints.
 
-    What the notebook prints is passed on while it runs. ``target`` is written only on success;
-    otherwise the copy goes to ``<name>.failed.ipynb`` beside it and ``target`` is left alone.
-
-    Args:
-        source: the notebook; it is not changed.
-        target: where the executed copy goes, without machine paths, widgets and stderr.
-        parameters: values that papermill injects after the cell tagged ``parameters``.
-        check: called after the last cell; returns the fault of the results, or ``""``.
+    The executed copy, without machine paths, widgets and stderr, goes to ``target`` on success;
+    otherwise to ``<name>.failed.ipynb`` beside it, and ``target`` is left alone. ``parameters`` are
+    injected after the cell tagged ``parameters``. ``check``, called after the last cell, returns
+    the fault of the results, or ``""``.
 
     Raises:
         NotebookError: a cell failed, the kernel died, or ``check`` found a fault.
     """
-    failed, error = target.with_name(f"{target.stem}.failed.ipynb"), None
+    failed, error = target.with_suffix(".failed.ipynb"), None
     with tempfile.TemporaryDirectory(prefix="mlnet-") as scratch:
         executed = Path(scratch) / "executed.ipynb"
         try:
@@ -153,9 +143,8 @@ def run_notebook(
     _clean(notebook)
     write_text(failed if problem else target, nbformat.writes(notebook) + "\n")
     if problem:
-        raise NotebookError(
-            f"{source.name}: {problem}\nThe executed copy is {display_path(failed)}"
-        ) from error
+        text = f"{source.name}: {problem}\nThe executed copy is {display_path(failed)}"
+        raise NotebookError(text) from error
     failed.unlink(missing_ok=True)
 
 
@@ -182,17 +171,12 @@ def _describe(error: Exception, notebook: NotebookNode) -> str:
 
 def _clean(notebook: NotebookNode) -> None:
     """Remove paths and times of this machine, widgets and stderr."""
-    notebook.metadata = nbformat.from_dict(
-        {
-            "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
-            "language_info": {"name": "python", "pygments_lexer": "ipython3"},
-        }
-    )
+    kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
+    language = {"name": "python", "pygments_lexer": "ipython3"}
+    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": language})
     for cell in notebook.cells:
-        for key in ("papermill", "execution"):
-            cell.metadata.pop(key, None)
-        if not cell.metadata.get("tags", True):
-            del cell.metadata["tags"]
+        tags = cell.metadata.get("tags")
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
         if cell.cell_type == "code":
             cell.outputs = _readable(cell.outputs)
 

@@ -1,8 +1,7 @@
 """Run the numbered notebooks in order with papermill; publish successful runs only.
 
-A stage is one notebook and the files it promises. The pipeline knows stages and paths, and nothing
-about saliency: the computations of a stage are written in its notebook. Needs the extra
-``notebooks`` (``pip install "mlnet-utils[notebooks]"``).
+A stage is one notebook and the files it promises: the pipeline knows stages and paths, and nothing
+about saliency. Needs the extra ``notebooks`` (``pip install "mlnet-utils[notebooks]"``).
 """
 
 import functools
@@ -17,26 +16,10 @@ from typing import Any
 
 import yaml
 
-from mlnet_utils import __version__
+from mlnet_utils import __version__, runtime
 from mlnet_utils.config import Config, backbone_file, load_config
-from mlnet_utils.running.notebooks import (
-    converted,
-    machine_paths,
-    parameters_of,
-    run_notebook,
-    source_digest,
-)
-from mlnet_utils.runtime import (
-    atomic_path,
-    checkout_root,
-    display_path,
-    read_json,
-    sha256_file,
-    write_json,
-    write_text,
-)
-from mlnet_utils.runtime import data_root as resolve_data_root
-from mlnet_utils.runtime import run_dir as resolve_run_dir
+from mlnet_utils.running import notebooks
+from mlnet_utils.runtime import display_path, sha256_file, write_json
 
 STATE_FILE = "pipeline.json"
 WEIGHTS = "backbone weights"  # an input: the checksum of their file, None where there is none
@@ -49,10 +32,10 @@ class PublishError(RuntimeError):
 
 @dataclass(frozen=True)
 class Stage:
-    """One notebook and the files it promises, relative to the run folder (glob patterns).
+    """One notebook and the files it promises: glob patterns, relative to the run folder.
 
-    Every stage also writes ``<name>.json``, its record, as its last act. ``resumes`` is a folder
-    with which it goes on where it was interrupted.
+    Its last act is to write its record, ``<name>.json``. ``resumes`` is the folder with which an
+    interrupted stage goes on.
     """
 
     name: str
@@ -61,7 +44,7 @@ class Stage:
 
     @property
     def record(self) -> str:
-        """File name of the record of this stage."""
+        """File name of the record."""
         return f"{self.name}.json"
 
 
@@ -79,31 +62,24 @@ def reproduce(
     preset: str | Path = "sample",
     run_dir: str | Path = "",
     data_root: str | Path = "",
-    notebooks_dir: str | Path = "",
     parameters: Mapping[str, Any] | None = None,
     force: bool = False,
     stages: Sequence[Stage] = STAGES,
 ) -> Path:
-    """Run every stage with changed inputs, in order, and print the folder of the results.
+    """Run every stage with changed inputs, in order, and return the folder of the results.
 
     A stage is skipped when its notebook, its parameters, the preset's content, the package and
     the records of the stages before it are the same as at its last success, and its files are
-    still as it left them.
+    still as it left them. A finished training goes on where it ended: it is not repeated because
+    a notebook or the package changed, only with ``force`` or other backbone weights.
 
     Args:
-        preset: name of a preset or path of a YAML file, for the notebooks' ``PRESET``.
-        run_dir: folder for everything the run writes; default as ``runtime.run_dir``.
-        data_root: folder of the raw datasets; default as ``runtime.data_root``.
-        notebooks_dir: folder of the notebooks; default ``notebooks/`` of the checkout.
-        parameters: further notebook parameters. Text is converted to the type of the notebook's
+        preset, run_dir, data_root: as the notebooks' ``PRESET``, ``RUN_DIR`` and ``DATA_ROOT``.
+        parameters: further notebook parameters; text is converted to the type of the notebook's
             own value, so that values from a command line need no quoting.
-        force: run the stages even where nothing has changed, from their beginning: the
-            folder they would go on with is kept beside itself, as ``checkpoints.before``. Without
-            it, a finished training is not repeated because a notebook or the package changed.
+        force: run unchanged stages too, from their beginning: the folder they would go on with
+            is kept beside itself, as ``checkpoints.before``.
         stages: the stages to run, in order.
-
-    Returns:
-        The run folder.
 
     Raises:
         ValueError: unknown preset or parameter, or a value of the wrong type (nothing has run).
@@ -112,7 +88,7 @@ def reproduce(
         NotebookError: a stage failed, or did not write a promised file.
     """
     config = load_config(preset)
-    folder, data_folder = resolve_run_dir(run_dir, preset), resolve_data_root(data_root)
+    folder, raw = runtime.run_dir(run_dir, preset), runtime.data_root(data_root).resolve()
     if config.start_from:  # its SHA-256 is an input too
         from mlnet_utils.model.checkpoints import with_start
 
@@ -120,11 +96,11 @@ def reproduce(
     # Folders that a notebook finds by itself are not injected: they would only put this machine's
     # paths into the executed copies.
     own = {"PRESET": str(preset)}
-    if folder.resolve() != resolve_run_dir("", preset).resolve():
+    if folder.resolve() != runtime.run_dir("", preset).resolve():
         own["RUN_DIR"] = str(folder.resolve())
-    if data_folder.resolve() != resolve_data_root().resolve():
-        own["DATA_ROOT"] = str(data_folder.resolve())
-    sources = _sources(notebooks_dir, stages)
+    if raw != runtime.data_root().resolve():
+        own["DATA_ROOT"] = str(raw)
+    sources = _sources(stages)
     injections = _injections(sources, own, parameters or {})
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -133,7 +109,7 @@ def reproduce(
     shared = {
         "preset": _digest(config.to_dict()),
         "package": f"{__version__} {_package_digest()}",
-        "data folder": str(data_folder.resolve()),
+        "data folder": str(raw),
         WEIGHTS: sha256_file(weights) if weights.is_file() else None,
     }
     started = time.monotonic()
@@ -141,7 +117,7 @@ def reproduce(
         label = f"[{number + 1}/{len(stages)}] {stage.name}"
         inputs = {
             **shared,
-            "notebook": source_digest(sources[stage.name]),
+            "notebook": notebooks.source_digest(sources[stage.name]),
             "parameters": injections[stage.name],
             "earlier records": _records(folder, stages[:number]),
         }
@@ -152,14 +128,16 @@ def reproduce(
             print(f"{label}: unchanged, skipped", flush=True)
             continue
         print(f"{label}: running ({reason})", flush=True)
-        if stage.resumes and (force or (done and _other_weights(done, inputs))):
+        # A training notices other settings itself. (Early versions did not note the weights.)
+        known = done["inputs"].get(WEIGHTS, inputs[WEIGHTS]) if done else inputs[WEIGHTS]
+        if stage.resumes and (force or known != inputs[WEIGHTS]):
             _set_aside(folder / stage.resumes)
         # Forgotten before it starts: a stage that is interrupted or fails counts as not done.
         state.pop(stage.name, None)
         write_json(folder / STATE_FILE, state)
         (folder / stage.record).unlink(missing_ok=True)
         stage_started = time.monotonic()
-        run_notebook(
+        notebooks.run_notebook(
             sources[stage.name],
             _executed(folder, stage),
             injections[stage.name],
@@ -175,71 +153,52 @@ def reproduce(
 
 
 def train(config: Config, run_dir: Path) -> None:
-    """Train as ``training.trainer.fit`` does, by executing notebook 02 in a prepared run folder.
-
-    Raises:
-        NotebookError: the training failed.
-    """
+    """Train as ``training.trainer.fit`` does, by executing notebook 02 in a prepared run folder."""
     preset = run_dir.resolve() / f"{config.preset}.yaml"
     values = {key: value for key, value in config.to_dict().items() if key != "preset"}
-    write_text(preset, yaml.safe_dump(values))
+    runtime.write_text(preset, yaml.safe_dump(values))
     stages = [stage for stage in STAGES if stage.name == "02_training"]
     reproduce(preset, run_dir=run_dir, parameters={"SEED": config.seed}, stages=stages)
 
 
-def publish(
-    run_dir: str | Path, repository: str | Path = "", stages: Sequence[Stage] = STAGES
-) -> list[Path]:
-    """Copy a run's executed notebooks into ``notebooks/`` and its figures into ``figures/``.
+def publish(run_dir: str | Path, stages: Sequence[Stage] = STAGES) -> list[Path]:
+    """Copy a run's executed notebooks into ``notebooks/``, its figures into ``figures/``.
 
-    Args:
-        run_dir: a folder that :func:`reproduce` has filled.
-        repository: where to; default the checkout that this package is imported from.
-        stages: the stages of that run.
-
-    Returns:
-        The files written.
+    Returns the files written, in the checkout that this package is imported from; ``run_dir`` is
+    a folder that :func:`reproduce` has filled with these stages.
 
     Raises:
         PublishError: a stage has not succeeded or is out of date, a notebook was changed after
             the run or ran with other parameters than its own, or holds this machine's paths.
             Nothing has been copied.
     """
-    run_dir, repository = Path(run_dir), Path(repository) if str(repository) else checkout_root()
+    run_dir, repository = Path(run_dir), runtime.checkout_root()
     if repository is None:
         raise PublishError("not published: this package is not imported from a checkout")
     state = _read_state(run_dir)
-    copies: list[tuple[Path, Path]] = []
+    copies = {}
     for index, stage in enumerate(stages):
-        if stage.name not in state:
-            raise PublishError(
-                f"not published: {stage.name} has not succeeded in {display_path(run_dir)}"
-            )
         target = repository / "notebooks" / f"{stage.name}.ipynb"
-        earlier = stages[:index]
-        problem = _publish_problem(run_dir, stage, earlier, state[stage.name], target)
+        problem = _publish_problem(run_dir, stage, stages[:index], state.get(stage.name), target)
         if problem:
             raise PublishError(f"not published: {stage.name} {problem}")
-        copies.append((_executed(run_dir, stage), target))
-    figures = sorted((run_dir / "figures").glob("*.png"))
-    copies += [(figure, repository / "figures" / figure.name) for figure in figures]
-    for source, target in copies:
-        with atomic_path(target) as temporary:
+        copies[target] = _executed(run_dir, stage)
+    for figure in sorted((run_dir / "figures").glob("*.png")):
+        copies[repository / "figures" / figure.name] = figure
+    for target, source in copies.items():
+        with runtime.atomic_path(target) as temporary:
             temporary.write_bytes(source.read_bytes())
-    return [target for _, target in copies]
+    return list(copies)
 
 
 # ---- before anything runs ----------------------------------------------------------------------
-def _sources(notebooks_dir: str | Path, stages: Sequence[Stage]) -> dict[str, Path]:
-    """Path of every stage's notebook; raises FileNotFoundError if one is missing."""
-    root = Path(str(notebooks_dir) or (checkout_root() or Path.cwd()) / "notebooks")
+def _sources(stages: Sequence[Stage]) -> dict[str, Path]:
+    """Path of every stage's notebook."""
+    root = (runtime.checkout_root() or Path.cwd()) / "notebooks"
     sources = {stage.name: root / f"{stage.name}.ipynb" for stage in stages}
-    missing = [str(path) for path in sources.values() if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(
-            f"missing: {', '.join(missing)}; run from a checkout of the repository, or name the "
-            "folder of the notebooks"
-        )
+    for path in sources.values():
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} is missing: run from a checkout of the repository")
     return sources
 
 
@@ -250,22 +209,20 @@ def _injections(
 
     papermill itself only warns about unknown parameters and goes on with the defaults.
     """
-    defaults = {name: parameters_of(path) for name, path in sources.items()}
+    defaults = {name: notebooks.parameters_of(path) for name, path in sources.items()}
     for name, known in defaults.items():
-        missing = [key for key in OWN_PARAMETERS if key not in known]
-        if missing:
-            raise ValueError(f"notebook {name} has no parameter {', '.join(missing)}")
-    free = sorted({key for known in defaults.values() for key in known} - set(OWN_PARAMETERS))
-    unknown = sorted(set(extra) - set(free))
-    if unknown:
+        if missing := set(OWN_PARAMETERS) - set(known):
+            raise ValueError(f"notebook {name} has no parameter {', '.join(sorted(missing))}")
+    free = {key for known in defaults.values() for key in known} - set(OWN_PARAMETERS)
+    if unknown := set(extra) - free:
         raise ValueError(
-            f"parameters {', '.join(unknown)}: the notebooks have {', '.join(free) or 'none'}; "
-            f"{', '.join(OWN_PARAMETERS)} are set through preset, run_dir and data_root"
+            f"parameters {', '.join(sorted(unknown))}: the notebooks have "
+            f"{', '.join(sorted(free)) or 'none'}, and {', '.join(OWN_PARAMETERS)} by other means"
         )
     result = {}
     for name, known in defaults.items():
         wanted = {key: value for key, value in {**own, **extra}.items() if key in known}
-        values = {key: converted(key, value, known[key]) for key, value in wanted.items()}
+        values = {key: notebooks.converted(key, value, known[key]) for key, value in wanted.items()}
         result[name] = {key: value for key, value in values.items() if value != known[key]}
     return result
 
@@ -290,7 +247,7 @@ def _records(folder: Path, stages: Sequence[Stage]) -> dict[str, str]:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
-    return read_json(path, "the pipeline") if path.is_file() else {}
+    return runtime.read_json(path, "the pipeline") if path.is_file() else {}
 
 
 def _executed(folder: Path, stage: Stage) -> Path:
@@ -306,8 +263,8 @@ def _output_digests(folder: Path, stage: Stage) -> dict[str, str]:
 
 def _touched(folder: Path, stage: Stage, done: Mapping[str, Any]) -> list[str]:
     """The files of a stage that are not as it left them."""
-    now, then = _output_digests(folder, stage), done["outputs"]
-    return sorted(path for path in then if now.get(path) != then[path])
+    now = _output_digests(folder, stage)
+    return sorted(path for path, then in done["outputs"].items() if now.get(path) != then)
 
 
 def _reason_to_run(
@@ -316,17 +273,10 @@ def _reason_to_run(
     """The reason why a stage must run, or ``""`` where it need not."""
     if done is None:
         return "not done yet"
-    changed = [key for key in inputs if inputs[key] != done["inputs"].get(key)]
-    if changed:
+    if changed := [key for key in inputs if inputs[key] != done["inputs"].get(key)]:
         return f"changed: {', '.join(changed)}"
     touched = _touched(folder, stage, done)
     return f"changed or missing since: {', '.join(touched)}" if touched else ""
-
-
-def _other_weights(done: Mapping[str, Any], inputs: Mapping[str, Any]) -> bool:
-    """True where a stage started from other weights: a training only notices other settings."""
-    # Early versions did not note the weights.
-    return done["inputs"].get(WEIGHTS, inputs[WEIGHTS]) != inputs[WEIGHTS]
 
 
 def _set_aside(folder: Path) -> None:
@@ -346,23 +296,23 @@ def _broken_promise(folder: Path, stage: Stage) -> str:
         for pattern in (*stage.outputs, stage.record)
         if not any(path.is_file() and path.stat().st_size for path in folder.glob(pattern))
     ]
-    if not missing:
-        return ""
-    return f"ran to its end without writing {', '.join(missing)} into {display_path(folder)}"
+    return f"wrote no {', '.join(missing)} into {display_path(folder)}" if missing else ""
 
 
 def _publish_problem(
-    folder: Path, stage: Stage, earlier: Sequence[Stage], done: Mapping[str, Any], target: Path
+    folder: Path, stage: Stage, earlier: Sequence[Stage], done: Mapping | None, target: Path
 ) -> str:
     """The reason why a stage's notebook must not be published, or ``""``."""
+    if done is None:
+        return f"has not succeeded in {display_path(folder)}"
     records, then = _records(folder, earlier), done["inputs"]["earlier records"]
     stale = _touched(folder, stage, done)
     stale += [f"{name}.json" for name in records if records[name] != then.get(name)]
     if stale:
         return f"is out of date: {', '.join(stale)} changed since it ran"
-    if not target.is_file() or source_digest(target) != done["inputs"]["notebook"]:
+    if not target.is_file() or notebooks.source_digest(target) != done["inputs"]["notebook"]:
         return f"was executed from another version than {display_path(target)}: run it again"
     if done["inputs"]["parameters"]:
         return f"ran with {done['inputs']['parameters']} instead of the notebook's own values"
-    found = machine_paths(_executed(folder, stage))
+    found = notebooks.machine_paths(_executed(folder, stage))
     return f"shows this machine's path {found[0]}" if found else ""

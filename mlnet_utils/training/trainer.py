@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast, find_executable_batch_size, gather_object
+from accelerate.utils import broadcast, find_executable_batch_size, gather_object, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
@@ -27,7 +27,6 @@ from mlnet_utils.runtime import (
     keyed_seed,
     progress,
     remove_temporaries,
-    seed_everything,
     set_determinism,
     write_text,
 )
@@ -135,7 +134,7 @@ class Trainer:
     def build(self) -> None:
         """Network, objective, optimiser, and the moving average of the weights."""
         config = self.config
-        seed_everything(config.seed)
+        set_seed(config.seed)
         with self.accelerator.local_main_process_first():  # one process downloads, the rest read
             self.model = MLNet(config)
         self.objective = Objective(config)

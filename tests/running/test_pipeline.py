@@ -12,9 +12,10 @@ import pytest
 nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
 pytest.importorskip("papermill", reason="needs the extra `notebooks`")
 
+from mlnet_utils import runtime  # noqa: E402
 from mlnet_utils.running import pipeline  # noqa: E402
 from mlnet_utils.running.notebooks import NotebookError  # noqa: E402
-from mlnet_utils.running.pipeline import PublishError, Stage, publish, reproduce  # noqa: E402
+from mlnet_utils.running.pipeline import PublishError, Stage, reproduce  # noqa: E402
 
 FIRST = Stage("01_first", ("data/meta.json",))
 SECOND = Stage("02_second", ("figures/*.png",))
@@ -73,8 +74,16 @@ def make_project(root, monkeypatch, first=FIRST_CELLS, second=SECOND_CELLS):
 
 def run(root, preset="tiny", stages=STAGES, **arguments):
     """Run the toy pipeline of a project with its default run folder."""
-    notebooks = root / "repository/notebooks"
-    return reproduce(preset, notebooks_dir=notebooks, stages=stages, **arguments)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "checkout_root", lambda: root / "repository")
+        return reproduce(preset, stages=stages, **arguments)
+
+
+def publish(root):
+    """Publish the run of a toy project."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime, "checkout_root", lambda: root / "repository")
+        return pipeline.publish(root / "runs/tiny", STAGES)
 
 
 def sources(book):
@@ -112,7 +121,7 @@ def nothing_runs(monkeypatch):
     def stop(source, *_, **__):
         raise NotebookError(f"would run {source.stem}")
 
-    monkeypatch.setattr(pipeline, "run_notebook", stop)
+    monkeypatch.setattr(pipeline.notebooks, "run_notebook", stop)
 
 
 # ---- success -----------------------------------------------------------------------------------
@@ -324,7 +333,7 @@ def test_failing_cell_is_named_and_published_copy_stays(finished, capfd):
     assert copy.read_bytes() == before
     assert "IndexError" in failed.read_text()
     with pytest.raises(PublishError, match="02_second"):
-        publish(finished / "runs/tiny", finished / "repository", STAGES)
+        publish(finished)
 
     write_book(notebook, SECOND_CELLS)
     run(finished)
@@ -425,7 +434,7 @@ def test_a_second_cell_of_parameters_is_an_error(tmp_path, monkeypatch, index, t
 
 # ---- publishing --------------------------------------------------------------------------------
 def test_publish_copies_notebooks_and_figures(finished):
-    written = publish(finished / "runs/tiny", finished / "repository", STAGES)
+    written = publish(finished)
     repository = finished / "repository"
     assert [path.relative_to(repository).as_posix() for path in written] == [
         "notebooks/01_first.ipynb",
@@ -435,7 +444,7 @@ def test_publish_copies_notebooks_and_figures(finished):
     assert "epoch 1" in (repository / "notebooks/01_first.ipynb").read_text()
     assert (repository / "figures/one.png").read_bytes() == b"picture"
     # Publishing is not a change of the notebooks.
-    publish(finished / "runs/tiny", repository, STAGES)
+    publish(finished)
 
 
 def spoil_parameters(root, monkeypatch):
@@ -470,6 +479,6 @@ def test_publish_refuses_and_copies_nothing(finished, monkeypatch, spoil, messag
     spoil(finished, monkeypatch)
     before = (finished / "repository/notebooks/01_first.ipynb").read_bytes()
     with pytest.raises(PublishError, match=message):
-        publish(finished / "runs/tiny", finished / "repository", STAGES)
+        publish(finished)
     assert (finished / "repository/notebooks/01_first.ipynb").read_bytes() == before
     assert not (finished / "repository/figures").exists()
