@@ -105,6 +105,7 @@ def means_of(report):
     }
 
 
+@pytest.mark.slow
 def test_density_maps_alone_are_scored_by_what_needs_no_points(poorer):
     nothing = {"fixations": np.zeros((0, 2), np.float32), "observers": np.zeros(0, np.int16)}
     folder, report = poorer(
@@ -159,6 +160,7 @@ def test_the_long_table_has_a_row_per_model_and_metric(report):
     assert table["mean"].dtype == float
 
 
+@pytest.mark.slow
 def test_protocols_change_the_numbers_but_not_the_correlation(run):
     table = evaluation.compare_protocols(run)
     assert list(table.index) == ["mit300", "salicon", "salicon2015"]

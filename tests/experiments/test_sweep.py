@@ -82,6 +82,7 @@ def test_every_cell_and_seed_gets_a_run_and_a_row(done):
     assert "| Three levels | 2 " in sweep.summary(done)
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again_and_the_rest_is(done):
     before = checkpoints_of(done)
     assert run_sweep(done, cells={**CELLS, "Two levels": {"levels": 2}}, seeds=(0,)) == {}
@@ -148,6 +149,7 @@ def test_photos_whose_score_is_infinite_are_counted(done):
     assert judged.set_index("metric").loc["IG", "infinite"] == 2
 
 
+@pytest.mark.slow
 # ---- failures ----------------------------------------------------------------------------------
 def test_a_failing_cell_is_reported_and_the_others_go_on(tmp_path, capsys):
     content = {"preset": "tiny", "common": FAST, "cells": {"wild": WILD, "tame": {}}}

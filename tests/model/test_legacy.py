@@ -268,6 +268,7 @@ def test_imported_checkpoint_says_what_it_is(keras):
     np.testing.assert_array_equal(content["model"]["prior"][0, 0].numpy(), prior)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [{"text": True}, {"whole_model": True}])
 def test_other_layouts_of_keras(keras, tmp_path, layout):
     """Names stored as text; a whole model, as the authors' ModelCheckpoint writes it."""
@@ -284,6 +285,7 @@ def test_input_size_follows_from_the_prior(tmp_path):
     assert (config.height, config.width, config.prior_cells) == (240, 400, (3, 5))
 
 
+@pytest.mark.slow
 def test_from_photo_to_photo(keras, tmp_path):
     """Imported on the command line, loaded and asked: the authors' steps from end to end."""
     layers, _, _, _ = keras
@@ -303,6 +305,7 @@ def test_from_photo_to_photo(keras, tmp_path):
     assert relative_difference(density, expected / expected.sum()) < 1e-3
 
 
+@pytest.mark.slow
 def test_an_imported_checkpoint_is_evaluated(keras, run_folder):
     """Like any other, on the photos of any run."""
     layers = [*keras[0][:-1], (keras[0][-1][0], np.zeros(1, np.float32))]

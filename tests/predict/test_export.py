@@ -58,6 +58,7 @@ def torch_report(checkpoint, photos):
 REPORTS = ("onnx_report", "torch_report", "int8_report")
 
 
+@pytest.mark.slow
 # ---- the same predictions ----------------------------------------------------------------------
 @pytest.mark.parametrize("name", REPORTS[:2])
 def test_predictions_equal_those_of_pytorch(name, checkpoint, request):
@@ -72,6 +73,7 @@ def test_predictions_equal_those_of_pytorch(name, checkpoint, request):
         np.testing.assert_allclose(density, ours.predict(photo), rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_8_bits_are_close_and_small(checkpoint, int8_report, onnx_report, photos):
     assert 0.95 < int8_report.correlation < 1
     assert int8_report.deviation > onnx_report.deviation
@@ -83,6 +85,7 @@ def test_8_bits_are_close_and_small(checkpoint, int8_report, onnx_report, photos
     assert int8_report.summary().startswith(f"{display_path(int8_report.path)}: 0.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REPORTS)
 def test_the_file_says_what_it_is(name, checkpoint, request):
     report = request.getfixturevalue(name)
@@ -102,6 +105,7 @@ def test_the_file_says_what_it_is(name, checkpoint, request):
     assert found["checkpoint_sha256"] == sha256_file(checkpoint)
 
 
+@pytest.mark.slow
 def test_the_graph_has_a_dynamic_batch_and_takes_bytes(onnx_report):
     (argument,) = load_exported(onnx_report.path).model.session.get_inputs()
     assert argument.name == "image"
@@ -132,6 +136,7 @@ def test_networks_of_the_earlier_implementations(tmp_path, photos, options):
     assert small.correlation > 0.95
 
 
+@pytest.mark.slow
 # ---- photos and scores of the run --------------------------------------------------------------
 def test_the_run_gives_photos_and_scores(run_folder, tmp_path):
     path = save_network(run_folder / "checkpoints" / "best.pt")
@@ -158,6 +163,7 @@ def test_scores_of_another_network_are_not_taken(run_folder, reason):
     assert export_module._scores(path, {"scores": SCORES}) == {"validation": SCORES}
 
 
+@pytest.mark.slow
 # ---- where a checkpoint is taken, an exported file is too --------------------------------------
 @pytest.mark.parametrize("name", REPORTS[:2])
 def test_folders_are_predicted_with_exported_files(name, checkpoint, photos, tmp_path, request):
@@ -170,6 +176,7 @@ def test_folders_are_predicted_with_exported_files(name, checkpoint, photos, tmp
     assert len(list((tmp_path / "theirs").glob("*.npy"))) == CHECKED + FEWEST_CALIBRATED
 
 
+@pytest.mark.slow
 def test_exported_files_run_on_the_cpu_only(torch_report, photos, tmp_path):
     with pytest.raises(ValueError, match=r"x\.pt2 .*cuda"):
         predict_folder(torch_report.path, [photos], tmp_path / "out", device="cuda")
@@ -211,6 +218,7 @@ def test_a_random_network_cannot_be_exported(tmp_path, photos):
         export(path, tmp_path / "x.pt2", "torch-export", photos=[photos])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("int8", [False, True])
 def test_a_file_that_differs_is_not_written(checkpoint, photos, tmp_path, monkeypatch, int8):
     pytest.importorskip("onnxscript")
@@ -235,12 +243,14 @@ def test_a_missing_extra_is_an_error_before_the_work(checkpoint, tmp_path, monke
         export(checkpoint, tmp_path / "x.onnx", photos=[])
 
 
+@pytest.mark.slow
 def test_loading_without_onnxruntime_is_an_error(onnx_report, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(ImportError, match=r"onnxruntime.*\[export\]"):
         load(onnx_report.path)
 
 
+@pytest.mark.slow
 def test_torch_export_needs_no_extra(torch_report, monkeypatch):
     for name in ("onnx", "onnxscript", "onnxruntime"):
         monkeypatch.setitem(sys.modules, name, None)
@@ -248,6 +258,7 @@ def test_torch_export_needs_no_extra(torch_report, monkeypatch):
     assert load_exported(torch_report.path).predict(black).shape == (40, 50)
 
 
+@pytest.mark.slow
 def test_an_exported_network_sees_photos_in_one_size(tmp_path, photos):
     checkpoint = save_network(tmp_path / "best.pt", test_scales=(1.0, 1.5))
     path = export(checkpoint, tmp_path / "x.pt2", "torch-export", photos=[photos]).path
@@ -269,6 +280,7 @@ def test_foreign_files_are_errors(tmp_path, name):
         load(tmp_path / name)
 
 
+@pytest.mark.slow
 def test_a_foreign_onnx_network_and_a_cut_file_are_errors(onnx_report, torch_report, tmp_path):
     onnx = pytest.importorskip("onnx")
     proto = onnx.load(onnx_report.path)

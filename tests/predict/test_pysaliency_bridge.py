@@ -139,6 +139,7 @@ def test_the_log_density_is_one(stimuli):
         assert ratio == pytest.approx(np.log(2))
 
 
+@pytest.mark.slow
 def test_pysaliency_evaluates_it(tmp_path):
     photo = Photo(
         "a",

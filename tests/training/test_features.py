@@ -36,6 +36,7 @@ def files(root):
     return sorted(root.rglob("*.npy"))
 
 
+@pytest.mark.slow
 def test_training_on_cached_features_learns_the_same(run_folder, tmp_path, cache_root):
     other = shutil.copytree(run_folder, tmp_path / "other")
     plain = fit(tiny_config(**FROZEN), run_folder)

@@ -309,6 +309,7 @@ def test_bf16_trains_as_fp32_within_its_precision(fresh, run_folder):
         assert b["train_loss"] != a["train_loss"]
 
 
+@pytest.mark.slow
 def test_compile_changes_nothing_beyond_rounding(reference, fresh, monkeypatch):
     """Tracing is what can break our code; generating the kernels takes minutes on a CPU."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
@@ -354,6 +355,7 @@ def gpu(monkeypatch):
     return pretend
 
 
+@pytest.mark.slow
 def test_a_small_gpu_learns_what_a_large_one_does(reference, fresh, gpu, monkeypatch, capsys):
     monkeypatch.setattr(trainers, "VALIDATION_BATCH", 1)
     tried = gpu(1)
@@ -394,6 +396,7 @@ def test_batch_norm_that_learns_and_a_chosen_number_decide(run_folder, gpu, chan
     assert (tried, run.micro_batch) == ([], expected)
 
 
+@pytest.mark.slow
 def test_a_hopeless_gpu_is_an_error_and_so_is_anything_else(run_folder, gpu, monkeypatch):
     gpu(0)
     with pytest.raises(RuntimeError, match="checkpointing=true"):
