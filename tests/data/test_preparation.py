@@ -57,9 +57,7 @@ def test_folds_test_every_photo_once():
 
 
 def test_impossible_splits_are_errors():
-    with pytest.raises(
-        ValueError, match=r"cannot take 5 validation and 5 test photos out of 10; .*`fold: 0`"
-    ):
+    with pytest.raises(ValueError, match=r"5 validation and 5 test photos out of 10"):
         hash_split(OSIE_LIKE[:10], 5, 5)
     with pytest.raises(ValueError, match=r"fold=3 of 4 photos"):
         fold_split(OSIE_LIKE[:4], 3)
