@@ -109,7 +109,7 @@ class Photo:
         observers = np.full(len(points), NOBODY) if observers is None else np.asarray(observers)
         if (last := observers.max(initial=0)) > np.iinfo(np.int16).max:
             raise ValueError(
-                f"photo {stem}: {int(last) + 1:,} observers, at most 32,768 can be told apart; number "
+                f"photo {stem}: {int(last) + 1:,} observers, more than the 32,768 that fit; number "
                 "those of each photo from the same few, or leave them out"
             )
         durations = None if durations is None else np.asarray(durations, np.float32)

@@ -176,12 +176,6 @@ def test_first_frame_of_an_animation(tmp_path):
     assert pixels.min() > 240
 
 
-def test_the_suffix_does_not_matter(tmp_path):
-    colourful().save(tmp_path / "x.png")
-    (tmp_path / "x.png").rename(tmp_path / "x.jpg")
-    assert torch.equal(read_image(tmp_path / "x.jpg"), reference())
-
-
 def test_a_bomb_is_refused(tmp_path, monkeypatch):
     colourful().save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
@@ -191,14 +185,11 @@ def test_a_bomb_is_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
 def test_files_that_are_no_photos(tmp_path, content):
+    with pytest.raises(FileNotFoundError):
+        read_image(tmp_path)  # a folder
     (tmp_path / "x.jpg").write_bytes(content)
     with pytest.raises(ValueError, match=r"x.jpg cannot be decoded"):
         read_image(tmp_path / "x.jpg")
-
-
-def test_a_folder_is_not_a_photo(tmp_path):
-    with pytest.raises(FileNotFoundError, match="does not exist"):
-        read_image(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -123,14 +123,6 @@ def test_a_map_of_another_size_or_lost_is_an_error(mapped):
         mapped.density(replace(photo, density="lost.png"))
 
 
-def test_training_learns_from_maps(mapped):
-    config = tiny_config(height=48, width=64)
-    by_map = SaliencyDataset(mapped, "train", config)[0]
-    by_points = SaliencyDataset(replace(mapped, photos=[looked_at("a.npz")]), "train", config)[0]
-    torch.testing.assert_close(by_map["density"], by_points["density"])
-    assert (by_map["fixations"].sum(), by_points["fixations"].sum()) == (0, 3)
-
-
 @pytest.mark.parametrize("cache", [True, False])
 def test_densities_are_cached_when_asked(mapped, cache):
     data = SaliencyDataset(mapped, "train", tiny_config(cache=cache))
