@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from mlnet_utils.metrics import baselines
 from mlnet_utils.metrics.protocols import METRICS, PROTOCOLS, score_all
 from mlnet_utils.metrics.summary import score_table as format_table  # noqa: F401 (notebook 03)
 from mlnet_utils.metrics.summary import summarise
-from mlnet_utils.predict.predictor import MODEL, Predictor, load
+from mlnet_utils.predict.predictor import MODEL, load
 from mlnet_utils.runtime import (
     display_path,
     given_command,
@@ -43,20 +44,12 @@ INFINITE = "photos with IG = -inf"
 # Published scores of ML-Net, each with its own data, ground truth and evaluator: never to be put
 # beside this repository's as if they were one comparison.
 PUBLISHED = [
-    {
-        "model": "ML-Net (authors; tabulated by Pan et al. 2017, SalGAN)",
-        "data": "SALICON 2015 test", "AUC": 0.866, "sAUC": 0.768, "CC": 0.743, "NSS": 2.789,
-    },
-    {
-        "model": "ML-Net (authors; MIT/Tuebingen leaderboard, 2021)",
-        "data": "MIT300", "AUC": 0.8386, "sAUC": 0.7399, "NSS": 1.9748, "CC": 0.6633,
-        "KL": 0.8006, "SIM": 0.5819,
-    },
-    {
-        "model": "MLNet-Pytorch (its README)",
-        "data": "SALICON 2017 test", "AUC": 0.771, "CC": 0.553, "KL": 1.142, "sAUC": 0.619,
-        "IG": -0.380, "NSS": 1.014, "SIM": 0.573,
-    },
+    {"model": "ML-Net (authors; tabulated by Pan et al. 2017, SalGAN)", "data": "SALICON 2015 test",
+     "AUC": 0.866, "sAUC": 0.768, "CC": 0.743, "NSS": 2.789},
+    {"model": "ML-Net (authors; MIT/Tuebingen leaderboard, 2021)", "data": "MIT300",
+     "AUC": 0.8386, "sAUC": 0.7399, "NSS": 1.9748, "CC": 0.6633, "KL": 0.8006, "SIM": 0.5819},
+    {"model": "MLNet-Pytorch (its README)", "data": "SALICON 2017 test", "AUC": 0.771, "CC": 0.553,
+     "KL": 1.142, "sAUC": 0.619, "IG": -0.380, "NSS": 1.014, "SIM": 0.573},
 ]  # fmt: skip
 
 
@@ -72,13 +65,12 @@ class TestSet:
         if any(len(photo.fixations) for photo in train):
             self.centre_bias = baselines.CentreBias.fit(train)
         else:
-            maps = map(self.prepared.density, train)
-            self.centre_bias = baselines.CentreBias.fit_densities(maps)
+            self.centre_bias = baselines.CentreBias.fit_densities(map(self.prepared.density, train))
         self.negatives = baselines.LeaveOneOut(self.photos)
         several = [photo for photo in train if len(photo.known_observers) > 1][:PHOTOS_FOR_GOLD]
-        self.gold_standard = (
-            baselines.GoldStandard.fit(several, self.centre_bias) if several else None
-        )
+        self.gold_standard = None
+        if several:
+            self.gold_standard = baselines.GoldStandard.fit(several, self.centre_bias)
 
     def image(self, photo: Photo) -> Tensor:
         """(3, H, W) uint8."""
@@ -87,9 +79,8 @@ class TestSet:
     def gold(self, photo: Photo) -> Tensor | None:
         """(H, W) the true density where it is known (synthetic), else :class:`GoldStandard`.
 
-        None where there is neither: a published map of a real photo is no more than its blurred
-        fixations in 8 bits, which would be compared with itself, and a gold standard needs
-        training photos with several observers.
+        None where there is neither: a published map of a real photo is its blurred fixations in 8
+        bits, which would be compared with itself; a gold standard needs several observers.
         """
         if photo.density and self.prepared.meta["dataset"] == "synthetic":
             return photo.read_density(self.prepared.root)
@@ -119,10 +110,35 @@ class TestSet:
     ) -> dict[str, float]:
         """All metrics of one (H, W) prediction; NaN where the protocol defines none."""
         prediction = torch.as_tensor(prediction).double()
-        found = score_all(
-            prediction[None], **self.truth(photo, protocol), protocol=protocol, names=[photo.stem]
-        )
+        truth = self.truth(photo, protocol)
+        found = score_all(prediction[None], **truth, protocol=protocol, names=[photo.stem])
         return {name: float(found[name]) if name in found else math.nan for name in METRICS}
+
+    def score_observers(self, photo: Photo, protocol: str) -> dict[str, float]:
+        """Mean over observers of the score that the others' fixations reach as a prediction.
+
+        Only metrics on fixations: an observer's dozen fixations are no density to compare with, so
+        CC, KL and SIM would answer another question than in the other rows.
+        """
+        size, gold, truth = (
+            (photo.height, photo.width),
+            self.gold_standard,
+            self.truth(photo, protocol),
+        )
+        del truth["density"]
+        every, prior = [], self.centre_bias(*size)
+        left_out = baselines.inter_observer(
+            photo, gold.sigma_share * photo.width, prior, gold.prior_share
+        )
+        for _, density, own in left_out:
+            truth["fixations"] = fixation_counts(own, *size)[None]
+            every.append(score_all(density[None], **truth, protocol=protocol))
+        return {
+            metric: float(np.nanmean([float(found[metric]) for found in every]))
+            if metric in every[0]
+            else math.nan
+            for metric in METRICS
+        }
 
 
 def protocol_truth(
@@ -130,11 +146,7 @@ def protocol_truth(
 ) -> dict[str, Tensor]:
     """A photo's ground truth by a protocol's own definition (docs/metrics.md).
 
-    Args:
-        photo: of the split.
-        others: where people looked on the other photos of the split.
-        prepared: the data; salicon2015 has its own blur, :data:`SIGMA_2015`.
-        protocol: name of the metric definitions.
+    ``others`` are the photos of the split; salicon2015 has its own blur, :data:`SIGMA_2015`.
 
     Returns:
         (1, H, W) ``fixations``, ``density`` and ``negatives``, see ``metrics.score_all``.
@@ -173,9 +185,8 @@ def evaluate(
         run_dir: the run; its ``data/`` is read.
         checkpoint: default ``checkpoints/best.pt`` of the run.
         split: ``"test"``, or ``"val"`` while choosing.
-        protocol: metric definitions, see docs/metrics.md; default: as the checkpoint's
-            configuration says.
-        models: which of ``MODELS`` to score.
+        protocol: metric definitions, see docs/metrics.md; default: the checkpoint's.
+        models: some of ``MODELS``.
 
     Returns:
         The contents of ``metrics.json``: data, ground truth and checkpoint; per model and metric
@@ -197,8 +208,20 @@ def evaluate(
         share = progress(share, f"scoring {split}", len(share), unit="photo")
     rows: list[dict] = []
     for photo in share:
+        size, several = (photo.height, photo.width), len(photo.known_observers) > 1
+        predictions = {
+            MODEL: lambda photo=photo: predictor.predict(data.image(photo)),
+            UNIFORM: partial(baselines.uniform, *size),
+            CENTRE: partial(data.centre_bias, *size),
+            GOLD: partial(data.gold, photo),
+        }
         for model in models:
-            if (scores := _photo_scores(data, photo, model, predictor, protocol)) is not None:
+            if model == OBSERVERS:
+                scores = data.gold_standard and several and data.score_observers(photo, protocol)
+            else:
+                prediction = predictions[model]()
+                scores = None if prediction is None else data.score(photo, prediction, protocol)
+            if scores:  # else the data lack an input of the model
                 rows.append({"model": model, "stem": photo.stem, **scores})
     rows = gather_object(rows)
     rows.sort(key=lambda row: (MODELS.index(row["model"]), row["stem"]))
@@ -227,52 +250,6 @@ def evaluate(
     return report
 
 
-def _photo_scores(
-    data: TestSet, photo: Photo, model: str, predictor: Predictor, protocol: str
-) -> dict[str, float] | None:
-    """The scores of one model on one photo; None where the data lack an input of the model."""
-    size = (photo.height, photo.width)
-    if model == OBSERVERS:
-        several = data.gold_standard and len(photo.known_observers) > 1
-        return _inter_observer_scores(data, photo, protocol) if several else None
-    predictions = {
-        MODEL: lambda: predictor.predict(data.image(photo)),
-        UNIFORM: lambda: baselines.uniform(*size),
-        CENTRE: lambda: data.centre_bias(*size),
-        GOLD: lambda: data.gold(photo),
-    }
-    prediction = predictions[model]()
-    return None if prediction is None else data.score(photo, prediction, protocol)
-
-
-def _inter_observer_scores(data: TestSet, photo: Photo, protocol: str) -> dict[str, float]:
-    """Mean over observers of the score that the others' fixations reach as a prediction.
-
-    Only the metrics on fixations: one observer's dozen fixations are no density to compare with,
-    so CC, KL and SIM would answer another question than in the other rows.
-    """
-    size = (photo.height, photo.width)
-    shared = data.truth(photo, protocol)
-    gold = data.gold_standard
-    prior = data.centre_bias(*size)
-    every = []
-    for _, density, own in baselines.inter_observer(
-        photo, gold.sigma_share * photo.width, prior, gold.prior_share
-    ):
-        truth = {
-            "fixations": fixation_counts(own, *size)[None],
-            "negatives": shared["negatives"],
-            "baseline": shared["baseline"],
-        }
-        every.append(score_all(density[None], **truth, protocol=protocol))
-    return {
-        metric: float(np.nanmean([float(found[metric]) for found in every]))
-        if metric in every[0]
-        else math.nan
-        for metric in METRICS
-    }
-
-
 # ---- tables ------------------------------------------------------------------------------------
 def long_table(report: dict) -> pd.DataFrame:
     """``metrics.json`` as a table with columns model, metric, mean, low, high, n."""
@@ -296,10 +273,9 @@ def explained_information(report: dict) -> dict[str, float]:
 def compare_protocols(
     run_dir: str | Path, checkpoint: str | Path | None = None, split: str = "test"
 ) -> pd.DataFrame:
-    """Mean scores of the same predictions under each protocol: one row per protocol.
+    """Mean scores of the same predictions: a row per protocol, with its own ground truth.
 
-    Each with its own ground truth (:func:`protocol_truth`). Infinite information gains stay in the
-    mean, and the column :data:`INFINITE` counts them.
+    Infinite information gains stay in the mean, and the column :data:`INFINITE` counts them.
     """
     variants = {protocol: (CHANGES["unchanged"], protocol) for protocol in PROTOCOLS}
     return _mean_scores(run_dir, checkpoint, split, variants).rename_axis("protocol")

@@ -146,24 +146,20 @@ def compare(
 
     Returns:
         Columns ``model`` (the cell), ``reference``, ``metric``, ``mean``, ``low``, ``high`` of the
-        difference; ``seeds`` that both have, ``seed_low`` and ``seed_high``, smallest and largest
-        difference that a single seed has; ``infinite``, the number of photos whose score is
-        infinite in either cell, as IG is where a map is zero at a fixation. The difference is then
-        NaN: a mean over the other photos would flatter. ``side`` is +1 or -1 where the difference
-        is clear (the interval leaves out zero and all seeds agree, or only one of the cells has
-        infinite scores), else 0.
+        difference; ``seeds``, the number of seeds that both have; ``seed_low`` and ``seed_high``,
+        a single seed's smallest and largest difference; ``infinite``, the number of photos with an
+        infinite score in either cell. The difference is then NaN: a mean over the other photos
+        would flatter. ``side`` is +1 or -1 where the difference is clear (the interval leaves out
+        zero and all seeds agree, or only one of the cells has infinite scores), else 0.
 
     Raises:
         ValueError: the reference has no scores.
     """
-    names = list(METRICS)
-    table = scores.set_index(["cell", "seed", "stem"])[names].sort_index()
+    table = scores.set_index(["cell", "seed", "stem"])[list(METRICS)].sort_index()
     if reference not in table.index:
         raise ValueError(f"the sweep has no scores of {reference!r}; run it first")
     rows = []
-    for cell in cells:
-        if cell not in table.index:
-            continue
+    for cell in (cell for cell in cells if cell in table.index):
         ours, theirs = table.loc[cell], table.loc[reference]
         shared = ours.index.unique("seed").intersection(theirs.index.unique("seed"))
         if len(shared):  # a seed that died in one of the two says nothing of their difference
@@ -181,21 +177,9 @@ def compare(
             low, high = bootstrap_interval(difference[metric], resamples=resamples)
             seed_low, seed_high = by_seed[metric].min(), by_seed[metric].max()
             clear = int(min(low, seed_low) > 0) - int(max(high, seed_high) < 0)
-            rows.append(
-                {
-                    "model": cell,
-                    "reference": reference,
-                    "metric": metric,
-                    "mean": difference[metric].mean(),
-                    "low": low,
-                    "high": high,
-                    "seeds": len(shared),
-                    "seed_low": seed_low,
-                    "seed_high": seed_high,
-                    "infinite": infinite[metric],
-                    "side": int(better[metric]) if infinite[metric] else clear,
-                }
-            )
+            side = int(better[metric]) if infinite[metric] else clear
+            row = (cell, reference, metric, difference[metric].mean(), low, high)
+            rows.append((*row, len(shared), seed_low, seed_high, infinite[metric], side))
     return pd.DataFrame(rows, columns=COMPARISON)
 
 
@@ -220,23 +204,18 @@ def sentence(differences: pd.DataFrame) -> str:
 
 def _verdict(sides: pd.Series) -> str:
     """In words, from the side of every judged metric (larger is better in all of them)."""
-    if (sides != 0).all() and sides.nunique() == 1:
-        return "better" if sides.iloc[0] > 0 else "worse"
-    parts = [
-        f"{word} in {' and '.join(sides.index[sides == side])}"
-        for word, side in (("better", 1), ("worse", -1))
-        if (sides == side).any()
+    words = {"better": sides.index[sides > 0], "worse": sides.index[sides < 0]}
+    found = [
+        word if len(metrics) == len(sides) else f"{word} in {' and '.join(metrics)}"
+        for word, metrics in words.items()
+        if len(metrics)
     ]
-    return ", ".join(parts) or "neither clearly better nor worse"
+    return ", ".join(found) or "neither clearly better nor worse"
 
 
 def photos_of(grid: Grid) -> pd.DataFrame:
     """The cells of the question ``data``, with the reference, and their ``training photos``."""
-    amounts = {
-        cell: changes["train_limit"]
-        for cell, changes in grid.cells.items()
-        if "train_limit" in changes
-    }
+    amounts = {c: v["train_limit"] for c, v in grid.cells.items() if "train_limit" in v}
     if amounts:
         amounts[REFERENCE] = OSIE_TRAINING_PHOTOS
     return pd.DataFrame(amounts.items(), columns=["cell", "training photos"])
@@ -245,8 +224,7 @@ def photos_of(grid: Grid) -> pd.DataFrame:
 def amount_sentence(amounts: pd.DataFrame) -> str:
     """The gain from ten times the photos, as a Markdown line.
 
-    Args:
-        amounts: one row per training: ``training photos`` and a column per metric.
+    ``amounts`` has a row per training, with ``training photos`` and a column per metric.
     """
     if amounts.empty:
         return "*The study of this preset does not vary the number of photos.*"
@@ -285,10 +263,7 @@ def reachable_cc(run_dir: str | Path, split: str = "test", draws: int = 5) -> di
     Averaging both halves makes a density of reliability R = 2r / (1 + r) (Spearman 1910, Brown
     1910), and a perfect prediction correlates with a measurement of reliability R as sqrt(R).
 
-    Args:
-        run_dir: the run; its ``data/`` is read.
-        split: name of a split; its photos with at least two known observers count.
-        draws: divisions per photo.
+    Each photo of the split with at least two known observers is divided ``draws`` times.
 
     Returns:
         ``halves``, the mean over photos of r, and ``reachable``, that of sqrt(R).
@@ -299,20 +274,15 @@ def reachable_cc(run_dir: str | Path, split: str = "test", draws: int = 5) -> di
     prepared = Prepared.read(Path(run_dir) / "data")
     generator, agreements = np.random.default_rng(0), []
     for photo in progress(prepared.split(split), "dividing the observers", unit="photo"):
-        observers = photo.known_observers
+        observers, found = photo.known_observers, []
         if len(observers) < 2:
             continue
-        found = []
+        shape = (photo.height, photo.width, photo.sigma or prepared.sigma)
         for _ in range(draws):
-            chosen = generator.permutation(observers)[: len(observers) // 2]
-            first = np.isin(photo.observers, chosen)
-            halves = [
-                density_from_points(
-                    photo.fixations[rows], photo.height, photo.width, photo.sigma or prepared.sigma
-                )
-                for rows in (first, np.isin(photo.observers, observers) & ~first)
-            ]
-            found.append(cc(halves[0][None], halves[1][None]).item())
+            drawn = np.split(generator.permutation(observers), [len(observers) // 2])
+            points = (photo.fixations[np.isin(photo.observers, half)] for half in drawn)
+            first, second = (density_from_points(half, *shape)[None] for half in points)
+            found.append(cc(first, second).item())
         agreements.append(max(np.nanmean(found), 0.0))
     if not agreements:
         raise ValueError(f"no {split} photo in {run_dir} has two known observers")

@@ -33,14 +33,10 @@ from mlnet_utils.runtime import cpu_count, display_path, read_json, read_yaml, r
 from mlnet_utils.training import trainer
 from mlnet_utils.training.trainer import TrainingDied
 
-DATA_KEYS = (
-    "dataset",
-    "limit",
-    "train_limit",
-    "sigma",
-    "fold",
-)  # keys that decide the prepared data
+DATA_KEYS = ("dataset", "limit", "train_limit", "sigma", "fold")  # they decide the prepared data
 GRID_KEYS = ("preset", "seeds", "split", "common", "cells")
+COLUMNS = ("cell", "seed", "dataset", "split", "epochs", "train_seconds")
+INFINITE = tuple(f"{metric} infinite" for metric in METRICS)
 TABLE, PER_IMAGE = "sweep.csv", "per_image.csv"
 DIED = "died.txt"  # in a run folder: which configuration died, and of what
 GRACE_SECONDS = 10  # for processes that stop by themselves, as they do after a terminal's Ctrl-C
@@ -66,22 +62,19 @@ class Grid:
     def __post_init__(self):
         slugs = [slug(cell) for cell in self.cells]
         if not self.cells or len(set(slugs)) != len(slugs):
-            raise ValueError(
-                f"grid {self.name}: needs cells whose names differ in their letters and digits; "
-                f"got {list(self.cells)}"
-            )
+            names = f"cells={list(self.cells)}"
+            raise ValueError(f"grid {self.name}: {names} must differ in their letters and digits")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(
-                f"grid {self.name}: seeds={list(self.seeds)} must be one or more numbers, each once"
-            )
+            seeds = f"seeds={list(self.seeds)}"
+            raise ValueError(f"grid {self.name}: {seeds} must be numbers, each once")
         if self.split not in ("val", "test"):
             raise ValueError(f"grid {self.name}: split={self.split!r} is not val or test")
         start = {cell: {**self.common, **self.cells[cell]}.get("start_from") for cell in self.cells}
         for cell, parent in start.items():
             if start.get(parent) in self.cells:
                 raise ValueError(
-                    f"grid {self.name}: {cell} starts from {parent}, which starts from another cell"
-                    f", {start[parent]}; if that comes from `common`, set start_from: '' in it"
+                    f"grid {self.name}: {cell} starts from {parent}, which starts from another "
+                    f"cell: set start_from: '' in {parent} if it comes from `common`"
                 )
 
 
@@ -170,22 +163,18 @@ def run_job(job: Job) -> None:
         open(job.folder / "output.txt", "a", encoding="utf-8") as output,
         contextlib.redirect_stdout(output),
     ):
-        _train_and_score(job)
-
-
-def _train_and_score(job: Job) -> None:
-    _link_data(job)
-    try:
-        job.train(job.start(), job.folder)
-    except Exception as error:
-        in_notebook = getattr(error.__cause__, "ename", "")  # where only its name is left
-        if isinstance(error, TrainingDied) or in_notebook == TrainingDied.__name__:
-            write_text(job.folder / DIED, f"{_identity(job)}\n{error}\n")
-        raise
-    report, best = job.folder / "metrics.json", job.folder / "checkpoints" / "best.pt"
-    fresh = report.is_file() and report.stat().st_mtime >= best.stat().st_mtime
-    if not fresh or read_json(report, "the sweep")["split"] != job.split:
-        evaluation.evaluate(job.folder, split=job.split, models=(evaluation.MODEL,))
+        _link_data(job)
+        try:
+            job.train(job.start(), job.folder)
+        except Exception as error:
+            in_notebook = getattr(error.__cause__, "ename", "")  # where only its name is left
+            if isinstance(error, TrainingDied) or in_notebook == TrainingDied.__name__:
+                write_text(job.folder / DIED, f"{_identity(job)}\n{error}\n")
+            raise
+        report, best = job.folder / "metrics.json", job.folder / "checkpoints" / "best.pt"
+        fresh = report.is_file() and report.stat().st_mtime >= best.stat().st_mtime
+        if not fresh or read_json(report, "the sweep")["split"] != job.split:
+            evaluation.evaluate(job.folder, split=job.split, models=(evaluation.MODEL,))
 
 
 def _link_data(job: Job) -> None:
@@ -195,12 +184,9 @@ def _link_data(job: Job) -> None:
     """
     link = job.folder / "data"
     target = os.path.relpath(job.data.resolve(), job.folder.resolve())
-    if link.is_symlink():
-        if os.readlink(link) == target:
-            return
-        link.unlink()
-    elif link.exists():
+    if link.exists() and not link.is_symlink():
         raise ValueError(f"{link} is not a link to {job.data}: remove it, and the sweep makes one")
+    link.unlink(missing_ok=True)
     link.symlink_to(target, target_is_directory=True)
 
 
@@ -208,18 +194,6 @@ def _identity(job: Job) -> str:
     """A digest that is equal for trainings that must end alike, on the same machine."""
     values = json.dumps([job.start().to_dict(), job.data.name], default=str)
     return f"configuration {hashlib.sha256(values.encode()).hexdigest()[:16]}"
-
-
-def _check_alive(job: Job) -> None:
-    """Raise TrainingDied where the same training died in an earlier call: it would again."""
-    note = job.folder / DIED
-    if not note.is_file():
-        return
-    identity, _, message = note.read_text(encoding="utf-8").partition("\n")
-    if identity == _identity(job):
-        again = f"so it was before; to try again, delete {display_path(note)}"
-        raise TrainingDied(f"{message.strip()} ({again})")
-    note.unlink()
 
 
 # ---- all trainings -----------------------------------------------------------------------------
@@ -259,14 +233,12 @@ def run_sweep(
     for job in jobs:
         if not (job.data / "meta.json").is_file():
             preparation.prepare(job.config, data_root, job.data)
+    dispatch = one_by_one
     if cluster:
-        dispatch = functools.partial(
-            on_cluster, folder=folder / "jobs", cluster=cluster, options=options or {}
-        )
+        place = {"folder": folder / "jobs", "cluster": cluster, "options": options or {}}
+        dispatch = functools.partial(on_cluster, **place)
     elif workers > 1:
         dispatch = functools.partial(in_processes, workers=workers)
-    else:
-        dispatch = one_by_one
     try:
         for late in (False, True):
             wave = [(job, _hopeless(job, ended)) for job in jobs if bool(job.waits) is late]
@@ -288,6 +260,17 @@ def _hopeless(job: Job, ended: Mapping[str, str]) -> str:
     if ended.get(job.waits):
         return f"it starts from {job.waits}, which failed"
     return attempt(_check_alive, job)
+
+
+def _check_alive(job: Job) -> None:
+    """Raise TrainingDied where the same training died in an earlier call: it would again."""
+    note = job.folder / DIED
+    if note.is_file():
+        identity, _, message = note.read_text(encoding="utf-8").partition("\n")
+        if identity == _identity(job):
+            again = f"so it was before; to try again, delete {display_path(note)}"
+            raise TrainingDied(f"{message.strip()} ({again})")
+        note.unlink()
 
 
 # ---- one after another, in processes, on a cluster ---------------------------------------------
@@ -335,10 +318,8 @@ def in_processes(
                     error = answer.recv()
                 except EOFError:
                     process.join()
-                    error = (
-                        f"its process was killed (exit code {process.exitcode}); if memory ran "
-                        "out, use fewer workers. The same command continues"
-                    )
+                    error = f"its process was killed (exit code {process.exitcode})"
+                    error += "; if memory ran out, use fewer workers. The same command continues"
                 process.join()
                 yield job, error
     finally:
@@ -364,11 +345,7 @@ def on_cluster(
     cluster: str,
     options: Mapping[str, Any],
 ) -> Iterator[tuple[Job, str]]:
-    """Submit jobs through submitit, as one array; closed before its end, they stay in the queue.
-
-    Raises:
-        ImportError: the extra ``cluster`` is not installed.
-    """
+    """Submit jobs through submitit, as one array; closed before its end, they stay in the queue."""
     executor = require("submitit", "cluster").AutoExecutor(folder, cluster=cluster)
     executor.update_parameters(name="mlnet-sweep", **options)
     submitted = executor.map_array(run, jobs) if jobs else []
@@ -387,24 +364,21 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
     rows, photos = [], []
     for job in jobs:
         report = read_json(job.folder / "metrics.json", "the sweep")
-        row = {"cell": job.cell, "seed": job.config.seed}
-        row |= {key: report[key] for key in ("dataset", "split")}
-        row["epochs"] = len(pd.read_csv(job.folder / "log.csv"))
+        name = {"cell": job.cell, "seed": job.config.seed, "dataset": report["dataset"]}
         times = job.folder / "times.csv"  # missing where training was killed before its last act
         seconds = pd.read_csv(times)["train_seconds"].sum() if times.is_file() else math.nan
-        row["train_seconds"] = round(seconds, 1)
+        epochs = len(pd.read_csv(job.folder / "log.csv"))
+        row = {"split": report["split"], "epochs": epochs, "train_seconds": round(seconds, 1)}
         scores = report["rows"][0]["metrics"]
-        row |= {name: scores[name]["mean"] for name in METRICS}
-        rows.append(row | {f"{name} infinite": scores[name]["infinite"] for name in METRICS})
-        single = pd.read_csv(job.folder / "per_image.csv", dtype={"stem": str})
-        photos.append(single.assign(cell=job.cell, seed=job.config.seed, dataset=report["dataset"]))
-    infinite = [f"{name} infinite" for name in METRICS]
-    infinite = [name for name in infinite if any(row[name] for row in rows)]
-    columns = ["cell", "seed", "dataset", "split", "epochs", "train_seconds", *METRICS, *infinite]
-    table = pd.DataFrame(rows, columns=columns)
+        row |= {metric: scores[metric]["mean"] for metric in METRICS}
+        row |= {f"{metric} infinite": scores[metric]["infinite"] for metric in METRICS}
+        rows.append(name | row)
+        photos.append(pd.read_csv(job.folder / "per_image.csv", dtype={"stem": str}).assign(**name))
+    table = pd.DataFrame(rows, columns=[*COLUMNS, *METRICS, *INFINITE])
+    table = table.drop(columns=[name for name in INFINITE if not table[name].any()])
     write_text(folder / TABLE, table.to_csv(index=False))
-    columns = ["cell", "seed", "dataset", "stem", *METRICS]
     if photos:
+        columns = ["cell", "seed", "dataset", "stem", *METRICS]
         write_text(folder / PER_IMAGE, pd.concat(photos)[columns].to_csv(index=False))
     else:  # nor the photos of an earlier call
         (folder / PER_IMAGE).unlink(missing_ok=True)
