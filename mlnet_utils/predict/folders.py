@@ -1,5 +1,6 @@
 """Saliency maps for files and folders of photos: decoding ahead, batches, resuming, reporting."""
 
+import itertools
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -57,28 +58,23 @@ def predict_folder(
     npy: bool = False,
     force: bool = False,
     batch_size: int = 8,
-    workers: int = -1,
     device: str | None = None,
     upright: bool = True,
 ) -> FolderResult:
     """Write the saliency maps of photos and of folders of photos.
 
-    Every photo gets ``<stem>.png`` (8 bits, its own size, maximum 255), on request
-    ``<stem>_overlay.png`` and ``<stem>.npy`` (float32 density that sums to 1). Photos inside a
-    given folder keep their sub-folders. Photos with all outputs in place are skipped, so that an
-    interrupted call can be repeated. Under ``accelerate launch`` every process takes its share
-    on its own GPU, and all return the same result.
+    Every photo gets ``<stem>.png`` (8 bits, its own size, maximum 255), with ``overlay`` also
+    ``<stem>_overlay.png`` (the photo with its map on top), and with ``npy`` ``<stem>.npy``
+    (float32 density that sums to 1). Photos inside a given folder keep their sub-folders. Photos
+    with all outputs in place are skipped, so that an interrupted call can be repeated. Under
+    ``accelerate launch`` every process takes its share on its own GPU; all return the same result.
 
     Args:
-        checkpoint: a trained or imported network, or an exported one.
-        paths: photos and folders.
-        out: folder for the maps.
-        overlay: also write the photo with its map on top.
-        npy: also write the density.
+        checkpoint: a trained, imported or exported network.
+        paths: photos and folders; ``out`` is the maps' folder.
         force: redo what exists; files of another checkpoint that will be made again are removed
             first, so that an interrupted call leaves none of them.
         batch_size: photos per forward pass; twice as many are held in memory.
-        workers: threads that decode photos and write maps; -1 = chosen from the machine.
         device: default: a GPU if there is one.
         upright: turn photos as their EXIF data say; benchmarks want False.
 
@@ -105,53 +101,42 @@ def predict_folder(
             with atomic_path(path) as temporary:
                 if ending == ".npy":
                     np.save(temporary, density)
-                    continue
-                painted = to_8_bits(density)
-                if ending == "_overlay.png":
+                elif ending == "_overlay.png":
                     painted = paint_overlay(pixels.permute(1, 2, 0).numpy(), density)
-                Image.fromarray(painted).save(temporary)
+                    Image.fromarray(painted).save(temporary)
+                else:
+                    Image.fromarray(to_8_bits(density)).save(temporary)
+
+    def finished(futures: dict[Path, Future], problem: str = "") -> dict[Path, Any]:
+        """Wait for all; the values of those that have one. The others' errors are noted."""
+        values = {}
+        for photo, future in futures.items():
+            try:
+                values[photo] = future.result()
+            except (ValueError, OSError) as error:
+                result.failed[photo] = f"{problem}{error}"
+        return values
 
     photos = list(targets)
     batches = [photos[start : start + batch_size] for start in range(0, len(photos), batch_size)]
-    with ThreadPoolExecutor(workers if workers > 0 else min(8, cpu_count() + 1)) as pool:
-
-        def submit(photos: Sequence[Path]) -> dict[Path, Future]:
-            return {photo: pool.submit(decode, photo) for photo in photos}
-
-        decoding, writing = submit(batches[0] if batches else ()), {}
-        following = [*batches[1:], ()]
-        if PartialState().is_main_process:
-            following = progress(following, "predicting", len(batches), unit="batch")
-        for photos in following:  # decoded while the batch before them is predicted
-            ready, decoding = _finished(decoding, result), submit(photos)
+    if PartialState().is_main_process:
+        batches = progress(batches, "predicting", unit="batch")
+    with ThreadPoolExecutor(min(8, cpu_count() + 1)) as pool:
+        decoding, writing = {}, {}
+        for batch in itertools.chain(batches, [[]]):  # decoded while the one before is predicted
+            ready = finished(decoding)
+            decoding = {photo: pool.submit(decode, photo) for photo in batch}
+            maps = []
             if ready:
                 images = torch.stack([image for _, image, _ in ready.values()])
                 maps = predict_maps(predictor.model, predictor.config, images.to(predictor.device))
-                written, writing = (
-                    writing,
-                    {
-                        photo: pool.submit(write, photo, pixels, box, single)
-                        for (photo, (pixels, _, box)), single in zip(
-                            ready.items(), maps, strict=True
-                        )
-                    },
-                )
-                result.done += _finished(written, result, "its map cannot be written: ")
-        result.done += _finished(writing, result, "its map cannot be written: ")
+            result.done += finished(writing, "its map cannot be written: ")
+            writing = {
+                photo: pool.submit(write, photo, pixels, box, single)
+                for (photo, (pixels, _, box)), single in zip(ready.items(), maps, strict=True)
+            }
+        result.done += finished(writing, "its map cannot be written: ")
     return gather(result)
-
-
-def _finished(
-    futures: dict[Path, Future], result: FolderResult, problem: str = ""
-) -> dict[Path, Any]:
-    """Wait for all; the values of those that have one, while the others' errors are noted."""
-    values = {}
-    for photo, future in futures.items():
-        try:
-            values[photo] = future.result()
-        except (ValueError, OSError) as error:
-            result.failed[photo] = f"{problem}{error}"
-    return values
 
 
 def to_8_bits(density: np.ndarray) -> np.ndarray:
@@ -170,16 +155,9 @@ def begin(
     device: str | None,
     suffixes: Sequence[str] = PHOTO_SUFFIXES,
 ) -> tuple[Predictor, Targets, FolderResult]:
-    """Everything that comes before the first prediction.
+    """The network, this process's share of the work, and a result with what was done before.
 
-    Args:
-        checkpoint, paths, out, force, batch_size, device: see :func:`predict_folder`.
-        endings: of the output files, the map's last.
-        suffixes: of the files to look for in folders.
-
-    Returns:
-        The network, this process's share of the work, and a result that lists the files that were
-        done before.
+    Arguments and errors as those of :func:`list_targets` and :func:`predict_folder`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -187,16 +165,34 @@ def begin(
     processes = PartialState(cpu=pick_device() == "cpu", timeout=timedelta(days=7))
     predictor = load(checkpoint, device)  # PartialState has chosen this process's GPU
     targets = list_targets(paths, out, endings, suffixes)
-    record, other_maps = _check_record(out, checkpoint, force)
-    todo = {
-        file: made
-        for file, made in targets.items()
-        if force or not all(path.is_file() for path in made)
+    record = {
+        "checkpoint": display_path(checkpoint),
+        "sha256": sha256_file(checkpoint),
+        "versions": versions(),
     }
+    before = {} if force else record  # of the network that made the maps in ``out``
+    if (out / RECORD).exists():
+        try:
+            before = read_json(out / RECORD, "predict")
+        except ValueError:
+            if not force:
+                raise
+    other_maps = before.get("sha256") != record["sha256"]
+    if other_maps and not force:
+        raise ValueError(
+            f"the maps in {out} were made by another checkpoint ({before.get('checkpoint')}); "
+            "choose another output folder, or force them to be made again"
+        )
+    todo = {f: made for f, made in targets.items() if force or not all(p.is_file() for p in made)}
     result = FolderResult(skipped=sorted(targets.keys() - todo.keys()))
     if processes.is_main_process:
         wanted = {path for made in todo.values() for path in made}
-        _remove_leftovers(out, wanted)
+        # What atomic_path left behind in calls that were killed, .<stem>.<process>.tmp.<suffix>, in
+        # a single pass: looking for each file by itself takes minutes for thousands.
+        for leftover in list(out.rglob(".*.tmp.*")):
+            stem = leftover.stem[1:].rsplit(".", 2)[0]
+            if leftover.with_name(stem + leftover.suffix) in wanted:
+                leftover.unlink(missing_ok=True)
         if other_maps:
             # Before the record says otherwise: an interrupted call would leave maps of the other
             # network, which the next one would take for done.
@@ -211,22 +207,19 @@ def begin(
 
 def gather(result: FolderResult) -> FolderResult:
     """The results of all processes, in each of them; the list of skipped files is the same."""
-    for other in gather_object([result]):
-        result = FolderResult(
-            sorted({*result.done, *other.done}), result.skipped, {**result.failed, **other.failed}
-        )
-    return result
+    results = gather_object([result])
+    done = sorted(path for each in results for path in each.done)
+    failed = {path: why for each in results for path, why in each.failed.items()}
+    return FolderResult(done, result.skipped, failed)
 
 
 def list_targets(
-    paths: Sequence[str | Path],
-    out: Path,
-    endings: Sequence[str],
-    suffixes: Sequence[str] = PHOTO_SUFFIXES,
+    paths: Sequence[str | Path], out: Path, endings: Sequence[str], suffixes=PHOTO_SUFFIXES
 ) -> Targets:
-    """Every photo with its output files; photos of a folder keep their sub-folders.
+    """Every photo with its output files, one for each ending (``.png``), the map's last.
 
-    Hidden files, and the files in ``out``, are not taken for photos.
+    Photos of a folder keep their sub-folders. Hidden files, files without one of the suffixes, and
+    the files in ``out``, are not taken for photos.
 
     Raises:
         FileNotFoundError: a path that does not exist.
@@ -237,8 +230,7 @@ def list_targets(
         if path.is_dir():
             if path.resolve() == out.resolve():
                 raise ValueError(
-                    f"the maps of {path} cannot be written into it, or the next call would take "
-                    "them for input; choose another output folder"
+                    f"maps in {path} would be the next call's input; choose another out"
                 )
             for file in visible_files(path, suffixes, out):
                 stems[file] = out / file.relative_to(path).with_name(file.stem)
@@ -249,61 +241,18 @@ def list_targets(
     if not stems:
         raise ValueError(f"nothing ending in {', '.join(suffixes)} in {', '.join(map(str, paths))}")
     # with_suffix() would cut a.b
-    targets = {
-        file: [stem.with_name(stem.name + ending) for ending in endings]
-        for file, stem in stems.items()
-    }
-    # Compared in lower case: macOS and Windows do not tell A.png from a.png.
-    read = {str(file.resolve()).lower() for file in targets}
-    owners: dict[str, Path] = {}
+    targets = {f: [stem.with_name(stem.name + e) for e in endings] for f, stem in stems.items()}
+
+    def key(path: Path) -> str:  # macOS and Windows do not tell A.png from a.png
+        return str(path.resolve()).lower()
+
+    owners = {key(file): file for file in targets}
     for file, made in targets.items():
         for path in made:
-            name = str(path.resolve()).lower()
-            if name in read:
-                raise ValueError(f"{path} is read and would be overwritten; choose another out")
-            if name in owners:
+            if key(path) in owners:
                 raise ValueError(
-                    f"{owners[name]} and {file} would both be written to {path}; give them "
-                    "different names, or predict their folders into different output folders"
+                    f"{path}, for {file}, would overwrite a photo or another's map, that of "
+                    f"{owners[key(path)]}: choose another out, or rename a photo"
                 )
-            owners[name] = file
+            owners[key(path)] = file
     return targets
-
-
-def _remove_leftovers(out: Path, wanted: set[Path]) -> None:
-    """Delete what ``atomic_path`` of the wanted files left behind in calls that were killed.
-
-    One pass over the folder: looking for each file by itself takes minutes for thousands.
-    """
-    for leftover in list(out.rglob(".*.tmp.*")):
-        stem = leftover.stem[1:].rsplit(".", 2)[0]  # .<stem>.<process>.tmp
-        if leftover.with_name(stem + leftover.suffix) in wanted:
-            leftover.unlink(missing_ok=True)
-
-
-def _check_record(out: Path, checkpoint: str | Path, force: bool) -> tuple[dict, bool]:
-    """The record to write, and True if maps in ``out`` may be those of another network.
-
-    Raises:
-        ValueError: they are, and ``force`` is not given: maps of two networks must not be mixed.
-    """
-    record = {
-        "checkpoint": display_path(checkpoint),
-        "sha256": sha256_file(checkpoint),
-        "versions": versions(),
-    }
-    if not (out / RECORD).exists():
-        return record, force
-    try:
-        before = read_json(out / RECORD, "predict")
-    except ValueError:
-        if not force:
-            raise
-        before = {}
-    other = before.get("sha256") != record["sha256"]
-    if other and not force:
-        raise ValueError(
-            f"the maps in {out} were made by another checkpoint ({before.get('checkpoint')}); "
-            "choose another output folder, or force them to be made again"
-        )
-    return record, other

@@ -47,9 +47,7 @@ def load(checkpoint: str | Path = "", device: str | None = None) -> "Predictor":
         from mlnet_utils.predict.export import load_exported
 
         if device not in (None, "cpu"):
-            raise ValueError(
-                f"{checkpoint} is an exported network, which runs on the CPU, not on {device}"
-            )
+            raise ValueError(f"{checkpoint} is exported: it runs on the CPU, not on {device}")
         return load_exported(checkpoint)
     model, config, _ = load_model(checkpoint)
     device = device or pick_device()
@@ -88,35 +86,29 @@ class Predictor:
             return []
         inputs, boxes = zip(*prepared, strict=True)
         maps = predict_maps(self.model, self.config, torch.stack(inputs).to(self.device))
-        return [
-            to_density(single, self.config, box).float().numpy()
-            for single, box in zip(maps, boxes, strict=True)
-        ]
+        pairs = zip(maps, boxes, strict=True)
+        return [to_density(single, self.config, box).float().numpy() for single, box in pairs]
 
     def prepare(self, photo: Tensor) -> tuple[Tensor, Letterbox]:
-        """(3, H, W) uint8 photo -> the network's uint8 input, and its geometry.
+        """(3, H, W) uint8 photo -> the network's uint8 input and its geometry.
 
         Raises:
-            ValueError: the photo is too small.
+            ValueError: a side is shorter than 32 pixels.
         """
-        height, width = self.config.height, self.config.width
-        if min(photo.shape[1:]) < SMALLEST_SIDE:
+        (rows, columns), height, width = photo.shape[1:], self.config.height, self.config.width
+        if min(rows, columns) < SMALLEST_SIDE:
             raise ValueError(
-                f"the photo is {photo.shape[2]}x{photo.shape[1]} pixels; both sides must be at "
-                f"least {SMALLEST_SIDE}"
+                f"the photo is {columns}x{rows} pixels; at least {SMALLEST_SIDE} a side"
             )
         boxed = letterbox(photo, height, width, self.config.antialias)
-        box = Letterbox(photo.shape[1], photo.shape[2], height, width)
-        return boxed.round().clamp(0, 255).to(torch.uint8), box
+        return boxed.round().clamp(0, 255).to(torch.uint8), Letterbox(rows, columns, height, width)
 
     def explain(self, image: Photo) -> dict[str, np.ndarray]:
         """:meth:`MLNet.explain` at the photo's size: name -> (H, W) float32."""
         boxed, box = self.prepare(to_tensor(image))
-        parts = self.model.explain(boxed[None].to(self.device))
-        return {
-            name: unletterbox(part[:, 0].cpu().double(), box)[0].float().numpy()
-            for name, part in parts.items()
-        }
+        parts = self.model.explain(boxed[None].to(self.device)).items()
+        maps = {name: unletterbox(part[:, 0].cpu().double(), box)[0] for name, part in parts}
+        return {name: single.float().numpy() for name, single in maps.items()}
 
     @torch.inference_mode()
     def feature_maps(self, image: Photo, per_level: int = 4) -> dict[str, np.ndarray]:
@@ -136,11 +128,10 @@ class Predictor:
 def predict_maps(model: nn.Module, config: Config, images: Tensor) -> Tensor:
     """The network's output, averaged over mirroring and sizes of the photo as ``config`` asks.
 
-    Probabilities are averaged as logarithms, other maps as they are.
+    Probabilities are averaged as logarithms, other maps as they are (``test_flip`` and
+    ``test_scales``). The model is in eval mode.
 
     Args:
-        model: in eval mode.
-        config: of its training; ``test_flip`` and ``test_scales`` say what to average.
         images: (B, 3, height, width) letterboxed, 0..255, on the model's device.
 
     Returns:
@@ -174,12 +165,10 @@ def to_density(single: Tensor, config: Config, box: Letterbox) -> Tensor:
 
     Args:
         single: (h, w) float64, non-negative.
-        config: of the network.
         box: the photo's place in the network's input.
 
     Returns:
-        (H, W) float64, positive or zero, sums to 1. A map without any saliency (a dead network)
-        becomes uniform, with a warning.
+        (H, W) float64, not negative, sums to 1; uniform, with a warning, for a dead network's map.
     """
     maps = single[None]
     if config.head == "density":
@@ -190,10 +179,7 @@ def to_density(single: Tensor, config: Config, box: Letterbox) -> Tensor:
         density = unletterbox(maps, box)[0]
     total = density.sum()
     if not 0 < total < torch.inf:
-        warnings.warn(
-            "the predicted map is zero everywhere or not a number; using a uniform one",
-            stacklevel=2,
-        )
+        warnings.warn("a uniform map: it was zero everywhere or not a number", stacklevel=2)
         density, total = torch.ones_like(density), density.numel()
     return density / total
 
@@ -219,12 +205,7 @@ def authors_postprocess(maps: Tensor, height: int, width: int) -> Tensor:
 
 
 def to_tensor(image: Photo) -> Tensor:
-    """Any accepted form of a photo as (3, H, W) uint8.
-
-    Raises:
-        FileNotFoundError: a path that does not exist.
-        ValueError: an unreadable file, or an array that is not a photo.
-    """
+    """Any accepted form of a photo as (3, H, W) uint8; errors as of :meth:`Predictor.predict`."""
     if isinstance(image, str | Path):
         return read_image(image)
     if isinstance(image, Image.Image):

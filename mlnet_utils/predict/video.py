@@ -1,7 +1,6 @@
-"""Saliency maps for videos: every frame is a photo, and the maps are a video of the same timing.
+"""Saliency maps for videos: every frame is a photo, the maps are a video of the same timing.
 
-The network knows nothing of motion. Maps are scaled frame by frame, as those of photos are. Sound
-is not copied.
+The network knows nothing of motion. Maps are scaled frame by frame. Sound is not copied.
 """
 
 import contextlib
@@ -30,25 +29,15 @@ def predict_videos(
 ) -> FolderResult:
     """Write the saliency maps of videos as videos of the same size and timing.
 
-    Every video gets ``<stem>.mp4`` (grey, every frame's maximum 255), on request
-    ``<stem>_overlay.mp4``. Videos with all outputs in place are skipped; an
-    interrupted one starts anew. Of several processes each takes whole videos.
-
-    Args:
-        checkpoint: a trained or imported network, or an exported one.
-        paths: videos and folders of videos.
-        out: folder for the results.
-        overlay: also write the video with its map on top.
-        force: redo what exists.
-        batch_size: frames per forward pass.
-        device: default: a GPU if there is one.
+    Every video gets ``<stem>.mp4`` (grey, every frame's maximum 255), with ``overlay`` also
+    ``<stem>_overlay.mp4``, with the map on top. Videos with all outputs in place are skipped
+    unless ``force`` is given; an interrupted one starts anew. Of several processes each takes
+    whole videos. Paths are videos and folders of videos, ``batch_size`` counts frames; the other
+    arguments, and the errors beside ``ImportError`` (the extra ``video`` is not installed), are
+    those of :func:`~mlnet_utils.predict.folders.predict_folder`.
 
     Returns:
         The videos that were done, skipped, or failed and why; a broken video stops nothing.
-
-    Raises:
-        ImportError: the extra ``video`` is not installed.
-        FileNotFoundError, ValueError: see :func:`~mlnet_utils.predict.folders.predict_folder`.
     """
     av = require("av", "video")
     endings = ["_overlay.mp4", ".mp4"] if overlay else [".mp4"]

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.utils.data import BatchSampler
 
 from mlnet_utils.config import Config
 from mlnet_utils.data.loading import SaliencyDataset
@@ -34,44 +35,30 @@ def cache_features(
 ) -> None:
     """Compute the features of all photos that are not cached yet, and let datasets give those.
 
-    Args:
-        model: with the weights that it will keep: features of others would be cached as its own.
-        config: of the run.
-        accelerator: device, precision and processes; the processes share the work.
-        data: the run's datasets.
+    The model must have the weights that it will keep: features of others would be cached as its
+    own. The accelerator's processes share the work.
 
     Raises:
-        ValueError: features would change from epoch to epoch, or a photo has no SHA-256.
+        ValueError: features would change from epoch to epoch, because a part of the backbone or
+            its batch-norm trains, or a photo has no SHA-256.
         OSError: there is no room for the files.
-    """
-    check_cacheable(model, config)
-    folder = feature_root() / backbone_key(model, config, accelerator.mixed_precision)
-    cache = FeatureCache(folder, config, model.backbone.channels)
-    for dataset in data:
-        cache.fill(model, dataset, accelerator)
-        dataset.features = cache
-
-
-def check_cacheable(model: MLNet, config: Config) -> None:
-    """Refuse to cache features that differ from epoch to epoch.
-
-    Raises:
-        ValueError: a part of the backbone trains, or its batch-norm does.
     """
     trained = [name for name, p in model.backbone.named_parameters() if p.requires_grad]
     if trained:
         raise ValueError(
-            f"config: cache_features needs a frozen backbone, but {len(trained)} of its parameters "
-            f"train, e.g. backbone.{trained[0]}: set freeze to ['backbone.*'], or cache_features "
-            "to false"
+            f"config: cache_features needs a frozen backbone, but backbone.{trained[0]} trains: "
+            "set freeze to ['backbone.*'], or cache_features to false"
         )
-    if not config.freeze_norm and any(
-        isinstance(module, nn.BatchNorm2d) for module in model.backbone.modules()
-    ):
+    norms = any(isinstance(module, nn.BatchNorm2d) for module in model.backbone.modules())
+    if norms and not config.freeze_norm:
         raise ValueError(
-            "config: cache_features needs freeze_norm, because batch-norm in training mode makes a "
-            "photo's features depend on the other photos of its batch"
+            "config: cache_features needs freeze_norm: batch-norm in training mode makes a photo's "
+            "features depend on its batch"
         )
+    cache = FeatureCache(model, config, accelerator.mixed_precision)
+    for dataset in data:
+        cache.fill(model, dataset, accelerator)
+        dataset.features = cache
 
 
 def backbone_key(model: MLNet, config: Config, precision: str) -> str:
@@ -86,36 +73,22 @@ def backbone_key(model: MLNet, config: Config, precision: str) -> str:
 
 
 class FeatureCache:
-    """The features of all levels, one file per photo and orientation.
+    """The features of all levels, one file per photo and orientation."""
 
-    Args:
-        folder: of the files.
-        config: of the run.
-        channels: of the backbone's three levels, from the shallowest.
-    """
-
-    def __init__(self, folder: Path, config: Config, channels: tuple[int, ...]):
-        self.folder, self.shape = folder, (sum(channels), *config.grid)
+    def __init__(self, model: MLNet, config: Config, precision: str):
+        channels = model.backbone.channels
+        self.folder = feature_root() / backbone_key(model, config, precision)
+        self.shape = (sum(channels), *config.grid)
         self.first_used = sum(channels[: -config.levels])  # the deepest levels, which come last
 
     def path(self, photo: Photo, mirrored: bool) -> Path:
-        """The file of one photo.
-
-        Raises:
-            ValueError: the photo has no hash to tell it from others.
-        """
+        """The file of one photo; ValueError for a photo without a hash to tell it from others."""
         if not photo.sha256:
-            raise ValueError(
-                f"photo {photo.stem} was indexed without its SHA-256; prepare the data again"
-            )
+            raise ValueError(f"photo {photo.stem} has no SHA-256; prepare the data again")
         return self.folder / f"{photo.sha256}{'-mirrored' if mirrored else ''}.npy"
 
     def __call__(self, photo: Photo, mirrored: bool) -> Tensor:
-        """(C, H/8, W/8) float16 (or float32) features of the levels in use, concatenated.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
+        """(C, H/8, W/8) float16 or float32: the levels in use; ValueError for a damaged file."""
         path = self.path(photo, mirrored)
         try:
             stored = np.load(path, mmap_mode="r")
@@ -128,10 +101,7 @@ class FeatureCache:
         return torch.from_numpy(np.array(stored[self.first_used :]))
 
     def fill(self, model: MLNet, data: SaliencyDataset, accelerator: Accelerator) -> None:
-        """Write the files of a dataset that are not there yet, see :func:`cache_features`.
-
-        Photos that training mirrors are kept in both orientations.
-        """
+        """Write the files of a dataset that are not there yet; mirrored ones if it mirrors."""
         ways = (False, True) if data.augment and data.config.flip else (False,)
         missing = [
             (index, mirrored)
@@ -143,14 +113,13 @@ class FeatureCache:
         needed = 2 * len(missing) * int(np.prod(self.shape))
         if needed > (free := shutil.disk_usage(self.folder).free):
             raise OSError(
-                f"the features of {len(missing)} photos need {needed / 1e9:.1f} GB in "
-                f"{self.folder}, which has {free / 1e9:.1f} GB left: make room, or set "
-                "cache_features to false"
+                f"the features of {len(missing)} photos need {needed / 1e9:.1f} GB, {self.folder} "
+                f"has {free / 1e9:.1f} GB left: make room, or set cache_features to false"
             )
         training = model.training
         model.eval()
-        for start in progress(range(0, len(missing), BATCH), "caching features", unit="batch"):
-            part = missing[start : start + BATCH]
+        parts = list(BatchSampler(missing, BATCH, drop_last=False))
+        for part in progress(parts, "caching features", unit="batch"):
             images = [data.image(i).flip(-1) if mirrored else data.image(i) for i, mirrored in part]
             with torch.inference_mode(), accelerator.autocast():
                 levels = model.extract(torch.stack(images).to(accelerator.device))

@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast, find_executable_batch_size, gather_object, set_seed
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, default_collate
 
 from mlnet_utils.config import Config
 from mlnet_utils.data.loading import EpochSampler, SaliencyDataset, make_loader
@@ -55,54 +55,72 @@ class FitResult:
 
 
 def fit(config: Config, run_dir: str | Path, accelerator: Accelerator | None = None) -> FitResult:
-    """Train, or continue the training, of the run in ``run_dir``.
+    """Train, or continue the training, of the run in ``run_dir``; default accelerator: a new one.
 
     Reads ``data/`` (notebook 01); writes ``log.csv``, ``times.csv`` and ``checkpoints/``
     (``best.pt`` for use, ``last.pt`` and ``previous.pt`` to resume from). Calling it again after
-    an interruption continues at the last step checkpoint; on a CPU the result is the same to the
-    bit. Ctrl-C and SIGTERM save first. A finished run returns at once.
-
-    Args:
-        config: of the training.
-        run_dir: folder of the run.
-        accelerator: device, processes and precision; default: :func:`make_accelerator`.
+    an interruption continues at the last checkpoint; on a CPU the result is the same to the bit.
+    Ctrl-C and SIGTERM save first. A finished run returns at once.
 
     Raises:
         FileNotFoundError: the prepared data, or the checkpoint to start from, are missing.
         TrainingDied: the output died or the loss is not finite; the message says what to try.
         ValueError: the checkpoints belong to another configuration or cannot be read.
         OSError: a checkpoint cannot be written; the one before it stays.
-        RuntimeError: not even one photo fits into the GPU's memory, or another process died.
+        RuntimeError: not even one photo fits into the GPU's memory, or another process died, which
+            reports its own error; the same command continues from the last checkpoint.
         KeyboardInterrupt: stopped by a signal; the message says how to continue.
     """
-    trainer = Trainer(config, Path(run_dir), accelerator or make_accelerator(config))
-    try:
-        return trainer.run()
-    except TrainingDied:
-        raise
-    except RuntimeError as error:
-        if trainer.world == 1:
-            raise
-        raise RuntimeError(
-            f"process {trainer.rank} of {trainer.world} stopped at update {trainer.updates}: "
-            f"{error}. If another process died, its own error is the cause. The same command "
-            "continues from the last checkpoint"
-        ) from error
+    return Trainer(config, Path(run_dir), accelerator or make_accelerator(config)).run()
 
 
 class Trainer:
-    """The state of one training: everything that a step changes and a checkpoint holds."""
+    """The state of one training: everything that a step changes and a checkpoint holds.
+
+    Raises:
+        FileNotFoundError, ValueError: the prepared data are missing, or have an empty split.
+    """
 
     def __init__(self, config: Config, run_dir: Path, accelerator: Accelerator):
-        self.folder = run_dir / "checkpoints"
+        self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
         self.config = config = checkpoints.with_start(config, self.folder)
-        self.run_dir, self.accelerator = run_dir, accelerator
-        self.rank, self.world = accelerator.process_index, accelerator.num_processes
-        self.device = accelerator.device
+        self.accelerator, self.device = accelerator, accelerator.device
+        self.rank, self.world = rank, world = accelerator.process_index, accelerator.num_processes
         set_determinism(config.deterministic)
-        self.load_data()
-        self.build()
-        self.share = -(-config.batch_size // self.world)  # this process's photos of a batch
+
+        # Batches depend on the seed and the epoch, not on the number of processes: of a training
+        # batch each process takes its share, of the validation batches every world-th.
+        prepared = Prepared.read(run_dir / "data")
+        self.data_digest = prepared.digest
+        train = SaliencyDataset(prepared, "train", config, augment=True)
+        val = SaliencyDataset(prepared, "val", config)
+        self.data = {"train": train, "val": val}
+        self.sampler = EpochSampler(len(train), config.batch_size, config.seed, True, rank, world)
+        self.train_loader = make_loader(train, self.sampler, config.workers)
+        batches = list(BatchSampler([(0, i) for i in range(len(val))], VALIDATION_BATCH, False))
+        self.val_loader = make_loader(val, batches[rank::world], config.workers)
+
+        set_seed(config.seed)
+        with accelerator.local_main_process_first():  # one process downloads, the rest read
+            self.model = MLNet(config)
+        self.objective = Objective(config)
+        if config.channels_last:
+            self.model = self.model.to(memory_format=torch.channels_last)
+        self.model.to(self.device)
+        optimizer = make_optimizer(config, self.model)
+        self.wrapped, self.optimizer = accelerator.prepare(self.model, optimizer)
+        self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
+        self.average, self.judged = None, self.model  # the judged network is validated and kept
+        if config.ema_decay:
+            self.average = AveragedModel(
+                self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
+            )
+            self.judged = self.average.module
+        scaler = accelerator.scaler  # None, unless the precision is fp16
+        self.stateful = {"optimizer": self.optimizer, "average": self.average, "scaler": scaler}
+
+        self.total_updates = len(self.sampler) * config.epochs
+        self.share = -(-config.batch_size // world)  # this process's photos of a batch
         self.micro_batch = max(config.micro_batch, 0)  # photos per forward pass; 0 = the share
         self.epoch = self.batch = self.updates = 0
         self.loss_sum, self.loss_count = 0.0, 0
@@ -110,54 +128,6 @@ class Trainer:
         self.history: list[dict[str, float]] = []
         self.unread: list[Tensor] = []  # (loss, stop) of updates that were not read yet
         self.signals = StopSignals()
-
-    def load_data(self) -> None:
-        """Loaders of batches that depend on the seed and the epoch, not on the number of processes.
-
-        Raises:
-            FileNotFoundError, ValueError: the prepared data are missing, or have an empty split.
-        """
-        config = self.config
-        prepared = Prepared.read(self.run_dir / "data")
-        self.data_digest = prepared.digest
-        data = {
-            split: SaliencyDataset(prepared, split, config, augment=split == "train")
-            for split in ("train", "val")
-        }
-        self.sampler = EpochSampler(
-            len(data["train"]), config.batch_size, config.seed, True, self.rank, self.world
-        )
-        self.data = data
-        self.train_loader = make_loader(data["train"], self.sampler, config.workers)
-        self.val_loader = validation_loader(data["val"], config.workers, self.rank, self.world)
-
-    def build(self) -> None:
-        """Network, objective, optimiser, and the moving average of the weights."""
-        config = self.config
-        set_seed(config.seed)
-        with self.accelerator.local_main_process_first():  # one process downloads, the rest read
-            self.model = MLNet(config)
-        self.objective = Objective(config)
-        if config.channels_last:
-            self.model = self.model.to(memory_format=torch.channels_last)
-        self.model.to(self.device)
-        optimizer = make_optimizer(config, self.model)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.forward = torch.compile(self.wrapped) if config.compile else self.wrapped
-        self.average = None
-        if config.ema_decay:
-            self.average = AveragedModel(
-                self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay), use_buffers=True
-            )
-
-    @property
-    def total_updates(self) -> int:
-        return -(-self.sampler.n // self.config.batch_size) * self.config.epochs
-
-    @property
-    def judged(self) -> MLNet:
-        """The network that is validated and kept: the averaged one where there is one."""
-        return self.model if self.average is None else self.average.module
 
     # ---- the loop ------------------------------------------------------------------------------
     def run(self) -> FitResult:
@@ -175,7 +145,7 @@ class Trainer:
                 trained = time.monotonic()
                 scores = self.validate()
                 # Before the checkpoint, with which the last epoch would count as done without it.
-                self.note_time(trained - begun, time.monotonic() - trained, updates)
+                self.note_time(trained - begun, time.monotonic() - trained, self.updates - updates)
                 self.end_epoch(scores)
         return FitResult(self.folder / "best.pt", self.history, time.monotonic() - started)
 
@@ -185,8 +155,8 @@ class Trainer:
         self.sampler.epoch, self.sampler.first_batch = self.epoch, self.batch
         batches = self.train_loader
         if self.accelerator.is_main_process:
-            description = f"epoch {self.epoch + 1}/{self.config.epochs}"
-            batches = progress(batches, description, len(self.sampler), unit="batch")
+            name = f"epoch {self.epoch + 1}/{self.config.epochs}"
+            batches = progress(batches, name, len(self.sampler), unit="batch")
         for batch in batches:
             self.step(batch)
             due = self.updates % self.config.checkpoint_every == 0
@@ -252,10 +222,8 @@ class Trainer:
         self.unread.clear()
         self.loss_sum = sum((row[0] for row in rows), self.loss_sum)
         if not math.isfinite(self.loss_sum):
-            raise TrainingDied(
-                f"the loss became {self.loss_sum} by update {self.updates} (epoch "
-                f"{self.epoch + 1}). {advice(self.config)}"
-            )
+            where = f"update {self.updates} (epoch {self.epoch + 1})"
+            raise TrainingDied(f"the loss became {self.loss_sum} by {where}. {advice(self.config)}")
         if any(row[1] for row in rows):
             self.stop()
 
@@ -271,10 +239,9 @@ class Trainer:
     def fit_into_memory(self) -> None:
         """With ``micro_batch=-1``, halve the photos per forward pass until they fit into a GPU.
 
-        Forward and backward pass are tried with this process's share of a batch, or after a resume
-        with the size in the checkpoint; the smallest size that a process found is that of all. The
-        share stays whole without a GPU, and where batch-norm normalises by the photos that pass
-        together: pieces would change the result.
+        Begins with this process's share of a batch, after a resume with the size in the
+        checkpoint; the smallest size that a process found is that of all. Where batch-norm
+        normalises by the photos that pass together, pieces would change the result: they stay.
 
         Raises:
             RuntimeError: not even one photo fits.
@@ -283,8 +250,7 @@ class Trainer:
         chosen = self.config.micro_batch >= 0 or any(norm.training for norm in norms)
         if chosen or not has_own_memory(self.device):
             return
-        size, grid = min(self.micro_batch or self.share, self.share), (1, *self.config.grid)
-        photo = (3, self.config.height, self.config.width)
+        size = min(self.micro_batch or self.share, self.share)
         # The optimiser's numbers, which its first step makes, and the gradients' copies of DDP.
         copies = 1 if self.optimizer.state else 3
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -298,11 +264,7 @@ class Trainer:
         @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)
         def update(photos: int) -> None:
             self.optimizer.zero_grad(set_to_none=True)
-            batch = {
-                "image": torch.zeros(photos, *photo, dtype=torch.uint8),
-                "density": torch.ones(photos, *grid),
-                "fixations": torch.ones(photos, *grid),
-            }
+            batch = default_collate([self.data["train"][0]] * photos)
             self.losses(batch, self.model).sum().backward()
 
         try:
@@ -341,31 +303,28 @@ class Trainer:
             batch = {key: value.to(self.device) for key, value in batch.items()}
             with self.accelerator.autocast():
                 maps = network(**network_input(batch)).float()
-            density, fixations = batch["density"], batch["fixations"]
-            spread = maps.amax((1, 2, 3)) - maps.amin((1, 2, 3))
+            truth = batch["density"], batch["fixations"]
+            watched = batch["fixations"].sum((1, 2, 3)) > 0
+            lowest, highest = maps.amin((1, 2, 3)), maps.amax((1, 2, 3))
             columns = (
                 batch["index"],
-                self.objective.per_image(maps, density, fixations),
-                1 - cc_loss(maps, density, fixations),
-                -nss_loss(maps, density, fixations).where(fixations.sum((1, 2, 3)) > 0, math.nan),
-                kl_loss(maps, density, fixations),
-                spread > 1e-6 * maps.amax((1, 2, 3)),
+                self.objective.per_image(maps, *truth),
+                1 - cc_loss(maps, *truth),
+                -nss_loss(maps, *truth).where(watched, math.nan),
+                kl_loss(maps, *truth),
+                highest - lowest > 1e-6 * highest,
             )
             rows += torch.stack([column.float() for column in columns], 1).tolist()
         rows = gather_object(rows)
         rows.sort()  # by photo, so that the mean does not depend on the number of processes
         _, loss, cc, nss, kl, alive = zip(*rows, strict=True)
-        after = f"after epoch {self.epoch + 1} the"
         if not any(alive):
-            raise TrainingDied(
-                f"{after} network predicts a constant map for every validation photo: its output "
-                f"is dead. {advice(config)}"
-            )
-        watched = [value for value in nss if not math.isnan(value)]  # on photos with fixations
-        columns = {"val_loss": loss, "val_cc": cc, "val_kl": kl, "val_nss": watched or [math.nan]}
+            raise TrainingDied(f"every map of epoch {self.epoch + 1} is constant. {advice(config)}")
+        nss = [value for value in nss if not math.isnan(value)]  # of photos with fixations
+        columns = {"val_loss": loss, "val_cc": cc, "val_nss": nss or [math.nan], "val_kl": kl}
         scores = {name: math.fsum(column) / len(column) for name, column in columns.items()}
         if not math.isfinite(scores["val_loss"]):
-            raise TrainingDied(f"{after} validation loss is {scores['val_loss']}. {advice(config)}")
+            raise TrainingDied(f"the validation loss is {scores['val_loss']}. {advice(config)}")
         return scores
 
     # ---- bookkeeping ---------------------------------------------------------------------------
@@ -374,10 +333,11 @@ class Trainer:
 
         Killed anywhere in here, the resumed run validates again and writes the same files.
         """
+        config = self.config
         row = {
             "epoch": self.epoch + 1,
             "updates": self.updates,
-            "lr": learning_rate(self.config, self.updates - 1, self.total_updates),
+            "lr": learning_rate(config, self.updates - 1, self.total_updates),
             "train_loss": self.loss_sum / self.loss_count,
             **scores,
         }
@@ -387,21 +347,15 @@ class Trainer:
         self.best_loss = min(self.best_loss, scores["val_loss"])
         self.bad_epochs = 0 if improved else self.bad_epochs + 1
         self.epoch, self.batch = self.epoch + 1, 0
-        self.finished = self.epoch >= self.config.epochs or (
-            self.config.patience > 0 and self.bad_epochs >= self.config.patience
-        )
+        self.finished = self.epoch >= config.epochs or 0 < config.patience <= self.bad_epochs
         if self.accelerator.is_main_process:
             write_text(self.run_dir / "log.csv", format_log(self.history))
             if improved:
-                checkpoints.save_checkpoint(
-                    self.folder / "best.pt",
-                    self.config,
-                    self.judged.state_dict(),
-                    scores=row,
-                    backbone_sha256=self.model.backbone.sha256,
-                )
+                best, state = self.folder / "best.pt", self.judged.state_dict()
+                sha256 = self.model.backbone.sha256
+                checkpoints.save_checkpoint(best, config, state, scores=row, backbone_sha256=sha256)
             print(
-                f"epoch {row['epoch']:>3}/{self.config.epochs}  lr {row['lr']:.1e}  "
+                f"epoch {row['epoch']:>3}/{config.epochs}  lr {row['lr']:.1e}  "
                 f"train {row['train_loss']:.4f}  val {row['val_loss']:.4f}  "
                 f"CC {row['val_cc']:.3f}  NSS {row['val_nss']:.3f}  KL {row['val_kl']:.3f}"
                 + ("  best" if improved else ""),
@@ -409,42 +363,39 @@ class Trainer:
             )
         self.save()
 
-    def note_time(self, trained: float, validated: float, updates_before: int) -> None:
+    def note_time(self, trained: float, validated: float, updates: int) -> None:
         """Add a row to ``times.csv``, apart from the log so that the log can be bit-identical.
 
-        An epoch that was interrupted has a row only for the part after the resume, and a second
-        one where it was killed at its very end.
+        An interrupted epoch has a row for the part after the resume.
         """
-        if not self.accelerator.is_main_process:
-            return
-        path = self.run_dir / "times.csv"
-        text = path.read_text(encoding="utf-8") if path.exists() else ",".join(TIME_FIELDS) + "\n"
-        updates = self.updates - updates_before
-        speed = updates * self.config.batch_size / max(trained, 1e-9)
-        row = f"{self.epoch + 1},{updates},{trained:.2f},{validated:.2f},{speed:.2f}\n"
-        write_text(path, text + row)
+        if self.accelerator.is_main_process:
+            path = self.run_dir / "times.csv"
+            text = path.read_text("utf-8") if path.exists() else ",".join(TIME_FIELDS) + "\n"
+            speed = updates * self.config.batch_size / max(trained, 1e-9)
+            row = f"{self.epoch + 1},{updates},{trained:.2f},{validated:.2f},{speed:.2f}\n"
+            write_text(path, text + row)
 
     def save(self) -> None:
         """Write a step checkpoint (main process only)."""
         if not self.accelerator.is_main_process:
             return
-        scaler = self.accelerator.scaler
-        state: dict[str, Any] = {
-            "data": self.data_digest,
-            "backbone_sha256": self.model.backbone.sha256,
-            "precision": self.accelerator.mixed_precision,
-            "optimizer": self.optimizer.state_dict(),
-            "average": self.average.state_dict() if self.average is not None else {},
-            "scaler": scaler.state_dict() if scaler else {},
-            "progress": {name: getattr(self, name) for name in PROGRESS},
-        }
-        checkpoints.rotate_and_save(self.folder, self.config, self.model.state_dict(), **state)
+        checkpoints.rotate_and_save(
+            self.folder,
+            self.config,
+            self.model.state_dict(),
+            data=self.data_digest,
+            backbone_sha256=self.model.backbone.sha256,
+            precision=self.accelerator.mixed_precision,
+            progress={name: getattr(self, name) for name in PROGRESS},
+            **{name: part.state_dict() if part else {} for name, part in self.stateful.items()},
+        )
 
     def resume(self) -> None:
         """Continue from the newest checkpoint, if there is one.
 
         Raises:
-            ValueError: the checkpoint is of another run, or the processes found different ones.
+            ValueError: the checkpoint is of another run, its best epoch was deleted, or the
+                processes found different ones.
         """
         content = checkpoints.load_latest(self.folder, self.config, self.data_digest)
         if content is not None:
@@ -453,8 +404,8 @@ class Trainer:
             checkpoints.load_start(self.model, self.config)
         if len(set(gather_object([self.updates]))) > 1:
             raise ValueError(
-                f"the processes found different checkpoints in {self.folder}: the run folder must "
-                "be on storage that all machines share"
+                f"the processes found different checkpoints in {self.folder}: use a run folder on "
+                "storage that all machines share"
             )
         if not self.accelerator.is_main_process:
             return
@@ -468,11 +419,7 @@ class Trainer:
         print("this training has finished before" if self.finished else where, flush=True)
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Bring everything that a step changes to the state in a checkpoint.
-
-        Raises:
-            ValueError: the best epoch so far was deleted, and could not be given back.
-        """
+        """Bring everything that a step changes to the state in a checkpoint."""
         for name, value in content["progress"].items():
             setattr(self, name, value)
         if self.history and not (self.folder / "best.pt").is_file():
@@ -480,20 +427,18 @@ class Trainer:
                 f"{self.folder / 'best.pt'} is missing, but its training is at epoch "
                 f"{self.epoch + 1}: put it back, or delete the folder to train from the beginning"
             )
-        precision = self.accelerator.mixed_precision
-        if content["precision"] != precision:
+        before, now = content["precision"], self.accelerator.mixed_precision
+        if before != now:
             warnings.warn(
-                f"trained in precision {content['precision']!r} so far, continuing in {precision!r}"
-                " on this hardware: the result is not what one machine would have given",
+                f"trained in precision {before!r} so far, continuing in {now!r} on this hardware: "
+                "the result is not what one machine would have given",
                 stacklevel=2,
             )
         self.model.load_state_dict(content["model"])
         self.model.backbone.sha256 = content.get("backbone_sha256", "")
-        self.optimizer.load_state_dict(content["optimizer"])
-        if self.average is not None:
-            self.average.load_state_dict(content["average"])
-        if self.accelerator.scaler and content["scaler"]:
-            self.accelerator.scaler.load_state_dict(content["scaler"])
+        for name, part in self.stateful.items():
+            if part and content[name]:
+                part.load_state_dict(content[name])
 
 
 # ---- schedule, optimiser, precision ------------------------------------------------------------
@@ -514,31 +459,25 @@ def learning_rate(config: Config, update: int, total: int) -> float:
 
 
 def make_optimizer(config: Config, model: MLNet) -> torch.optim.Optimizer:
-    """The optimiser over the trainable parameters, the backbone with its own learning rate.
-
-    Every group carries ``lr_scale``, by which the schedule's rate is multiplied.
+    """The optimiser over what trains; its groups' ``lr_scale`` multiplies the schedule's rate.
 
     Raises:
         ValueError: everything is frozen.
     """
-    groups = {True: [], False: []}
+    backbone, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[name.startswith("backbone.")].append(parameter)
-    parameters = [
-        {"params": group, "lr_scale": config.backbone_lr_scale if backbone else 1.0}
-        for backbone, group in groups.items()
-        if group
-    ]
+            (backbone if name.startswith("backbone.") else others).append(parameter)
+    scaled = ((backbone, config.backbone_lr_scale), (others, 1.0))
+    parameters = [{"params": group, "lr_scale": scale} for group, scale in scaled if group]
     if not parameters:
         raise ValueError(f"config: freeze={config.freeze} leaves no parameter to train")
     # One kernel updates all parameters, on a CPU too.
     shared = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": True}
     if config.optimizer == "sgd":
-        nesterov = config.momentum > 0
-        return torch.optim.SGD(parameters, momentum=config.momentum, nesterov=nesterov, **shared)
-    kind = torch.optim.AdamW if config.optimizer == "adamw" else torch.optim.Adam
-    return kind(parameters, **shared)
+        shared |= {"momentum": config.momentum, "nesterov": config.momentum > 0}
+    kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    return kinds[config.optimizer](parameters, **shared)
 
 
 def choose_precision(config: Config) -> str:
@@ -561,8 +500,7 @@ def choose_precision(config: Config) -> str:
 def make_accelerator(config: Config) -> Accelerator:
     """accelerate's view of the device, the processes and the precision.
 
-    Its state is one per process and refuses another precision; a notebook that trains twice
-    needs a new one. The processes' connections are kept.
+    Its state, which refuses another precision, is renewed; connections of processes are kept.
     """
     AcceleratorState._reset_state()
     return Accelerator(mixed_precision=choose_precision(config))
@@ -573,25 +511,12 @@ def has_own_memory(device: torch.device) -> bool:
     return device.type != "cpu"
 
 
-# ---- what is validated and told ----------------------------------------------------------------
-def validation_loader(data: SaliencyDataset, workers: int, rank: int, world: int) -> DataLoader:
-    """Whole batches, dealt to the processes in turn.
-
-    Every number is then computed from the same batch, however many processes there are.
-    """
-    indices = [(0, index) for index in range(len(data))]
-    starts = range(0, len(data), VALIDATION_BATCH)
-    batches = [indices[start : start + VALIDATION_BATCH] for start in starts]
-    return make_loader(data, batches[rank::world], workers)
-
-
 def advice(config: Config) -> str:
     """What helps when training dies."""
     if config.head == "paper":
         return (
-            "The paper's head ends in ReLUs, which stay at zero once all their inputs are "
-            "negative. Use head='density', or train with loss='kl' first and put that checkpoint "
-            "into start_from; or try a smaller lr "
+            "The paper's head ends in ReLUs, which can stay at zero for good: use head='density', "
+            "start_from a training with loss='kl', or a smaller lr "
             f"(now {config.lr:g}; the authors use SGD at 1e-3)."
         )
     return f"Try a smaller lr (now {config.lr:g}), clip_norm=1, or precision='fp32'."

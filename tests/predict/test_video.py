@@ -1,6 +1,5 @@
 """Videos: a map per frame, in a video of the same size and timing."""
 
-import sys
 from fractions import Fraction
 from pathlib import Path
 
@@ -129,12 +128,6 @@ def test_broken_videos_stop_nothing_and_leave_nothing(checkpoint, tmp_path):
     assert set(result.failed) == {folder / f"{name}.mp4" for name in ("icon", "broken", "sound")}
     assert "64x16" in result.failed[folder / "icon.mp4"]
     assert files(tmp_path / "out") == {"good.mp4", "good_overlay.mp4", "prediction.json"}
-
-
-def test_a_missing_extra_is_an_error(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "av", None)
-    with pytest.raises(ImportError, match=r"\[video\]"):
-        predict_videos(checkpoint, [tmp_path / "a.mp4"], tmp_path / "out")
 
 
 def test_command_line(checkpoint, tmp_path, capsys):

@@ -6,6 +6,7 @@ would give them.
 
 import contextlib
 import functools
+import itertools
 import multiprocessing
 import os
 import resource
@@ -13,14 +14,11 @@ import signal
 import socket
 import sys
 import time
-import traceback
 from pathlib import Path
 
 import torch
 from conftest import tiny_config
 
-from mlnet_utils import runtime
-from mlnet_utils.model import checkpoints
 from mlnet_utils.model.checkpoints import load_checkpoint
 from mlnet_utils.training import trainer
 
@@ -32,95 +30,113 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def on_event(act) -> None:
+    """Call a function with its running number at every call of any other, in Python or C."""
+    numbers = itertools.count(1)
+    sys.setprofile(lambda *_: act(next(numbers)))
+
+
 def die_at_event(number: int) -> None:
-    """Kill this process at its ``number``-th call of any function, in Python or C."""
-    left = [number]
+    on_event(lambda event: die() if event == number else None)
 
-    def count(frame, event, argument):
-        left[0] -= 1
-        if left[0] == 0:
-            die()
 
-    sys.setprofile(count)
+def count_events() -> None:
+    """Write down, when the training has ended, how many events it has."""
+    events = 0
+
+    def note(number):
+        nonlocal events
+        events = number
+
+    on_event(note)
+    fit = trainer.fit
+
+    def counted(*arguments):
+        fit(*arguments)
+        sys.setprofile(None)
+        Path("events.txt").write_text(str(events))
+
+    trainer.fit = counted
+
+
+def wrap(owner, name: str, around) -> None:
+    """Replace a function by ``around(call, number, *arguments)``, where ``call()`` calls it."""
+    original, numbers = getattr(owner, name), itertools.count(1)
+
+    def wrapper(*arguments, **options):
+        call = functools.partial(original, *arguments, **options)
+        return around(call, next(numbers), *arguments, **options)
+
+    setattr(owner, name, wrapper)
 
 
 def signal_at(name: str, number: int, which: int = signal.SIGKILL) -> None:
     """Send this process a signal at the ``number``-th call of a function of ``trainer``."""
-    owner, _, attribute = name.rpartition(".")
-    owner = getattr(trainer, owner) if owner else trainer
-    original, calls = getattr(owner, attribute), []
+    *owner, attribute = name.split(".")
 
-    def watched(*arguments, **options):
-        calls.append(arguments)
-        if len(calls) == number:
+    def watched(call, n, *_, **__):
+        if n == number:
             os.kill(os.getpid(), which)
-        return original(*arguments, **options)
+        return call()
 
-    setattr(owner, attribute, watched)
+    wrap(getattr(trainer, owner[0]) if owner else trainer, attribute, watched)
 
 
 def die_between_renames() -> None:
     """Kill between ``last -> previous`` and ``next -> last``, the second time it is reached."""
-    original, calls = os.replace, []
+    reached = itertools.count(1)
 
-    def replace(source, target):
-        original(source, target)
-        if Path(target).name == "previous.pt":
-            calls.append(target)
-            if len(calls) == 2:
-                die()
+    def replace(call, _, source, target):
+        call()
+        if Path(target).name == "previous.pt" and next(reached) == 2:
+            die()
 
-    os.replace = replace
+    wrap(os, "replace", replace)
 
 
 def die_in_a_write(number: int) -> None:
     """Kill when half of the ``number``-th checkpoint is on disk."""
-    original, calls = torch.save, []
 
-    def save(content, path):
-        original(content, path)
-        calls.append(path)
-        if len(calls) == number:
+    def save(call, n, content, path):
+        call()
+        if n == number:
             os.truncate(path, os.path.getsize(path) // 2)
             die()
 
-    torch.save = save
+    wrap(torch, "save", save)
 
 
 def fill_the_disk(size: int) -> None:
     """No file can grow beyond ``size`` bytes from the second checkpoint on."""
-    original, calls = torch.save, []
 
-    def save(content, path):
-        calls.append(path)
-        if len(calls) > 1:
+    def save(call, n, *_):
+        if n == 2:
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-        original(content, path)
+        call()
 
-    torch.save = save
+    wrap(torch, "save", save)
 
 
 def not_a_number(update: int) -> None:
     """The loss of an update is not a number."""
-    original = trainer.Trainer.losses
 
-    def losses(self, batch):
-        return original(self, batch) * (float("nan") if self.updates == update else 1.0)
+    def losses(call, _, run, *__):
+        return call() * (float("nan") if run.updates == update else 1.0)
 
-    trainer.Trainer.losses = losses
+    wrap(trainer.Trainer, "losses", losses)
 
 
 def record_keys() -> None:
     """Write down the keys of the updates' random numbers: seed, update, process, photo."""
-    original, path = trainer.keyed_seed, Path(f"keys{os.environ['RANK']}.txt").resolve()
+    path = Path(f"keys{os.environ['RANK']}.txt").resolve()
 
-    def keyed_seed(*key):
+    def keyed_seed(call, _, *key):
         if len(key) == 4:
             with open(path, "a") as file:
                 print(*key, file=file)
-        return original(*key)
+        return call()
 
-    trainer.keyed_seed = keyed_seed
+    wrap(trainer, "keyed_seed", keyed_seed)
 
 
 def hide_checkpoints() -> None:
@@ -130,37 +146,18 @@ def hide_checkpoints() -> None:
 
 def small_gpu(photos: int) -> None:
     """As if the device had memory for so many photos."""
-    original = trainer.MLNet.forward
 
-    def forward(self, image):
+    def forward(call, _, network, image):
         if len(image) > photos:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-        return original(self, image)
+        return call()
 
-    trainer.MLNet.forward = forward
+    wrap(trainer.MLNet, "forward", forward)
     trainer.has_own_memory = lambda device: True
 
 
-def only_one_writes() -> None:
-    """Any file that another process than the first replaces is an error."""
-
-    def replace(source, target):
-        raise AssertionError(f"process {os.environ['RANK']} writes {target}")
-
-    if os.environ.get("RANK", "0") != "0":
-        runtime.os.replace = checkpoints.os.replace = replace
-
-
-def train_here(folder: Path, options: dict, environment: dict, accident, events=None) -> None:
-    """Train in this process; exit code 1 and ``error<rank>.txt`` if that raises.
-
-    Args:
-        folder: of the run.
-        options: of the configuration.
-        environment: of the process.
-        accident: is called before the training.
-        events: receives the number of function calls, where it is given.
-    """
+def train_here(folder: Path, options: dict, environment: dict, accident) -> None:
+    """Train after an accident was called; exit code 1 and ``error<rank>.txt`` if that raises."""
     # Loader processes from this one, not from another server that first imports torch.
     multiprocessing.set_start_method("fork", force=True)
     os.environ.update(environment)
@@ -168,14 +165,12 @@ def train_here(folder: Path, options: dict, environment: dict, accident, events=
     rank = environment.get("RANK", "0")
     if environment:
         trainer.VALIDATION_BATCH = 2  # three batches of validation, which the processes share
-    only_one_writes()
-    calls = [0]
 
-    def count(frame, event, argument):
-        calls[0] += 1
+    def only_one_writes(call, _, source, target):
+        assert rank == "0", f"process {rank} writes {target}"
+        call()
 
-    if events is not None:
-        sys.setprofile(count)
+    wrap(os, "replace", only_one_writes)
     with open(folder / f"output{rank}.txt", "a") as output, contextlib.redirect_stdout(output):
         try:
             if accident:
@@ -183,11 +178,7 @@ def train_here(folder: Path, options: dict, environment: dict, accident, events=
             trainer.fit(tiny_config(**options), folder)
         except BaseException as error:
             (folder / f"error{rank}.txt").write_text(f"{type(error).__name__}: {error}")
-            (folder / f"traceback{rank}.txt").write_text(traceback.format_exc())
             sys.exit(1)
-    if events is not None:
-        sys.setprofile(None)
-        events.value = calls[0]
 
 
 # ---- in this process ---------------------------------------------------------------------------
@@ -199,10 +190,9 @@ def free_port() -> str:
 
 def local_environment() -> dict[str, str]:
     """The variables by which processes of this machine find each other without a name service."""
-    loopback = "lo0" if sys.platform == "darwin" else "lo"
     return {
         "MASTER_ADDR": "127.0.0.1",
-        "GLOO_SOCKET_IFNAME": loopback,
+        "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
         "ACCELERATE_USE_CPU": "true",
     }
 
@@ -217,29 +207,18 @@ def server():
 
 
 def train(
-    folder: Path, accident=None, rank: int | None = None, world: int = 0, events=None, **options
+    folder: Path, accident=None, rank: int | None = None, world: int = 0, **options
 ) -> list[int]:
-    """Train in one process, or in ``world`` of them; the exit codes.
+    """Train in one process, or in ``world`` of them that know of each other; the exit codes.
 
-    Args:
-        folder: of the run.
-        accident: happens in the process ``rank``, or in all.
-        rank: see ``accident``.
-        world: number of processes; 0 = one that knows of no others.
-        events: see :func:`train_here`.
-        options: of the configuration.
+    The accident happens in the process ``rank``, or in all.
     """
-    environments = [{}]
-    if world:
-        shared = {**local_environment(), "MASTER_PORT": free_port()}
-        shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
-        environments = [
-            {**shared, "RANK": str(number), "LOCAL_RANK": str(number)} for number in range(world)
-        ]
+    shared = {**local_environment(), "MASTER_PORT": free_port()}
+    shared |= {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     processes = []
-    for number, environment in enumerate(environments):
-        own = accident if rank in (None, number) else None
-        arguments = (folder, options, environment, own, events)
+    for number in range(max(world, 1)):
+        own = {**shared, "RANK": str(number), "LOCAL_RANK": str(number)} if world else {}
+        arguments = (folder, options, own, accident if rank in (None, number) else None)
         processes.append(server().Process(target=train_here, args=arguments))
         processes[-1].start()
     deadline = time.monotonic() + PATIENCE

@@ -11,7 +11,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 import yaml
@@ -50,11 +49,20 @@ die_in_step = partial(signal_at, "Trainer.losses")
 stop_in_step = partial(signal_at, "Trainer.losses", which=signal.SIGTERM)
 
 
-@pytest.fixture
-def fresh(tmp_path, tiny_photos):
-    """A function that makes a new run folder."""
-    numbers = iter(range(100))
-    return lambda: prepare_run(tmp_path / f"run{next(numbers)}", *tiny_photos)
+@pytest.fixture(scope="module")
+def divisible(tmp_path_factory, tiny_photos) -> Path:
+    """The run folder of a training in one process with nothing in its way."""
+    folder = prepare_run(tmp_path_factory.mktemp("divisible"), *tiny_photos)
+    assert train(folder, world=1, **DIVISIBLE) == [0]
+    return folder
+
+
+@pytest.fixture(scope="module")
+def everything(tmp_path_factory, tiny_photos) -> Path:
+    """The run folder of a training in two processes with nothing in its way."""
+    folder = prepare_run(tmp_path_factory.mktemp("everything"), *tiny_photos)
+    assert train(folder, record_keys, world=2, **EVERYTHING) == [0, 0]
+    return folder
 
 
 def history(folder: Path) -> list[dict]:
@@ -71,23 +79,21 @@ def assert_close(folder: Path, reference: Path) -> None:
 
 
 # ---- the same training -------------------------------------------------------------------------
-@pytest.mark.parametrize(("micro_batch", "worlds"), [(0, (2, 4)), (1, (3,))])
-def test_any_number_of_processes_trains_to_the_same_weights(fresh, micro_batch, worlds):
+@pytest.mark.parametrize(("world", "micro_batch"), [(2, 0), (4, 0), (3, 1)])
+def test_any_number_of_processes_trains_to_the_same_weights(
+    run_folder, divisible, world, micro_batch
+):
     """Of 3 processes, the first has 2 micro-batches of every batch and the others 1."""
-    reference = fresh()
-    assert train(reference, world=1, **DIVISIBLE) == [0]
-    for world in worlds:
-        folder = fresh()
-        assert train(folder, world=world, **DIVISIBLE, micro_batch=micro_batch) == [0] * world
-        assert_close(folder, reference)
+    assert train(run_folder, world=world, **DIVISIBLE, micro_batch=micro_batch) == [0] * world
+    assert_close(run_folder, divisible)
 
 
-def test_validation_gives_exactly_the_same_numbers(fresh):
+def test_validation_gives_exactly_the_same_numbers(tmp_path, tiny_photos):
     """5 photos, in batches of 2, over 1, 2 and 4 processes: the weights do not change here."""
     frozen = {**DIVISIBLE, "lr": 0.0, "epochs": 1, "dropout_at_test": True, "dropout": 0.3}
     rows = []
     for world in (1, 2, 4):
-        folder = fresh()
+        folder = prepare_run(tmp_path / str(world), *tiny_photos)
         assert train(folder, world=world, **frozen) == [0] * world
         rows.append({k: v for k, v in history(folder)[0].items() if k.startswith("val_")})
     assert rows[0] == rows[1] == rows[2]
@@ -106,40 +112,33 @@ def test_the_logged_scores_are_those_of_the_saved_weights(run_folder, monkeypatc
     assert run.validate().items() <= content["scores"].items()
 
 
-def test_processes_draw_different_dropout(fresh):
+def test_processes_draw_different_dropout(everything):
     """Else all shares of a batch would lose the same features."""
-    keys = []
-    for folder in (fresh(), fresh()):
-        assert train(folder, record_keys, world=2, **EVERYTHING) == [0, 0]
-        keys.append([(folder / f"keys{rank}.txt").read_text().splitlines() for rank in (0, 1)])
-    assert keys[0] == keys[1]
-    first, second = (set(part) for part in keys[0])
+    keys = [(everything / f"keys{rank}.txt").read_text().splitlines() for rank in (0, 1)]
+    first, second = map(set, keys)
     assert len(first) == len(second) == 6  # one per update
     assert first.isdisjoint(second)
 
 
-def test_only_the_first_process_writes_and_prints(run_folder):
+def test_only_the_first_process_writes_and_prints(everything):
     # The others cannot replace a file: only_one_writes().
-    assert train(run_folder, world=2, **EVERYTHING) == [0, 0]
-    assert len((run_folder / "output0.txt").read_text().splitlines()) == 2
-    assert (run_folder / "output1.txt").read_text() == ""
-    assert {path.name for path in (run_folder / "checkpoints").iterdir()} == {
+    assert len((everything / "output0.txt").read_text().splitlines()) == 2
+    assert (everything / "output1.txt").read_text() == ""
+    assert {path.name for path in (everything / "checkpoints").iterdir()} == {
         "best.pt", "last.pt", "previous.pt",
     }  # fmt: skip
 
 
-def test_processes_agree_on_the_photos_that_fit_every_gpu(fresh):
+def test_processes_agree_on_the_photos_that_fit_every_gpu(run_folder, divisible):
     """The second GPU is the smaller; a resume on larger ones keeps the size."""
-    reference, folder = fresh(), fresh()
-    assert train(reference, world=2, **DIVISIBLE) == [0, 0]
-    options = {**DIVISIBLE, "checkpoint_every": 2}
-    assert train(folder, partial(accident_on_small_gpus, 3), world=2, **options) == [1, 1]
-    last = folder / "checkpoints" / "last.pt"
+    options = {**DIVISIBLE, "checkpoint_every": 2, "world": 2}
+    assert train(run_folder, partial(accident_on_small_gpus, 3), **options) == [1, 1]
+    last = run_folder / "checkpoints" / "last.pt"
     assert load_checkpoint(last)["progress"]["micro_batch"] == 1
-    assert "1 of 2 photos" in (folder / "output0.txt").read_text()
-    assert train(folder, partial(small_gpu, 100), world=2, **options) == [0, 0]
+    assert "1 of 2 photos" in (run_folder / "output0.txt").read_text()
+    assert train(run_folder, partial(small_gpu, 100), **options) == [0, 0]
     assert load_checkpoint(last)["progress"]["micro_batch"] == 1
-    assert_close(folder, reference)
+    assert_close(run_folder, divisible)
 
 
 def accident_on_small_gpus(number: int) -> None:
@@ -148,51 +147,40 @@ def accident_on_small_gpus(number: int) -> None:
 
 
 # ---- ends --------------------------------------------------------------------------------------
-def test_a_killed_process_ends_the_others_and_the_job_resumes_exactly(fresh):
-    reference, folder = fresh(), fresh()
-    assert train(reference, world=2, **EVERYTHING) == [0, 0]
-    codes = train(folder, partial(die_in_step, 5), rank=1, world=2, **EVERYTHING)
+def test_a_killed_process_ends_the_others_and_the_job_resumes_exactly(run_folder, everything):
+    codes = train(run_folder, partial(die_in_step, 5), rank=1, world=2, **EVERYTHING)
     assert codes == [1, -signal.SIGKILL]
-    message = (folder / "error0.txt").read_text()
-    assert message.startswith("RuntimeError: process 0 of 2 stopped at update 4: ")
-    assert train(folder, world=2, **EVERYTHING) == [0, 0]
-    assert_identical(folder, outcome(reference))
-    assert "resuming at epoch 2, batch 2" in (folder / "output0.txt").read_text()
+    assert train(run_folder, world=2, **EVERYTHING) == [0, 0]
+    assert_identical(run_folder, outcome(everything))
+    assert "resuming at epoch 2, batch 2" in (run_folder / "output0.txt").read_text()
 
 
-def test_a_signal_to_one_process_stops_all_at_the_same_update(fresh):
-    reference, folder = fresh(), fresh()
-    assert train(reference, world=2, **EVERYTHING) == [0, 0]
-    codes = train(folder, partial(stop_in_step, 4), rank=1, world=2, **EVERYTHING)
-    assert codes == [1, 1]
+def test_a_signal_to_one_process_stops_all_at_the_same_update(run_folder, everything):
+    accident = partial(stop_in_step, 4)
+    assert train(run_folder, accident, rank=1, world=2, **EVERYTHING) == [1, 1]
     for rank in (0, 1):
-        message = (folder / f"error{rank}.txt").read_text()
+        message = (run_folder / f"error{rank}.txt").read_text()
         assert message.startswith("KeyboardInterrupt: stopped at epoch 2, update 4; saved in")
-    assert load_checkpoint(folder / "checkpoints" / "last.pt")["progress"]["updates"] == 4
-    assert train(folder, world=2, **EVERYTHING) == [0, 0]
-    assert_identical(folder, outcome(reference))
+    assert load_checkpoint(run_folder / "checkpoints" / "last.pt")["progress"]["updates"] == 4
+    # The other process does not see the storage of the first.
+    assert train(run_folder, hide_checkpoints, rank=1, world=2, **EVERYTHING) == [1, 1]
+    for rank in (0, 1):
+        assert "different checkpoints" in (run_folder / f"error{rank}.txt").read_text()
+    assert train(run_folder, world=2, **EVERYTHING) == [0, 0]
+    assert_identical(run_folder, outcome(everything))
 
 
-def test_a_job_may_continue_in_another_number_of_processes(fresh):
-    reference, folder = fresh(), fresh()
+def test_a_job_may_continue_in_another_number_of_processes(run_folder, divisible):
     options = {**DIVISIBLE, "checkpoint_every": 2}
-    assert train(reference, world=1, **options) == [0]
-    assert train(folder, partial(stop_in_step, 4), rank=1, world=2, **options) == [1, 1]
-    assert train(folder, world=1, **options) == [0]
-    assert_close(folder, reference)
+    assert train(run_folder, partial(stop_in_step, 4), rank=1, world=2, **options) == [1, 1]
+    assert train(run_folder, world=1, **options) == [0]
+    assert_close(run_folder, divisible)
 
 
 def test_a_bad_loss_in_one_process_stops_all(run_folder):
     assert train(run_folder, partial(not_a_number, 1), rank=1, world=2, **DIVISIBLE) == [1, 1]
     for rank in (0, 1):
         assert "TrainingDied: the loss became nan" in (run_folder / f"error{rank}.txt").read_text()
-
-
-def test_processes_that_see_different_checkpoints_are_an_error(run_folder):
-    train(run_folder, partial(stop_in_step, 4), rank=1, world=2, **EVERYTHING)
-    assert train(run_folder, hide_checkpoints, rank=1, world=2, **EVERYTHING) == [1, 1]
-    for rank in (0, 1):
-        assert "different checkpoints" in (run_folder / f"error{rank}.txt").read_text()
 
 
 # ---- torchrun ----------------------------------------------------------------------------------
@@ -205,40 +193,33 @@ def preset(tmp_path, run_folder):
     return ["-m", "mlnet_utils", "train", "--preset", str(path), "--run-dir", str(run_folder)]
 
 
-def launch(command: list[str], *options: str) -> subprocess.Popen:
-    """torchrun on the CPU, with its output in one pipe."""
+def launch(*command: str) -> subprocess.Popen:
+    """Python on the CPU, with its output in one pipe."""
     root = Path(runtime.__file__).parent.parent
-    environment = {**os.environ, **local_environment(), "PYTHONPATH": str(root)}
     return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *options, *command],
+        [sys.executable, *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=environment,
+        env={**os.environ, **local_environment(), "PYTHONPATH": str(root)},
         cwd=root,
     )
 
 
-def test_torchrun_reports_a_killed_worker_and_its_job_resumes(preset, run_folder):
-    options = ("--nproc_per_node=2", f"--master_port={free_port()}")
-    job = launch(preset, *options)
-    lines = []
-    for line in job.stdout:
-        lines.append(line)
-        if line.startswith("epoch "):
-            break
-    workers = psutil.Process(job.pid).children()
-    assert len(workers) == 2, "".join(lines)
-    workers[1].kill()
-    rest, _ = job.communicate(timeout=PATIENCE)
-    assert job.returncode != 0
-    assert "SIGKILL" in rest or "Signal 9" in rest, rest
-    job = launch(preset, *options)
+def torchrun(world: int, *command: str) -> subprocess.Popen:
+    options = (f"--nproc_per_node={world}", f"--master_port={free_port()}")
+    return launch("-m", "torch.distributed.run", *options, *command)
+
+
+def output_of(job: subprocess.Popen) -> str:
+    """What a job printed that must succeed."""
     text, _ = job.communicate(timeout=PATIENCE)
     assert job.returncode == 0, text
-    assert "resuming at epoch" in text
-    assert text.count("trained 8 epochs") == 1
-    assert load_checkpoint(run_folder / "checkpoints" / "last.pt")["progress"]["finished"]
+    return text
+
+
+def assert_finished(folder: Path) -> None:
+    assert load_checkpoint(folder / "checkpoints" / "last.pt")["progress"]["finished"]
 
 
 @pytest.mark.parametrize("world", [2, 3])
@@ -253,9 +234,7 @@ def test_shared_evaluation_gives_exactly_the_table_of_one_process(run_folder, wo
     (run_folder / "per_image.csv").unlink()
     (run_folder / "metrics.json").unlink()
     command = ["-m", "mlnet_utils", "evaluate", "--run-dir", str(run_folder), "--split", "val"]
-    job = launch(command, f"--nproc_per_node={world}", f"--master_port={free_port()}")
-    text, _ = job.communicate(timeout=PATIENCE)
-    assert job.returncode == 0, text
+    text = output_of(torchrun(world, *command))
     assert text.count("| inter-observer |") == 1
     assert (run_folder / "per_image.csv").read_bytes() == table
     found = json.loads((run_folder / "metrics.json").read_text())
@@ -276,10 +255,7 @@ def test_processes_hang_up_and_end_at_once(preset, run_folder, tmp_path):
         "os._exit = watched\n"
         "runpy.run_module('mlnet_utils', run_name='__main__')\n"
     )
-    options = ("--nproc_per_node=2", f"--master_port={free_port()}", str(script))
-    job = launch([*preset[2:], "--set", "epochs=1"], *options)
-    text, _ = job.communicate(timeout=PATIENCE)
-    assert job.returncode == 0, text
+    text = output_of(torchrun(2, str(script), *preset[2:], "--set", "epochs=1"))
     assert text.count("connected False") == 2
     assert "dismantled" not in text
 
@@ -287,12 +263,14 @@ def test_processes_hang_up_and_end_at_once(preset, run_folder, tmp_path):
 def test_two_nodes_find_each_other(preset, run_folder):
     """Two launchers, as on two machines; the run folder is what they share."""
     place = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1")
-    port = f"--master_port={free_port()}"
-    nodes = [launch(preset, *place, port, f"--node_rank={rank}") for rank in (0, 1)]
-    texts = [node.communicate(timeout=PATIENCE)[0] for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], texts
+    place += (f"--master_port={free_port()}",)
+    nodes = [
+        launch("-m", "torch.distributed.run", *place, f"--node_rank={rank}", *preset)
+        for rank in (0, 1)
+    ]
+    texts = [output_of(node) for node in nodes]
     assert [text.count("trained 8 epochs") for text in texts] == [1, 0]
-    assert load_checkpoint(run_folder / "checkpoints" / "last.pt")["progress"]["finished"]
+    assert_finished(run_folder)
 
 
 def test_a_notebook_launches_processes(run_folder, preset):
@@ -304,10 +282,6 @@ def test_a_notebook_launches_processes(run_folder, preset):
         f"notebook_launcher(trainer.fit, (small, {str(run_folder)!r}), num_processes=2,\n"
         f"                  use_port={free_port()!r})\n"
     )
-    root = Path(runtime.__file__).parent.parent
-    environment = {**os.environ, **local_environment(), "PYTHONPATH": str(root)}
-    command = [sys.executable, "-c", code]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("epoch   2/2") == 1  # two trainings of one process would print it twice
-    assert load_checkpoint(run_folder / "checkpoints" / "last.pt")["progress"]["finished"]
+    # Two trainings of one process would print it twice.
+    assert output_of(launch("-c", code)).count("epoch   2/2") == 1
+    assert_finished(run_folder)

@@ -11,7 +11,7 @@ from conftest import tiny_config
 
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.training import features
-from mlnet_utils.training.features import FeatureCache, backbone_key
+from mlnet_utils.training.features import backbone_key
 from mlnet_utils.training.trainer import Trainer, fit
 
 FROZEN = {"freeze": ("backbone.*",), "freeze_norm": True}
@@ -38,26 +38,16 @@ def files(root):
 
 @pytest.mark.slow
 def test_training_on_cached_features_learns_the_same(run_folder, tmp_path, cache_root):
-    other = shutil.copytree(run_folder, tmp_path / "other")
-    plain = fit(tiny_config(**FROZEN), run_folder)
-    cached = fit(tiny_config(**FROZEN, cache_features=True), other)
+    """On those of the weights that it starts from, not of the random ones it is built with."""
+    plain, quick = (shutil.copytree(run_folder, tmp_path / name) for name in ("plain", "quick"))
+    fit(tiny_config(seed=7), run_folder)
+    start = {"start_from": str(run_folder / "checkpoints" / "best.pt"), "backbone_weights": "none"}
+    expected = fit(tiny_config(**FROZEN, **start), plain)
+    found = fit(tiny_config(**FROZEN, **start, cache_features=True, workers=1), quick)
     # 10 training photos in both orientations and 5 validation photos in one
     assert len(files(cache_root)) == 25
-    for a, b in zip(plain.history, cached.history, strict=True):
-        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
-        assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-3)
-
-
-def test_features_are_those_of_the_weights_that_a_training_starts_from(run_folder, tmp_path):
-    """Not of the random ones that the network is built with."""
-    first, plain, quick = (
-        shutil.copytree(run_folder, tmp_path / name) for name in ("first", "plain", "quick")
-    )
-    fit(tiny_config(seed=7), first)
-    start = {"start_from": str(first / "checkpoints" / "best.pt"), "backbone_weights": "none"}
-    expected = fit(tiny_config(**FROZEN, **start), plain)
-    found = fit(tiny_config(**FROZEN, **start, cache_features=True), quick)
     for a, b in zip(expected.history, found.history, strict=True):
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-3)
 
 
@@ -112,23 +102,18 @@ def test_what_changes_from_epoch_to_epoch_is_not_cached(changes, words, run_fold
         fit(tiny_config(**{**FROZEN, "cache_features": True, **changes}), run_folder)
 
 
-def test_photos_without_a_hash_are_refused(run_folder):
-    trainer = cached(tiny_config(**FROZEN, cache_features=True), run_folder)
-    data = trainer.data["val"]
-    with pytest.raises(ValueError, match="val0"):
-        data.features(dataclasses.replace(data.photos[0], sha256=""), False)
-
-
-def test_damaged_files_are_named(run_folder, cache_root):
-    trainer = cached(tiny_config(**FROZEN, cache_features=True), run_folder)
-    data = trainer.data["val"]
-    path = data.features.path(data.photos[0], False)
+def test_damaged_files_and_photos_without_a_hash_are_named(run_folder):
+    data = cached(tiny_config(**FROZEN, cache_features=True), run_folder).data["val"]
+    photo = data.photos[0]
+    path = data.features.path(photo, False)
     path.write_bytes(path.read_bytes()[:100])
     with pytest.raises(ValueError, match=path.name):
-        data.features(data.photos[0], False)
+        data.features(photo, False)
     np.save(path, np.zeros((3, 4, 5), np.float16))
     with pytest.raises(ValueError, match=rf"{path.name} .*\(3, 4, 5\)"):
-        data.features(data.photos[0], False)
+        data.features(photo, False)
+    with pytest.raises(ValueError, match=photo.stem):
+        data.features(dataclasses.replace(photo, sha256=""), False)
 
 
 def test_a_disk_without_room_is_an_error_before_the_work(run_folder, monkeypatch):
@@ -145,9 +130,3 @@ def test_values_beyond_half_precision_stay_single(run_folder):
     large = torch.full(data.features.shape, 1e5)
     data.features.write(path, large)
     torch.testing.assert_close(data.features(data.photos[0], False), large)
-
-
-def test_the_cache_travels_to_loader_processes(run_folder):
-    config = tiny_config(**FROZEN, cache_features=True, workers=1, epochs=1)
-    assert isinstance(cached(config, run_folder).data["val"].features, FeatureCache)
-    assert len(fit(config, run_folder).history) == 1

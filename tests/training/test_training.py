@@ -3,7 +3,7 @@
 import csv
 import dataclasses
 import functools
-import warnings
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +11,7 @@ import torch
 from accelerate import Accelerator
 from conftest import prepare_run, tiny_config
 
+from mlnet_utils.data.loading import make_loader
 from mlnet_utils.data.photos import Prepared
 from mlnet_utils.model import checkpoints
 from mlnet_utils.model.network import MLNet
@@ -25,15 +26,12 @@ from mlnet_utils.training.trainer import (
     learning_rate,
     make_accelerator,
     make_optimizer,
-    validation_loader,
 )
 
 # Nothing that depends on how the batch is divided (batch-norm's statistics, dropout), and an
 # optimiser that does not blow up rounding errors where gradients are almost zero, as Adam does.
-INDIVISIBLE = {"freeze_norm": True, "dropout": 0.0, "optimizer": "sgd", "lr": 0.02}
-
-
-FIXATION_ARRAYS = ("fixations", "observers", "durations")
+INDIVISIBLE = {"freeze_norm": True, "dropout": 0.0, "optimizer": "sgd", "lr": 0.02,
+               "prior_penalty": 5.0}  # fmt: skip
 
 
 def rows_of(path):
@@ -53,8 +51,9 @@ def assert_close(a, b, **tolerance):
 
 
 # ---- what a training leaves behind -------------------------------------------------------------
+@pytest.mark.filterwarnings("error")
 def test_a_training_writes_log_times_and_checkpoints(run_folder, capsys):
-    config = tiny_config(epochs=3)
+    config = tiny_config(epochs=3, ema_decay=0.9, flip=0.5)
     result = fit(config, run_folder)
 
     lines = capsys.readouterr().out.splitlines()
@@ -71,23 +70,17 @@ def test_a_training_writes_log_times_and_checkpoints(run_folder, capsys):
 
     folder = run_folder / "checkpoints"
     assert {path.name for path in folder.iterdir()} == {"best.pt", "last.pt", "previous.pt"}
-    content = torch.load(result.best, weights_only=True)
+    assert result.best == folder / "best.pt"
+    model, stored, content = checkpoints.load_model(result.best)
     assert content["config"] == config.to_dict()
     assert content["versions"]["torch"]
-    best = min(result.history, key=lambda row: row["val_loss"])
-    assert content["scores"] == best
-    assert result.best == folder / "best.pt"
-
-
-def test_the_best_checkpoint_gives_the_logged_scores(run_folder):
-    fit(tiny_config(), run_folder)
-    model, config, content = checkpoints.load_model(run_folder / "checkpoints" / "best.pt")
+    assert content["scores"] == min(result.history, key=lambda row: row["val_loss"])
+    # Validated again, the weights get the logged scores.
     assert not model.training
-    trainer = Trainer(config, run_folder, Accelerator())
-    trainer.model.load_state_dict(model.state_dict())
+    trainer = Trainer(stored, run_folder, Accelerator())
+    trainer.judged.load_state_dict(model.state_dict())
     trainer.epoch = content["scores"]["epoch"] - 1
-    for name, value in trainer.validate().items():
-        assert value == content["scores"][name]
+    assert trainer.validate().items() <= content["scores"].items()
 
 
 def test_a_finished_training_returns_at_once(run_folder, capsys):
@@ -95,32 +88,29 @@ def test_a_finished_training_returns_at_once(run_folder, capsys):
     before = {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()}
     (run_folder / "log.csv").unlink()  # is written from the checkpoint
     capsys.readouterr()
-    second = fit(tiny_config(), run_folder)
-    assert second.history == first.history
-    assert capsys.readouterr().out == "this training has finished before\n"
+    assert fit(tiny_config(), run_folder).history == first.history
+    assert "epoch" not in capsys.readouterr().out
     assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
 
 
 def test_the_same_seed_gives_the_same_log_and_another_seed_another(run_folder):
     logs = []
     for seed in (0, 0, 1):
-        checkpoint = weights_after(run_folder, seed=seed, flip=0.5)
+        fit(tiny_config(seed=seed, flip=0.5), run_folder)
         logs.append((run_folder / "log.csv").read_text())
-        for path in (run_folder / "checkpoints").iterdir():
-            path.unlink()
-    assert checkpoint
+        shutil.rmtree(run_folder / "checkpoints")
     assert logs[0] == logs[1] != logs[2]
 
 
-def test_what_training_needs_must_be_there(tmp_path, run_folder, tiny_photos):
+def test_what_training_needs_must_be_there(tmp_path, run_folder):
     with pytest.raises(FileNotFoundError, match=r"meta\.json"):
         fit(tiny_config(), tmp_path / "nothing")
+    with pytest.raises(ValueError, match="freeze="):
+        fit(tiny_config(freeze=("*",)), run_folder)
     prepared = Prepared.read(run_folder / "data")
     dataclasses.replace(prepared, photos=prepared.split("train")).write()
-    with pytest.raises(ValueError, match="no val photos"):
+    with pytest.raises(ValueError, match="val"):
         fit(tiny_config(), run_folder)
-    with pytest.raises(ValueError, match=r"freeze=\('\*',\)"):
-        fit(tiny_config(freeze=("*",)), prepare_run(tmp_path / "frozen", *tiny_photos))
 
 
 # ---- when to stop ------------------------------------------------------------------------------
@@ -133,17 +123,9 @@ def test_a_dead_output_is_noticed(run_folder):
     config = tiny_config(head="paper", loss="mlnet", **INDIVISIBLE)
     trainer = Trainer(config, run_folder, Accelerator())
     torch.nn.init.constant_(trainer.model.to_map.bias, -1e6)
-    with pytest.raises(TrainingDied, match="after epoch 1 the network"):
+    with pytest.raises(TrainingDied, match=r"epoch 1 .*head='density'"):
         trainer.run()
     assert not (run_folder / "checkpoints" / "best.pt").exists()
-
-
-def test_the_paper_s_head_dies_of_a_huge_learning_rate(run_folder):
-    config = tiny_config(
-        head="paper", loss="mlnet", optimizer="adamw", lr=30.0, schedule="constant", epochs=10
-    )
-    with pytest.raises(TrainingDied, match="head='density'"):
-        fit(config, run_folder)
 
 
 def test_a_loss_that_is_not_finite_is_noticed(run_folder):
@@ -152,22 +134,9 @@ def test_a_loss_that_is_not_finite_is_noticed(run_folder):
         fit(config, run_folder)
 
 
-def test_a_validation_loss_that_is_not_finite_is_noticed(run_folder, monkeypatch):
-    trainer = Trainer(tiny_config(ema_decay=0.9), run_folder, Accelerator())
-    trainer.train_epoch()
-    next(trainer.average.module.parameters()).data[0] = float("nan")
-    original = trainer.average.module.forward
-    first = []
-
-    def one_photo_is_fine(image):
-        maps = original(image)
-        if not first:
-            maps = maps.clone()
-            maps[0] = torch.rand_like(maps[0])
-            first.append(True)
-        return maps
-
-    monkeypatch.setattr(trainer.average.module, "forward", one_photo_is_fine)
+def test_a_validation_loss_that_is_not_finite_is_noticed(run_folder):
+    trainer = Trainer(tiny_config(), run_folder, Accelerator())
+    trainer.objective.per_image = lambda maps, *_: torch.full((len(maps),), torch.nan)
     with pytest.raises(TrainingDied, match="validation loss is nan"):
         trainer.validate()
 
@@ -176,9 +145,10 @@ def test_photos_without_fixations_are_left_out_of_the_validation_nss(run_folder)
     trainer = Trainer(tiny_config(), run_folder, Accelerator())
     expected = trainer.validate()
     data = trainer.data["val"]
-    none = {name: getattr(data.photos[0], name)[:0] for name in FIXATION_ARRAYS}
+    arrays = ("fixations", "observers", "durations")
+    none = {name: getattr(data.photos[0], name)[:0] for name in arrays}
     data.photos.append(dataclasses.replace(data.photos[0], **none))
-    trainer.val_loader = validation_loader(data, 0, 0, 1)
+    trainer.val_loader = make_loader(data, [[(0, index) for index in range(len(data))]], 0)
     assert trainer.validate()["val_nss"] == pytest.approx(expected["val_nss"])
 
 
@@ -197,8 +167,7 @@ def test_one_cycle_warms_up_and_falls_to_zero():
     assert np.allclose(np.diff(rates[:25]), 1 / 26)
     assert (np.diff(rates[25:]) < 0).all()
     assert rates[99] < 1e-3
-    flat = tiny_config(schedule="constant", lr=0.3)
-    assert {learning_rate(flat, t, 9) for t in range(9)} == {0.3}
+    assert learning_rate(tiny_config(schedule="constant", lr=0.3), 5, 9) == 0.3
 
 
 def test_the_logged_rate_is_the_schedule_s(run_folder):
@@ -209,13 +178,11 @@ def test_the_logged_rate_is_the_schedule_s(run_folder):
 
 def test_the_backbone_has_its_own_rate(run_folder):
     config = tiny_config(optimizer="sgd", momentum=0.0, backbone_lr_scale=0.0, epochs=1)
-    before = MLNet(config).state_dict()
     trainer = Trainer(config, run_folder, Accelerator())
     before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
     trainer.run()
-    after = trainer.model.state_dict()
-    for name, _ in trainer.model.named_parameters():
-        assert torch.equal(before[name], after[name]) == name.startswith("backbone.")
+    for name, after in trainer.model.named_parameters():
+        assert torch.equal(before[name], after) == name.startswith("backbone.")
 
 
 @pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
@@ -240,27 +207,25 @@ def test_precision_is_chosen_from_the_hardware(monkeypatch):
     assert choose_precision(tiny_config(precision="fp32")) == "no"
     assert choose_precision(tiny_config(precision="bf16")) == "bf16"
     auto = tiny_config(precision="auto")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
-    assert choose_precision(auto) == "bf16"
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
-    assert choose_precision(auto) == "fp16"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    no, yes = (lambda **_: False), (lambda **_: True)
+    monkeypatch.setattr(torch.cuda, "is_available", yes)
+    for native, expected in ((yes, "bf16"), (no, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", native)
+        assert choose_precision(auto) == expected
+    monkeypatch.setattr(torch.cuda, "is_available", no)
+    monkeypatch.setattr(torch.backends.mps, "is_available", yes)
     assert choose_precision(auto) == "no"
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    for avx, amx, expected in ((False, False, "no"), (True, False, "bf16"), (False, True, "bf16")):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda v=avx: v)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda v=amx: v)
+    monkeypatch.setattr(torch.backends.mps, "is_available", no)
+    for avx, amx, expected in ((no, no, "no"), (yes, no, "bf16"), (no, yes, "bf16")):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", avx)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", amx)
         assert choose_precision(auto) == expected
 
 
-def test_two_precisions_in_one_process(run_folder):
+def test_two_precisions_in_one_process():
     """accelerate's state is one per process; a notebook may train twice."""
-    fit(tiny_config(precision="fp32", epochs=1), run_folder)
-    assert make_accelerator(tiny_config(precision="bf16")).mixed_precision == "bf16"
-    with pytest.raises(ValueError, match="precision: 'fp32' there"):
-        fit(tiny_config(precision="bf16", epochs=1), run_folder)
+    for precision, name in (("fp32", "no"), ("bf16", "bf16")):
+        assert make_accelerator(tiny_config(precision=precision)).mixed_precision == name
 
 
 # ---- techniques that must not change what is learned ---------------------------------------------
@@ -295,12 +260,6 @@ def test_a_technique_changes_nothing_beyond_rounding(reference, fresh, technique
     )
 
 
-def test_micro_batches_keep_the_prior_s_penalty(fresh, run_folder):
-    options = {**INDIVISIBLE, "prior_penalty": 5.0}
-    whole = weights_after(run_folder, **options)
-    assert_close(weights_after(fresh, **options, micro_batch=1), whole, rtol=1e-3, atol=2e-5)
-
-
 def test_bf16_trains_as_fp32_within_its_precision(fresh, run_folder):
     full = fit(tiny_config(**INDIVISIBLE, epochs=3), run_folder).history
     half = fit(tiny_config(**INDIVISIBLE, epochs=3, precision="bf16"), fresh).history
@@ -325,13 +284,13 @@ def test_compile_on_a_gpu(run_folder, fresh):
     assert compiled[-1]["train_loss"] == pytest.approx(plain[-1]["train_loss"], rel=1e-3)
 
 
-def test_clipping_limits_the_step(fresh, run_folder):
-    plain = {**INDIVISIBLE, "momentum": 0.0, "schedule": "constant",
-             "lr": 1.0, "epochs": 1, "batch_size": 10}  # fmt: skip
-    start = Trainer(tiny_config(**plain), run_folder, Accelerator()).model.state_dict()
-    start = {key: value.clone() for key, value in start.items()}
-    clipped = weights_after(fresh, **plain, clip_norm=1e-3)
-    moved = sum((clipped[k].double() - start[k]).square().sum() for k in start if "num_b" not in k)
+def test_clipping_limits_the_step(run_folder):
+    config = tiny_config(**INDIVISIBLE | {"lr": 1.0}, momentum=0.0, schedule="constant", epochs=1,
+                         batch_size=10, clip_norm=1e-3)  # fmt: skip
+    trainer = Trainer(config, run_folder, Accelerator())
+    start = {name: value.clone() for name, value in trainer.model.named_parameters()}
+    trainer.run()
+    moved = sum((p - start[name]).square().sum() for name, p in trainer.model.named_parameters())
     assert moved.sqrt().item() == pytest.approx(1e-3, rel=0.01)
 
 
@@ -427,14 +386,10 @@ def test_the_average_is_what_is_kept(run_folder):
 
 
 # ---- checkpoints -------------------------------------------------------------------------------
-def test_foreign_and_broken_checkpoints_are_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone.pt does not exist"):
-        checkpoints.load_checkpoint(tmp_path / "gone.pt")
-    (tmp_path / "text.pt").write_text("not a checkpoint")
-    with pytest.raises(ValueError, match=r"text.pt cannot be read"):
-        checkpoints.load_checkpoint(tmp_path / "text.pt")
-    torch.save({"weight": torch.zeros(1)}, tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match=r"foreign.pt is not a checkpoint of this project.*import"):
+@pytest.mark.parametrize("content", [{"weight": torch.zeros(1)}, "text"], ids=str)
+def test_foreign_checkpoints_are_errors(tmp_path, content):
+    torch.save(content, tmp_path / "foreign.pt")
+    with pytest.raises(ValueError, match=r"foreign\.pt"):
         checkpoints.load_checkpoint(tmp_path / "foreign.pt")
 
 
@@ -458,9 +413,3 @@ def test_continuing_in_another_precision_warns(run_folder, capsys):
     with pytest.warns(UserWarning, match="'fp16'"):
         fit(config, run_folder)
     assert "resuming at epoch 2, batch 1" in capsys.readouterr().out
-
-
-def test_training_raises_no_warnings(run_folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        fit(tiny_config(ema_decay=0.9, flip=0.5), run_folder)
