@@ -11,23 +11,12 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import yaml
 from conftest import prepare_run, tiny_config
-from processes import (
-    PATIENCE,
-    assert_identical,
-    free_port,
-    hide_checkpoints,
-    local_environment,
-    not_a_number,
-    outcome,
-    record_keys,
-    signal_at,
-    small_gpu,
-    train,
-)
+from processes import PATIENCE, assert_identical, outcome, signal_at, train
 
 from mlnet_utils import runtime
 from mlnet_utils.experiments import evaluation
@@ -61,7 +50,7 @@ def divisible(tmp_path_factory, tiny_photos) -> Path:
 def everything(tmp_path_factory, tiny_photos) -> Path:
     """The run folder of a training in two processes with nothing in its way."""
     folder = prepare_run(tmp_path_factory.mktemp("everything"), *tiny_photos)
-    assert train(folder, record_keys, world=2, **EVERYTHING) == [0, 0]
+    assert train(folder, processes.record_keys, world=2, **EVERYTHING) == [0, 0]
     return folder
 
 
@@ -136,13 +125,13 @@ def test_processes_agree_on_the_photos_that_fit_every_gpu(run_folder, divisible)
     last = run_folder / "checkpoints" / "last.pt"
     assert load_checkpoint(last)["progress"]["micro_batch"] == 1
     assert "1 of 2 photos" in (run_folder / "output0.txt").read_text()
-    assert train(run_folder, partial(small_gpu, 100), **options) == [0, 0]
+    assert train(run_folder, partial(processes.small_gpu, 100), **options) == [0, 0]
     assert load_checkpoint(last)["progress"]["micro_batch"] == 1
     assert_close(run_folder, divisible)
 
 
 def accident_on_small_gpus(number: int) -> None:
-    small_gpu(1 if os.environ["RANK"] == "1" else 2)
+    processes.small_gpu(1 if os.environ["RANK"] == "1" else 2)
     stop_in_step(number)
 
 
@@ -163,7 +152,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_update(run_folder, everyt
         assert message.startswith("KeyboardInterrupt: stopped at epoch 2, update 4; saved in")
     assert load_checkpoint(run_folder / "checkpoints" / "last.pt")["progress"]["updates"] == 4
     # The other process does not see the storage of the first.
-    assert train(run_folder, hide_checkpoints, rank=1, world=2, **EVERYTHING) == [1, 1]
+    assert train(run_folder, processes.hide_checkpoints, rank=1, world=2, **EVERYTHING) == [1, 1]
     for rank in (0, 1):
         assert "different checkpoints" in (run_folder / f"error{rank}.txt").read_text()
     assert train(run_folder, world=2, **EVERYTHING) == [0, 0]
@@ -178,7 +167,10 @@ def test_a_job_may_continue_in_another_number_of_processes(run_folder, divisible
 
 
 def test_a_bad_loss_in_one_process_stops_all(run_folder):
-    assert train(run_folder, partial(not_a_number, 1), rank=1, world=2, **DIVISIBLE) == [1, 1]
+    assert train(run_folder, partial(processes.not_a_number, 1), rank=1, world=2, **DIVISIBLE) == [
+        1,
+        1,
+    ]
     for rank in (0, 1):
         assert "TrainingDied: the loss became nan" in (run_folder / f"error{rank}.txt").read_text()
 
@@ -201,13 +193,13 @@ def launch(*command: str) -> subprocess.Popen:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, **local_environment(), "PYTHONPATH": str(root)},
+        env={**os.environ, **processes.local_environment(), "PYTHONPATH": str(root)},
         cwd=root,
     )
 
 
 def torchrun(world: int, *command: str) -> subprocess.Popen:
-    options = (f"--nproc_per_node={world}", f"--master_port={free_port()}")
+    options = (f"--nproc_per_node={world}", f"--master_port={processes.free_port()}")
     return launch("-m", "torch.distributed.run", *options, *command)
 
 
@@ -263,7 +255,7 @@ def test_processes_hang_up_and_end_at_once(preset, run_folder, tmp_path):
 def test_two_nodes_find_each_other(preset, run_folder):
     """Two launchers, as on two machines; the run folder is what they share."""
     place = ("--nnodes=2", "--nproc_per_node=1", "--master_addr=127.0.0.1")
-    place += (f"--master_port={free_port()}",)
+    place += (f"--master_port={processes.free_port()}",)
     nodes = [
         launch("-m", "torch.distributed.run", *place, f"--node_rank={rank}", *preset)
         for rank in (0, 1)
@@ -280,7 +272,7 @@ def test_a_notebook_launches_processes(run_folder, preset):
         "from mlnet_utils.training import trainer\n"
         f"small = config.load_config({preset[4]!r}, epochs=2)\n"
         f"notebook_launcher(trainer.fit, (small, {str(run_folder)!r}), num_processes=2,\n"
-        f"                  use_port={free_port()!r})\n"
+        f"                  use_port={processes.free_port()!r})\n"
     )
     # Two trainings of one process would print it twice.
     assert output_of(launch("-c", code)).count("epoch   2/2") == 1
