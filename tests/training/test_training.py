@@ -6,6 +6,7 @@ import functools
 import shutil
 
 import numpy as np
+import processes
 import pytest
 import torch
 from accelerate import Accelerator
@@ -23,7 +24,6 @@ from mlnet_utils.training.trainer import (
     fit,
     learning_rate,
     make_accelerator,
-    make_optimizer,
 )
 
 # Nothing that depends on how the batch is divided (batch-norm's statistics, dropout), and an
@@ -179,24 +179,6 @@ def test_the_backbone_has_its_own_rate(run_folder):
         assert torch.equal(before[name], after) == name.startswith("backbone.")
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
-def test_fused_optimisers_compute_what_the_plain_ones_do(name):
-    config = tiny_config(optimizer=name, lr=0.1, weight_decay=0.01, momentum=0.9)
-    plain_kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
-    models = [MLNet(config) for _ in range(2)]
-    models[1].load_state_dict(models[0].state_dict())
-    extra = {"momentum": 0.9, "nesterov": True} if name == "sgd" else {}
-    plain = plain_kind[name](models[1].parameters(), lr=0.1, weight_decay=0.01, **extra)
-    optimizers = [make_optimizer(config, models[0]), plain]
-    for step in range(3):
-        for model, optimizer in zip(models, optimizers, strict=True):
-            torch.manual_seed(step)
-            for parameter in model.parameters():
-                parameter.grad = torch.randn_like(parameter)
-            optimizer.step()
-    assert_close(models[0].state_dict(), models[1].state_dict())
-
-
 def test_precision_is_chosen_from_the_hardware(monkeypatch):
     assert choose_precision(tiny_config(precision="fp32")) == "no"
     assert choose_precision(tiny_config(precision="bf16")) == "bf16"
@@ -288,19 +270,12 @@ def test_clipping_limits_the_step(run_folder):
 @pytest.fixture
 def gpu(monkeypatch):
     """Pretend that the device has memory for so many photos; returns the sizes that are tried."""
-    original, tried = MLNet.forward, []
+    forward = MLNet.forward
 
     def pretend(photos: int) -> list[int]:
-        def forward(self, image):
-            tried.append(len(image))
-            if len(image) > photos:
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-            return original(self, image)
-
         monkeypatch.setattr(MLNet, "forward", forward)
-        monkeypatch.setattr(trainers, "has_own_memory", lambda device: True)
-        tried.clear()
-        return tried
+        monkeypatch.setattr(trainers, "has_own_memory", None)
+        return processes.small_gpu(photos)
 
     return pretend
 
