@@ -83,19 +83,11 @@ def test_every_form_of_a_photo_gives_the_same_density(predictor, pixels, tmp_pat
         np.testing.assert_array_equal(predictor.predict(form), expected, err_msg=name)
 
 
-def test_every_form_of_a_grey_photo_gives_the_same_density(predictor, pixels):
-    grey = pixels[..., 0]
+def test_grey_half_precision_and_transparent_photos_are_taken(predictor, pixels):
+    grey, tensor = pixels[..., 0], torch.from_numpy(pixels).permute(2, 0, 1)
     expected = predictor.predict(np.dstack([grey] * 3))
-    forms = (
-        grey, grey[..., None], grey / 255, Image.fromarray(grey),
-        torch.from_numpy(grey), torch.from_numpy(grey)[None],
-    )  # fmt: skip
-    for form in forms:
+    for form in (grey, grey[..., None], grey / 255, Image.fromarray(grey), torch.from_numpy(grey)):
         np.testing.assert_array_equal(predictor.predict(form), expected)
-
-
-def test_half_precision_and_transparent_photos_are_taken(predictor, pixels):
-    tensor = torch.from_numpy(pixels).permute(2, 0, 1)
     expected = predictor.predict(tensor)
     assert np.abs(predictor.predict(tensor.bfloat16()) - expected).max() < 0.01 * expected.max()
     transparent = np.dstack([pixels, np.zeros((60, 80), np.uint8)])
@@ -127,11 +119,6 @@ def test_what_is_no_photo_is_an_error(predictor, image, message):
         predictor.predict(image)
 
 
-def test_a_missing_photo_is_an_error(predictor, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"gone\.jpg"):
-        predictor.predict(tmp_path / "gone.jpg")
-
-
 # ---- the density -------------------------------------------------------------------------------
 @pytest.mark.parametrize("head", ["density", "paper"])
 @pytest.mark.parametrize("size", SIZES)
@@ -159,15 +146,6 @@ def test_the_peak_is_where_the_photo_has_it(size, place):
     # The centre of mass of the square.
     assert density.sum(1) @ rows == pytest.approx(y - 0.5, abs=cell / 4)
     assert density.sum(0) @ columns == pytest.approx(x - 0.5, abs=cell / 4)
-
-
-def test_the_exif_rotation_decides_the_size(predictor, pixels, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.fromarray(pixels).save(tmp_path / "x.png", exif=exif)
-    np.testing.assert_array_equal(
-        predictor.predict(tmp_path / "x.png"), predictor.predict(np.rot90(pixels, -1))
-    )
 
 
 SINGLE = torch.rand(4, 5, generator=torch.Generator().manual_seed(0)).double()
@@ -258,7 +236,9 @@ def test_load_from_the_package(predictor, pixels, tmp_path):
     assert load(tmp_path / "x.pt").device in ("cpu", "cuda", "mps")
 
 
-def test_load_of_nothing_or_of_anything_is_an_error(tmp_path):
+def test_what_is_missing_is_an_error(predictor, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"gone\.jpg"):
+        predictor.predict(tmp_path / "gone.jpg")
     with pytest.raises(FileNotFoundError, match=r"gone\.pt"):
         load(tmp_path / "gone.pt")
     with pytest.raises(AttributeError, match="'laod'"):

@@ -99,22 +99,9 @@ def test_a_turned_video_is_predicted_upright(checkpoint, tmp_path):
     assert np.abs(maps[0][..., 0].astype(int) - expected).mean() < 3
 
 
-def test_a_second_call_does_only_what_is_missing(checkpoint, tmp_path):
-    for name in ("a.mp4", "trip/b.mkv"):
-        video(tmp_path / "clips" / name)
-    call = (checkpoint, [tmp_path / "clips"], tmp_path / "out")
-    assert len(predict_videos(*call).done) == 2
-    assert files(tmp_path / "out") == {"a.mp4", "trip/b.mp4", "prediction.json"}
-    (tmp_path / "out" / "a.mp4").unlink()
-    result = predict_videos(*call)
-    assert [path.name for path in result.done] == ["a.mp4"]
-    assert [path.name for path in result.skipped] == ["b.mkv"]
-    assert len(predict_videos(*call, force=True).done) == 2
-
-
-def test_broken_videos_stop_nothing_and_leave_nothing(checkpoint, tmp_path):
-    folder = tmp_path / "clips"
-    good = video(folder / "good.mp4")
+def test_broken_videos_stop_nothing_and_done_ones_are_skipped(checkpoint, tmp_path):
+    folder, out = tmp_path / "clips", tmp_path / "out"
+    good = video(folder / "trip" / "good.mkv")
     video(folder / "icon.mp4", (64, 16))
     (folder / "broken.mp4").write_bytes(good.read_bytes()[:200])
     with av.open(folder / "sound.mp4", "w") as container:
@@ -123,11 +110,13 @@ def test_broken_videos_stop_nothing_and_leave_nothing(checkpoint, tmp_path):
         silence.sample_rate = 44100
         container.mux(stream.encode(silence))
         container.mux(stream.encode(None))
-    result = predict_videos(checkpoint, [folder], tmp_path / "out", overlay=True)
-    assert result.done == [good]
-    assert set(result.failed) == {folder / f"{name}.mp4" for name in ("icon", "broken", "sound")}
-    assert "64x16" in result.failed[folder / "icon.mp4"]
-    assert files(tmp_path / "out") == {"good.mp4", "good_overlay.mp4", "prediction.json"}
+    for force, done, skipped in ((False, [good], []), (False, [], [good]), (True, [good], [])):
+        result = predict_videos(checkpoint, [folder], out, overlay=True, force=force)
+        assert (result.done, result.skipped) == (done, skipped)
+        failed = {folder / f"{name}.mp4" for name in ("icon", "broken", "sound")}
+        assert set(result.failed) == failed
+        assert "64x16" in result.failed[folder / "icon.mp4"]
+    assert files(out) == {"trip/good.mp4", "trip/good_overlay.mp4", "prediction.json"}
 
 
 def test_command_line(checkpoint, tmp_path, capsys):
