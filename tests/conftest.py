@@ -135,3 +135,13 @@ def tiny_checkpoint(path: Path, seed: int = 0, scores: dict | None = None, **ove
             model.prior.normal_(0, 0.3)
     save_checkpoint(path, config, model.state_dict(), scores=scores or {})
     return path
+
+
+def linear(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """OpenCV's bilinear resize: two neighbours per axis, centres aligned, the border repeated."""
+    for axis, size in enumerate((height, width)):
+        at = (np.arange(size) + 0.5) * image.shape[axis] / size - 0.5
+        image = np.apply_along_axis(
+            lambda line, at=at: np.interp(at, np.arange(len(line)), line), axis, image
+        )
+    return image

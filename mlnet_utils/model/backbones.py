@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import textwrap
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ class VGG16Levels(nn.Module):
         super().__init__()
         from torchvision.models.vgg import cfgs, make_layers
 
-        # Not vgg16(): its classifier, which ML-Net has no use for, is 1 GB and most of the time.
+        # Not vgg16(): its unused classifier is 1 GB and most of the time.
         self.features = make_layers(cfgs["D"])[:30]  # without pool5; torchvision's names
         for layer in self.features:
             if isinstance(layer, nn.Conv2d):  # as torchvision, where no weights are loaded
@@ -103,10 +104,8 @@ class TimmLevels(nn.Module):
             advice = "see timm.list_models(), or use vgg16"
             if pretrained and timm.is_model(config.backbone):
                 advice = "where a download fails, name a file in $BACKBONE_WEIGHTS"
-            raise ValueError(
-                f"backbone {config.backbone!r} cannot be built by timm with features at 1/8 "
-                f"resolution ({error}); {advice}"
-            ) from error
+            problem = f"backbone {config.backbone!r} cannot be built by timm ({error}); {advice}"
+            raise ValueError(problem) from error
         modules = dict(self.body.named_modules())
         for name in config.backbone_drop:
             if name not in modules:
@@ -122,38 +121,26 @@ class TimmLevels(nn.Module):
     def forward(self, x: Tensor) -> list[Tensor]:
         grid = (x.shape[-2] // 8, x.shape[-1] // 8)
         levels = self.body(x)[-self.levels :]
-        # A backbone that cannot be dilated everywhere leaves levels at other strides.
-        return [
-            level
-            if level.shape[-2:] == grid
-            else F.interpolate(level, size=grid, mode="bilinear", align_corners=False)
-            for level in levels
-        ]
+        fit = partial(F.interpolate, size=grid, mode="bilinear", align_corners=False)
+        return [level if level.shape[-2:] == grid else fit(level) for level in levels]
 
 
 def build_backbone(config: Config) -> tuple[nn.Module, tuple[tuple, tuple]]:
     """The backbone with its weights, and the mean and deviation of the RGB input it expects.
 
     With ``normalisation="auto"`` these are what timm states for weights of its own: downloaded,
-    or a local file with the classifier, as timm publishes them. Weights that were converted from
-    elsewhere follow torchvision's convention, ImageNet's mean and deviation.
-
-    The backbone's attribute ``sha256`` is that of the local file; of a download, that of the
-    weights as safetensors; without either ``""``.
+    or a local file with the classifier, as timm publishes them; else ImageNet's. The backbone's
+    attribute ``sha256`` is that of the local file, of a download that of its safetensors.
 
     Raises:
-        ValueError: unknown backbone, one that does not have the ``output_stride``, or a local file
-            that does not match it.
+        ValueError: unknown backbone or ``output_stride``, or a local file that does not match.
         FileNotFoundError: the local file is missing.
     """
     local = backbone_file(config)
     download = config.backbone_weights == "imagenet" and not local
     if config.backbone == "vgg16":
         if config.output_stride != 8:
-            raise ValueError(
-                f"config: output_stride={config.output_stride}, but vgg16 works at 1/8: set it to "
-                "8, or choose a backbone of timm's"
-            )
+            raise ValueError(f"config: output_stride={config.output_stride}, but vgg16 has only 8")
         backbone = VGG16Levels(config.compat, config.checkpointing)
         if download:
             from torchvision.models import VGG16_Weights
@@ -208,30 +195,19 @@ def in_timms_names(
     Both list the same layers in the same order: only the names differ.
 
     Raises:
-        ValueError: another number of entries, or an entry of another kind or shape.
+        ValueError: another number of entries, or an entry of another kind (weight, bias, ...).
     """
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    end = ("conv_head.weight", *(f"bn2.{name}" for name in norm), "classifier.weight")
-    names = [*wanted, *end, "classifier.bias"]
-    problem = f"weights {path} do not match the backbone:"
-    if len(state) != len(names):
-        raise ValueError(f"{problem} {len(state)} entries instead of {len(names)}")
-    for (key, value), name in zip(state.items(), names, strict=True):
-        shape = wanted.get(name, value).shape
-        if key.rpartition(".")[2] != name.rpartition(".")[2] or value.shape != shape:
-            raise ValueError(
-                f"{problem} {key} {tuple(value.shape)} stands where timm has {name} {tuple(shape)}"
-            )
+    names = [*wanted, "conv_head.weight", *(f"bn2.{part}" for part in norm)]
+    names += ["classifier.weight", "classifier.bias"]
+    if [key.rpartition(".")[2] for key in state] != [name.rpartition(".")[2] for name in names]:
+        found = f"{len(state)} entries, in the place of {len(names)} in timm's order"
+        raise ValueError(f"weights {path} do not match the backbone: {found}")
     return {name: value.contiguous() for name, value in zip(names, state.values(), strict=True)}
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a ``.safetensors`` or ``.pth``/``.pt`` state dict.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: unreadable, or no state dict.
-    """
+    """Read a ``.safetensors`` or ``.pth``/``.pt`` state dict; errors as :func:`read_tensors`."""
     state = read_tensors(path, "weights file", "name another file")
     state = state.get("state_dict", state) if isinstance(state, dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
@@ -240,12 +216,9 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def read_tensors(path: str | Path, kind: str, advice: str) -> Any:
-    """Read what torch or safetensors saved, without ever running code from the file.
+    """Read what torch or safetensors (``.safetensors``) saved, never running code from the file.
 
-    Args:
-        path: ``.safetensors``, or any other name for torch's format.
-        kind: of file, for messages.
-        advice: for where it is missing.
+    Messages name the ``kind`` of file, and the ``advice`` where it is missing.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -266,11 +239,7 @@ def read_tensors(path: str | Path, kind: str, advice: str) -> Any:
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict of which every entry must fit.
-
-    Raises:
-        ValueError: names or shapes that do not match, listed; ``source`` says where they are from.
-    """
+    """Load a state dict; a ValueError lists the entries that do not fit."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:

@@ -28,20 +28,13 @@ ARCHITECTURE = (
 # Taken from the start unless they are set: the network works at any size.
 USUAL = ("height", "width", "channels_last")
 
-OTHER_RUN = (
-    "choose another run folder, delete its checkpoints, or set them aside and train anew with "
-    "`reproduce --force`"
-)
+OTHER_RUN = "choose another run folder, or train anew with `reproduce --force`"
 
 
 def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any) -> None:
     """Write a checkpoint atomically: configuration, weights, versions and any further state.
 
-    Args:
-        path: the file to (re)place.
-        config: stored as a plain dictionary inside the file.
-        model: the model's state dict.
-        state: tensors and plain values only, so that the file loads with ``weights_only=True``.
+    The state holds tensors and plain values only: the file loads with ``weights_only=True``.
 
     Raises:
         OSError: the file could not be written; what was there before is still there.
@@ -57,10 +50,8 @@ def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any)
         with atomic_path(path) as temporary:
             torch.save(content, temporary)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise OSError(
-            f"checkpoint {path} could not be written ({error}); is the disk full? The one "
-            "before it is intact: make room and run the same command again"
-        ) from error
+        advice = "is the disk full? Make room and run the same command again"
+        raise OSError(f"checkpoint {path} could not be written ({error}); {advice}") from error
 
 
 def save_published(path: str | Path, checkpoint: str | Path, card: dict[str, Any]) -> None:
@@ -111,10 +102,10 @@ def load_checkpoint(path: str | Path = "") -> dict[str, Any]:
     else:
         content = read_tensors(path, "checkpoint", "notebook 02_training makes it")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is not a checkpoint of this project; weights of the earlier implementations "
-            "are converted by `python -m mlnet_utils import-weights`"
+        advice = (
+            "`python -m mlnet_utils import-weights` converts weights of earlier implementations"
         )
+        raise ValueError(f"{path} is not a checkpoint of this project; {advice}")
     return content
 
 
@@ -147,7 +138,7 @@ def load_latest(folder: Path, config: Config, data: str) -> dict[str, Any] | Non
 
     Args:
         folder: the run's checkpoints.
-        config: what the run is configured to do now.
+        config: of the run now.
         data: digest of the prepared data, as stored by ``rotate_and_save(..., data=digest)``.
 
     Raises:
@@ -161,25 +152,19 @@ def load_latest(folder: Path, config: Config, data: str) -> dict[str, Any] | Non
             warnings.warn(f"{errors[0]}; continuing from {path.name}", stacklevel=2)
         _check_same_config(path, content, config)
         if content.get("data") != data:
-            raise ValueError(
-                f"checkpoint {path} was trained on other prepared data than the run's folder "
-                f"{folder.parent / 'data'} holds now; {OTHER_RUN}"
-            )
+            other = f"was trained on other prepared data than {folder.parent / 'data'} holds now"
+            raise ValueError(f"checkpoint {path} {other}; {OTHER_RUN}")
         return content
     if errors:
-        raise ValueError(
-            f"{'; '.join(errors)}; delete the folder {folder} to train from the beginning"
-        )
+        raise ValueError(f"{'; '.join(errors)}; delete the folder {folder} to train anew")
     if best.is_file():
         # A run that was killed in its first epoch may begin again and overwrite this file; where
         # step checkpoints were deleted, it may not.
         content = load_checkpoint(best)
         _check_same_config(best, content, config)
         if content.get("scores", {}).get("epoch", 2) > 1:
-            raise ValueError(
-                f"{best} is there, but not {folder / 'last.pt'} to continue from: put it back, or "
-                "move best.pt away to train from the beginning"
-            )
+            missing = f"{best} is there, but not {folder / 'last.pt'} to continue from"
+            raise ValueError(f"{missing}: put it back, or move best.pt away to train anew")
     return None
 
 
@@ -203,10 +188,8 @@ def _check_same_config(path: Path, content: dict[str, Any], config: Config) -> N
         if key not in ENGINE_FIELDS and stored[key] != wanted[key]
     ]
     if different:
-        raise ValueError(
-            f"checkpoint {path} comes from another configuration ({'; '.join(different)}); "
-            f"{OTHER_RUN}"
-        )
+        other = f"comes from another configuration ({'; '.join(different)})"
+        raise ValueError(f"checkpoint {path} {other}; {OTHER_RUN}")
 
 
 def _complete(stored: dict[str, Any]) -> dict[str, Any]:
@@ -218,17 +201,10 @@ def _complete(stored: dict[str, Any]) -> dict[str, Any]:
 def with_start(config: Config, folder: Path | None = None) -> Config:
     """The configuration with the architecture of the checkpoint that it starts from.
 
-    Call it where a run begins. ``load_config`` opens no file; a configuration without
-    ``start_from`` stays as it is, and so does one that has been completed before.
-
-    Args:
-        config: as ``load_config`` gave it.
-        folder: the run's checkpoints. A training that has begun does not need the file any more:
-            its own checkpoints know the architecture.
-
-    Returns:
-        The same with the start's architecture, and its input size unless one is set;
-        ``start_from`` is the path as readers should see it, with the file's SHA-256.
+    Call it where a run begins: ``load_config`` opens no file. The input size is the start's too,
+    unless it is set; ``start_from`` becomes the path as readers should see it, with the file's
+    SHA-256. A training that has begun does not need the file: the run's checkpoints in ``folder``
+    know the architecture. A configuration without ``start_from`` stays as it is.
 
     Raises:
         FileNotFoundError: the file is missing, and the training has not begun.
@@ -237,14 +213,22 @@ def with_start(config: Config, folder: Path | None = None) -> Config:
     """
     if not config.start_from:
         return config
-    if locate(config.start_from)[0].is_file():
+    path, digest = locate(config.start_from)
+    if path.is_file():
         content, start_from = read_start(config.start_from)
-        stored = _complete(content["config"])
     else:
-        stored, unreadable = _begun(config.start_from, folder)
-        if unreadable:
+        _, content, errors = _newest(folder) if folder else (None, {}, [])
+        if errors and not content:
             return config  # load_latest says so
-        start_from = stored["start_from"]
+        start_from = content.get("config", {}).get("start_from", "")
+        # Without a checksum, the path has to do.
+        known = start_from if digest else start_from.partition(PIN)[0] + PIN
+        if known != f"{display_path(path)}{PIN}{digest}":
+            problem = f"config: start_from={config.start_from} does not exist"
+            raise FileNotFoundError(
+                f"{problem}: name a checkpoint, e.g. checkpoints/best.pt of a run"
+            )
+    stored = _complete(content["config"])
     default, wanted = Config().to_dict(), config.to_dict()
     chosen = {key for key in wanted if key in config.given or wanted[key] != default[key]}
     different = [
@@ -253,11 +237,8 @@ def with_start(config: Config, folder: Path | None = None) -> Config:
         if key in chosen and wanted[key] != stored[key]
     ]
     if different:
-        raise ValueError(
-            f"config: {'; '.join(different)} (start_from={start_from.partition(PIN)[0]}): weights "
-            "fit only the network they were trained in; leave these keys out, and they are taken "
-            "from the checkpoint"
-        )
+        problem = f"{'; '.join(different)} (start_from={start_from.partition(PIN)[0]})"
+        raise ValueError(f"config: {problem}; leave these keys out to take the checkpoint's")
     taken = [*ARCHITECTURE, *(key for key in USUAL if key not in chosen)]
     return dataclasses.replace(
         config,
@@ -291,35 +272,9 @@ def read_start(start_from: str) -> tuple[dict[str, Any], str]:
     content = load_checkpoint(path)
     digest = sha256_file(path)
     if wanted not in ("", digest):
-        raise ValueError(
-            f"config: start_from asks for {path} with SHA-256 {wanted}, but the file has {digest}: "
-            f"leave {PIN}... out to start from the file as it is now"
-        )
+        problem = f"start_from asks for {path} with SHA-256 {wanted}, but the file has {digest}"
+        raise ValueError(f"config: {problem}: leave {PIN}... out to start from this file")
     return content, f"{display_path(path)}{PIN}{digest}"
-
-
-def _begun(start_from: str, folder: Path | None) -> tuple[dict[str, Any], bool]:
-    """The configuration of a run that began at ``start_from``, by its own checkpoints.
-
-    Returns:
-        ``{}`` and True where there are checkpoints, but none can be read.
-
-    Raises:
-        FileNotFoundError: there are none, or they began elsewhere.
-    """
-    _, content, errors = _newest(folder) if folder else (None, {}, [])
-    stored = _complete(content.get("config", {}))
-    path, digest = locate(start_from)
-    # Without a checksum, the path has to do.
-    known = stored["start_from"] if digest else stored["start_from"].partition(PIN)[0] + PIN
-    if content and known == f"{display_path(path)}{PIN}{digest}":
-        return stored, False
-    if errors and not content:
-        return {}, True
-    raise FileNotFoundError(
-        f"config: start_from={start_from} does not exist: name the checkpoint to start from, e.g. "
-        "checkpoints/best.pt of another run"
-    )
 
 
 def load_start(model: MLNet, config: Config) -> None:

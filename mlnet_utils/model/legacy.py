@@ -65,20 +65,14 @@ def recognise(path: str | Path) -> str:
     found = f"a file with {', '.join(names[:5])} in it" if names else "neither HDF5 nor PyTorch"
     if start.lstrip().lower().startswith((b"<!doctype html", b"<html")):
         found = "a web page, as Google Drive sends instead of a large file: download it again"
-    raise ValueError(
-        f"{path} is not a weights file of an earlier implementation ({', '.join(KINDS)}); "
-        f"it is {found}"
-    )
+    raise ValueError(f"{path} is none of the known kinds ({', '.join(KINDS)}); it is {found}")
 
 
 def import_weights(path: str | Path, out: str | Path) -> Config:
-    """Convert a weights file of an earlier implementation.
+    """Convert a weights file of one of ``KINDS``.
 
-    Args:
-        path: a file of one of ``KINDS``.
-        out: for ``keras-mlnet`` and ``mlnet-pytorch`` a checkpoint to write, for prediction and
-            evaluation; for ``keras-vgg16`` a ``.safetensors`` file to write, for use as
-            ``backbone_weights``.
+    Writes a checkpoint for prediction and evaluation; of ``keras-vgg16`` a ``.safetensors`` file
+    for use as ``backbone_weights``.
 
     Returns:
         The configuration with which the result computes what the original computed. For a
@@ -140,11 +134,10 @@ def _keras_mlnet(path: Path) -> dict[str, Tensor]:
                 )
             (convolutions if len(found) == 2 else priors).extend(found)
     if len(convolutions) != 2 * 15 or len(priors) != 1:
-        raise ValueError(
-            f"{path} holds {len(convolutions) // 2} convolutions and {len(priors)} layers with a "
-            "single weight; ML-Net has 15 (13 of VGG-16, 2 of the encoding network) and 1 (the "
-            "prior)"
+        found = (
+            f"{len(convolutions) // 2} convolutions and {len(priors)} layers with a single weight"
         )
+        raise ValueError(f"{path} holds {found}; ML-Net has 15 and 1, the prior")
     layers = [*(f"backbone.features.{place}" for place in _PLACES), "encode", "to_map"]
     names = [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
     prior = _checked_prior(path, priors[0][None, None])

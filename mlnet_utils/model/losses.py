@@ -27,17 +27,13 @@ def mlnet_loss(
     authors divide by 255. ``EPS`` keeps a map that is zero everywhere from becoming 0/0 = NaN
     (the released code's failure on other data, mlnet issue 21).
     """
-    peak = prediction.amax((1, 2, 3), keepdim=True)
-    y = density / density.amax((1, 2, 3), keepdim=True).clamp_min(EPS)
-    error = (prediction / peak.clamp_min(EPS) - y) ** 2
-    return (error / (alpha - y)).mean((1, 2, 3))
+    y = _at_most_1(density)
+    return ((_at_most_1(prediction) - y) ** 2 / (alpha - y)).mean((1, 2, 3))
 
 
 def mse_loss(prediction: Tensor, density: Tensor, fixations: Tensor) -> Tensor:
     """Plain squared error between the maps scaled to a maximum of 1 (the paper's comparison)."""
-    peak = prediction.amax((1, 2, 3), keepdim=True).clamp_min(EPS)
-    y = density / density.amax((1, 2, 3), keepdim=True).clamp_min(EPS)
-    return ((prediction / peak - y) ** 2).mean((1, 2, 3))
+    return ((_at_most_1(prediction) - _at_most_1(density)) ** 2).mean((1, 2, 3))
 
 
 def kl_loss(prediction: Tensor, density: Tensor, fixations: Tensor) -> Tensor:
@@ -56,18 +52,14 @@ def ce_loss(prediction: Tensor, density: Tensor, fixations: Tensor) -> Tensor:
 
 def cc_loss(prediction: Tensor, density: Tensor, fixations: Tensor) -> Tensor:
     """1 - Pearson's correlation of prediction and density."""
-    # Relative to their means both maps are of order one, whatever their scale.
-    p = prediction / prediction.mean((1, 2, 3), keepdim=True).clamp_min(EPS)
-    q = density / density.mean((1, 2, 3), keepdim=True).clamp_min(EPS)
-    p, q = p - p.mean((1, 2, 3), keepdim=True), q - q.mean((1, 2, 3), keepdim=True)
+    p, q = _centred(prediction), _centred(density)
     norm = (p.square().sum((1, 2, 3)) * q.square().sum((1, 2, 3)) + EPS).sqrt()
     return 1 - (p * q).sum((1, 2, 3)) / norm
 
 
 def nss_loss(prediction: Tensor, density: Tensor, fixations: Tensor) -> Tensor:
     """Negative normalised scanpath saliency on the fixations (not on the blurred map)."""
-    p = prediction / prediction.mean((1, 2, 3), keepdim=True).clamp_min(EPS)
-    p = p - p.mean((1, 2, 3), keepdim=True)
+    p = _centred(prediction)
     p = p / (p.square().mean((1, 2, 3), keepdim=True) + EPS).sqrt()
     n = fixations.sum((1, 2, 3)).clamp_min(1)
     return -(p * fixations).sum((1, 2, 3)) / n
@@ -80,6 +72,16 @@ def sim_loss(prediction: Tensor, density: Tensor, fixations: Tensor) -> Tensor:
 
 def _as_density(maps: Tensor) -> Tensor:
     return maps / maps.sum((1, 2, 3), keepdim=True).clamp_min(EPS)
+
+
+def _at_most_1(maps: Tensor) -> Tensor:
+    return maps / maps.amax((1, 2, 3), keepdim=True).clamp_min(EPS)
+
+
+def _centred(maps: Tensor) -> Tensor:
+    """Relative to their means maps are of order one, whatever their scale; then less 1."""
+    maps = maps / maps.mean((1, 2, 3), keepdim=True).clamp_min(EPS)
+    return maps - maps.mean((1, 2, 3), keepdim=True)
 
 
 TERMS: dict[str, Callable[..., Tensor]] = {
@@ -103,10 +105,8 @@ def parse_loss(expression: str) -> list[tuple[float, str]]:
     for part in expression.split("+"):
         match = re.fullmatch(r"\s*(?:(\d+(?:\.\d*)?)\s*\*\s*)?([a-z]+)\s*", part)
         if not match or match[2] not in TERMS:
-            raise ValueError(
-                f"config: loss {expression!r} is not a sum such as 'kl + 0.5*cc' of the terms "
-                f"{', '.join(TERMS)}"
-            )
+            known = ", ".join(TERMS)
+            raise ValueError(f"config: loss {expression!r} is no sum like 'kl + 0.5*cc' of {known}")
         terms.append((float(match[1] or 1), match[2]))
     return terms
 

