@@ -120,18 +120,11 @@ class TestSet:
         Only metrics on fixations: an observer's dozen fixations are no density to compare with, so
         CC, KL and SIM would answer another question than in the other rows.
         """
-        size, gold, truth = (
-            (photo.height, photo.width),
-            self.gold_standard,
-            self.truth(photo, protocol),
-        )
+        gold, truth, every = self.gold_standard, self.truth(photo, protocol), []
         del truth["density"]
-        every, prior = [], self.centre_bias(*size)
-        left_out = baselines.inter_observer(
-            photo, gold.sigma_share * photo.width, prior, gold.prior_share
-        )
-        for _, density, own in left_out:
-            truth["fixations"] = fixation_counts(own, *size)[None]
+        blur = (gold.sigma_share * photo.width, truth["baseline"][0], gold.prior_share)
+        for _, density, own in baselines.inter_observer(photo, *blur):
+            truth["fixations"] = fixation_counts(own, photo.height, photo.width)[None]
             every.append(score_all(density[None], **truth, protocol=protocol))
         return {
             metric: float(np.nanmean([float(found[metric]) for found in every]))

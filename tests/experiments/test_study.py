@@ -41,9 +41,14 @@ def test_every_grid_is_a_set_of_valid_configurations(preset, tmp_path):
     assert next(iter(grid.cells)) == study.REFERENCE
 
 
-def test_other_presets_have_no_study():
-    with pytest.raises(ValueError, match="there is a study of sample, tiny, osie, not of 'paper'"):
+def test_what_is_missing_is_said():
+    with pytest.raises(ValueError, match="not of 'paper'"):
         study.grid("paper")
+    with pytest.raises(ValueError, match="'reference'"):
+        study.compare(scores({"up": 0.1}), ["up"])
+    table = study.compare(scores({"reference": 0}), ["absent"])
+    assert tuple(table.columns) == study.COMPARISON
+    assert study.sentence(table).startswith("*No scores")
 
 
 def test_differences_are_paired_by_photo():
@@ -93,18 +98,9 @@ def test_missing_scores_are_left_out_and_infinite_ones_said():
     assert "better in CC and NSS, worse in IG than the reference" in study.sentence(differences)
     assert "IG infinite for 2 photos" in study.sentence(differences)
     assert found.loc["CC", "mean"] == pytest.approx(0.1, abs=0.01)
-
-
-def test_without_a_reference_there_is_nothing_to_compare():
-    with pytest.raises(ValueError, match="no scores of 'reference'"):
-        study.compare(scores({"up": 0.1}), ["up"])
-
-
-def test_a_cell_as_infinite_as_its_reference_is_on_neither_side():
-    table = scores({"reference": 0, "up": 0.1})
-    table.loc[table["stem"] == "003", "IG"] = -np.inf
-    found = study.compare(table, ["up"]).set_index("metric").loc["IG"]
-    assert (found["infinite"], found["side"]) == (1, 0)
+    table.loc[(table["cell"] == "reference") & table["stem"].eq("009"), "IG"] = -np.inf
+    both = study.compare(table, ["up"]).set_index("metric").loc["IG"]
+    assert (both["infinite"], both["side"]) == (3, 0)  # neither is finite
 
 
 @pytest.mark.parametrize(
@@ -171,17 +167,6 @@ def test_a_missing_opencv_is_named(run_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(ImportError, match=r"cv2.*\[study\]"):
         study.low_level(run_folder)
-
-
-def test_no_prior_is_a_prior_that_stays_neutral():
-    cells = study.grid("osie").cells
-    assert load_config("osie", **cells["no prior"]).freeze == ("backbone.*", "prior")
-
-
-def test_cells_without_scores_are_said_to_have_none():
-    table = study.compare(scores({"reference": 0}), ["absent"])
-    assert tuple(table.columns) == study.COMPARISON
-    assert study.sentence(table).startswith("*No scores")
 
 
 def test_amounts_of_photos_and_what_they_are_worth():

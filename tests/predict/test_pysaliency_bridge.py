@@ -85,15 +85,6 @@ def test_what_does_not_fit_is_an_error(stimuli, trains, tmp_path):
         from_pysaliency(floats, trains, tmp_path / "d")
 
 
-def test_more_subjects_than_can_be_told_apart(stimuli, tmp_path):
-    count = 32_769
-    fixations = pysaliency.Fixations.create_without_history(
-        np.full(count, 1.5), np.full(count, 1.5), np.arange(count) % 2, subjects=np.arange(count)
-    )
-    with pytest.raises(ValueError, match="32,769 observers, at most 32,768"):
-        from_pysaliency(stimuli, fixations, tmp_path)
-
-
 def test_photos_turned_by_their_exif(trains, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -141,14 +132,8 @@ def test_the_log_density_is_one(stimuli):
 
 @pytest.mark.slow
 def test_pysaliency_evaluates_it(tmp_path):
-    photo = Photo(
-        "a",
-        save_photo(tmp_path / "a.png", 20, 10).name,
-        20,
-        10,
-        fixations=np.array([[10, 3], [19, 9]], np.float32),
-        observers=np.zeros(2, np.int16),
-    )
+    looked = {"fixations": np.array([[10, 3], [19, 9]], np.float32), "observers": np.zeros(2, int)}
+    photo = Photo("a", save_photo(tmp_path / "a.png", 20, 10).name, 20, 10, **looked)
     stimuli, fixations = to_pysaliency([photo], tmp_path)
     model = as_pysaliency_model(left_to_right)
     expected = np.log2(np.array([10, 19]) / (10 * 190)) + np.log2(200)
