@@ -73,20 +73,10 @@ def received(name: str, end: str) -> int:
 
 def start(command: list[str], interface: str) -> subprocess.Popen:
     root = Path(runtime.__file__).parent.parent
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(root),
-        "ACCELERATE_USE_CPU": "true",
-        "GLOO_SOCKET_IFNAME": interface,
-    }
-    return subprocess.Popen(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-        cwd=root,
-    )
+    environment = {"PYTHONPATH": str(root), "ACCELERATE_USE_CPU": "true",
+                   "GLOO_SOCKET_IFNAME": interface}  # fmt: skip
+    settings = {"text": True, "env": {**os.environ, **environment}, "cwd": root}
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, **settings)
 
 
 def finish(jobs: list[subprocess.Popen]) -> list[str]:

@@ -14,20 +14,16 @@ from mlnet_utils import runtime
 
 
 # ---- folders -----------------------------------------------------------------------------------
-def test_data_root_prefers_the_argument_then_the_variable(monkeypatch, tmp_path):
+def test_folders_prefer_the_argument_then_the_variable(monkeypatch, tmp_path):
     monkeypatch.setenv("MLNET_DATA", str(tmp_path))
+    monkeypatch.setenv("MLNET_RUNS", str(tmp_path))
     assert runtime.data_root("elsewhere") == Path("elsewhere")
     assert runtime.data_root() == tmp_path
-    monkeypatch.delenv("MLNET_DATA")
-    assert runtime.data_root() == runtime.checkout_root() / "data"
-
-
-def test_run_dir_prefers_the_argument_then_the_variable(monkeypatch, tmp_path):
-    monkeypatch.setenv("MLNET_RUNS", str(tmp_path))
     assert runtime.run_dir("mine", "osie") == Path("mine")
-    assert runtime.run_dir("", "osie") == tmp_path / "osie"
     assert runtime.run_dir("", "presets/my.yaml") == tmp_path / "my"
+    monkeypatch.delenv("MLNET_DATA")
     monkeypatch.delenv("MLNET_RUNS")
+    assert runtime.data_root() == runtime.checkout_root() / "data"
     assert runtime.run_dir("", "osie") == runtime.checkout_root() / "runs" / "osie"
 
 
@@ -106,12 +102,6 @@ def test_json_round_trip_and_errors(tmp_path):
     path.write_text("{half")
     with pytest.raises(ValueError, match=r"not valid JSON.*delete it and run notebook 01"):
         runtime.read_json(path, "notebook 01")
-
-
-def test_sha256_of_a_known_text(tmp_path):
-    (tmp_path / "abc").write_bytes(b"abc")
-    expected = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
-    assert runtime.sha256_file(tmp_path / "abc") == expected
 
 
 # ---- machine -----------------------------------------------------------------------------------

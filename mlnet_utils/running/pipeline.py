@@ -43,8 +43,7 @@ class Stage:
     resumes: str = ""
 
     @property
-    def record(self) -> str:
-        """File name of the record."""
+    def record(self) -> str:  # its path in the run folder
         return f"{self.name}.json"
 
 
@@ -241,7 +240,6 @@ def _package_digest() -> str:
 
 
 def _records(folder: Path, stages: Sequence[Stage]) -> dict[str, str]:
-    """Digest of every stage's record."""
     return {stage.name: sha256_file(folder / stage.record) for stage in stages}
 
 
