@@ -291,6 +291,7 @@ def test_a_small_gpu_learns_what_a_large_one_does(reference, fresh, gpu, monkeyp
     assert not torch.equal(weights["encode.weight"], reference["encode.weight"])
 
 
+@pytest.mark.slow
 def test_a_resumed_training_keeps_the_size_that_was_found(run_folder, gpu):
     # A GPU for 2 photos, then a larger and a smaller one.
     for photos, first_tried, expected in ((2, 4, 2), (100, 2, 2), (1, 2, 1)):
