@@ -1,7 +1,8 @@
 """Imported weights compute what the earlier implementations compute.
 
 Neither can be run here (Keras 1.1 on Theano 0.9 on Python 2.7; a notebook), so each is written a
-second time below from its definition: ML-Net in NumPy, with true convolutions, shifted pools and
+second time below from its definition: ML-Net in NumPy, with true convolutions (checked against
+SciPy's), shifted pools and
 an interpolated prior; MLNet-Pytorch as plain functions. Weights are random, at a scale (He et al.
 2015) at which activations neither vanish nor explode, in files of the original layout.
 """
