@@ -63,8 +63,8 @@ def parser() -> argparse.ArgumentParser:
     run.add_argument("--preset", default="sample", help=presets)
     run.add_argument("--run-dir", default="", help="default: runs/<preset>")
     study.add_argument("--study", action="store_true", help="notebook 05, the ablation, too")
-    text = "a trained or imported network; predict and submit take an exported file, too"
-    network.add_argument("--checkpoint", type=Path, required=True, help=text)
+    text = "a trained, imported or exported network (default: the one in the package)"
+    network.add_argument("--checkpoint", type=Path, default=runtime.SHIPPED, help=text)
     benchmark.add_argument("--dataset", required=True, help="an unknown name lists the benchmarks")
     benchmark.add_argument("--split", default="test", help="test (default), or val where taken")
     benchmark.add_argument("--photos", default="", help="its photos, if not in the raw data")
@@ -101,7 +101,7 @@ def parser() -> argparse.ArgumentParser:
     option("--option", dest="options", help="of submitit, e.g. timeout_min=60", **pairs)
 
     option = _verb(verbs, predict, network)
-    option("--out", type=Path, required=True, help="folder for the maps")
+    option("--out", type=Path, default=Path("saliency"), help="folder (default: saliency/)")
     option("--overlay", action="store_true", help="also write <stem>_overlay.png")
     option("--npy", action="store_true", help="also write <stem>.npy, sums to 1")
     option("--video", action="store_true", help="paths are videos; writes <stem>.mp4")
@@ -285,8 +285,8 @@ def predict(options: argparse.Namespace) -> tuple[str, int]:
     """Saliency maps for photos and folders of photos.
 
     Examples:
-        %(prog)s --checkpoint best.pt --out maps photo.jpg holiday/
-        %(prog)s --checkpoint network.onnx --out maps --overlay photo.jpg
+        %(prog)s photo.jpg
+        %(prog)s --out maps --overlay holiday/
         %(prog)s --checkpoint best.pt --out maps --overlay --video clip.mp4
     """
     how = {"overlay": options.overlay, "force": options.force}

@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 
 import yaml
 
+SHIPPED = Path(__file__).parent / "weights" / "mlnet.safetensors"  # comes with the package
 REPORTED_PACKAGES = ("mlnet-utils", "torch", "torchvision", "timm", "accelerate", "numpy", "scipy")
 
 

@@ -14,10 +14,16 @@ from safetensors.torch import save_file
 from mlnet_utils.config import ENGINE_FIELDS, RETIRED, Config, from_dict
 from mlnet_utils.model.backbones import load_strictly, read_tensors
 from mlnet_utils.model.network import MLNet
-from mlnet_utils.runtime import atomic_path, checkout_root, display_path, sha256_file, versions
+from mlnet_utils.runtime import (
+    SHIPPED,
+    atomic_path,
+    checkout_root,
+    display_path,
+    sha256_file,
+    versions,
+)
 
 FORMAT = "mlnet-checkpoint-1"
-SHIPPED = Path(__file__).parents[1] / "weights" / "mlnet.safetensors"  # comes with the package
 PIN = "#sha256="  # between a path and the checksum of the file that is meant
 
 # Keys that decide which weights there are and what they mean: always those of the start.
@@ -251,10 +257,11 @@ def with_start(config: Config, folder: Path | None = None) -> Config:
 def locate(start_from: str) -> tuple[Path, str]:
     """The file that ``start_from`` names, and its checksum if one is given, else ``""``.
 
-    A relative path is one of the working folder, if it is there, else one of the checkout.
+    ``package`` is the network that comes with the package. A relative path is one of the working
+    folder, if it is there, else one of the checkout.
     """
     name, _, digest = start_from.partition(PIN)
-    path = Path(name).expanduser()
+    path = SHIPPED if name == "package" else Path(name).expanduser()
     root = checkout_root()
     if root and not path.is_file():
         path = root / path  # an absolute path stays as it is

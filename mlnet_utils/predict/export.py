@@ -22,7 +22,15 @@ from mlnet_utils.data.photos import Prepared
 from mlnet_utils.data.preparation import hash_order
 from mlnet_utils.model.checkpoints import load_model
 from mlnet_utils.predict.predictor import EXPORTED, MODEL, Predictor
-from mlnet_utils.runtime import atomic_path, display_path, read_json, require, sha256_file, versions
+from mlnet_utils.runtime import (
+    SHIPPED,
+    atomic_path,
+    display_path,
+    read_json,
+    require,
+    sha256_file,
+    versions,
+)
 
 FORMATS = dict(zip(("onnx", "torch-export"), EXPORTED, strict=True))
 TOLERANCE = 1e-4  # largest difference from PyTorch, as a share of the map's maximum
@@ -65,7 +73,7 @@ def export(
         format: ``"onnx"`` or ``"torch-export"``; the batch is dynamic in both.
         int8: weights and activations in 8 bits (ONNX only), calibrated on photos.
         photos: photos and folders to verify and calibrate with; default: the training photos of
-            the checkpoint's run.
+            the checkpoint's run, or scikit-image's for the network that comes with the package.
 
     Raises:
         ImportError: the extra ``export`` is not installed.
@@ -175,6 +183,9 @@ def _photo_files(checkpoint: Path, photos: Sequence[str | Path], int8: bool) -> 
     elif (run / "data" / "meta.json").is_file():
         prepared = Prepared.read(run / "data")
         files = [prepared.root / photo.image for photo in hash_order(prepared.split("train"))]
+    elif checkpoint == SHIPPED:
+        folder = Path(require("skimage.data", "notebooks").data_dir)
+        files = [folder / name for name in ("astronaut.png", "chelsea.png", "coffee.png")]
     else:
         raise ValueError(
             f"{checkpoint} does not lie in the checkpoints/ of a run with prepared data: name "
