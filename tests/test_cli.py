@@ -149,7 +149,7 @@ def test_export_writes_what_predict_takes(checkpoint, tmp_path, capsys):
     assert cli.main([*call, str(photos)]) == 1
     assert "onnx is written to a file ending in .onnx" in capsys.readouterr().err
     assert cli.main([*call, "--format", "torch-export"]) == 1
-        assert "best.pt" in capsys.readouterr().err
+    assert "best.pt" in capsys.readouterr().err
     assert cli.main([*call, "--format", "torch-export", str(photos)]) == 0
     assert "network.pt2: " in capsys.readouterr().out
     call = ["predict", "--checkpoint", str(out), "--out", str(tmp_path / "maps"), str(photos)]
