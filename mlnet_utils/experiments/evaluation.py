@@ -19,8 +19,7 @@ from torch import Tensor
 from mlnet_utils.data.geometry import fixation_counts, pixel_indices
 from mlnet_utils.data.images import read_image
 from mlnet_utils.data.photos import Photo, Prepared
-from mlnet_utils.metrics import baselines
-from mlnet_utils.metrics.protocols import METRICS, PROTOCOLS, score_all
+from mlnet_utils.metrics import METRICS, PROTOCOLS, baselines, score_all
 from mlnet_utils.metrics.summary import score_table as format_table  # noqa: F401 (notebook 03)
 from mlnet_utils.metrics.summary import summarise
 from mlnet_utils.predict.predictor import MODEL, load

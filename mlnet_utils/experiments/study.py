@@ -18,7 +18,7 @@ from mlnet_utils.data.geometry import density_from_points
 from mlnet_utils.data.photos import Prepared
 from mlnet_utils.experiments.evaluation import TestSet
 from mlnet_utils.experiments.sweep import Grid
-from mlnet_utils.metrics.protocols import METRICS, cc
+from mlnet_utils.metrics import METRICS, cc
 from mlnet_utils.metrics.summary import bootstrap_interval, summarise
 from mlnet_utils.runtime import progress, require
 

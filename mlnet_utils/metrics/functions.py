@@ -1,184 +1,303 @@
-"""The formulas of the metrics, on plain tensors of one image, to be read beside the papers.
+"""The metrics, each a function to be read beside its paper: every score exact and named.
 
-All tensors are float64 on the CPU. A map is flat, (P,) pixels; fixations are flat indices of
-pixels, (N,), a pixel as often as it counts. The functions check nothing: the module ``protocols``
-checks the maps, turns them into what a formula takes, and knows the values of degenerate input.
+Every metric takes (B, H, W) tensors on any device, works on the CPU, and returns (B,) float64,
+NaN where a value is undefined: without fixations, without negatives, or where the density is zero
+everywhere. Nothing is averaged, resized, blurred or sampled. The arguments are:
 
-Published code estimates some of the areas by random draws or jitter. The functions here return the
-exact expectations, so pairs that tie count one half.
+* ``prediction``: any number type, any range and scale.
+* ``fixations``: counts of fixations per pixel, never a blurred map.
+* ``density``: blurred fixations, any scale.
+* ``negatives``: counts of other images' fixations (``baselines.LeaveOneOut``).
+* ``baseline``: density of a baseline, any scale, such as a centre bias of training data.
+* ``names``: B image names for error messages, which else name the index in the batch.
+* ``protocol``: the definition in use (docs/metrics.md compares them). ``"mit300"``: today's
+  MIT/Tuebingen benchmark and pysaliency. ``"salicon"``: the LSUN'17 SALICON server, which used
+  MIT's MATLAB code (cvzoya/saliency). ``"salicon2015"``: the first SALICON evaluator
+  (github.com/NUS-VIP/salicon-evaluation).
+
+Every metric raises a ValueError that names the image where a map holds NaN or infinity, has another
+shape than the prediction, or is no density or no count map, and where the protocol does not define
+the metric.
+
+The decorator :func:`protocols.metric` does the checks, so the bodies see one image: flat maps
+(``inputs.Map``) and flat indices of pixels (``inputs.Points``). Published code estimates some of
+the areas by random draws or jitter; the functions return the exact expectations, so pairs that tie
+count one half.
 """
+
+import functools
+import math
+import warnings
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from mlnet_utils.metrics.inputs import Map, Points
+from mlnet_utils.metrics.protocols import DEFINITIONS, METRICS, PROTOCOLS, metric, needs, score
+from mlnet_utils.metrics.resize import resize
 from mlnet_utils.runtime import require
+
+MIT = ("mit300", "salicon")
+EPS = {"mit300": 2.2204e-16, "salicon": 2.0**-52}  # as the benchmark's code and MATLAB write it
+# Multiplied in float64, as in the published code: 3 * 0.1 is not 0.3, and a map stored in tenths
+# has values exactly on the thresholds.
+COARSE = [*(i * 0.1 for i in range(11)), math.inf]  # MIT's AUC_Borji.m and AUC_shuffled.m
+FINE = [*(i * 0.01 for i in range(100)), math.inf]  # the 2015 SALICON evaluator leaves out 1
 
 
 # ---- areas under the ROC curve -----------------------------------------------------------------
-def auc(positives: Tensor, negatives: Tensor, weights: Tensor | None = None) -> float:
-    """AUC = P(positive > negative) + P(positive = negative) / 2 (Hanley & McNeil, Radiology 1982).
+def exact_area(positives: Tensor, negatives: Tensor) -> float:
+    """P(positive > negative) + P(positive = negative) / 2 (Hanley & McNeil, Radiology 1982).
 
-    The area of the curve with a point at every value: AUC of today's MIT/Tuebingen benchmark where
-    the negatives are all pixels, shuffled AUC (Tatler et al., Vision Research 2005) where they are
-    other images' fixations. Only the positives are sorted.
-
-    Args:
-        positives: (N,) predictions at fixations, any unit.
-        negatives: (M,) predictions at the negatives.
-        weights: (M,) whole numbers, how often each negative counts; None = once.
-
-    Returns:
-        0..1, 0.5 = chance.
+    The area of the curve with a point at every value. Takes (N,) and (M,) predictions, any unit.
     """
-    # Twice the number of positives below a negative, a tie counting once: every positive is in the
-    # list from itself on, and once more from the next larger number on.
-    positives, negatives = positives.numpy(), negatives.numpy()
-    ordered = np.sort(np.concatenate([positives, np.nextafter(positives, np.inf)]))
-    rivals = negatives >= ordered[0]  # the rest lie below every positive
-    below = np.searchsorted(ordered, negatives[rivals], side="right")
-    count = len(negatives)
-    if weights is not None:
-        below, count = below * weights.numpy()[rivals], weights.sum().item()
-    return 1 - below.sum().item() / (2 * len(positives) * count)
+    ordered = np.sort(negatives.numpy())
+    below, up_to = (np.searchsorted(ordered, positives.numpy(), side) for side in ("left", "right"))
+    return (below + up_to).mean() / (2 * len(ordered))
 
 
-def auc_judd(positives: Tensor, negatives: Tensor) -> float:
-    """AUC + FPR(lowest positive) / 2N: MIT's ``AUC_Judd.m``, in expectation over its jitter.
+def grid_area(positives: Tensor, negatives: Tensor, thresholds: list[float]) -> float:
+    """Trapezoids between the ROC points at thresholds, in expectation over drawn negatives.
 
-    The code of Judd et al. (2012) puts points on the curve at the N positives only, and the sloped
-    lines between them add the second term. Where m positives and q negatives tie at the lowest
-    value, jitter lifts q m / (m + 1) of the q above the lowest of the m.
-
-    Args:
-        positives: (N,) predictions at fixated pixels, each once.
-        negatives: (M,) predictions at all other pixels.
-
-    Returns:
-        0..1.
+    Takes (N,) and (M,) predictions, of a map scaled to 0..1, and ascending thresholds, of which
+    the last is infinite: there the curve starts at (0, 0). NaN without negatives.
     """
-    lowest = positives.min()
-    m, q = (positives == lowest).sum().item(), (negatives == lowest).sum().item()
-    above = (negatives > lowest).sum().item() + q * m / (m + 1)
-    return auc(positives, negatives) + above / (2 * len(positives) * len(negatives))
-
-
-def auc_grid(positives: Tensor, negatives: Tensor, thresholds: Tensor) -> float:
-    """Trapezoids between the ROC points at fixed thresholds, in expectation over drawn negatives.
-
-    AUC of Borji et al. (IEEE TIP 2013; MIT's ``AUC_Borji.m`` and ``AUC_shuffled.m``) and of the
-    2015 SALICON evaluator.
-
-    Args:
-        positives: (N,) predictions at fixations, of a map scaled to 0..1.
-        negatives: (M,) predictions at the negatives.
-        thresholds: (T,) ascending; the last is infinite, where the curve starts at (0, 0).
-
-    Returns:
-        0..1; NaN without positives or negatives.
-    """
-    rates = []
+    limits, rates = positives.new_tensor(thresholds), []
     for values in (positives, negatives):
-        passed = torch.bucketize(values, thresholds, right=True)  # so many thresholds are reached
-        counts = torch.bincount(passed, minlength=len(thresholds) + 1)
+        passed = torch.bucketize(values, limits, right=True)  # so many thresholds are reached
+        counts = torch.bincount(passed, minlength=len(limits) + 1)
         rates.append(counts.flip(0).cumsum(0).to(torch.float64) / len(values))
     true_positives, false_positives = rates
     return torch.trapezoid(true_positives, false_positives).item()
 
 
+@metric("AUC-Borji", *MIT)
+def auc_borji(prediction: Map, fixations: Points) -> float:
+    """AUC of Borji et al. (IEEE TIP 2013; MIT's ``AUC_Borji.m``), 0..1: :func:`grid_area`.
+
+    Fixated pixels, each once, against all pixels, thresholds 0, 0.1 .. 1, which cost peaky maps up
+    to 0.06. NaN with fewer than two fixated pixels or a constant map.
+    """
+    if prediction.constant or len(fixations.pixels) < 2:
+        return math.nan
+    return grid_area(prediction.unit[fixations.pixels], prediction.unit, COARSE)
+
+
+@metric("AUC", *PROTOCOLS)
+def auc(prediction: Map, fixations: Points, *, protocol: str = "mit300") -> float:
+    """Area under the ROC curve that separates fixated pixels from all pixels, 0..1, 0.5 = chance.
+
+    mit300: all fixations, :func:`exact_area`. salicon: :func:`auc_borji`. salicon2015: all
+    fixations, :func:`grid_area` with thresholds 0, 0.01 .. 0.99.
+    """
+    if protocol == "salicon":
+        return auc_borji.__wrapped__(prediction, fixations)
+    if protocol == "salicon2015":
+        return grid_area(prediction.unit[fixations.each], prediction.unit, FINE)
+    return exact_area(prediction.values[fixations.each], prediction.values)
+
+
+def unfixated(prediction: Map, fixations: Points) -> Tensor:
+    """The prediction's values at the pixels that were not fixated."""
+    keep = torch.ones_like(prediction.values, dtype=torch.bool)
+    keep[fixations.pixels] = False
+    return prediction.values[keep]
+
+
+@metric("AUC-unfixated", "mit300")
+def auc_unfixated(prediction: Map, fixations: Points) -> float:
+    """AUC of all fixations against all unfixated pixels, 0..1: :func:`exact_area`; NaN if none."""
+    negatives = unfixated(prediction, fixations)
+    return exact_area(prediction.values[fixations.each], negatives) if len(negatives) else math.nan
+
+
+@metric("AUC-Judd", *MIT)
+def auc_judd(prediction: Map, fixations: Points) -> float:
+    """AUC + FPR(lowest positive) / 2N of Judd et al. (2012; MIT's ``AUC_Judd.m``), 0..1.
+
+    Fixated pixels, each once, against all unfixated ones; NaN where there are none. The published
+    code puts points on the curve at the N positives only, and the sloped lines between them add
+    the second term: the bias is kept, so that published numbers are comparable. Where m positives
+    and q negatives tie at the lowest value, its jitter lifts q m / (m + 1) of the q above the
+    lowest of the m.
+    """
+    positives, negatives = prediction.values[fixations.pixels], unfixated(prediction, fixations)
+    if not len(negatives):
+        return math.nan
+    lowest = positives.min()
+    m, q = (positives == lowest).sum().item(), (negatives == lowest).sum().item()
+    above = (negatives > lowest).sum().item() + q * m / (m + 1)
+    return exact_area(positives, negatives) + above / (2 * len(positives) * len(negatives))
+
+
+@metric("sAUC", *PROTOCOLS)
+def auc_shuffled(
+    prediction: Map,
+    fixations: Points,
+    negatives: Points,
+    *,
+    protocol: str = "mit300",
+    grid: bool = False,
+) -> float:
+    """AUC of fixated pixels against places fixated on other images (Tatler et al. 2005), 0..1.
+
+    :func:`exact_area`, each negative as often as it was fixated: all fixations (mit300) or each
+    fixated pixel once (salicon). ``grid=True`` with salicon takes the thresholds 0, 0.1 .. 1 of
+    MIT's ``AUC_shuffled.m``, where each negative pixel counts once: pass ``negatives > 0``; a
+    constant map gives NaN. salicon2015: thresholds 0, 0.01 .. 0.99, all fixations, negatives
+    weighted by the number of images and not on this image's fixated pixels.
+
+    Raises:
+        ValueError: ``grid`` with another protocol than salicon; see the module for the others.
+    """
+    positives = fixations.pixels if protocol == "salicon" else fixations.each
+    others = negatives.each
+    if grid:
+        if protocol != "salicon":
+            raise ValueError(f"grid=True needs protocol='salicon', got {protocol!r}")
+        if prediction.constant:
+            return math.nan
+    if protocol == "salicon2015":
+        others = others[~torch.isin(others, positives)]
+    if grid or protocol == "salicon2015":
+        unit, thresholds = prediction.unit, COARSE if grid else FINE
+        return grid_area(unit[positives], unit[others], thresholds)
+    return exact_area(prediction.values[positives], prediction.values[others])
+
+
+DEFINITIONS["salicon"]["sAUC-grid"] = functools.partial(auc_shuffled.__wrapped__, grid=True)
+
+
 # ---- values at fixations -----------------------------------------------------------------------
-def nss(prediction: Tensor, fixations: Tensor, correction: int = 0) -> float:
+@metric("NSS", *PROTOCOLS)
+def nss(prediction: Map, fixations: Points, *, protocol: str = "mit300") -> float:
     """NSS = mean over fixations f of (P(f) - mean P) / std P (Peters et al., Vision Research 2005).
 
-    Args:
-        prediction: (P,) any unit, not constant.
-        fixations: (N,) pixels.
-        correction: the deviation divides by P - correction.
-
-    Returns:
-        Standard deviations, 0 = chance.
+    Normalised scanpath saliency, in standard deviations, 0 = chance. mit300, salicon2015: every
+    fixation, deviation with 1/P, 0 for a constant map. salicon: every fixated pixel once,
+    deviation with 1/(P - 1), NaN for a constant map.
     """
-    deviation = prediction.std(correction=correction)
-    return ((prediction[fixations] - prediction.mean()) / deviation).mean().item()
+    matlab = protocol == "salicon"
+    if prediction.constant:
+        return math.nan if matlab else 0.0
+    f = fixations.pixels if matlab else fixations.each
+    variance = prediction.square / (len(prediction.values) - matlab)
+    return prediction.centred[f].mean() / math.sqrt(variance)
 
 
-def information_gain(p: Tensor, b: Tensor, eps: float = 0.0) -> float:
-    """IG = mean over fixations f of log2 p(f) - log2 b(f) (Kuemmerer et al., PNAS 2015).
+@metric("IG", *MIT)
+def information_gain(
+    prediction: Map, fixations: Points, baseline: Map, *, protocol: str = "mit300"
+) -> float:
+    """IG = mean over fixations f of log2 p(f) - log2 b(f), in bits (Kuemmerer et al., PNAS 2015).
 
-    Args:
-        p: (N,) predicted density at the fixations.
-        b: (N,) baseline's density at the fixations.
-        eps: added to both densities.
+    mit300: all fixations; both maps divided by their sums (a prediction with negative values is
+    shifted first, an all-zero one is uniform); -inf where the prediction is zero at a fixation.
+    salicon: each fixated pixel once; both maps scaled to 0..1, then divided by their sums, eps =
+    2^-52; NaN where a map is constant. Warns where a prediction looks read back from 8 bits.
 
-    Returns:
-        Bits per fixation; -inf where p is 0 and eps too.
+    Raises:
+        ValueError: the baseline is zero at a fixation (mit300); see the module for the others.
     """
-    return ((p + eps).log2() - (b + eps).log2()).mean().item()
+    if protocol == "salicon":
+        f, eps = fixations.pixels, EPS[protocol]
+        p, b = prediction.stretched[f] + eps, baseline.stretched[f] + eps
+    else:
+        f = fixations.each
+        p, b = prediction.density[f], baseline.share[f]
+        if not (b > 0).all():
+            raise ValueError(
+                f"{prediction.image}: the baseline is zero at a fixation, where no gain is "
+                "defined; mix it with a little of the uniform density"
+            )
+    warn_of_8_bits(prediction, "IG")
+    return (p.log2() - b.log2()).mean()
 
 
 # ---- maps against a density --------------------------------------------------------------------
-def cc(prediction: Tensor, density: Tensor) -> float:
-    """CC = cov(P, G) / (std P std G), Pearson's correlation over the pixels.
+@metric("CC", *PROTOCOLS)
+def cc(prediction: Map, density: Map, *, protocol: str = "mit300") -> float:
+    """CC = cov(P, G) / (std P std G), Pearson's correlation over the pixels, -1..1.
 
-    Args:
-        prediction: (P,) any unit, not constant.
-        density: (P,) any unit, not constant.
-
-    Returns:
-        -1..1.
+    A constant density gives NaN, a constant prediction 0 in mit300 and NaN elsewhere.
     """
-    x, y = prediction - prediction.mean(), density - density.mean()
-    return (torch.dot(x, y) / (torch.dot(x, x) * torch.dot(y, y)).sqrt()).item()
+    if prediction.constant or density.constant:
+        return 0.0 if protocol == "mit300" and not density.constant else math.nan
+    covariance = torch.dot(prediction.centred, density.centred)
+    return covariance / math.sqrt(prediction.square * density.square)
 
 
-def kl_divergence(p: Tensor, g: Tensor, eps: float) -> float:
-    """KL = sum over pixels of g ln(eps + g / (p + eps)) (MIT's ``KLdiv.m``).
+@metric("KL", *MIT)
+def kl_divergence(prediction: Map, density: Map, *, protocol: str = "mit300") -> float:
+    """KL = sum over pixels of g ln(eps + g / (p + eps)), in nats, 0 = equal (MIT's ``KLdiv.m``).
 
-    Args:
-        p: (P,) predicted density, of sum 1.
-        g: (P,) ground-truth density, of sum 1.
-        eps: keeps the logarithm finite.
-
-    Returns:
-        Nats, 0 = equal.
+    Both maps are divided by their sums. mit300: eps = 2.2204e-16; a prediction with negative
+    values is shifted by its minimum, an all-zero one is uniform. salicon: eps = 2^-52, no shift,
+    an all-zero prediction stays zero; NaN for values of both signs. Warns where a prediction looks
+    read back from 8 bits.
     """
+    warn_of_8_bits(prediction, "KL")
+    p, g, eps = prediction.density, density.share, EPS[protocol]
+    if protocol == "salicon":
+        p = prediction.share
     ratio = p + eps
     torch.div(g, ratio, out=ratio)  # in place: memory for new maps costs more than the sums
-    return torch.dot(g, ratio.add_(eps).log_()).item()
+    return torch.dot(g, ratio.add_(eps).log_())
 
 
-def similarity(p: Tensor, g: Tensor) -> float:
-    """SIM = sum over pixels of min(p, g), the intersection of histograms (Judd et al. 2012).
+def warn_of_8_bits(prediction: Map, name: str) -> None:
+    """Warn where small values of the prediction became zeros."""
+    if prediction.looks_8bit:
+        warnings.warn(
+            f"{prediction.image}: the prediction looks read back from an 8-bit file, which makes "
+            f"{name} meaningless (small values became zeros); score the float map instead",
+            stacklevel=2,
+        )
 
-    Args:
-        p: (P,) predicted density, of sum 1.
-        g: (P,) ground-truth density, of sum 1.
 
-    Returns:
-        0..1, 1 = equal.
+@metric("SIM", *MIT)
+def similarity(prediction: Map, density: Map, *, protocol: str = "mit300") -> float:
+    """SIM = sum over pixels of min(p, g), the intersection of histograms, 0..1 (Judd et al. 2012).
+
+    mit300: both divided by their sums (the prediction as in :func:`kl_divergence`). salicon: both
+    scaled to 0..1 first; 0 for an all-zero prediction, NaN for another constant map.
     """
-    return torch.minimum(p, g).sum().item()
+    if protocol == "mit300":
+        return torch.minimum(prediction.density, density.share).sum()
+    return 0.0 if prediction.empty else torch.minimum(prediction.stretched, density.stretched).sum()
 
 
-def emd(p: Tensor, g: Tensor) -> float:
-    """Least work, mass times distance, that turns p into g (MIT's ``EMD.m``; Rubner et al. 2000).
+@metric("EMD", *MIT)
+def emd(prediction: Map, density: Map, *, downsize: int = 32) -> float:
+    """Earth mover's distance: least mass times distance that turns p into g (Rubner et al. 2000).
 
-    Args:
-        p: (h, w) predicted density, of sum 1.
-        g: (h, w) ground-truth density, of sum 1.
-
-    Returns:
-        Pixels, 0 = equal.
+    The old MIT benchmark's ``EMD.m``, in pixels of small maps, 0 = equal: slow. Both maps are
+    shrunk by the factor ``downsize`` with MATLAB's ``imresize`` and divided by their sums. NaN for
+    an all-zero prediction.
 
     Raises:
         ImportError: the package POT (extra ``emd``) is not installed.
+        ValueError: a prediction has positive and negative values; see the module for the others.
     """
     ot = require("ot", "emd")
+    if prediction.empty:
+        return math.nan
+    if prediction.low < 0 < prediction.high:
+        raise ValueError(
+            f"{prediction.image}: the prediction has values of both signs, so that dividing it by "
+            "its sum makes no density; for the earth mover's distance subtract its minimum first"
+        )
+    size = [math.ceil(side / downsize) for side in prediction.shape]
+    p, g = (
+        resize(one.values.reshape(1, *one.shape), *size, protocol="salicon").flatten()
+        for one in (prediction, density)
+    )
     # Mass that both have in a place need not move, so only the differences do. They make sense of
     # the slightly negative values that bicubic resizing gives, too.
-    difference = (p - g).flatten()
-    sides = (torch.arange(side, dtype=torch.float64) for side in p.shape)
-    places = torch.cartesian_prod(*sides)
+    difference = p / p.sum() - g / g.sum()
+    places = torch.cartesian_prod(*(torch.arange(side, dtype=torch.float64) for side in size))
     surplus, lack = difference > 0, difference < 0
     moved = difference[surplus].sum()
     if moved <= 0:
@@ -192,4 +311,39 @@ def emd(p: Tensor, g: Tensor) -> float:
         distances.numpy(),
         numItermax=1_000_000,
     )
-    return float(work) * moved.item()
+    return work * moved
+
+
+# ---- all at once -------------------------------------------------------------------------------
+def score_all(
+    prediction: Tensor,
+    fixations: Tensor,
+    density: Tensor | None = None,
+    negatives: Tensor | None = None,
+    baseline: Tensor | None = None,
+    protocol: str = "mit300",
+    *,
+    metrics: Sequence[str] | None = None,
+    names: Sequence[str] | None = None,
+) -> dict[str, Tensor]:
+    """Several metrics in one pass, with shared checks and intermediate results.
+
+    Args as in the module; CC, KL, SIM and EMD need ``density``, sAUC ``negatives``, IG
+    ``baseline``. ``metrics`` are keys of ``DEFINITIONS[protocol]``; None = those of :data:`METRICS`
+    that the protocol defines and that have their inputs.
+
+    Returns:
+        {metric: (B,) float64}, equal to the single functions' results.
+
+    Raises:
+        ValueError: a metric is unknown or lacks its input; see the module for the others.
+    """
+    maps = {
+        "prediction": prediction, "fixations": fixations, "density": density,
+        "negatives": negatives, "baseline": baseline,
+    }  # fmt: skip
+    maps = {kind: value for kind, value in maps.items() if value is not None}
+    if metrics is None:
+        defined = DEFINITIONS.get(protocol, {})
+        metrics = [n for n in METRICS if n in defined and maps.keys() >= set(needs(defined[n]))]
+    return score(metrics, maps, names, protocol)

@@ -1,35 +1,37 @@
-"""The maps of an image as the formulas take them: checked, flat, in float64, on the CPU."""
+"""The maps of one image as the formulas take them: checked, flat, in float64, on the CPU.
+
+A :class:`ValueError` names the image where a map holds NaN or infinity, a density is negative, or
+counts are not whole numbers.
+"""
 
 import functools
 import math
 
+import numpy as np
 import torch
 from torch import Tensor
 
 
 class Map:
-    """One map of an image.
+    """A prediction, a density or a baseline, and its normalisations.
 
     Attributes:
         values: (P,) float64.
-        low: lowest value.
-        high: highest value.
+        low: lowest value; ``high``: highest value.
         constant: the range is at most 8 eps of the number type times the largest magnitude. A
             standard deviation of 0 would miss maps that are 0.1 everywhere: their mean is inexact.
-        looks_8bit: see :func:`looks_8bit`.
-
-    Raises:
-        ValueError: the map holds NaN or infinity; the message names the image.
     """
 
     def __init__(self, values: Tensor, kind: str, image: str):
-        eps = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
-        self.is_uint8 = values.dtype == torch.uint8
+        self.image, self.shape, self.dtype = image, tuple(values.shape), values.dtype
         self.values = _flat(values).to(torch.float64)
         self.low, self.high = (bound.item() for bound in self.values.aminmax())
         if not (math.isfinite(self.low) and math.isfinite(self.high)):  # NaN passes aminmax
             raise ValueError(f"{image}: {kind} holds NaN or infinity")
+        if kind != "prediction" and self.low < 0:
+            raise ValueError(f"{image}: {kind} has negative values, so it is no density")
         largest = max(self.high, -self.low)
+        eps = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
         self.constant = self.high - self.low <= 8 * eps * largest
         if self.constant:
             self.values, self.low = torch.full_like(self.values, self.high), self.high
@@ -39,14 +41,36 @@ class Map:
             self.low, self.high = self.low / largest, self.high / largest
 
     @property
-    def zero(self) -> bool:
+    def empty(self) -> bool:
         """True where every value is 0."""
         return self.low == self.high == 0
 
     @functools.cached_property
-    def total(self) -> float:
-        """Sum of the values."""
-        return self.values.sum().item()
+    def share(self) -> Tensor:
+        """(P,) of sum 1 by MIT's MATLAB code: nothing is shifted, an all-zero map stays zero."""
+        return self.values / (self.values.sum().item() or 1.0)
+
+    @functools.cached_property
+    def density(self) -> Tensor:
+        """(P,) of sum 1 by the MIT/Tuebingen benchmark.
+
+        Negative values shift the map by its minimum; an all-zero map becomes uniform.
+        """
+        if self.low >= 0 and self.high > 0:
+            return self.share
+        lifted = self.values - self.low
+        total = lifted.sum().item()
+        return lifted / total if total else torch.full_like(lifted, 1 / len(lifted))
+
+    @functools.cached_property
+    def centred(self) -> Tensor:
+        """(P,) the values minus their mean."""
+        return self.values - self.values.mean()
+
+    @functools.cached_property
+    def square(self) -> float:
+        """Sum of the squares of :attr:`centred`: P times the variance."""
+        return torch.dot(self.centred, self.centred).item()
 
     @functools.cached_property
     def unit(self) -> Tensor:
@@ -54,26 +78,8 @@ class Map:
         return (self.values - self.low) / ((self.high - self.low) or 1.0)
 
     @functools.cached_property
-    def density(self) -> Tensor:
-        """(P,) of sum 1 by the rule of the MIT/Tuebingen benchmark.
-
-        A map with negative values is shifted by its minimum; an all-zero map becomes uniform.
-        """
-        if self.low >= 0:
-            lifted, total = self.values, self.total
-        else:
-            lifted = self.values - self.low
-            total = lifted.sum().item()
-        return lifted / total if total else torch.full_like(lifted, 1 / len(lifted))
-
-    @functools.cached_property
-    def share(self) -> Tensor:
-        """(P,) of sum 1 by MIT's MATLAB code: nothing is shifted, an all-zero map stays zero."""
-        return self.values / (self.total or 1.0)
-
-    @functools.cached_property
     def stretched(self) -> Tensor:
-        """(P,) scaled to 0..1, then divided by the sum: MIT's MATLAB code for SIM and IG."""
+        """(P,) 0..1, divided by the sum: MIT's MATLAB code. NaN where the map is constant."""
         return self.unit / self.unit.sum()
 
     @functools.cached_property
@@ -89,95 +95,41 @@ class Map:
         if 1 / 255 <= self.high <= 255:
             steps.append(1 / 255 if self.high <= 1 else 1.0)
         sample = self.values[:: max(1, len(self.values) // 16)]  # on which a float map fails
-        found = self.is_uint8 or any(
+        found = self.dtype == torch.uint8 or any(
             _multiples(sample, step) and _multiples(self.values, step) for step in steps
         )
         return found and bool(((self.values > self.low) & (self.values < self.high)).any())
 
 
-class Image:
-    """The maps of one image, and the pixels that several metrics look at.
-
-    Args:
-        name: as error messages call the image.
-        prediction: (H, W), any number type, any range, finite.
-        fixations: (H, W) counts of fixations per pixel, whole and not negative.
-        density: (H, W) ground-truth density, finite and not negative, any scale.
-        negatives: (H, W) counts of other images' fixations.
-        baseline: (H, W) as the density, or its :class:`Map`.
+class Points:
+    """Fixations of the image, or of the others, from counts per pixel.
 
     Attributes:
-        fixated: (U,) fixated pixels, each once.
-        fixations: (N,) fixated pixels, once per fixation.
-        negatives: (M,) pixels that were fixated on other images.
-        negative_counts: (M,) times that they were.
-
-    Raises:
-        ValueError: NaN or infinity in a map, a negative density, or fractional or negative counts;
-            the message names the image.
+        pixels: (U,) flat indices of the fixated pixels, each once.
+        counts: (U,) fixations of each.
     """
 
-    def __init__(
-        self,
-        name: str,
-        prediction: Tensor,
-        fixations: Tensor | None = None,
-        density: Tensor | None = None,
-        negatives: Tensor | None = None,
-        baseline: "Tensor | Map | None" = None,
-    ):
-        self.name = name
-        self.shape = tuple(prediction.shape)
-        self.prediction = Map(prediction, "prediction", name)
-        if density is not None:
-            self.density = density_map(density, "density", name)
-        if isinstance(baseline, Tensor):
-            baseline = density_map(baseline, "baseline", name)
-        self.baseline = baseline
-        if fixations is not None:
-            self.fixated, counts = _counted(fixations, "fixations", name)
-            self.fixations = self.fixated.repeat_interleave(counts)
-        if negatives is not None:
-            self.negatives, self.negative_counts = _counted(negatives, "negatives", name)
-
-    def at(self, pixels: Tensor) -> Tensor:
-        """The prediction's values at some pixels."""
-        return self.prediction.values[pixels]
+    def __init__(self, values: Tensor, kind: str, image: str):
+        flat = _flat(values)
+        # numpy's nonzero of booleans is many times faster than torch's of numbers
+        self.pixels = torch.from_numpy(np.flatnonzero((flat != 0).numpy()))
+        found = flat[self.pixels]
+        self.counts = found.to(torch.int64)
+        if (self.counts != found).any() or (self.counts < 0).any():
+            raise ValueError(
+                f"{image}: {kind} must be whole counts per pixel, not negative; a blurred map is a "
+                "density, and metrics at fixations are wrong on it"
+            )
 
     @property
-    def unfixated(self) -> Tensor:
-        """The prediction's values at the pixels that were not fixated."""
-        keep = torch.ones_like(self.prediction.values, dtype=torch.bool)
-        keep[self.fixated] = False
-        return self.prediction.values[keep]
+    def empty(self) -> bool:
+        """True without any fixation."""
+        return len(self.pixels) == 0
 
-
-def density_map(values: Tensor, kind: str, image: str) -> Map:
-    """The :class:`Map` of a density.
-
-    Raises:
-        ValueError: NaN or infinity, or negative values; the message names the image.
-    """
-    checked = Map(values, kind, image)
-    if checked.low < 0:
-        raise ValueError(
-            f"{image}: {kind} has negative values (lowest {checked.low:g}), so it is no density"
-        )
-    return checked
-
-
-def _counted(counts: Tensor, kind: str, image: str) -> tuple[Tensor, Tensor]:
-    """Flat indices of the pixels that have a count, and the counts."""
-    flat = _flat(counts)
-    pixels = flat.nonzero().squeeze(1)
-    found = flat[pixels]
-    whole = found.to(torch.int64)
-    if (whole != found).any() or (whole < 0).any():
-        raise ValueError(
-            f"{image}: {kind} must be whole counts per pixel, not negative; a blurred map is a "
-            "density, and metrics at fixations are wrong on it"
-        )
-    return pixels, whole
+    @functools.cached_property
+    def each(self) -> Tensor:
+        """(N,) fixated pixels, once per fixation."""
+        return self.pixels.repeat_interleave(self.counts)
 
 
 def _multiples(values: Tensor, step: float) -> bool:

@@ -16,7 +16,7 @@ from mlnet_utils.data.photos import NOBODY, Prepared
 from mlnet_utils.experiments import study
 from mlnet_utils.experiments.evaluation import TestSet
 from mlnet_utils.experiments.sweep import jobs_of
-from mlnet_utils.metrics.protocols import METRICS, cc
+from mlnet_utils.metrics import METRICS, cc
 
 
 def scores(shifts, photos=40, seeds=(0, 1, 2)):
