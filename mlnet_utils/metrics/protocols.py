@@ -128,16 +128,15 @@ def _value(formula: Callable[..., float], given: dict[str, object]) -> float:
 
 
 def _check_shapes(maps: dict[str, Tensor], names: Sequence[str] | None) -> None:
+    shape = tuple(getattr(maps["prediction"], "shape", ()))
     for kind, value in maps.items():
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        prediction = maps["prediction"]  # the first
-        if kind == "prediction":
-            if not isinstance(value, Tensor) or value.ndim != 3 or 0 in value.shape[1:]:
-                raise ValueError(f"prediction must be a (B, H, W) tensor, got {got}")
-        elif not isinstance(value, Tensor) or value.shape != prediction.shape:
+        if len(shape) != 3 or 0 in shape[1:]:
+            raise ValueError(f"prediction must be a (B, H, W) tensor, got {got}")
+        if got != f"shape {shape}":
             raise ValueError(
-                f"{kind} must have the prediction's shape {tuple(prediction.shape)}, got {got}; "
-                "nothing is resized silently (see mlnet_utils.metrics.resize)"
+                f"{kind} must have the prediction's shape {shape}, got {got}; nothing is resized "
+                "silently (see mlnet_utils.metrics.resize)"
             )
-    if names is not None and len(names) != len(prediction):
-        raise ValueError(f"{len(names)} names for {len(prediction)} images")
+    if names is not None and len(names) != shape[0]:
+        raise ValueError(f"{len(names)} names for {shape[0]} images")
