@@ -66,9 +66,7 @@ class CentreBias:
     def fit(cls, photos: Sequence[Photo], folds: int = 5) -> "CentreBias":
         """Choose bandwidth and uniform share by the likelihood of held-out photos.
 
-        Args:
-            photos: the training photos; fold k holds out every photo with index % folds == k.
-            folds: at most this many folds.
+        Fold k holds out every training photo with index % folds == k.
 
         Raises:
             ValueError: fewer than two photos have fixations.
@@ -159,8 +157,8 @@ class LeaveOneOut:
     of photos of another size are scaled: pixel x becomes floor(x * width / their width), as in
     pysaliency.
 
-    Args:
-        photos: all the photos of the split, with unique stems.
+    Raises:
+        ValueError: two photos have one stem, or, when called, the photo is not one of the split.
     """
 
     def __init__(self, photos: Sequence[Photo]):
@@ -176,27 +174,17 @@ class LeaveOneOut:
         self._total = functools.lru_cache(maxsize=8)(self._make_total)
 
     def __call__(self, photo: Photo) -> Tensor:
-        """(H, W) int32 counts of the other photos' fixations, at this photo's size.
-
-        Raises:
-            ValueError: the photo is not one of the split.
-        """
+        """(H, W) int32 counts of the other photos' fixations, at this photo's size."""
         return self._total(photo.height, photo.width) - self._own(photo)
 
     def photo_counts(self, photo: Photo) -> Tensor:
-        """(H, W) int32: on how many other photos a pixel was fixated (negatives of salicon2015).
-
-        Raises:
-            ValueError: the photo is not one of the split.
-        """
+        """(H, W) int32: number of other photos on which a pixel was fixated (for salicon2015)."""
         total = self._total(photo.height, photo.width, each_photo_once=True)
         return total - self._own(photo).clamp(max=1)
 
     def _own(self, photo: Photo) -> Tensor:
         if photo.stem not in self._photos:
-            raise ValueError(
-                f"photo {photo.stem} is not one of the {len(self._photos)} photos of the split"
-            )
+            raise ValueError(f"photo {photo.stem} is not one of the {len(self._photos)} photos")
         own = self._photos[photo.stem]
         return fixation_counts(own.fixations, own.height, own.width).to(torch.int32)
 
@@ -229,9 +217,7 @@ def inter_observer(
     """
     observers = np.unique(photo.observers)
     if len(observers) < 2:
-        raise ValueError(
-            f"photo {photo.stem}: leaving one observer out needs at least two, got {len(observers)}"
-        )
+        raise ValueError(f"photo {photo.stem}: leaving one observer out needs at least two")
     for observer in observers:
         own = photo.observers == observer
         density = _mixed(photo, photo.fixations[~own], sigma, prior, prior_share)

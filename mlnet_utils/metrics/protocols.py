@@ -65,15 +65,9 @@ def score(
 
     Each image has one thread, so the number of threads does not change a bit of the sums.
 
-    Args:
-        metrics: keys of ``DEFINITIONS[protocol]``.
-        maps: (B, H, W) tensors, keys of :data:`MAPS`.
-        names: B image names for messages.
-        protocol: key of :data:`DEFINITIONS`.
-        options: of the formulas.
-
-    Returns:
-        {metric: (B,) float64}.
+    ``metrics`` are keys of ``DEFINITIONS[protocol]``, ``maps`` (B, H, W) tensors under keys of
+    :data:`MAPS`, ``names`` B image names for messages, ``options`` those of the formulas. Returns
+    {metric: (B,) float64}.
 
     Raises:
         ValueError: a metric or protocol is unknown, an input is missing or refused.

@@ -22,14 +22,7 @@ def resize(maps: Tensor, height: int, width: int, *, protocol: str = "mit300") -
     * ``"salicon2015"``: ``scipy.ndimage.zoom`` with cubic splines and aligned corners, on the CPU.
       Can overshoot. Has no gradient: the result is detached from maps that require one.
 
-    Args:
-        maps: (B, h, w), any number type.
-        height: rows of the result.
-        width: columns of the result.
-        protocol: whose resizer.
-
-    Returns:
-        (B, height, width) float64 on the maps' device.
+    Takes (B, h, w) of any number type; returns (B, height, width) float64 on the maps' device.
 
     Raises:
         ValueError: the maps are not (B, h, w), a size is not positive, or the protocol is unknown.

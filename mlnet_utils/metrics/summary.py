@@ -21,14 +21,9 @@ def bootstrap_interval(
     Photos are drawn with replacement. The interval leaves out values that are not finite, as the
     mean does.
 
-    Args:
-        values: (N,) one score per photo.
-        seed: of the draws; the same seed gives the same interval.
-        resamples: number of means that are drawn.
-        level: share of them inside the interval, between 0 and 1.
-
-    Returns:
-        (low, high); NaN without finite values, equal with one.
+    Takes (N,) scores, one per photo; draws ``resamples`` means, of which the share ``level`` lies
+    inside. Returns (low, high): NaN without finite values, equal with one. The same seed gives the
+    same interval.
 
     Raises:
         ValueError: ``level`` is not between 0 and 1, or there are no resamples.
@@ -54,14 +49,9 @@ def bootstrap_interval(
 def summary(values: Scores, seed: int = 0, resamples: int = 2000) -> dict[str, float]:
     """Mean over photos, 95 % bootstrap interval, and the number of photos left out.
 
-    Args:
-        values: (N,) one score per photo.
-        seed: of the bootstrap.
-        resamples: of the bootstrap.
-
-    Returns:
-        ``mean``, ``low`` and ``high`` of the ``n`` finite values (NaN if there are none), and the
-        number of the others: NaN, i.e. undefined (``skipped``), or ``infinite``.
+    Takes (N,) scores, one per photo. Returns ``mean``, ``low`` and ``high`` of the ``n`` finite
+    values (NaN if there are none), and the number of the others: NaN, i.e. undefined
+    (``skipped``), or ``infinite``. Seed and resamples are those of the bootstrap.
     """
     values = np.asarray(values, dtype=np.float64).ravel()
     finite = values[np.isfinite(values)]
@@ -79,12 +69,8 @@ def summary(values: Scores, seed: int = 0, resamples: int = 2000) -> dict[str, f
 def summarise(rows: Sequence[dict], resamples: int) -> list[dict]:
     """The :func:`summary` of every model and metric, for JSON: undefined numbers are None.
 
-    Args:
-        rows: one per model and photo, with ``model`` and a value per metric.
-        resamples: of the bootstrap.
-
-    Returns:
-        Rows of ``metrics.json``: ``model``, and ``metrics`` with a summary per metric.
+    Takes a row per model and photo, with ``model`` and a value per metric. Returns rows of
+    ``metrics.json``: ``model``, and ``metrics`` with a summary per metric.
     """
     return [
         {
@@ -105,9 +91,8 @@ def summarise(rows: Sequence[dict], resamples: int) -> list[dict]:
 def format_table(table: pd.DataFrame) -> str:
     """A table as Markdown, aligned so that a terminal shows it well too.
 
-    Args:
-        table: the index, under its name, is the first column. Fractions get three decimals;
-            missing values get a dash.
+    The index, under its name, is the first column. Fractions get three decimals, missing values a
+    dash.
     """
     rows = [[str(table.index.name or ""), *map(str, table.columns)]]
     rows += [[str(name), *map(_cell, values)] for name, *values in table.itertuples(name=None)]
@@ -126,11 +111,8 @@ def _cell(value: object) -> str:
 def score_table(report: dict) -> str:
     """The scores of a ``metrics.json``, one model per line, and the photos they leave out.
 
-    Args:
-        report: its content, undefined numbers None.
-
-    Returns:
-        Markdown: means with 95 % intervals, and a note per metric with photos left out.
+    Takes its content, undefined numbers None. Returns Markdown: means with 95 % intervals, and a
+    note per metric with photos left out.
     """
     rows, notes = {}, []
     if not report["fixations"]:
