@@ -12,7 +12,6 @@ package scores as many images at a time as ``OMP_NUM_THREADS`` says. Real fixati
 import argparse
 import os
 import resource
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -78,21 +77,16 @@ def inputs(chosen: list[Photo], others: baselines.LeaveOneOut, centre: Tensor) -
 # ---- the two sides -----------------------------------------------------------------------------
 def our_calls(maps: dict[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
     """Each metric over all the images, batch by batch; ``total`` is the one pass."""
-    count = len(maps["prediction"])
-    starts = range(0, count, BATCH)
+    starts = range(0, len(maps["prediction"]), BATCH)
 
     def batches(function: Callable, *kinds: str) -> Callable[[], Tensor]:
-        needed = ("prediction", *kinds)
+        given = ("prediction", *kinds)
         return lambda: torch.cat(
-            [function(*(maps[kind][s : s + BATCH] for kind in needed)) for s in starts]
+            [function(*(maps[kind][s : s + BATCH] for kind in given)) for s in starts]
         )
 
-    def everything() -> dict[str, Tensor]:
-        parts = [
-            metrics.score_all(**{kind: value[s : s + BATCH] for kind, value in maps.items()})
-            for s in starts
-        ]
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+    def everything(*given: Tensor) -> Tensor:
+        return torch.stack(list(metrics.score_all(*given).values()), 1)
 
     return {
         "AUC": batches(metrics.auc, "fixations"),
@@ -102,7 +96,7 @@ def our_calls(maps: dict[str, Tensor]) -> dict[str, Callable[[], Tensor]]:
         "IG": batches(metrics.information_gain, "fixations", "baseline"),
         "NSS": batches(metrics.nss, "fixations"),
         "SIM": batches(metrics.similarity, "density"),
-        "total": everything,
+        "total": batches(everything, "fixations", "density", "negatives", "baseline"),
     }
 
 
@@ -189,21 +183,15 @@ def compare(maps: dict[str, Tensor], ours: dict, theirs: dict, rounds: int) -> l
     return rows
 
 
-def peak_memory(count: int) -> float:
-    """Peak resident memory, in MB, of a process that scores ``count`` images batch by batch."""
-    command = [sys.executable, __file__, "--only-ours", "--images", str(count)]
-    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+def peak_memory(chosen: list[Photo], others: baselines.LeaveOneOut, centre: Tensor) -> float:
+    """Peak resident memory of this process, in MB, once it scored the photos batch by batch.
 
-
-def only_ours(count: int) -> None:
-    """Score images that are made batch by batch; print this process's peak memory in MB."""
-    chosen, _ = photos(count)
-    centre = baselines.CentreBias.fit(chosen)(chosen[0].height, chosen[0].width)
-    others = baselines.LeaveOneOut(chosen)
+    To be measured before all the maps are made and pysaliency is imported.
+    """
     for start in range(0, len(chosen), BATCH):
         metrics.score_all(**inputs(chosen[start : start + BATCH], others, centre))
     scale = 1 if sys.platform == "darwin" else 1024  # bytes on macOS, KB elsewhere
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e6
 
 
 def main() -> None:
@@ -211,18 +199,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=150)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only-ours", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help="where to write the record")
     options = parser.parse_args()
-    if options.only_ours:
-        only_ours(options.images)
-        return
-    # First, while this process is small: Linux counts a parent's memory as its child's.
-    memory = peak_memory(options.images)
     load = os.getloadavg()[0]  # of a machine with nothing else to do: about 1
     chosen, source = photos(options.images)
     centre = baselines.CentreBias.fit(chosen)(chosen[0].height, chosen[0].width)
-    maps = inputs(chosen, baselines.LeaveOneOut(chosen), centre)
+    others = baselines.LeaveOneOut(chosen)
+    memory = peak_memory(chosen, others, centre)
+    maps = inputs(chosen, others, centre)
     rows = compare(maps, our_calls(maps), pysaliency_calls(chosen, maps), options.rounds)
     measure.print_table(rows)
     print(f"{source} fixations; peak memory of {len(chosen)} images here: {memory:.0f} MB")
