@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from scipy.signal import fftconvolve
 
 from mlnet_utils.data.images import PHOTO_SUFFIXES, read_image, visible_files
-from mlnet_utils.runtime import in_colab
 
 WORKING_SIDE = 320  # pixels of the longer side while searching; a fixation is no sharper
 RADIUS = 0.06  # of the longer side: 2 degrees where a photo fills 33, as OSIE's do
@@ -40,10 +39,11 @@ def chosen_photos(place: str = "") -> dict[str, np.ndarray]:
 
         return {"astronaut": skimage.data.astronaut()}
     if place == "upload":
-        if not in_colab():
-            raise ValueError("'upload' needs Google Colab; give the path of a photo or a folder")
-        from google.colab import files
-
+        try:
+            from google.colab import files
+        except ModuleNotFoundError:
+            text = "'upload' needs Google Colab; give the path of a photo or a folder"
+            raise ValueError(text) from None
         paths = [Path(name) for name in files.upload()]
     else:
         path = Path(place).expanduser()
