@@ -76,7 +76,6 @@ def test_killed_again_and_again_a_training_ends_the_same(run_folder, uninterrupt
         partial(die_before_the_log, 1),
         partial(die_before_the_log, 3),
     ],
-    ids=str,
 )
 def test_killed_at_the_worst_moments(run_folder, uninterrupted, accident):
     assert run(run_folder, accident) == KILLED
