@@ -128,6 +128,28 @@ def test_subfolders_are_splits(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("Train", "VALID", "Test"), ("training", "validation", "testing"), ("TRAIN", "dev", "eval")],
+)
+def test_splits_have_synonyms(tmp_path, names):
+    for name in names:
+        save_photo(tmp_path / f"images/{name}/{name}.jpg")
+        save_photo(tmp_path / f"maps/{name}.png")
+    photos = read_folder(tmp_path / "images", density_maps=tmp_path / "maps")
+    assert {photo.stem: photo.split for photo in photos} == dict(
+        zip(names, ("train", "val", "test"), strict=True)
+    )
+
+
+@pytest.mark.parametrize("name", ["test2014", "Trainset", "my-val", "mine/test"])
+def test_folders_that_look_like_splits(tmp_path, name):
+    save_photo(tmp_path / f"images/{name}/a.jpg")
+    save_photo(tmp_path / "maps/a.png")
+    with pytest.raises(ValueError, match=f"'{name.split('/')[-1]}' of {name}/a.jpg"):
+        read_folder(tmp_path / "images", density_maps=tmp_path / "maps")
+
+
 @pytest.mark.parametrize("kind", ["fixation_maps", "density_maps"])
 def test_faulty_maps(images, tmp_path, kind):
     folder = make_maps(tmp_path / "maps", ("a.png", "b.jpg", "c.v2.png"))

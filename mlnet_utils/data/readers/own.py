@@ -3,13 +3,14 @@
 import csv
 import math
 import os
+import re
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 
 from mlnet_utils.data.images import PHOTO_SUFFIXES, visible_files
-from mlnet_utils.data.photos import NOBODY, SPLITS, Photo
+from mlnet_utils.data.photos import NOBODY, Photo
 from mlnet_utils.data.readers import files
 from mlnet_utils.data.readers.spec import DatasetSpec
 from mlnet_utils.runtime import progress
@@ -20,6 +21,11 @@ PARTS = {  # of the dataset ``folder``, by argument of read_folder
     "fixations_csv": "fixations.csv",
     "fixation_maps": "fixation_maps",
     "density_maps": "density_maps",
+}
+SPLIT_NAMES = {  # of sub-folders, in any case
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
 FIXATION_SUFFIXES = (*PHOTO_SUFFIXES, ".npy", ".mat")
 DENSITY_SUFFIXES = (*PHOTO_SUFFIXES, ".npz")
@@ -48,7 +54,7 @@ def read_folder(
 ) -> list[Photo]:
     """Read photos and whatever is known of who looked where; files pair by stem.
 
-    Subfolders named train, val and test decide the split; other subfolders are only read. Of
+    Subfolders named as in :data:`SPLIT_NAMES` decide the split; other subfolders are only read. Of
     fixation lists and fixation maps only one is needed; density maps may come on their own, and
     then metrics that need fixations cannot be computed.
 
@@ -63,7 +69,8 @@ def read_folder(
 
     Raises:
         FileNotFoundError: a folder or file that does not exist.
-        ValueError: nothing to learn from, files or rows that do not pair, or damaged files.
+        ValueError: nothing to learn from, files or rows that do not pair, damaged files, or a
+            sub-folder that looks like a split and is none.
     """
     images = Path(images)
     for path in filter(str, (images, fixations_csv, fixation_maps, density_maps)):
@@ -85,13 +92,32 @@ def read_folder(
         looked = rows.get(stem, (np.zeros((0, 2)),))
         if stem in marked:
             looked = (files.fixated_pixels(marked[stem], size),)
-        split = place.parts[0] if place.parts[0] in SPLITS and len(place.parts) > 1 else ""
         density = Path(os.path.relpath(drawn[stem], images)).as_posix() if drawn else ""
-        rest = {"split": split, "density": density}
+        rest = {"split": _split(place), "density": density}
         photos.append(Photo.from_points(stem, place.as_posix(), size, *looked, **rest))
         if drawn:
             photos[-1].read_density(images)  # or an error: training would meet it hours later
     return files.check_looked_at("own photos", photos)
+
+
+def _split(place: Path) -> str:
+    """The split of a photo by the folder it lies in; ``""`` where no folder names a split.
+
+    Raises:
+        ValueError: a folder looks like a split, such as test2014 or cats/test, but is none.
+    """
+    folders = place.parts[:-1]
+    if folders and (split := SPLIT_NAMES.get(folders[0].lower())):
+        return split
+    for folder in folders:
+        words = re.findall("[a-z]+", folder.lower())
+        if any(re.sub("(set|data|images|photos)$", "", word) in SPLIT_NAMES for word in words):
+            raise ValueError(
+                f"own photos: the folder {folder!r} of {place} looks like a split, but splits are "
+                f"folders directly in the folder of photos, named {', '.join(SPLIT_NAMES)}: rename "
+                "or move it"
+            )
+    return ""
 
 
 def _maps(
