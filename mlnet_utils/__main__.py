@@ -219,7 +219,9 @@ def prepare(options: argparse.Namespace) -> tuple[str, int]:
         report = "\n".join(problems) or f"{len(prepared.photos)} photos are as prepared"
         return report, 1 if problems else 0
     meta = preparation.prepare(load_config(options.preset), options.data_root, folder).meta
-    return f"{meta['title']}: {meta['photos']}, {meta['fixations']} fixations, in {folder}", 0
+    dropped = meta["dropped_outside"]
+    lost = f" ({dropped} more dropped: outside the photo, or lost gaze)" if dropped else ""
+    return f"{meta['title']}: {meta['photos']}, {meta['fixations']} fixations{lost}, in {folder}", 0
 
 
 def train(options: argparse.Namespace) -> tuple[str, int]:

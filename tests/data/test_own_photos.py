@@ -6,7 +6,7 @@ from miniatures import save_photo, truncate
 from PIL import Image
 
 from mlnet_utils.data.photos import NOBODY
-from mlnet_utils.data.readers.own import read_folder, read_own
+from mlnet_utils.data.readers.own import check_coordinates, read_folder, read_own
 
 CSV = """image, x, y, observer, duration
 a.jpg, 0, 0, Ann, 200
@@ -91,6 +91,58 @@ def test_a_list_that_counts_from_one(listed):
 def test_faulty_lists(listed, text, message):
     with pytest.raises(ValueError, match=message):
         listed(text)
+
+
+def grid(change):
+    """Rows of 108 points all over the three photos of 64x48, each after ``change``."""
+    points = [
+        (stem, x, y)
+        for stem in ("a", "b", "c.v2")
+        for x in range(3, 64, 7)
+        for y in (2, 16, 31, 45)
+    ]
+    rows = (f"{stem},{x},{y}" for stem, *xy in points for x, y in [change(*xy)])
+    return "\n".join(["image,x,y", *rows])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (
+            lambda x, y: (x / 64, y / 48),
+            r"108 of 108 points lie within 0\.\.1, .* by width and height",
+        ),
+        (lambda x, y: (x + 30, y + 20), r"points lie outside .*screen.* 30, 20 subtracted"),
+        (lambda x, y: (y, x), r"24 of 108 points lie outside .*exchanged.* 0 lie outside"),
+    ],
+    ids=["normalised", "screen", "exchanged"],
+)
+def test_coordinates_that_are_no_pixels(listed, change, said):
+    with pytest.raises(ValueError, match=rf"fixations\.csv: .*{said}"):
+        listed(grid(change))
+
+
+def test_percent_of_photos():
+    points = {"a": np.random.default_rng(0).uniform(0, 100, (30, 2))}
+    with pytest.raises(ValueError, match=r"30 of 30 .* 0\.\.100, .* width / 100"):
+        check_coordinates("list", {"a": (640, 480)}, points)
+    check_coordinates("list", {"a": (160, 120)}, points)
+
+
+def test_lost_gaze(listed):
+    text = grid(lambda x, y: (x, y)) + "\na,-1,-1\na,nan,3\na,inf,3"
+    assert [photo.dropped for photo in listed(text)] == [3, 0, 0]
+
+
+def test_the_same_pixel_in_most_photos():
+    rng = np.random.default_rng(0)
+    points = {stem: rng.uniform(0, (640, 480), (30, 2)) for stem in "abcdef"}
+    sizes = dict.fromkeys(points, (640, 480))
+    check_coordinates("list", sizes, points)
+    for stem in "abcd":
+        points[stem][3:9] = 0
+    with pytest.warns(UserWarning, match="pixel 0, 0 is a fixation in 4 of 6 photos"):
+        check_coordinates("list", sizes, points)
 
 
 def test_more_observers_than_can_be_told_apart(listed):

@@ -4,7 +4,8 @@ import csv
 import math
 import os
 import re
-from collections import defaultdict
+import warnings
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,9 @@ SPLIT_NAMES = {  # of sub-folders, in any case
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
+UNITS = {1: "width and height", 100: "width / 100 and height / 100"}  # factors to pixels
+OUTSIDE = 0.1  # share of points outside their photos that makes a list implausible
+ENOUGH = (20, 5)  # points, photos: fewer say nothing about a list
 FIXATION_SUFFIXES = (*PHOTO_SUFFIXES, ".npy", ".mat")
 DENSITY_SUFFIXES = (*PHOTO_SUFFIXES, ".npz")
 
@@ -69,8 +73,8 @@ def read_folder(
 
     Raises:
         FileNotFoundError: a folder or file that does not exist.
-        ValueError: nothing to learn from, files or rows that do not pair, damaged files, or a
-            sub-folder that looks like a split and is none.
+        ValueError: nothing to learn from, files or rows that do not pair, damaged files, a
+            sub-folder that looks like a split and is none, or see :func:`check_coordinates`.
     """
     images = Path(images)
     for path in filter(str, (images, fixations_csv, fixation_maps, density_maps)):
@@ -97,7 +101,75 @@ def read_folder(
         photos.append(Photo.from_points(stem, place.as_posix(), size, *looked, **rest))
         if drawn:
             photos[-1].read_density(images)  # or an error: training would meet it hours later
+    if rows:
+        sizes = {photo.stem: (photo.width, photo.height) for photo in photos}
+        check_coordinates(fixations_csv, sizes, {stem: row[0] for stem, row in rows.items()})
     return files.check_looked_at("own photos", photos)
+
+
+def check_coordinates(
+    path: str | Path, sizes: dict[str, tuple[int, int]], points: dict[str, np.ndarray]
+) -> None:
+    """Refuse a list with coordinates that are evidently no pixels of its photos.
+
+    A pixel that is recorded in most photos, as trackers write lost gaze, is a warning.
+
+    Args:
+        path: of the list, for messages.
+        sizes: width and height of the photos by stem.
+        points: (N, 2) x, y of each, 0-based; lost gaze is not finite.
+
+    Raises:
+        ValueError: nine tenths of the points lie within 0..1, or within 0..100 of photos at least
+            twice as large, or over a tenth lies outside the photos (a
+            fiftieth, if exchanging x and y mends it).
+    """
+    size = np.concatenate([np.tile(sizes[stem], (len(points[stem]), 1)) for stem in points])
+    xy = np.concatenate(list(points.values()))
+    known = np.isfinite(xy).all(axis=1)
+    xy, size = xy[known], size[known]
+    if len(xy) < ENOUGH[0]:
+        return
+
+    def outside(shifted: np.ndarray) -> int:
+        return int((~((shifted >= -0.5) & (shifted < size - 0.5)).all(axis=1)).sum())
+
+    seen = xy.any(axis=1)  # 0, 0 is lost gaze in any unit
+    for top, factors in UNITS.items():
+        corner = ((xy >= 0) & (xy <= top)).all(axis=1)[seen]
+        if corner.size and corner.mean() > 1 - OUTSIDE and (size >= 2 * top).all():
+            raise ValueError(
+                f"own photos: {path}: {corner.sum()} of {len(corner)} points lie within 0..{top}, "
+                "a corner of every photo, so they are shares of the photo and not its pixels: "
+                f"multiply x and y by {factors} of the photo, and subtract 0.5"
+            )
+    out, swapped = outside(xy), outside(xy[:, ::-1])
+    exchanged = 4 * swapped < out
+    if out > OUTSIDE * len(xy) * (0.2 if exchanged else 1):
+        offset = np.median(xy - (size - 1) / 2, axis=0).round()
+        moved = outside(xy - offset)
+        if exchanged and swapped <= moved:
+            cause = f"x and y are exchanged (exchanged back, {swapped} lie outside): exchange them"
+        else:
+            cause = (
+                "they are pixels of the screen or of another size of the photos: subtract the "
+                f"photo's place on the screen (with {offset[0]:.0f}, {offset[1]:.0f} subtracted, "
+                f"{moved} lie outside), or scale them to the photo"
+            )
+        raise ValueError(
+            f"own photos: {path}: {out} of {len(xy)} points lie outside their photos. "
+            f"Likely {cause}"
+        )
+    pixels = Counter(
+        tuple(pixel) for values in points.values() for pixel in {*map(tuple, values.round())}
+    )
+    (x, y), count = pixels.most_common(1)[0]
+    if count > len(points) / 2 and len(points) >= ENOUGH[1]:
+        warnings.warn(
+            f"own photos: {path}: pixel {x:.0f}, {y:.0f} is a fixation in {count} of {len(points)} "
+            "photos: if it is lost gaze, remove these rows",
+            stacklevel=3,
+        )
 
 
 def _split(place: Path) -> str:
@@ -150,6 +222,8 @@ def _read_csv(path: Path, stems: set[str], first_pixel: int) -> dict[str, tuple[
                 if any(row.get(None, ())):
                     raise ValueError(f"over {len(columns)} values; is a comma a decimal point?")
                 x, y = (float(row[name]) - first_pixel for name in ("x", "y"))
+                if x == y == -1 - first_pixel:  # lost gaze
+                    x = y = math.nan
                 duration = float(row.get("duration") or math.nan)
                 observer = names.setdefault((row.get("observer") or "").strip(), len(names) - 1)
                 stem = row["image"] if row["image"] in stems else Path(row["image"]).stem
