@@ -1,0 +1,107 @@
+"""Files from strangers: whatever a reader is given, nothing in it is executed."""
+
+import os
+import pickle
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import make_photo, tiny_checkpoint
+
+from mlnet_utils.config import load_config
+from mlnet_utils.data.images import read_density
+from mlnet_utils.data.readers.files import fixated_pixels
+from mlnet_utils.experiments.sweep import read_grid
+from mlnet_utils.model.backbones import read_weights
+from mlnet_utils.model.legacy import import_weights
+from mlnet_utils.predict.export import export
+from mlnet_utils.predict.predictor import load
+
+
+class Harm:
+    """Touches the file ``harmed`` where it is unpickled."""
+
+    def __reduce__(self):
+        return os.system, ("touch harmed",)
+
+
+def unpickle(path: Path):
+    return pickle.loads(path.read_bytes())
+
+
+def harmful_pt2(path: Path) -> None:
+    """A real export, but for the sample inputs, which torch unpickles."""
+    make_photo(Path("photos"), "a", "train", 0)
+    report = export(tiny_checkpoint(Path("x.pt")), "real.pt2", "torch-export", photos=["photos"])
+    with zipfile.ZipFile(report.path) as real, zipfile.ZipFile(path, "w") as fake:
+        for name in real.namelist():
+            inputs = name.endswith("sample_inputs/model.pt")
+            fake.writestr(name, pickle.dumps(Harm()) if inputs else real.read(name))
+
+
+def save(content):
+    return lambda path: torch.save(content, path)
+
+
+def write(text: str | bytes):
+    return lambda path: path.write_bytes(text if isinstance(text, bytes) else text.encode())
+
+
+PICKLE = write(pickle.dumps(Harm()))
+YAML = write("cells: !!python/object/apply:os.system ['touch harmed']")
+OBJECTS = np.array([Harm()], dtype=object)
+CASES = {  # file -> how it is written, a reader that trusts it, our reader
+    "x.pt": (save({"format": Harm()}), lambda p: torch.load(p, weights_only=False), load),
+    "x.pth": (save({"w": Harm()}), lambda p: torch.load(p, weights_only=False), read_weights),
+    "pickle.pt": (PICKLE, unpickle, load),
+    "x.safetensors": (PICKLE, unpickle, load),
+    "weights.safetensors": (PICKLE, unpickle, read_weights),
+    "x.h5": (PICKLE, unpickle, lambda p: import_weights(p, "x.pt")),
+    "x.npz": (
+        lambda p: np.savez(p, density=OBJECTS),
+        lambda p: np.load(p, allow_pickle=True)["density"],
+        read_density,
+    ),
+    "x.npy": (
+        lambda p: np.save(p, OBJECTS),
+        lambda p: np.load(p, allow_pickle=True),
+        lambda p: fixated_pixels(p, (1, 1)),
+    ),
+    "x.mat": (PICKLE, unpickle, lambda p: fixated_pixels(p, (1, 1))),
+    "x.onnx": (PICKLE, unpickle, load),
+    "x.yaml": (YAML, lambda p: yaml.unsafe_load(p.read_bytes()), load_config),
+    "grid.yaml": (YAML, lambda p: yaml.unsafe_load(p.read_bytes()), read_grid),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_nothing_in_a_file_is_executed(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    path, harmed = tmp_path / name, tmp_path / "harmed"
+    put, trusting, ours = CASES[name]
+    put(path)
+    trusting(path)
+    assert harmed.exists()  # the file is harmful
+    harmed.unlink()
+    with pytest.raises(ValueError, match=name):
+        ours(path)
+    assert not harmed.exists()
+
+
+@pytest.mark.slow
+def test_an_exported_network_is_read_without_its_pickles(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    harmful_pt2(Path("x.pt2"))
+    with pytest.raises(Exception):  # noqa: B017, PT011 - harm is done before
+        torch.export.load("x.pt2")
+    harmed = tmp_path / "harmed"
+    assert harmed.exists()
+    harmed.unlink()
+    photo = np.arange(40 * 50 * 3, dtype=np.uint8).reshape(40, 50, 3)
+    expected = load("x.pt", "cpu").predict(photo)
+    np.testing.assert_array_equal(load("x.pt2").predict(photo), expected)
+    assert not harmed.exists()
