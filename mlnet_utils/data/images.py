@@ -10,6 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+# Formats that Pillow decodes itself, by content; others, such as EPS, start external programs.
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -83,7 +85,7 @@ def read_image(path: str | Path, upright: bool = True) -> Tensor:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"photo {path} does not exist")
-    with blame_file(f"photo {path} cannot be decoded"), Image.open(path) as image:
+    with blame_file(f"photo {path} cannot be decoded"), Image.open(path, formats=FORMATS) as image:
         return decode(image, upright)
 
 
@@ -135,7 +137,7 @@ def read_density(path: str | Path) -> Tensor:
             with np.load(path, allow_pickle=False) as arrays:
                 values = arrays["density"].astype(np.float64)
         else:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 values = np.asarray(image.convert("F"), dtype=np.float64)
     total = values.sum()
     if values.ndim != 2 or not 0 < total < np.inf or values.min() < 0:  # a NaN makes the sum NaN

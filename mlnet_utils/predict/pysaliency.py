@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlnet_utils.data.images import orientation
+from mlnet_utils.data.images import FORMATS, orientation
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers.files import check_looked_at
 from mlnet_utils.runtime import progress, require
@@ -151,5 +151,5 @@ def _half_a_pixel_less(points: np.ndarray) -> np.ndarray:
 
 def _is_upright(path: str | Path) -> bool:
     """Whether pysaliency, which does not look at EXIF, sees a photo as it is shown."""
-    with Image.open(path) as image:
+    with Image.open(path, formats=FORMATS) as image:
         return orientation(image) == 1

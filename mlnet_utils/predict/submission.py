@@ -26,7 +26,7 @@ from accelerate import PartialState
 from PIL import Image
 from scipy.special import logsumexp
 
-from mlnet_utils.data.images import visible_files
+from mlnet_utils.data.images import FORMATS, visible_files
 from mlnet_utils.predict.folders import predict_folder
 from mlnet_utils.runtime import atomic_path, data_root, display_path, progress, require
 
@@ -80,7 +80,7 @@ def benchmark_photos(
     folder = Path(photos) if str(photos) else data_root(root) / benchmark.photos.format(split=split)
     sizes = {}
     for file in progress(visible_files(folder), "reading sizes", unit="photo"):
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             sizes[file.relative_to(folder).as_posix()] = image.size
     if len(sizes) != benchmark.count:
         raise ValueError(
@@ -251,7 +251,7 @@ def _open(path: Path, opened: ExitStack) -> tuple[list[tuple[Any, Any]], Callabl
 
 
 def _decode(content: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(content))
+    image = Image.open(io.BytesIO(content), formats=FORMATS)
     image.load()
     return image
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlnet_utils.data.images import blame_file, orientation
+from mlnet_utils.data.images import FORMATS, blame_file, orientation
 from mlnet_utils.data.photos import Photo
 
 
@@ -90,7 +90,7 @@ def photo_size(path: Path) -> tuple[int, int]:
     Raises:
         ValueError: the file is cut off or no image.
     """
-    with blame_file(f"photo {path} cannot be decoded"), Image.open(path) as image:
+    with blame_file(f"photo {path} cannot be decoded"), Image.open(path, formats=FORMATS) as image:
         width, height = image.size
         image.draft("L", (1, 1))  # the cheapest way through all of a JPEG
         image.load()  # which turns a TIFF, and then there is no orientation any more
@@ -141,7 +141,7 @@ def fixated_pixels(path: Path, size: tuple[int, int], variable: str = "") -> np.
             (values,) = [matrices[variable]] if variable else matrices.values()
             values = values.toarray() if hasattr(values, "toarray") else values  # a sparse one
         else:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 values = image.convert("F")
         values = np.asarray(values, np.float64)
     if values.shape != size[::-1]:
