@@ -12,8 +12,8 @@ import yaml
 from conftest import make_photo, tiny_checkpoint
 
 from mlnet_utils.config import load_config
-from mlnet_utils.data.images import read_density
-from mlnet_utils.data.readers.files import fixated_pixels
+from mlnet_utils.data.images import read_density, read_image
+from mlnet_utils.data.readers.files import fixated_pixels, photo_size
 from mlnet_utils.experiments.sweep import read_grid
 from mlnet_utils.model.backbones import read_weights
 from mlnet_utils.model.legacy import import_weights
@@ -105,3 +105,36 @@ def test_an_exported_network_is_read_without_its_pickles(tmp_path, monkeypatch):
     expected = load("x.pt", "cpu").predict(photo)
     np.testing.assert_array_equal(load("x.pt2").predict(photo), expected)
     assert not harmed.exists()
+
+
+@pytest.mark.parametrize("read", [read_image, read_density, photo_size])
+def test_a_photo_starts_no_other_program(tmp_path, monkeypatch, read):
+    """A .jpg of PostScript: Pillow would start Ghostscript on it."""
+    program = tmp_path / "gs"
+    program.write_text(f"#!/bin/sh\n/usr/bin/touch {tmp_path / 'started'}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # looked for anew
+    path = tmp_path / "x.jpg"
+    path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 50\n%%EndComments\nshowpage\n")
+    with pytest.raises(ValueError, match=r"x\.jpg"):
+        read(path)
+    assert not (tmp_path / "started").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("backbone", "hf-hub:timm/resnet18.a1_in1k"),
+        ("backbone", "local-dir:."),
+        ("backbone", "resnet18/../x"),
+        ("backbone_args", {"checkpoint_path": "x.pth"}),
+        ("backbone_args", {"pretrained_cfg": {"hf_hub_id": "timm/resnet18.a1_in1k"}}),
+    ],
+)
+def test_a_checkpoint_leads_to_no_other_file_or_site(tmp_path, monkeypatch, key, value):
+    content = torch.load(tiny_checkpoint(tmp_path / "x.pt"), weights_only=True)
+    torch.save({**content, "config": {**content["config"], key: value}}, tmp_path / "x.pt")
+    monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("timm was asked"))
+    with pytest.raises(ValueError, match=f"{key}="):
+        load(tmp_path / "x.pt")

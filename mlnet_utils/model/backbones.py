@@ -24,6 +24,8 @@ NORMALISATIONS = {
     "caffe": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3),
 }
 
+FETCHING = ("checkpoint_path", "cache_dir")  # arguments of timm that lead to other files
+
 
 class VGG16Levels(nn.Module):
     """VGG-16 whose fourth pool has stride 1, so that three levels share 1/8 resolution."""
@@ -92,6 +94,14 @@ class TimmLevels(nn.Module):
         super().__init__()
         import timm
 
+        # Other names are addresses (hf-hub:, local-dir:): weights and code's settings of strangers.
+        if not timm.is_model(config.backbone):
+            known = "is not in timm.list_models(), nor vgg16: use a name that is"
+            raise ValueError(f"config: backbone={config.backbone!r} {known}")
+        fetched = [k for k in config.backbone_args if k in FETCHING or k.startswith("pretrained")]
+        if fetched:
+            files = "names files to load: use backbone_weights"
+            raise ValueError(f"config: backbone_args={', '.join(fetched)} {files}")
         try:
             self.body = timm.create_model(
                 config.backbone,
@@ -101,8 +111,8 @@ class TimmLevels(nn.Module):
                 **config.backbone_args,
             )
         except Exception as error:  # timm raises many types
-            advice = "see timm.list_models(), or use vgg16"
-            if pretrained and timm.is_model(config.backbone):
+            advice = "see its documentation of this backbone"
+            if pretrained:
                 advice = "where a download fails, name a file in $BACKBONE_WEIGHTS"
             problem = f"backbone {config.backbone!r} cannot be built by timm ({error}); {advice}"
             raise ValueError(problem) from error
