@@ -104,6 +104,19 @@ def test_maps_give_their_points_back(tmp_path, suffix):
     assert points.dtype == np.float32
 
 
+@pytest.mark.parametrize("suffix", [".png", ".npy", ".mat"])
+def test_maps_that_count(tmp_path, suffix):
+    values = fixation_map(POINTS) // 255
+    values[50, 60:63] = 9, 4, 2  # half of the maximum would leave one pixel of these
+    scale = 255 if suffix == ".mat" else 1
+    points = fixated_pixels(
+        save_map(tmp_path / f"map{suffix}", values.astype(int) * scale if scale > 1 else values),
+        SIZE,
+    )
+    assert len(points) == len(POINTS) + 15
+    assert (points == (61, 50)).all(axis=1).sum() == 4
+
+
 def test_jpeg_does_not_change_crowded_maps(tmp_path):
     """MATLAB's quality of 75, 135 fixations of which most lie close together."""
     rng = np.random.default_rng(0)
@@ -121,6 +134,8 @@ def test_maps_that_are_not_what_they_should_be(tmp_path):
         (np.zeros((200, 100)), "is 100x200, but its photo is 200x100"),
         (np.zeros(3), "is 3, but its photo is 200x100"),
         (np.full((100, 200), np.nan), "not finite"),
+        (np.ones((100, 200)), "marks 20000 of 20000"),
+        (fixation_map(POINTS) * 1.0 + np.eye(100, 200), "between 0 and"),
     ):
         with pytest.raises(ValueError, match=rf"m\.npy .*{said}"):
             fixated_pixels(save_map(path, values), SIZE)

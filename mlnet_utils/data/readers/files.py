@@ -14,6 +14,9 @@ from PIL import Image
 from mlnet_utils.data.images import FORMATS, blame_file, orientation
 from mlnet_utils.data.photos import Photo
 
+MOST_COUNTED = 50  # fixations of one pixel in a map that counts
+MOST_MARKED = 0.5  # share of a map's pixels
+
 
 def need(path: Path, dataset: str) -> Path:
     """The path, or a FileNotFoundError that says how the dataset comes there."""
@@ -120,8 +123,9 @@ def load_mat(path: Path, *names: str) -> dict[str, Any]:
 def fixated_pixels(path: Path, size: tuple[int, int], variable: str = "") -> np.ndarray:
     """The marked pixels of a fixation map: (N, 2) float32 x, y, 0-based.
 
-    A pixel is marked if it exceeds half of the map's maximum, which undoes what JPEG does to
-    single white pixels.
+    In a JPEG a pixel is marked if it exceeds half of the map's maximum, which undoes what JPEG does
+    to single white pixels. Other files are exact: they hold 0 and one other value, or counts, and
+    then a pixel is returned as often as it was fixated.
 
     Args:
         path: a picture, ``.npy`` or ``.mat``.
@@ -154,9 +158,26 @@ def fixated_pixels(path: Path, size: tuple[int, int], variable: str = "") -> np.
     top = values.max()
     marked = (values > top / 2) & (top > 0)
     between = (values > top / 4) & (values <= 3 * top / 4)
-    if between.sum() > marked.sum():
+    whole = (values == values.round()).all() and values.min() >= 0 and top <= MOST_COUNTED
+    sparse = np.count_nonzero(values) <= MOST_MARKED / 5 * values.size
+    if between.sum() > marked.sum() and not (whole and sparse):
         raise ValueError(
             f"map {path} is a blurred density map, not a map of fixated pixels: give it as one"
         )
-    y, x = np.nonzero(marked)
-    return np.stack([x, y], axis=1).astype(np.float32)
+    counts = marked.astype(int)
+    if path.suffix.lower() not in (".jpg", ".jpeg") and top > 0:
+        if whole:
+            counts = values.astype(int)
+        elif not np.isin(values, (0, top)).all():
+            raise ValueError(
+                f"map {path} holds values between 0 and {top:g}: a map of fixated pixels holds 0 "
+                f"and one other value, or counts as whole numbers to {MOST_COUNTED}"
+            )
+    if np.count_nonzero(counts) > MOST_MARKED * counts.size:
+        raise ValueError(
+            f"map {path} marks {np.count_nonzero(counts)} of {counts.size} pixels, more than "
+            "fixations can: get the map of this photo again, with 0 where nobody looked"
+        )
+    y, x = np.nonzero(counts)
+    points = np.stack([x, y], axis=1).astype(np.float32)
+    return points.repeat(counts[y, x], axis=0)
