@@ -117,6 +117,8 @@ class Config:
             items = value if isinstance(value, tuple) else (value,)
             for item in items:
                 _check(key.name, item, key.metadata)
+        if not self.preset.strip(". ") or set(self.preset) & set("/\\"):
+            raise ValueError(f"config: preset={self.preset!r} is no name of a folder")
         if len(self.prior_cells) not in (0, 2):
             raise ValueError(f"config: prior_cells={self.prior_cells} is not (rows, columns) or ()")
         if not self.test_scales:

@@ -11,10 +11,10 @@ import torch
 import yaml
 from conftest import make_photo, tiny_checkpoint
 
-from mlnet_utils.config import load_config
+from mlnet_utils.config import Config, load_config
 from mlnet_utils.data.images import read_density, read_image
 from mlnet_utils.data.readers.files import fixated_pixels, photo_size
-from mlnet_utils.experiments.sweep import read_grid
+from mlnet_utils.experiments.sweep import Grid, read_grid
 from mlnet_utils.model.backbones import read_weights
 from mlnet_utils.model.legacy import import_weights
 from mlnet_utils.predict.export import export
@@ -138,3 +138,15 @@ def test_a_checkpoint_leads_to_no_other_file_or_site(tmp_path, monkeypatch, key,
     monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("timm was asked"))
     with pytest.raises(ValueError, match=f"{key}="):
         load(tmp_path / "x.pt")
+
+
+@pytest.mark.parametrize("cell", ["..", ".", "", "/", " "])
+def test_a_cell_writes_in_its_own_folder(cell):
+    with pytest.raises(ValueError, match="cells="):
+        Grid("x", "tiny", {cell: {}})
+
+
+@pytest.mark.parametrize("preset", ["..", "a/b", "a\\b", ""])
+def test_a_preset_is_the_name_of_a_folder(preset):
+    with pytest.raises(ValueError, match="preset="):
+        Config(preset=preset)

@@ -22,6 +22,11 @@ def main() -> None:
     parser.add_argument("run", type=Path, help="folder of a finished training")
     parser.add_argument("--command", required=True, help="the command that trained it")
     parser.add_argument("--commit", default="", help="of the code that trained it (default: HEAD)")
+    parser.add_argument(
+        "--backbone",
+        default="",
+        help="SHA-256 of the backbone's file, where the checkpoint is from before it was kept",
+    )
     parser.add_argument("--out", type=Path, default=SHIPPED)
     options = parser.parse_args()
 
@@ -34,7 +39,7 @@ def main() -> None:
         "commit": options.commit or head.stdout.strip(),
         "validation": content["scores"],
         "versions": content["versions"],
-        "backbone_sha256": content.get("backbone_sha256", ""),
+        "backbone_sha256": content.get("backbone_sha256") or options.backbone,
         "checkpoint_sha256": sha256_file(checkpoint),
     }
     options.out.parent.mkdir(parents=True, exist_ok=True)

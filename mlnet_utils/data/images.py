@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
-# Formats that Pillow decodes itself (JPEG reads MPO too); others, such as EPS, start external programs.
+# Formats that Pillow decodes itself (JPEG reads MPO too); others, e.g. EPS, start programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {

@@ -61,7 +61,8 @@ class Grid:
 
     def __post_init__(self):
         slugs = [slug(cell) for cell in self.cells]
-        if not self.cells or len(set(slugs)) != len(slugs):
+        named = all(name.strip(".") for name in slugs)  # "..", say, would be another folder
+        if not (self.cells and named and len(set(slugs)) == len(slugs)):
             names = f"cells={list(self.cells)}"
             raise ValueError(f"grid {self.name}: {names} must differ in their letters and digits")
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):

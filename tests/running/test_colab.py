@@ -42,12 +42,12 @@ def mount(folder):
 # The kernel dies in the second epoch, as when Colab takes the machine back.
 DISCONNECT = """\
 import os, signal
-losses_before = training.Trainer.losses
+losses_before = trainer.Trainer.losses
 def losses_until(self, batch):
     if self.updates == 4:
         os.kill(os.getpid(), signal.SIGKILL)
     return losses_before(self, batch)
-training.Trainer.losses = losses_until
+trainer.Trainer.losses = losses_until
 """
 
 
@@ -123,7 +123,7 @@ def test_run_on_drive_goes_from_machine_to_machine_and_survives_a_disconnection(
     prepare, train, *later = STAGES
     run(prepare, tmp_path / "first machine")
     with pytest.raises(nbclient.exceptions.DeadKernelError):
-        run(train, tmp_path / "lost machine", DISCONNECT, before="result = training.fit(")
+        run(train, tmp_path / "lost machine", DISCONNECT, before="result = trainer.fit(")
     assert (folder / "checkpoints" / "last.pt").is_file()
     printed = run(train, tmp_path / "new machine")
     assert "resuming at epoch 2" in printed
