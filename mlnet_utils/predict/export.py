@@ -209,7 +209,7 @@ def _photo_files(checkpoint: Path, photos: Sequence[str | Path], int8: bool) -> 
         prepared = Prepared.read(run / "data")
         files = [prepared.root / photo.image for photo in hash_order(prepared.split("train"))]
     elif checkpoint == SHIPPED:
-        folder = Path(require("skimage.data", "notebooks").data_dir)
+        folder = Path(require("skimage.data", "notebooks").__file__).parent
         files = [folder / name for name in ("astronaut.png", "chelsea.png", "coffee.png")]
     else:
         raise ValueError(

@@ -56,7 +56,7 @@ def test_the_file_is_small_and_described():
 
 def test_predict_needs_no_checkpoint(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    photo = Path(skimage.data.data_dir) / "chelsea.png"
+    photo = Path(skimage.data.__file__).parent / "chelsea.png"
     assert cli.main(["predict", "--npy", str(photo)]) == 0
     density = np.load(tmp_path / "saliency" / "chelsea.npy")
     assert density.sum() == pytest.approx(1, abs=1e-3)
