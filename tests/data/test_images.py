@@ -158,7 +158,7 @@ def test_an_exif_that_cannot_be_written_again_still_turns_the_photo(tmp_path):
 
 
 def test_whatever_a_reader_raises_names_the_file(tmp_path, monkeypatch):
-    def fails(_):
+    def fails(*_, **options):
         raise struct.error("required argument is not an integer")
 
     saved(tmp_path, colourful(), "x.png")

@@ -133,10 +133,10 @@ def own_photos(tmp_path, rows, names="abcdefghij"):
 
 
 def test_own_photos_are_split_by_shares(tmp_path):
-    root = own_photos(tmp_path, ["3,4", "70,4"])
+    root = own_photos(tmp_path, [*[f"{x},4" for x in range(3, 22)], "70,4"])  # one is outside
     meta = prepare(tiny_config(dataset="folder", sigma=5.0), root, tmp_path / "run").meta
     assert meta["photos"] == {"train": 7, "val": 1, "test": 2}
-    assert (meta["sigma_px"], meta["fixations"], meta["dropped_outside"]) == (5.0, 10, 10)
+    assert (meta["sigma_px"], meta["fixations"], meta["dropped_outside"]) == (5.0, 190, 10)
     with pytest.raises(ValueError, match="'folder' has no sigma of its own: set `sigma`"):
         prepare(tiny_config(dataset="folder"), root, tmp_path / "run")
 
