@@ -48,7 +48,6 @@ def chosen_photos(place: str = "") -> dict[str, np.ndarray]:
     else:
         path = Path(place).expanduser()
         paths = visible_files(path) if path.is_dir() else [path]
-        paths = [p for p in paths if not path.is_dir() or p.suffix.lower() in PHOTO_SUFFIXES]
     if not paths:
         raise FileNotFoundError(
             f"no photo in {place!r}: {', '.join(PHOTO_SUFFIXES)} are looked for"
