@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -44,26 +45,38 @@ def cpu_name() -> str:
     return names[0] if names else platform.processor() or platform.machine()
 
 
-def make_trainer(config: Config, folder: Path) -> Trainer:
-    """A trainer on as many random photos as two batches need."""
-    photos, rng = [], np.random.default_rng(0)
+def make_photos(folder: Path, count: int, height: int, width: int) -> list[Path]:
+    """JPEGs of smooth noise: ``0.jpg``, ``1.jpg`` and so on."""
     folder.mkdir(parents=True, exist_ok=True)
-    for number in range(2 * config.batch_size):
-        name = f"{number}.jpg"
-        noise = rng.integers(0, 256, (config.height // 8, config.width // 8, 3), dtype=np.uint8)
-        Image.fromarray(noise).resize((config.width, config.height)).save(folder / name)
+
+    def make(number: int) -> Path:
+        rng = np.random.default_rng(number)
+        noise = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
+        path = folder / f"{number}.jpg"
+        Image.fromarray(noise).resize((width, height)).save(path, quality=90)
+        return path
+
+    with ThreadPoolExecutor(cpu_count()) as pool:
+        return list(pool.map(make, range(count)))
+
+
+def make_trainer(config: Config, folder: Path, count: int = 0) -> Trainer:
+    """A trainer on random photos, the last one for validation; default: of two batches."""
+    photos, rng = [], np.random.default_rng(0)
+    size = (config.height, config.width)
+    paths = make_photos(folder, count or 2 * config.batch_size, *size)
+    for path in paths:
         points = rng.uniform(0, (config.width - 1, config.height - 1), (100, 2))
-        split = "train" if number < 2 * config.batch_size - 1 else "val"
         photos.append(
             Photo(
-                str(number),
-                name,
+                path.stem,
+                path.name,
                 config.width,
                 config.height,
-                split,
+                "val" if path == paths[-1] else "train",
                 points.astype(np.float32),
                 np.zeros(100, np.int16),
-                sha256=sha256_file(folder / name),
+                sha256=sha256_file(path),
             )
         )
     meta = {"root": str(folder), "sigma_px": 20.0}
@@ -130,15 +143,19 @@ def show(value: object) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def save(name: str, content: dict, out: Path | None = None) -> Path:
-    """Write the record: what was measured, on what, with which command."""
-    path = out or RESULTS / f"{name}.json"
+def record(name: str, content: dict) -> dict:
+    """What was measured, on what, with which command."""
     words = sys.argv[1:]
     for option in {"--out", "--figure"} & set(words):  # say nothing about the measurement
         place = words.index(option)
         del words[place : place + 2]
     command = " ".join(["python", f"benchmarks/{name}.py", *words])
-    record = {"command": command, "hardware": hardware(), "versions": versions(), **content}
-    write_json(path, record)
+    return {"command": command, "hardware": hardware(), "versions": versions(), **content}
+
+
+def save(name: str, content: dict, out: Path | None = None) -> Path:
+    """Write the record."""
+    path = out or RESULTS / f"{name}.json"
+    write_json(path, record(name, content))
     print(f"\n{path}")
     return path

@@ -1,0 +1,108 @@
+"""The benchmark for a GPU: small on a CPU, without what a GPU's machine may lack, cut off."""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+LACKING = ("gdown", "nbclient", "nbformat", "papermill", "jupyter_client", "IPython", "pydantic",
+           "skimage", "onnx", "onnxruntime")  # fmt: skip
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    import on_a_gpu
+
+    return on_a_gpu
+
+
+def run(on_a_gpu, rows, out, seconds=60.0, allowed=60.0):
+    """Run the rows in a section of their own each; the record that stands in the file."""
+    sections = {name: (allowed, {"row": row}) for name, row in rows.items()}
+    record = {"complete": False, "seconds": {}, "sections": {}}
+    on_a_gpu.run_sections(sections, record, out, seconds)
+    return json.loads(out.read_text())
+
+
+@pytest.mark.slow
+def test_every_section_runs_without_what_the_machine_may_lack(tmp_path):
+    out = tmp_path / "record.json"
+    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({LACKING})); "
+    code += f"sys.argv[1:] = ['--smoke', '--out', {str(out)!r}]; "
+    code += f"sys.path.insert(0, {str(BENCHMARKS)!r}); "
+    code += f"runpy.run_path({str(BENCHMARKS / 'on_a_gpu.py')!r}, run_name='__main__')"
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path
+    )
+    assert ended.returncode == 0, ended.stderr
+    record = json.loads(out.read_text())
+    assert record["complete"]
+    assert list(record["sections"]) == [
+        *("matrix", "memory", "training", "resume", "batch-size finder", "prediction", "parts"),
+        *("MLNet-Pytorch", "compile", "osie"),
+    ]
+    rows = [row for section in record["sections"].values() for row in section.values()]
+    assert not [row["error"] for row in rows if "error" in row]
+    assert record["sections"]["resume"]["bf16, deterministic"]["same log"]
+    assert record["sections"]["osie"]["training"]["scores"]["CC"]["mean"] is not None
+
+
+def test_a_row_that_fails_is_recorded_and_the_next_one_runs(on_a_gpu, tmp_path):
+    def fails():
+        raise ZeroDivisionError("on purpose")
+
+    record = run(on_a_gpu, {"first": fails, "second": lambda: {"is": 1}}, tmp_path / "r.json")
+    assert "ZeroDivisionError: on purpose" in record["sections"]["first"]["row"]["error"]
+    assert record["sections"]["second"] == {"row": {"is": 1}}
+    assert record["complete"]
+
+
+def test_a_run_that_is_cut_off_keeps_what_it_had(on_a_gpu, tmp_path):
+    def killed():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(on_a_gpu, {"first": lambda: {"is": 1}, "second": killed}, tmp_path / "r.json")
+    record = json.loads((tmp_path / "r.json").read_text())
+    assert record["sections"]["first"] == {"row": {"is": 1}}
+    assert not record["complete"]
+
+
+def test_a_row_that_takes_too_long_is_left(on_a_gpu, tmp_path):
+    rows = {"first": lambda: time.sleep(5), "second": lambda: {"is": 1}}
+    started = time.monotonic()
+    record = run(on_a_gpu, rows, tmp_path / "r.json", allowed=0.1)
+    assert time.monotonic() - started < 3
+    assert "skipped" in record["sections"]["first"]["row"]
+    assert record["sections"]["second"] == {"row": {"is": 1}}
+    record = run(on_a_gpu, rows, tmp_path / "r.json", seconds=0.1)
+    assert "no time" in record["sections"]["second"]["row"]["skipped"]
+
+
+def test_photos_that_were_made_smaller_are_brought_back(on_a_gpu, tmp_path):
+    from miniatures import save_osie, save_photo
+    from PIL import Image
+
+    data = tmp_path / "data"
+    save_osie(data / "osie", {"1001.jpg": [], "1002.jpg": []})
+    save_photo(data / "osie" / "data" / "stimuli" / "1002.jpg", 640, 480)
+    (tmp_path / "work").mkdir()
+    options = argparse.Namespace(data=data, weights=None, smoke=False, minutes=1)
+    root = on_a_gpu.Measurements(options, tmp_path / "work")._osie_root()
+    photos = sorted((root / "osie" / "data" / "stimuli").iterdir())
+    assert [Image.open(photo).size for photo in photos] == 2 * [(800, 600)]
+    assert photos[0].is_symlink()
+    assert (root / "osie" / "data" / "eye" / "fixations.mat").is_file()
+
+
+def test_without_osie_the_training_is_skipped_with_a_reason(on_a_gpu, tmp_path):
+    options = argparse.Namespace(data=tmp_path, weights=None, smoke=False, minutes=1)
+    assert str(tmp_path) in on_a_gpu.Measurements(options, tmp_path).train()["skipped"]
