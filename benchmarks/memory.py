@@ -3,8 +3,8 @@
     python benchmarks/memory.py
     python benchmarks/memory.py --smoke   # seconds, to see that it works
 
-On a GPU: the most that torch allocated there. On a CPU: the most resident memory of the process,
-less what it held before the network was built. Every variant runs in a process of its own.
+On a CPU: the most resident memory of the process, less what it held before the network was built.
+Every variant runs in a process of its own. ``on_a_gpu.py`` measures a GPU's.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import tempfile
 from pathlib import Path
 
 import measure
-import torch
 
 from mlnet_utils.config import load_config
 
@@ -48,10 +47,7 @@ def peak(changes: dict, size: tuple[int, int], batch: int, updates: int, results
         update = measure.one_update(trainer)
         for _ in range(updates):
             update()
-    found = reserved = resident_peak() - before
-    if torch.cuda.is_available():
-        found, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    results.put((found, reserved, trainer.accelerator.mixed_precision))
+    results.put((resident_peak() - before, trainer.accelerator.mixed_precision))
 
 
 def main() -> None:
@@ -78,13 +74,12 @@ def main() -> None:
         process.join()
         if process.exitcode:
             sys.exit(f"{name}: the measuring process ended with code {process.exitcode}")
-        allocated, reserved, precision = results.get()
+        resident, precision = results.get()
         rows.append(
             {
                 "training": name,
                 "precision": {"no": "fp32"}.get(precision, precision),
-                "peak GB": allocated / 1e9,
-                "reserved GB": reserved / 1e9,
+                "peak GB": resident / 1e9,
             }
         )
     measure.print_table(rows)

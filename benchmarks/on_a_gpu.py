@@ -197,7 +197,7 @@ class Measurements:
                         name: call(self.speed, self.paper(**changes))
                         for name, changes in {**precisions, **options}.items()
                     },
-                    "bf16, batch 32": call(self.speed, self.paper(**half, batch=3 * self.batch)),
+                    "bf16, batch 32": call(self.speed, self.paper(**half, batch=32)),
                     "bf16, from files": call(self.from_files, self.paper(**half, workers=-1)),
                     "preset osie": call(self.speed, self.osie_config(backbone_weights="none")),
                 },
@@ -465,16 +465,13 @@ class Measurements:
 
     def train(self) -> dict:
         """Train the preset ``osie`` on its data; the log, and the scores on validation photos."""
-        changes = {"workers": -1, "backbone_weights": self.weights or None}
+        root, config = self.folder, self.osie_config(workers=-1)
         if not self.smoke:
             root = self._osie_root()
             if root is None:
                 return {"skipped": f"{self.data} holds no osie/data/stimuli and osie/data/eye"}
-            weights = self.weights or packaged_file(self.osie_config().backbone) or "none"
-            changes["backbone_weights"] = str(weights)
-        else:
-            root = self.folder
-        config = self.osie_config(**changes)
+            weights = self.weights or packaged_file(config.backbone) or "none"
+            config = self.osie_config(workers=-1, backbone_weights=weights)
         run = self.new_folder()
         prepared = preparation.prepare(config, root, run / "data")
         trainer = Trainer(config, run, make_accelerator(config))
@@ -497,7 +494,7 @@ class Measurements:
             "backbone_sha256": trainer.model.backbone.sha256 or "random weights",
             "photos": prepared.meta["photos"],
             "log": trainer.history,
-            "times.csv": (run / "times.csv").read_text() if trainer.history else "",
+            "times": (run / "times.csv").read_text().split() if trainer.history else [],
         }
         best = run / "checkpoints" / "best.pt"
         if best.is_file():
@@ -624,6 +621,11 @@ def main() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if options.smoke and options.out is None:
         parser.error("--smoke writes no record of this machine: name a file with --out")
+    if options.weights:
+        try:  # now, and not when the time is nearly over
+            MLNet(load_config("osie", backbone_weights=options.weights))
+        except (ValueError, FileNotFoundError) as error:
+            parser.error(str(error))
     content = {"device": DEVICE, "complete": False, "seconds": {}, "sections": {}}
     record = measure.record("on_a_gpu", content)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:

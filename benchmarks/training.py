@@ -1,7 +1,6 @@
 """Training speed: images per second of this engine and of MLNet-Pytorch's own loop, in one run.
 
     python benchmarks/training.py                 # 240x320, batch 16, as MLNet-Pytorch
-    python benchmarks/training.py --size 480 640  # on a GPU
     python benchmarks/training.py --smoke         # seconds, to see that it works
 
 All weights are random: they do not change the speed. Photos are in memory: loading has a
@@ -104,7 +103,7 @@ def switched(update: Callable[[], None], deterministic: bool) -> Callable[[], No
     return call
 
 
-def training(size: tuple[int, int], batch: int, rounds: int, more: bool, clock: str) -> list[dict]:
+def training(size: tuple[int, int], batch: int, rounds: int, clock: str) -> list[dict]:
     """Images per second of every variant."""
     ours = {
         "this engine": {"freeze": FROZEN},
@@ -121,9 +120,6 @@ def training(size: tuple[int, int], batch: int, rounds: int, more: bool, clock: 
         },
         "this engine, nothing frozen": {},
     }
-    if more:
-        ours["this engine, nothing frozen, compiled"] = {"compile": True}
-        ours["this engine, nothing frozen, checkpointing"] = {"checkpointing": True}
     with tempfile.TemporaryDirectory() as folder:
         updates = {"MLNet-Pytorch's loop": its_update(*size, batch)}
         for number, (name, changes) in enumerate(ours.items()):
@@ -197,41 +193,6 @@ def head_only(size: tuple[int, int], batch: int, rounds: int, clock: str) -> lis
     ]
 
 
-def layers(size: tuple[int, int], batch: int, rounds: int) -> list[dict]:
-    """Rate of every convolution, forward and backward, beside that of a large matrix product."""
-    kind = torch.bfloat16 if choose_precision(our_config(size, batch)) == "bf16" else torch.float32
-    n = 8192 if DEVICE == "cuda" else 1024
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=kind) for _ in range(2))
-    calls, flops = {f"matrix product {n}": lambda: a @ b}, {f"matrix product {n}": 2 * n**3}
-    height, width = size
-    inside = 3
-    for place, layer in enumerate(make_layers(cfgs["D"])[:30]):
-        if isinstance(layer, nn.MaxPool2d) and place != 23:
-            height, width = height // 2, width // 2
-        if not isinstance(layer, nn.Conv2d):
-            continue
-        layer = layer.to(DEVICE, kind, memory_format=torch.channels_last)
-        x = torch.randn(batch, inside, height, width, device=DEVICE, dtype=kind)
-        x = x.contiguous(memory_format=torch.channels_last).requires_grad_(place > 0)
-        name = f"features.{place} {inside}->{layer.out_channels} at {height}x{width}"
-
-        def call(layer: nn.Module = layer, x: Tensor = x) -> None:
-            y = layer(x)
-            y.backward(torch.ones_like(y))
-
-        passes = 3 if place else 2  # the first layer's input needs no gradient
-        calls[name] = call
-        flops[name] = passes * 2 * 9 * inside * layer.out_channels * height * width * batch
-        inside = layer.out_channels
-    times = {name: measure.median(v) for name, v in measure.seconds(calls, rounds).items()}
-    rates = {name: flops[name] / times[name] / 1e12 for name in calls}
-    peak = rates[f"matrix product {n}"]
-    return [
-        {"layer": name, "ms": 1000 * times[name], "TFLOP/s": rate, "of the product's": rate / peak}
-        for name, rate in rates.items()
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -243,8 +204,6 @@ def main() -> None:
         "--clock", choices=measure.CLOCKS, default="wall",
         help="cpu: CPU time of the process, on a machine that does other things",
     )  # fmt: skip
-    parser.add_argument("--layers", action="store_true", help="also the rate of every layer")
-    parser.add_argument("--more", action="store_true", help="also compiled and with checkpointing")
     parser.add_argument("--smoke", action="store_true", help="small and short, nothing saved")
     parser.add_argument("--out", type=Path, help="default: results/benchmarks/training.json")
     options = parser.parse_args()
@@ -252,17 +211,14 @@ def main() -> None:
         options.size, options.batch, options.rounds = (80, 80), 2, 1
     size, batch, rounds = tuple(options.size), options.batch, options.rounds
     content = {"size": size, "batch": batch, "device": DEVICE, "clock": options.clock}
-    content["training"] = training(size, batch, rounds, options.more, options.clock)
+    content["training"] = training(size, batch, rounds, options.clock)
     content["forward"] = forward(size, batch, rounds, options.clock)
     content["head_only"] = head_only(size, batch, rounds, options.clock)
-    if options.layers:
-        content["layers"] = layers(size, batch, rounds)
-    for part in ("training", "forward", "head_only", "layers"):
-        if part in content:
-            print()
-            measure.print_table(
-                [{k: v for k, v in row.items() if "seconds" not in k} for row in content[part]]
-            )
+    for part in ("training", "forward", "head_only"):
+        print()
+        measure.print_table(
+            [{k: v for k, v in row.items() if "seconds" not in k} for row in content[part]]
+        )
     if not options.smoke:
         measure.save("training", content, options.out)
 
