@@ -19,6 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
+import filelock
 import yaml
 
 SHIPPED = Path(__file__).parent / "weights" / "mlnet.safetensors"  # comes with the package
@@ -111,7 +112,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix is kept because writers such as Pillow and NumPy choose the format by it.
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
+    temporary = path.with_name(f"{_temporary_stem(path)}.{os.getpid()}.tmp{path.suffix}")
     try:
         yield temporary
         with open(temporary, "rb") as file:
@@ -121,16 +122,60 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def remove_temporaries(path: Path) -> None:
-    """Delete the leftovers of :func:`atomic_path` of ``path`` in processes that were killed."""
-    for leftover in path.parent.glob(f".{path.stem}.*.tmp{path.suffix}"):
-        leftover.unlink(missing_ok=True)
+def _temporary_stem(path: Path) -> str:
+    """The beginning of a file's temporaries: short, for names may be as long as the disk allows."""
+    return f".{hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]}"
+
+
+def remove_temporaries(paths: Iterable[Path]) -> None:
+    """Delete what killed processes left of these files in :func:`atomic_path`.
+
+    Call it inside :func:`locked`: then no other process is writing them.
+    """
+    wanted = {path.with_name(_temporary_stem(path)) for path in paths}
+    for folder in {path.parent for path in wanted}:  # looking for each file by itself is slow
+        for leftover in list(folder.glob(".*.tmp*")):
+            if leftover.with_name(f".{leftover.name.split('.')[1]}") in wanted:
+                leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(target: str | Path) -> Iterator[None]:
+    """Keep other processes out of a file or folder that this one is writing.
+
+    The second process waits, and says for which one; a killed one keeps nobody waiting. Of the
+    processes of one launch the first holds the lock for all: let them meet after it is taken. Not
+    to be taken twice by one thread.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    target = Path(os.path.realpath(target))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    file = target.with_name(f".{target.name}.lock")
+    lock = filelock.FileLock(file)
+    try:
+        lock.acquire(blocking=False)
+    except filelock.Timeout:
+        with contextlib.suppress(OSError):
+            print(f"waiting for {file.read_text('utf-8')}, which uses {target}", flush=True)
+        lock.acquire()
+    try:
+        with contextlib.suppress(OSError):  # a full disk, or Windows, where locked is unreadable
+            holder = f"process {os.getpid()} on {platform.node()} ({given_command()})"
+            file.write_text(holder, encoding="utf-8")
+        yield
+    finally:
+        # Still locked: a process that waits for this very file notices that it is gone.
+        with contextlib.suppress(OSError):
+            file.unlink()
+        lock.release()
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write ``text`` (UTF-8) atomically."""
+    """Write ``text`` (UTF-8) atomically; bytes of names that are no text are escaped."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -1,7 +1,9 @@
 """Folders, atomic writes, records, seeds, signals and progress."""
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -86,11 +88,70 @@ def test_atomic_path_replaces_only_on_success(tmp_path):
     assert os.listdir(path.parent) == ["file.csv"]
 
 
+def abandon(path: Path) -> Path:
+    """Half a file, as a killed writer leaves it; returns its path."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with runtime.atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+    return temporary
+
+
 def test_leftovers_of_killed_writers_are_removed(tmp_path):
-    for name in (".last.12.tmp.pt", ".last.345.tmp.pt", ".best.12.tmp.pt", "last.pt"):
-        (tmp_path / name).write_text("x")
-    runtime.remove_temporaries(tmp_path / "last.pt")
-    assert sorted(os.listdir(tmp_path)) == [".best.12.tmp.pt", "last.pt"]
+    left = [abandon(tmp_path / name) for name in ("last.pt", "best.pt", "a.b.pt", "none")]
+    (tmp_path / "last.pt").write_text("whole")
+    runtime.remove_temporaries(tmp_path / name for name in ("last.pt", "a.b.pt", "none"))
+    assert sorted(tmp_path.iterdir()) == sorted([left[1], tmp_path / "last.pt"])
+
+
+@pytest.mark.parametrize("name", ["a" * 251 + ".png", "é" * 125 + ".png", os.fsdecode(b"caf\xe9")])
+def test_any_name_that_the_disk_takes_is_written(tmp_path, name):
+    runtime.write_text(tmp_path / name, os.fsdecode(b"caf\xe9"))
+    assert os.listdir(tmp_path) == [name]
+    runtime.write_json(tmp_path / name, [name])
+    assert runtime.read_json(tmp_path / name, "nobody") == [name]
+
+
+HOLD = """
+import sys, time
+from mlnet_utils.runtime import locked
+with locked(sys.argv[1]):
+    print("taken", flush=True)
+    sys.stdin.readline()
+    open(sys.argv[1], "a").write("first ")
+"""
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """Another process that holds the lock of the file ``target``, until it is told a line."""
+    command = [sys.executable, "-c", HOLD, str(tmp_path / "target")]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    root = Path(runtime.__file__).parents[1]
+    with subprocess.Popen(command, cwd=root, **pipes) as process:
+        assert process.stdout.readline() == "taken\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_process_waits_and_says_for_whom(tmp_path, holder, capsys):
+    threading.Timer(0.2, print, ["go on"], {"file": holder.stdin, "flush": True}).start()
+    with runtime.locked(tmp_path / "target"):
+        assert (tmp_path / "target").read_text() == "first "
+    assert f"waiting for process {holder.pid} on " in capsys.readouterr().out
+    assert os.listdir(tmp_path) == ["target"]
+
+
+def test_a_killed_process_keeps_nobody_waiting(tmp_path, holder, capsys, monkeypatch):
+    holder.kill()
+    holder.wait()
+    with runtime.locked(tmp_path / "target"):
+        monkeypatch.setenv("RANK", "1")
+        with runtime.locked(tmp_path / "target"):  # another process of this one's launch
+            pass
+    assert capsys.readouterr().out == ""
+    assert os.listdir(tmp_path) == []
 
 
 def test_json_round_trip_and_errors(tmp_path):

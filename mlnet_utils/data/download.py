@@ -21,7 +21,7 @@ import gdown
 
 from mlnet_utils.data.readers import DATASETS, TEST_PHOTOS
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
-from mlnet_utils.runtime import progress, read_json, sha256_file
+from mlnet_utils.runtime import locked, progress, read_json, sha256_file
 
 SOURCES = {**DATASETS, **TEST_PHOTOS}
 ARCHIVES = "archives"  # folder of a dataset that keeps what was downloaded
@@ -51,7 +51,7 @@ def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) ->
 
     What is complete already is only compared with its record, by the files' SHA-256. Archives that
     lie in ``<folder>/archives`` under their names are used without a download; those handed over
-    are used where they are.
+    are used where they are. A second process that wants the same archive waits for the first.
 
     Args:
         name: of a dataset of :mod:`~mlnet_utils.data.readers`, or of a benchmark's test photos.
@@ -75,24 +75,30 @@ def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) ->
         raise ValueError(f"{name} is not downloaded: {spec.by_hand} in {folder}")
     given = _match(spec, map(Path, archives))
     for archive in spec.archives:
-        target = folder / archive.into
-        if target.exists():
-            check_unpacked(target)
-            continue
-        path = given.get(archive.name) or folder / ARCHIVES / archive.name
-        fetched = None if path.is_file() else _fetch(name, archive, path)
-        try:
-            _check_archive(fetched or path, archive)
-            unpack(fetched or path, target, archive.holds, archive.known)
-        except ArchiveError as error:
-            if fetched is None:  # it is the user's
-                raise
-            fetched.unlink()
-            hint = _by_hand(name, archive, path)
-            raise ArchiveError(f"{error}; it was deleted. {hint}") from error
-        if fetched:
-            fetched.replace(path)
+        with locked(folder / archive.into):
+            _acquire_archive(name, archive, folder, given.get(archive.name))
     return folder
+
+
+def _acquire_archive(name: str, archive: Archive, folder: Path, given: Path | None) -> None:
+    """Fetch and unpack an archive, or compare with its record what was unpacked before."""
+    target = folder / archive.into
+    if target.exists():
+        check_unpacked(target)
+        return
+    path = given or folder / ARCHIVES / archive.name
+    fetched = None if path.is_file() else _fetch(name, archive, path)
+    try:
+        _check_archive(fetched or path, archive)
+        unpack(fetched or path, target, archive.holds, archive.known)
+    except ArchiveError as error:
+        if fetched is None:  # it is the user's
+            raise
+        fetched.unlink()
+        hint = _by_hand(name, archive, path)
+        raise ArchiveError(f"{error}; it was deleted. {hint}") from error
+    if fetched:
+        fetched.replace(path)
 
 
 def _match(spec: DatasetSpec, paths: Iterable[Path]) -> dict[str, Path]:

@@ -12,7 +12,7 @@ from mlnet_utils.config import Config
 from mlnet_utils.data import synthetic
 from mlnet_utils.data.photos import SPLITS, Photo, Prepared
 from mlnet_utils.data.readers import DATASETS, dataset_spec
-from mlnet_utils.runtime import progress, versions
+from mlnet_utils.runtime import locked, progress, versions
 
 NEEDS_POINTS = re.compile(r"\b(ce|nss)\b")  # losses that a density map cannot serve
 SAMPLE = {"train": 960, "val": 60, "test": 100}  # stimuli of the synthetic sample
@@ -21,6 +21,8 @@ FOLDS = 5
 
 def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
     """Read a dataset, split it, hash its files, and write the prepared folder.
+
+    While another process prepares the same folder, this call waits.
 
     Args:
         config: names the dataset, the fold and the limits.
@@ -31,6 +33,11 @@ def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
         FileNotFoundError: a part of the dataset is missing; says how to get it.
         ValueError: the dataset is damaged, or the configuration does not fit it.
     """
+    with locked(folder):
+        return _prepare(config, data_root, folder)
+
+
+def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
     spec = dataset_spec(config.dataset)
     sigma = config.sigma or spec.sigma
     if np.isnan(sigma):

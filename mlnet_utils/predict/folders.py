@@ -1,8 +1,9 @@
 """Saliency maps for files and folders of photos: decoding ahead, batches, resuming, reporting."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -23,9 +24,11 @@ from mlnet_utils.runtime import (
     atomic_path,
     cpu_count,
     display_path,
+    locked,
     pick_device,
     progress,
     read_json,
+    remove_temporaries,
     sha256_file,
     versions,
     write_json,
@@ -87,9 +90,22 @@ def predict_folder(
             maps of another checkpoint and ``force`` is not given.
     """
     endings = [*([".npy"] if npy else []), *(["_overlay.png"] if overlay else []), ".png"]
-    predictor, targets, result = begin(
-        checkpoint, paths, Path(out), endings, force, batch_size, device
-    )
+    call = (checkpoint, paths, Path(out), endings, force, batch_size, device)
+    with begin(*call) as (predictor, targets, result):
+        _predict_photos(predictor, targets, result, endings, batch_size, upright)
+        return gather(result)
+
+
+def _predict_photos(
+    predictor: Predictor,
+    targets: Targets,
+    result: FolderResult,
+    endings: Sequence[str],
+    batch_size: int,
+    upright: bool,
+) -> None:
+    """Write the files of all photos, and note in ``result`` how each of them went."""
+    overlay = "_overlay.png" in endings
 
     def decode(photo: Path) -> tuple[Tensor | None, Tensor, Letterbox]:
         pixels = read_image(photo, upright)
@@ -136,7 +152,6 @@ def predict_folder(
                 for (photo, (pixels, _, box)), single in zip(ready.items(), maps, strict=True)
             }
         result.done += finished(writing, "its map cannot be written: ")
-    return gather(result)
 
 
 def to_8_bits(density: np.ndarray) -> np.ndarray:
@@ -145,6 +160,7 @@ def to_8_bits(density: np.ndarray) -> np.ndarray:
 
 
 # ---- before and after the predictions, of photos and of videos ---------------------------------
+@contextmanager
 def begin(
     checkpoint: str | Path,
     paths: Sequence[str | Path],
@@ -154,10 +170,11 @@ def begin(
     batch_size: int,
     device: str | None,
     suffixes: Sequence[str] = PHOTO_SUFFIXES,
-) -> tuple[Predictor, Targets, FolderResult]:
+) -> Iterator[tuple[Predictor, Targets, FolderResult]]:
     """The network, this process's share of the work, and a result with what was done before.
 
-    Arguments and errors as those of :func:`list_targets` and :func:`predict_folder`.
+    Meanwhile other calls that would write into ``out`` wait. Arguments and errors as those of
+    :func:`list_targets` and :func:`predict_folder`.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -170,39 +187,37 @@ def begin(
         "sha256": sha256_file(checkpoint),
         "versions": versions(),
     }
-    before = {} if force else record  # of the network that made the maps in ``out``
-    if (out / RECORD).exists():
-        try:
-            before = read_json(out / RECORD, "predict")
-        except ValueError:
-            if not force:
-                raise
-    other_maps = before.get("sha256") != record["sha256"]
-    if other_maps and not force:
-        raise ValueError(
-            f"the maps in {out} were made by another checkpoint ({before.get('checkpoint')}); "
-            "choose another output folder, or force them to be made again"
-        )
-    todo = {f: made for f, made in targets.items() if force or not all(p.is_file() for p in made)}
-    result = FolderResult(skipped=sorted(targets.keys() - todo.keys()))
-    if processes.is_main_process:
-        wanted = {path for made in todo.values() for path in made}
-        # What atomic_path left behind in calls that were killed, .<stem>.<process>.tmp.<suffix>, in
-        # a single pass: looking for each file by itself takes minutes for thousands.
-        for leftover in list(out.rglob(".*.tmp.*")):
-            stem = leftover.stem[1:].rsplit(".", 2)[0]
-            if leftover.with_name(stem + leftover.suffix) in wanted:
-                leftover.unlink(missing_ok=True)
-        if other_maps:
-            # Before the record says otherwise: an interrupted call would leave maps of the other
-            # network, which the next one would take for done.
-            for path in filter(Path.is_file, wanted):
-                path.unlink()
-    processes.wait_for_everyone()  # all have the same list before the first one writes
-    if processes.is_main_process:
-        write_json(out / RECORD, record)
-    share = list(todo)[processes.process_index :: processes.num_processes]
-    return predictor, {file: todo[file] for file in share}, result
+    with locked(out):
+        processes.wait_for_everyone()
+        before = {} if force else record  # of the network that made the maps in ``out``
+        if (out / RECORD).exists():
+            try:
+                before = read_json(out / RECORD, "predict")
+            except ValueError:
+                if not force:
+                    raise
+        other_maps = before.get("sha256") != record["sha256"]
+        if other_maps and not force:
+            raise ValueError(
+                f"the maps in {out} were made by another checkpoint ({before.get('checkpoint')}); "
+                "choose another output folder, or force them to be made again"
+            )
+        done = {f for f, made in targets.items() if not force and all(p.is_file() for p in made)}
+        todo = {file: made for file, made in targets.items() if file not in done}
+        processes.wait_for_everyone()  # all have the same list before the first one writes
+        if processes.is_main_process:
+            wanted = [path for made in todo.values() for path in made]
+            remove_temporaries(wanted)
+            if other_maps:
+                # Before the record says otherwise: an interrupted call would leave maps of the
+                # other network, which the next one would take for done.
+                for path in filter(Path.is_file, wanted):
+                    path.unlink()
+            write_json(out / RECORD, record)
+        processes.wait_for_everyone()
+        share = list(todo)[processes.process_index :: processes.num_processes]
+        work = {file: todo[file] for file in share}
+        yield predictor, work, FolderResult(skipped=sorted(done))
 
 
 def gather(result: FolderResult) -> FolderResult:

@@ -39,19 +39,18 @@ def predict_videos(
     Returns:
         The videos that were done, skipped, or failed and why; a broken video stops nothing.
     """
-    av = require("av", "video")
+    require("av", "video")
     endings = ["_overlay.mp4", ".mp4"] if overlay else [".mp4"]
-    predictor, targets, result = begin(
-        checkpoint, paths, Path(out), endings, force, batch_size, device, VIDEO_SUFFIXES
-    )
-    for video, made in targets.items():
-        try:
-            _predict_video(predictor, video, made, batch_size)
-        except (av.FFmpegError, ValueError, OSError) as error:
-            result.failed[video] = str(error)
-        else:
-            result.done.append(video)
-    return gather(result)
+    call = (checkpoint, paths, Path(out), endings, force, batch_size, device, VIDEO_SUFFIXES)
+    with begin(*call) as (predictor, targets, result):
+        for video, made in targets.items():
+            try:
+                _predict_video(predictor, video, made, batch_size)
+            except Exception as error:  # whatever it is, the other videos go on
+                result.failed[video] = str(error) or type(error).__name__
+            else:
+                result.done.append(video)
+        return gather(result)
 
 
 def _predict_video(predictor: Predictor, video: Path, paths: list[Path], batch_size: int) -> None:

@@ -118,27 +118,29 @@ def run_notebook(
         NotebookError: a cell failed, the kernel died, or ``check`` found a fault.
     """
     failed, error = target.with_suffix(".failed.ipynb"), None
-    with tempfile.TemporaryDirectory(prefix="mlnet-") as scratch:
-        executed = Path(scratch) / "executed.ipynb"
-        try:
-            papermill.execute_notebook(
-                str(source).replace("{", "{{").replace("}", "}}"),  # placeholders of papermill
-                str(executed),
-                parameters=dict(parameters),
-                kernel_name="python3",
-                language="python",
-                kernel_manager_class=ThisPython,
-                # At its usual level the kernel warns about sockets and about its own shutdown.
-                extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
-                progress_bar=False,
-                start_timeout=KERNEL_START_SECONDS,
-                stdout_file=sys.stdout,
-                stderr_file=sys.stderr,
-            )
-        # nbclient raises a plain RuntimeError for a kernel that does not start.
-        except (PapermillExecutionError, RuntimeError) as found:
-            error = found
-        notebook = nbformat.read(executed, as_version=4)
+    executed = target.with_suffix(".running.ipynb")  # of a killed run, the next one's place
+    executed.parent.mkdir(parents=True, exist_ok=True)
+    # Braces are placeholders of papermill.
+    paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (source, executed))
+    try:
+        papermill.execute_notebook(
+            *paths,
+            parameters=dict(parameters),
+            kernel_name="python3",
+            language="python",
+            kernel_manager_class=ThisPython,
+            # At its usual level the kernel warns about sockets and about its own shutdown.
+            extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
+            progress_bar=False,
+            start_timeout=KERNEL_START_SECONDS,
+            stdout_file=sys.stdout,
+            stderr_file=sys.stderr,
+        )
+    # nbclient raises a plain RuntimeError for a kernel that does not start.
+    except (PapermillExecutionError, RuntimeError) as found:
+        error = found
+    notebook = nbformat.read(executed, as_version=4)
+    executed.unlink()
     problem = _describe(error, notebook) if error else check()
     _clean(notebook)
     write_text(failed if problem else target, nbformat.writes(notebook) + "\n")

@@ -6,8 +6,8 @@ about saliency. Needs the extra ``notebooks`` (``pip install "mlnet-utils[notebo
 
 import functools
 import hashlib
+import itertools
 import json
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -70,14 +70,15 @@ def reproduce(
     A stage is skipped when its notebook, its parameters, the preset's content, the package and
     the records of the stages before it are the same as at its last success, and its files are
     still as it left them. A finished training goes on where it ended: it is not repeated because
-    a notebook or the package changed, only with ``force`` or other backbone weights.
+    a notebook or the package changed, only with ``force`` or other backbone weights. A second call
+    for the same folder waits for the first.
 
     Args:
         preset, run_dir, data_root: as the notebooks' ``PRESET``, ``RUN_DIR`` and ``DATA_ROOT``.
         parameters: further notebook parameters; text is converted to the type of the notebook's
             own value, so that values from a command line need no quoting.
         force: run unchanged stages too, from their beginning: the folder they would go on with
-            is kept beside itself, as ``checkpoints.before``.
+            is kept beside itself, as ``checkpoints.before``, ``checkpoints.before1`` and so on.
         stages: the stages to run, in order.
 
     Raises:
@@ -102,8 +103,6 @@ def reproduce(
     sources = _sources(stages)
     injections = _injections(sources, own, parameters or {})
 
-    folder.mkdir(parents=True, exist_ok=True)
-    state = _read_state(folder)
     weights = Path(backbone_file(config)).expanduser()
     shared = {
         "preset": _digest(config.to_dict()),
@@ -112,6 +111,22 @@ def reproduce(
         WEIGHTS: sha256_file(weights) if weights.is_file() else None,
     }
     started = time.monotonic()
+    with runtime.locked(folder / STATE_FILE):
+        _run_stages(folder, stages, sources, injections, shared, force)
+    print(f"Finished in {time.monotonic() - started:.1f} s; results: {display_path(folder)}")
+    return folder
+
+
+def _run_stages(
+    folder: Path,
+    stages: Sequence[Stage],
+    sources: Mapping[str, Path],
+    injections: Mapping[str, Mapping[str, Any]],
+    shared: Mapping[str, Any],
+    force: bool,
+) -> None:
+    """Run the stages that need it; ``shared`` are the inputs that all of them have."""
+    state = _read_state(folder)
     for number, stage in enumerate(stages):
         label = f"[{number + 1}/{len(stages)}] {stage.name}"
         inputs = {
@@ -147,8 +162,6 @@ def reproduce(
         state[stage.name] = {"inputs": inputs, "outputs": outputs, "seconds": seconds}
         write_json(folder / STATE_FILE, state)
         print(f"{label}: done in {seconds:.1f} s", flush=True)
-    print(f"Finished in {time.monotonic() - started:.1f} s; results: {display_path(folder)}")
-    return folder
 
 
 def train(config: Config, run_dir: Path) -> None:
@@ -280,8 +293,8 @@ def _reason_to_run(
 def _set_aside(folder: Path) -> None:
     """Rename a folder, so that nothing is found there and nothing is lost."""
     if folder.is_dir():
-        before = folder.with_name(f"{folder.name}.before")
-        shutil.rmtree(before, ignore_errors=True)
+        names = (f"{folder.name}.before{number or ''}" for number in itertools.count())
+        before = next(path for path in map(folder.with_name, names) if not path.exists())
         folder.rename(before)
         print(f"{display_path(folder)} was renamed to {before.name}", flush=True)
 

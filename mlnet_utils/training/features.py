@@ -22,7 +22,7 @@ from mlnet_utils.config import Config
 from mlnet_utils.data.loading import SaliencyDataset
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.model.network import MLNet
-from mlnet_utils.runtime import atomic_path, feature_root, progress
+from mlnet_utils.runtime import atomic_path, feature_root, locked, progress, remove_temporaries
 
 BATCH = 8
 # Beside the weights, what changes features. Not `levels`: those of all three are kept.
@@ -102,6 +102,12 @@ class FeatureCache:
 
     def fill(self, model: MLNet, data: SaliencyDataset, accelerator: Accelerator) -> None:
         """Write the files of a dataset that are not there yet; mirrored ones if it mirrors."""
+        with locked(self.folder):
+            accelerator.wait_for_everyone()
+            self._fill(model, data, accelerator)
+            accelerator.wait_for_everyone()
+
+    def _fill(self, model: MLNet, data: SaliencyDataset, accelerator: Accelerator) -> None:
         ways = (False, True) if data.augment and data.config.flip else (False,)
         missing = [
             (index, mirrored)
@@ -110,6 +116,7 @@ class FeatureCache:
             if not self.path(photo, mirrored).is_file()
         ][accelerator.process_index :: accelerator.num_processes]
         self.folder.mkdir(parents=True, exist_ok=True)
+        remove_temporaries(self.path(data.photos[i], mirrored) for i, mirrored in missing)
         needed = 2 * len(missing) * int(np.prod(self.shape))
         if needed > (free := shutil.disk_usage(self.folder).free):
             raise OSError(
@@ -127,7 +134,6 @@ class FeatureCache:
             for (index, mirrored), single in zip(part, features, strict=True):
                 self.write(self.path(data.photos[index], mirrored), single)
         model.train(training)
-        accelerator.wait_for_everyone()
 
     def write(self, path: Path, features: Tensor) -> None:
         """Write one photo's features atomically, in 16 bits where these hold them."""

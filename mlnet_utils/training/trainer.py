@@ -25,6 +25,7 @@ from mlnet_utils.model.network import MLNet, network_input
 from mlnet_utils.runtime import (
     StopSignals,
     keyed_seed,
+    locked,
     progress,
     remove_temporaries,
     set_determinism,
@@ -60,7 +61,8 @@ def fit(config: Config, run_dir: str | Path, accelerator: Accelerator | None = N
     Reads ``data/`` (notebook 01); writes ``log.csv``, ``times.csv`` and ``checkpoints/``
     (``best.pt`` for use, ``last.pt`` and ``previous.pt`` to resume from). Calling it again after
     an interruption continues at the last checkpoint; on a CPU the result is the same to the bit.
-    Ctrl-C and SIGTERM save first. A finished run returns at once.
+    Ctrl-C and SIGTERM save first. A finished run returns at once. While another process trains in
+    ``run_dir``, this call waits.
 
     Raises:
         FileNotFoundError: the prepared data, or the checkpoint to start from, are missing.
@@ -71,7 +73,10 @@ def fit(config: Config, run_dir: str | Path, accelerator: Accelerator | None = N
             reports its own error; the same command continues from the last checkpoint.
         KeyboardInterrupt: stopped by a signal; the message says how to continue.
     """
-    return Trainer(config, Path(run_dir), accelerator or make_accelerator(config)).run()
+    accelerator = accelerator or make_accelerator(config)
+    with locked(Path(run_dir) / "checkpoints"):
+        accelerator.wait_for_everyone()
+        return Trainer(config, Path(run_dir), accelerator).run()
 
 
 class Trainer:
@@ -409,8 +414,8 @@ class Trainer:
             )
         if not self.accelerator.is_main_process:
             return
-        for path in (self.folder / "next.pt", self.folder / "best.pt", self.run_dir / "log.csv"):
-            remove_temporaries(path)
+        files = (self.folder / "next.pt", self.folder / "best.pt", self.run_dir / "log.csv")
+        remove_temporaries(files)
         if content is None:  # times are added to the file: those of a training before this one go
             (self.run_dir / "times.csv").unlink(missing_ok=True)
             return

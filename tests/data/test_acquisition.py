@@ -4,6 +4,9 @@ The layouts are written out here as ``data/README.md`` documents them, and not t
 readers' tables, which this checks.
 """
 
+import contextlib
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -125,3 +128,27 @@ def test_a_format_is_acquired_and_read(name, tmp_path, monkeypatch):
         assert [p.fixations.tolist() for p in photos] == [p.fixations.tolist() for p in expected]
         assert any(len(photo.fixations) for photo in photos)
         assert any(photo.density for photo in photos) == (name == "salicon-2017")
+
+
+def test_two_processes_that_unpack_into_one_folder_both_succeed(tmp_path, monkeypatch):
+    make_osie(tmp_path / "made", "osie")
+    archive = replace(SOURCES["osie"].archives[0], md5="", known={})
+    given = tmp_path / archive.name
+    given.write_bytes(packed(tmp_path / "made/data", "osie/data/"))
+    monkeypatch.setattr(
+        download, "SOURCES", {"osie": replace(SOURCES["osie"], archives=(archive,))}
+    )
+    extract, begun = download._extract, threading.Barrier(2)
+
+    def slow(*arguments):
+        with contextlib.suppress(threading.BrokenBarrierError):
+            begun.wait(timeout=0.2)  # where two unpack at a time, they meet
+        return extract(*arguments)
+
+    monkeypatch.setattr(download, "_extract", slow)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [
+            pool.submit(download.acquire, "osie", tmp_path / "data", [given]) for _ in range(2)
+        ]
+    assert {call.result() for call in calls} == {tmp_path / "data/osie"}
+    assert files(tmp_path / "data/osie/data") == [".complete.json", *files(tmp_path / "made/data")]

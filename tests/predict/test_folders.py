@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from conftest import tiny_checkpoint
 from PIL import Image
+from test_runtime import abandon
 
 from mlnet_utils.__main__ import main
 from mlnet_utils.data.images import read_image
@@ -131,15 +132,14 @@ def test_a_killed_call_is_completed_and_leaves_nothing(checkpoint, tmp_path):
         time.sleep(0.001)
     process.kill()
     assert process.wait() != 0, "it was done before it could be killed"
-    # What a kill in the middle of a write leaves; another file's may belong to a living process.
-    (out / ".29.v2.123.tmp.png").write_bytes(b"half a map")
-    (out / ".other.123.tmp.png").write_bytes(b"half a map")
+    abandon(out / "29.v2.png")
+    other = abandon(out / "other.png")  # nothing of this call: its writer may live
     whole = stamps(out)
     result = predict_folder(checkpoint, [album], out, npy=True)
     assert len(result.done) + len(result.skipped) == 30
     assert len(result.skipped) >= 3
     expected = {f"{n:02}.v2{suffix}" for n in range(30) for suffix in (".png", ".npy")}
-    assert files(out) == expected | {"prediction.json", ".other.123.tmp.png"}
+    assert files(out) == expected | {"prediction.json", other.name}
     after = stamps(out)
     for path in result.skipped:
         assert after[f"{path.stem}.png"] == whole[f"{path.stem}.png"]
@@ -184,12 +184,14 @@ def test_force_takes_maps_of_an_unknown_checkpoint_for_those_of_another(
     if record is not None:
         (out / "prediction.json").write_text(record)
         with pytest.raises(ValueError, match=out.name):
-            begin(checkpoint, [album], out, [".png"], False, 1, "cpu")
+            predict_folder(checkpoint, [album], out)
     assert made.is_file()
-    begin(checkpoint, [album], out, [".png"], True, 1, "cpu")
+    with begin(checkpoint, [album], out, [".png"], True, 1, "cpu"):
+        pass
     assert files(out) == {"prediction.json"}
     made.touch()
-    begin(checkpoint, [album], out, [".png"], True, 1, "cpu")
+    with begin(checkpoint, [album], out, [".png"], True, 1, "cpu"):
+        pass
     assert made.is_file()  # the same network's: an interrupted call mixes nothing
 
 

@@ -5,13 +5,16 @@ import json
 import os
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from threading import Barrier, BrokenBarrierError
 
 import pytest
 
 nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
-pytest.importorskip("papermill", reason="needs the extra `notebooks`")
+papermill = pytest.importorskip("papermill", reason="needs the extra `notebooks`")
 
 from mlnet_utils import runtime  # noqa: E402
 from mlnet_utils.config import load_config  # noqa: E402
@@ -279,11 +282,50 @@ def test_force_sets_aside_what_a_stage_would_go_on_with(finished, nothing_runs, 
     assert (folder / "data.before/half.txt").read_text() == "first"
     assert not (folder / "data").exists()
     assert "01_first: running (forced)" in capsys.readouterr().out
-    (folder / "data").mkdir()
-    would_run(finished, stages=RESUMING)
-    assert (folder / "data.before/half.txt").is_file()
-    would_run(finished, stages=RESUMING, force=True)
-    assert not list((folder / "data.before").iterdir())
+    for number in ("1", "2"):  # interrupted, and repeated
+        (folder / "data").mkdir()
+        would_run(finished, stages=RESUMING)
+        would_run(finished, stages=RESUMING, force=True)
+        assert (folder / "data.before/half.txt").read_text() == "first"
+        assert not list((folder / f"data.before{number}").iterdir())
+
+
+def test_a_second_call_waits_for_the_first(finished, monkeypatch):
+    order, begun = [], Barrier(2)
+
+    def run_notebook(source, *_, **__):
+        order.append(f"begin {source.stem}")
+        with suppress(BrokenBarrierError):
+            begun.wait(timeout=0.3)  # where two run at a time, they meet
+        (finished / f"runs/tiny/{source.stem}.json").write_text("{}")
+        order.append(f"end {source.stem}")
+
+    monkeypatch.setattr(pipeline.notebooks, "run_notebook", run_notebook)
+    monkeypatch.setattr(runtime, "checkout_root", lambda: finished / "repository")
+    change_record(finished, monkeypatch)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(reproduce, "tiny", stages=STAGES) for _ in range(2)]
+    assert [call.result() for call in calls] == [finished / "runs/tiny"] * 2
+    assert order == ["begin 01_first", "end 01_first", "begin 02_second", "end 02_second"]
+
+
+def test_a_killed_run_leaves_nothing_for_long(finished, monkeypatch):
+    """Its unfinished copy lies in the run folder, where the next run takes its place."""
+    root, real, copies = finished / "runs/tiny/notebooks", papermill.execute_notebook, []
+
+    def killed(source, executed, **_):
+        copies.append(Path(executed))
+        copies[0].write_text("half")
+        raise SystemExit
+
+    change_notebook(finished, monkeypatch)
+    monkeypatch.setattr(papermill, "execute_notebook", killed)
+    with pytest.raises(SystemExit):
+        run(finished)
+    assert copies[0].parent == root
+    monkeypatch.setattr(papermill, "execute_notebook", real)
+    run(finished)
+    assert sorted(os.listdir(root)) == ["01_first.ipynb", "02_second.ipynb"]
 
 
 def test_other_backbone_weights_train_anew(finished, nothing_runs, monkeypatch, tmp_path, capsys):
