@@ -74,15 +74,14 @@ def run_sections(sections: Sections, record: dict, out: Path, seconds: float) ->
         begun = time.monotonic()
         for name, row in rows.items():
             now = time.monotonic()
-            left = min(begun + allowed, started + seconds) - now
             try:
-                with at_most(left):
+                tidy()
+                with at_most(min(begun + allowed, started + seconds) - time.monotonic()):
                     value = row()
             except OutOfTime as error:
                 value = {"skipped": str(error)}
             except Exception:
                 value = {"error": traceback.format_exc()}
-            tidy()
             took = time.monotonic() - now
             found[name] = value
             record["seconds"][section] = time.monotonic() - begun
@@ -111,7 +110,7 @@ def at_most(seconds: float) -> Iterator[None]:
 
 
 def tidy() -> None:
-    """Leave nothing of a row to the next one: memory, determinism, compiled code."""
+    """Take what the row before has left: memory, determinism, compiled code."""
     set_determinism(False)
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
@@ -182,7 +181,7 @@ class Measurements:
         }
         call = functools.partial
         sections = {
-            "matrix": (20, {"product": self.matrix_product}),
+            "matrix": (30, {"product": self.matrix_product}),
             "memory": (
                 90,
                 {

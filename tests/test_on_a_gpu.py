@@ -20,6 +20,7 @@ def on_a_gpu(monkeypatch):
     monkeypatch.syspath_prepend(BENCHMARKS)
     import on_a_gpu
 
+    monkeypatch.setattr(on_a_gpu, "tidy", lambda: None)  # a second, of a busy machine's
     return on_a_gpu
 
 
@@ -77,13 +78,13 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(on_a_gpu, tmp_path):
 
 
 def test_a_row_that_takes_too_long_is_left(on_a_gpu, tmp_path):
-    rows = {"first": lambda: time.sleep(5), "second": lambda: {"is": 1}}
+    rows = {"first": lambda: time.sleep(9), "second": lambda: {"is": 1}}
     started = time.monotonic()
-    record = run(on_a_gpu, rows, tmp_path / "r.json", allowed=0.1)
-    assert time.monotonic() - started < 3
+    record = run(on_a_gpu, rows, tmp_path / "r.json", allowed=0.3)
+    assert time.monotonic() - started < 8
     assert "skipped" in record["sections"]["first"]["row"]
     assert record["sections"]["second"] == {"row": {"is": 1}}
-    record = run(on_a_gpu, rows, tmp_path / "r.json", seconds=0.1)
+    record = run(on_a_gpu, rows, tmp_path / "r.json", seconds=0.3)
     assert "no time" in record["sections"]["second"]["row"]["skipped"]
 
 
