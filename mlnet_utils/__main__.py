@@ -89,8 +89,9 @@ def parser() -> argparse.ArgumentParser:
 
     option = _verb(verbs, evaluate, run, raw)
     option("--checkpoint", type=Path, help="default: the run's checkpoints/best.pt")
-    option("--split", choices=("val", "test"), default="test")
-    option("--protocol", choices=choices("protocol"), help="default: as trained")
+    option("--split", choices=("val", "test"), default="", help="default: test, or val if secret")
+    option("--protocol", choices=choices("protocol"), help="default: the preset's")
+    option("--set", dest="overrides", help="change one key of the preset (repeatable)", **pairs)
 
     option = _verb(verbs, sweep, raw)
     option("grid", type=Path, help="YAML: preset, seeds, split, common, cells")
@@ -162,6 +163,12 @@ def reproduce(options: argparse.Namespace) -> tuple[str, int]:
     """
     from mlnet_utils.running import pipeline
 
+    def stale(folder: Path) -> str:
+        from mlnet_utils.data.photos import Prepared
+
+        prepared = Prepared.read(folder / "data", check=False)
+        return next(iter(prepared.check(everything=False)), "")
+
     pipeline.reproduce(
         options.preset,
         run_dir=options.run_dir,
@@ -169,6 +176,7 @@ def reproduce(options: argparse.Namespace) -> tuple[str, int]:
         parameters=dict(options.parameters),
         force=options.force,
         stages=(*pipeline.STAGES, pipeline.STUDY) if options.study else pipeline.STAGES,
+        stale=stale,
     )
     from mlnet_utils.metrics.summary import score_table  # after the run: it imports torch
 
@@ -214,14 +222,12 @@ def prepare(options: argparse.Namespace) -> tuple[str, int]:
 
     folder = options.run_dir / "data"
     if options.check:
-        prepared = photos.Prepared.read(folder)
+        prepared = photos.Prepared.read(folder, check=False)
         problems = prepared.check()
         report = "\n".join(problems) or f"{len(prepared.photos)} photos are as prepared"
         return report, 1 if problems else 0
-    meta = preparation.prepare(load_config(options.preset), options.data_root, folder).meta
-    dropped = meta["dropped_outside"]
-    lost = f" ({dropped} more dropped: outside the photo, or lost gaze)" if dropped else ""
-    return f"{meta['title']}: {meta['photos']}, {meta['fixations']} fixations{lost}, in {folder}", 0
+    prepared = preparation.prepare(load_config(options.preset), options.data_root, folder)
+    return f"{prepared.describe()}, in {folder}", 0
 
 
 def train(options: argparse.Namespace) -> tuple[str, int]:
@@ -235,15 +241,12 @@ def train(options: argparse.Namespace) -> tuple[str, int]:
     from mlnet_utils.training import trainer
 
     config = load_config(options.preset, **dict(options.overrides))
-    data = options.run_dir / "data"
     accelerator = trainer.make_accelerator(config)  # of this process's launch
     with accelerator.main_process_first():
-        if not (data / "meta.json").is_file():
-            preparation.prepare(config, options.data_root, data)
-    preparation.check_same_data(config, runtime.read_json(data / "meta.json", "`prepare`"))
+        data = preparation.ensure(config, options.data_root, options.run_dir / "data")
     result = trainer.fit(config, options.run_dir, accelerator)
     epochs, best = len(result.history), runtime.display_path(result.best)
-    return f"trained {epochs} epochs; best checkpoint: {best}", 0
+    return f"{data.describe()}\ntrained {epochs} epochs; best checkpoint: {best}", 0
 
 
 def evaluate(options: argparse.Namespace) -> tuple[str, int]:
@@ -256,7 +259,10 @@ def evaluate(options: argparse.Namespace) -> tuple[str, int]:
     from mlnet_utils.experiments.evaluation import evaluate as score
     from mlnet_utils.metrics.summary import score_table
 
-    report = score(options.run_dir, options.checkpoint, options.split, options.protocol)
+    config = load_config(options.preset, **dict(options.overrides))
+    report = score(
+        options.run_dir, options.checkpoint, options.split, options.protocol, config=config
+    )
     return score_table(report), 0
 
 

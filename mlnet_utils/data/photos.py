@@ -1,13 +1,16 @@
 """Photos with their fixations, and the prepared folder that every stage after the first reads.
 
 Raw data is never changed. Notebook 01 reads it once and writes a prepared folder:
-``index.jsonl`` (one line per photo), ``fixations.npz`` (all the points) and ``meta.json``
-(dataset, edition, sigma, counts, split rule, versions).
+``index.jsonl`` (one line per photo), ``fixations.npz`` (all the points), ``sources.json`` (SHA-256
+of every file that was read) and ``meta.json`` (dataset, edition, sigma, counts, split rule,
+versions). Who reads the folder is told if a file was changed, removed or added since.
 """
 
+import contextlib
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ from mlnet_utils.data.geometry import (
     inside,
     map_on_grid,
 )
-from mlnet_utils.data.images import blame_file, read_density
+from mlnet_utils.data.images import PHOTO_SUFFIXES, blame_file, read_density, visible_files
 from mlnet_utils.runtime import (
     atomic_path,
     progress,
@@ -37,6 +40,8 @@ SPLITS = ("train", "val", "test")
 NOBODY = -1  # observer of fixations that are published without observers, and without an order
 MADE_BY = "notebook 01_data_preparation"
 INDEX_FILES = ("index.jsonl", "fixations.npz")
+SOURCES = "sources.json"
+SOURCE_SUFFIXES = (*PHOTO_SUFFIXES, ".csv", ".tsv", ".txt", ".json", ".mat", ".npy", ".npz")
 COLUMNS = ("stem", "image", "width", "height", "split", "density", "sha256")  # of the index
 RARE = ("density_sha256", "sigma")  # columns only where set: the index decides the digest
 ARRAYS = {  # attribute of a photo: its key in fixations.npz, its type
@@ -127,10 +132,10 @@ class Photo:
         observers = np.unique(self.observers)
         return observers[observers != NOBODY]
 
-    def with_hashes(self, root: Path) -> "Photo":
-        """The record with the SHA-256 of its files, which lie below ``root``."""
-        density = sha256_file(root / self.density) if self.density else ""
-        return replace(self, sha256=sha256_file(root / self.image), density_sha256=density)
+    @property
+    def has_truth(self) -> bool:
+        """Something is known of where people looked."""
+        return bool(len(self.fixations) or self.density)
 
     def read_density(self, root: str | Path) -> Tensor:
         """(H, W) float64 that sums to 1: the photo's density map, which lies below ``root``.
@@ -149,6 +154,19 @@ class Photo:
         return density
 
 
+class StaleError(ValueError):
+    """Prepared data whose sources have changed since; ``problem`` names the first."""
+
+    def __init__(self, folder: Path, problems: list[str]):
+        self.problem = problems[0]
+        more = f" (and {len(problems) - 1} more files)" if problems[1:] else ""
+        super().__init__(
+            f"the prepared data in {folder} are out of date: {self.problem}{more}. Put it back, or "
+            "run the verb `prepare` again; a network that was trained on the old data then needs "
+            "another run folder, or `reproduce --force`"
+        )
+
+
 @dataclass(frozen=True)
 class Prepared:
     """A dataset that is ready for training and evaluation.
@@ -161,6 +179,8 @@ class Prepared:
     folder: Path  # the prepared folder
     photos: list[Photo]  # all, in the order of the index
     meta: dict[str, Any]  # contents of meta.json
+    # contents of sources.json; None = the photos and maps that have a hash
+    sources: dict[str, Any] | None = None
 
     @property
     def root(self) -> Path:
@@ -171,6 +191,37 @@ class Prepared:
     def sigma(self) -> float:
         """Blur of the fixations, in pixels of the photo."""
         return self.meta["sigma_px"]
+
+    @property
+    def scored_split(self) -> str:
+        """The split that is evaluated: test, or val where the test photos' truth is secret."""
+        photos = [photo for photo in self.photos if photo.split == "test"]
+        return "val" if photos and not any(photo.has_truth for photo in photos) else "test"
+
+    def describe(self, split: str = "") -> str:
+        """Title, photos, fixations, and how many were dropped, of a split or of all."""
+        photos = [photo for photo in self.photos if split in ("", photo.split)]
+        counts = Counter(photo.split for photo in photos)
+        sizes = ", ".join(f"{counts[name]} {name}" for name in SPLITS if counts[name])
+        dropped = sum(photo.dropped for photo in photos)
+        lost = f", {dropped} more dropped (outside the photo, or lost gaze)" if dropped else ""
+        fixations = sum(len(photo.fixations) for photo in photos)
+        return f"{self.meta['title']}: {sizes}; {fixations} fixations{lost}"
+
+    def with_truth(self, name: str) -> list[Photo]:
+        """The photos of one split, all of which can be scored.
+
+        Raises:
+            ValueError: there are none, or there is no ground truth of some.
+        """
+        photos = self.split(name)
+        if secret := [photo for photo in photos if not photo.has_truth]:
+            raise ValueError(
+                f"{len(secret)} of the {len(photos)} {name} photos in {self.folder} have neither "
+                "fixations nor a density map, so nothing can be scored on them (those of "
+                "benchmarks are secret): evaluate the split 'val', or use the verb `submit`"
+            )
+        return photos
 
     def split(self, name: str) -> list[Photo]:
         """The photos of one split.
@@ -243,15 +294,25 @@ class Prepared:
             arrays[key] = np.concatenate(values).astype(dtype)
         with atomic_path(self.folder / "fixations.npz") as temporary:
             np.savez_compressed(temporary, **arrays)
+        write_json(self.folder / SOURCES, self._sources())
         files = {name: sha256_file(self.folder / name) for name in INDEX_FILES}
         write_json(self.folder / "meta.json", {**self.meta, "files": files})
 
+    def _sources(self) -> dict[str, Any]:
+        """``files``, see :func:`fingerprints`, and ``read_from``, the parts that these lie in."""
+        if self.sources is not None:
+            return self.sources
+        files = {p.image: [p.sha256] for p in self.photos if p.sha256}
+        files |= {p.density: [p.density_sha256] for p in self.photos if p.density_sha256}
+        return {"read_from": [], "files": files}
+
     @classmethod
-    def read(cls, folder: str | Path) -> "Prepared":
-        """Read a prepared folder.
+    def read(cls, folder: str | Path, check: bool = True) -> "Prepared":
+        """Read a prepared folder; by default only if its sources are what they were.
 
         Raises:
             FileNotFoundError: the folder is missing or incomplete; names what makes it.
+            StaleError: a file that it was made from was changed, removed or added since.
             ValueError: index and fixations are damaged or do not belong together.
         """
         folder = Path(folder)
@@ -273,7 +334,13 @@ class Prepared:
                 photos.append(Photo(**known, **dict(zip(ARRAYS, values, strict=True))))
                 if len(photos[-1].fixations) != row["fixations"]:
                     raise ValueError(f"photo {row['stem']} has {row['fixations']} fixations")
-        return cls(folder, photos, meta)
+        sources = None  # folders made before there was such a file
+        if (folder / SOURCES).is_file():
+            sources = read_json(folder / SOURCES, MADE_BY)
+        prepared = cls(folder, photos, meta, sources)
+        if check and (problems := prepared.check(everything=False)):
+            raise StaleError(folder, problems)
+        return prepared
 
     @property
     def digest(self) -> str:
@@ -281,27 +348,68 @@ class Prepared:
         parts = [sha256_file(self.folder / name) for name in INDEX_FILES]
         return hashlib.sha256(" ".join([*parts, repr(float(self.sigma))]).encode()).hexdigest()
 
-    def check(self) -> list[str]:
-        """Compare the folder and the dataset's files with their hashes.
+    def check(self, everything: bool = True) -> list[str]:
+        """Compare the folder's index and the files that it was made from with their hashes.
+
+        Args:
+            everything: read every file; False: only those with another size or another time than
+                when they were last read, which finds any ordinary change at once.
 
         Returns:
-            One sentence per photo, density map or file of the index that is missing or has
-            changed since preparation; empty if none. The files that fixations were read from are
-            left out: their content is in the index.
+            A sentence per file that was changed, removed or added since preparation.
         """
-        hashes = self.meta.get("files", {})
-        files = [(name, self.folder / name, digest) for name, digest in hashes.items()]
-        for photo in self.photos:
-            files.append((photo.stem, self.root / photo.image, photo.sha256))
-            if photo.density:
-                files.append((photo.stem, self.root / photo.density, photo.density_sha256))
-        problems = []
-        for name, path, digest in progress(files, "checking files", unit="file"):
+        problems, sources, noted = [], self._sources(), False
+        if everything:
+            problems += [
+                f"{self.folder / name} has changed since preparation (SHA-256 differs)"
+                for name, digest in self.meta.get("files", {}).items()
+                if sha256_file(self.folder / name) != digest
+            ]
+        files = sources["files"]
+        for name, (digest, *state) in progress(files.items(), "checking files", len(files)):
+            path = self.root / name
             if not path.is_file():
-                problems.append(f"{name}: {path} is missing")
-            elif digest and sha256_file(path) != digest:
-                problems.append(f"{name}: {path} has changed since preparation (SHA-256 differs)")
+                problems.append(f"{path} is missing")
+            elif everything or _state(path) != state:
+                now, found = _state(path), sha256_file(path)
+                if found != digest:
+                    problems.append(f"{path} has changed since preparation (SHA-256 differs)")
+                else:
+                    files[name], noted = [digest, *now], True
+        listed = _listed(self.root, sources["read_from"]) if sources["read_from"] else set()
+        problems += [f"{self.root / name} was added" for name in sorted(listed - files.keys())]
+        if noted:
+            with contextlib.suppress(OSError):  # a folder that may only be read
+                write_json(self.folder / SOURCES, sources)
         return problems
+
+
+def fingerprints(root: Path, parts: Iterable[str]) -> dict[str, list]:
+    """SHA-256, size and times of a dataset's files, by their paths relative to ``root``.
+
+    ``parts`` are the files and folders that are read, relative too.
+    """
+    names = sorted(_listed(root, parts))
+    found = {}
+    for name in progress(names, "hashing files", unit="file"):
+        state = _state(root / name)  # first: a change while it is read shows in the next one
+        found[name] = [sha256_file(root / name), *state]
+    return found
+
+
+def _listed(root: Path, parts: Iterable[str]) -> set[str]:
+    """Paths below ``root`` of the files of the parts that are there."""
+    paths = []
+    for part in parts:
+        below = visible_files(root / part, SOURCE_SUFFIXES)
+        paths += below if (root / part).is_dir() else [root / part]
+    return {path.relative_to(root).as_posix() for path in paths if path.is_file()}
+
+
+def _state(path: Path) -> list[int]:
+    """Size and times: a file in the same state is taken for the same."""
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
 
 
 def fixation_statistics(photos: list[Photo], px_per_degree: float | None = None) -> dict:

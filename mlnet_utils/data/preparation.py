@@ -2,17 +2,18 @@
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 
 from mlnet_utils.config import Config
 from mlnet_utils.data import synthetic
-from mlnet_utils.data.photos import SPLITS, Photo, Prepared
+from mlnet_utils.data.photos import MADE_BY, SPLITS, Photo, Prepared, StaleError, fingerprints
 from mlnet_utils.data.readers import DATASETS, dataset_spec
-from mlnet_utils.runtime import locked, progress, versions
+from mlnet_utils.runtime import locked, read_json, versions
 
 NEEDS_POINTS = re.compile(r"\b(ce|nss)\b")  # losses that a density map cannot serve
 SAMPLE = {"train": 960, "val": 60, "test": 100}  # stimuli of the synthetic sample
@@ -50,8 +51,15 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
         limit = config.limit or max(SAMPLE.values())
         counts = {split: min(count, limit) for split, count in SAMPLE.items()}
         photos, root = synthetic.write_sample(folder, counts), "."
+        source, parts, sources = folder, [], {}
     else:
         source = data_root / spec.folder
+        parts = [
+            str(PurePath(of.folder if spec.joins else "", part))
+            for of in map(dataset_spec, spec.joins or [spec.name])
+            for part in of.read_from
+        ]
+        sources = fingerprints(source, parts)  # before they are read: a change meanwhile shows
         photos = _joined(spec.joins, source) if spec.joins else spec.read(source)
         photos = split_photos(photos, spec.name, spec.val, spec.test, config.fold)
         if config.limit:
@@ -63,10 +71,19 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
                 f"fixations, e.g. {unseen[0]}, and loss={config.loss!r} needs fixations; use mse, "
                 "mlnet, kl, cc or sim"
             )
-        unhashed = progress(photos, f"indexing {spec.name}", unit="photo")
-        photos, root = [photo.with_hashes(source) for photo in unhashed], str(source.resolve())
+        root = str(source.resolve())
     if config.train_limit:
         photos = first(photos, config.train_limit, ("train",))
+    used = {name for photo in photos for name in (photo.image, photo.density) if name}
+    sources |= fingerprints(source, used - sources.keys())
+    photos = [
+        replace(
+            photo,
+            sha256=sources[photo.image][0],
+            density_sha256=sources[photo.density][0] if photo.density else "",
+        )
+        for photo in photos
+    ]
     meta = {
         "dataset": spec.name,
         "title": spec.title,
@@ -79,9 +96,29 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
         "dropped_outside": sum(p.dropped for p in photos),
         "versions": versions(),
     }
-    prepared = Prepared(folder, photos, meta)
+    prepared = Prepared(folder, photos, meta, {"read_from": parts, "files": sources})
     prepared.write()
     return prepared
+
+
+def ensure(config: Config, data_root: Path, folder: Path) -> Prepared:
+    """The prepared folder, made where it is missing or its sources have changed since.
+
+    It is not made again where something was trained on it, in ``checkpoints`` beside it.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`prepare` and :func:`check_same_data`.
+        StaleError: the sources have changed, and something was trained on them.
+    """
+    if (folder / "meta.json").is_file():
+        check_same_data(config, read_json(folder / "meta.json", MADE_BY))
+        try:
+            return Prepared.read(folder)
+        except StaleError as error:
+            if any(folder.with_name("checkpoints").glob("*.pt")):
+                raise
+            warnings.warn(f"{error.problem}: preparing the data again", stacklevel=2)
+    return prepare(config, data_root, folder)
 
 
 def _joined(names: Iterable[str], root: Path) -> list[Photo]:

@@ -162,8 +162,7 @@ def write_sample(folder: str | Path, counts: dict[str, int], seed: int = 2016) -
         # that declares them complete last. Compressing harder would also save little.
         Image.fromarray(stimulus.image).save(folder / image, compress_level=1)
         np.savez(folder / density, density=stimulus.density.astype(np.float32))
-        photo = Photo(stem, image, WIDTH, HEIGHT, split, points, observers, density=density)
-        photos.append(photo.with_hashes(folder))
+        photos.append(Photo(stem, image, WIDTH, HEIGHT, split, points, observers, density=density))
     return photos
 
 

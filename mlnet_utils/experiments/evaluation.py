@@ -16,6 +16,7 @@ from accelerate.utils import gather_object
 from scipy.ndimage import gaussian_filter, shift
 from torch import Tensor
 
+from mlnet_utils.config import Config
 from mlnet_utils.data.geometry import fixation_counts, pixel_indices
 from mlnet_utils.data.images import read_image
 from mlnet_utils.data.photos import Photo, Prepared
@@ -28,6 +29,7 @@ from mlnet_utils.runtime import (
     given_command,
     pick_device,
     progress,
+    sha256_file,
     versions,
     write_json,
     write_text,
@@ -39,6 +41,7 @@ MODELS = (MODEL, UNIFORM, CENTRE, OBSERVERS, GOLD)
 PHOTOS_FOR_GOLD = 100  # training photos on which the gold standard's two numbers are chosen
 SIGMA_2015 = 19.0  # pixels of the photo, whatever its size: the 2015 SALICON evaluator's blur
 INFINITE = "photos with IG = -inf"
+EVALUATION_KEYS = ("protocol", "test_flip", "test_scales", "bootstrap")  # unknown to training
 
 # Published scores of ML-Net, each with its own data, ground truth and evaluator: never to be put
 # beside this repository's as if they were one comparison.
@@ -59,7 +62,7 @@ class TestSet:
 
     def __init__(self, run_dir: Path, split: str):
         self.prepared = Prepared.read(run_dir / "data")
-        self.photos = self.prepared.split(split)
+        self.photos = self.prepared.with_truth(split or self.prepared.scored_split)
         train = self.prepared.split("train")
         if any(len(photo.fixations) for photo in train):
             self.centre_bias = baselines.CentreBias.fit(train)
@@ -163,9 +166,10 @@ def protocol_truth(
 def evaluate(
     run_dir: str | Path,
     checkpoint: str | Path | None = None,
-    split: str = "test",
+    split: str = "",
     protocol: str | None = None,
     models: Sequence[str] = MODELS,
+    config: Config | None = None,
 ) -> dict:
     """Score the network and the baselines; write ``metrics.json`` and ``per_image.csv``.
 
@@ -176,9 +180,12 @@ def evaluate(
     Args:
         run_dir: the run; its ``data/`` is read.
         checkpoint: default ``checkpoints/best.pt`` of the run.
-        split: ``"test"``, or ``"val"`` while choosing.
-        protocol: metric definitions, see docs/metrics.md; default: the checkpoint's.
+        split: ``"test"``, or ``"val"`` while choosing; default: test, or val where the test
+            photos' fixations are secret.
+        protocol: metric definitions, see docs/metrics.md; default: the configuration's.
         models: some of ``MODELS``.
+        config: the run's present one: where it is of the same preset, its keys of evaluation count,
+            which may have changed since the training. Default: the checkpoint's.
 
     Returns:
         The contents of ``metrics.json``: data, ground truth and checkpoint; per model and metric
@@ -186,15 +193,25 @@ def evaluate(
 
     Raises:
         FileNotFoundError: prepared data or checkpoint are missing.
-        ValueError: the split is empty, or the protocol is unknown.
+        ValueError: the split is empty or has no ground truth, the protocol is unknown, or the
+            run's own checkpoint was trained on other data than the run holds now.
     """
     run_dir = Path(run_dir)
-    checkpoint = Path(checkpoint) if checkpoint else run_dir / "checkpoints" / "best.pt"
+    own = run_dir / "checkpoints" / "best.pt"
+    checkpoint = Path(checkpoint or own)
     processes = PartialState(cpu=pick_device() == "cpu", timeout=timedelta(days=7))
     data = TestSet(run_dir, split)  # first: of missing inputs, the earliest is named
     predictor = load(checkpoint, str(processes.device))
-    config = predictor.config
-    protocol = protocol or config.protocol
+    if checkpoint.resolve() == own.resolve() and predictor.data not in ("", data.prepared.digest):
+        raise ValueError(
+            f"{checkpoint} was trained on other prepared data than {data.prepared.folder} holds "
+            "now: train anew in another run folder or with `reproduce --force`, or name the "
+            "checkpoint of another run"
+        )
+    predictor.config = config = as_asked(predictor.config, config)
+    if protocol:
+        config = replace(config, protocol=protocol)
+    protocol, split = config.protocol, data.photos[0].split
     share: Iterable[Photo] = data.photos[processes.process_index :: processes.num_processes]
     if processes.is_main_process:
         share = progress(share, f"scoring {split}", len(share), unit="photo")
@@ -223,7 +240,8 @@ def evaluate(
         "split": split,
         "photos": len(data.photos),
         "fixations": sum(len(photo.fixations) for photo in data.photos),
-        "protocol": protocol,
+        "dropped": sum(photo.dropped for photo in data.photos),
+        **inputs_of(data.prepared, checkpoint, config),
         **data.describe_truth(protocol),
         "ig_baseline": data.centre_bias.description,
         "checkpoint": display_path(checkpoint),
@@ -240,6 +258,29 @@ def evaluate(
         write_json(run_dir / "metrics.json", report)
     processes.wait_for_everyone()  # whoever returns finds the files
     return report
+
+
+def inputs_of(prepared: Prepared, checkpoint: Path, config: Config) -> dict:
+    """What scores were computed from, in the form of ``metrics.json``: equal inputs, equal scores.
+
+    Beside these the split counts, and the package.
+    """
+    return {
+        **{key: config.to_dict()[key] for key in EVALUATION_KEYS},
+        "checkpoint_sha256": sha256_file(checkpoint),
+        "data": prepared.digest,
+    }
+
+
+def as_asked(trained: Config, now: Config | None) -> Config:
+    """The configuration of a training with the keys of evaluation that its preset has now."""
+    if now is None or now.preset != trained.preset:
+        return trained
+    keys = {key: getattr(now, key) for key in EVALUATION_KEYS}
+    for key, value in keys.items():
+        if value != getattr(trained, key):
+            print(f"{key}={value}, as {now.preset} says now, not {getattr(trained, key)}")
+    return replace(trained, **keys)
 
 
 # ---- tables ------------------------------------------------------------------------------------
@@ -263,18 +304,26 @@ def explained_information(report: dict) -> dict[str, float]:
 
 # ---- demonstrations of notebook 03 -------------------------------------------------------------
 def compare_protocols(
-    run_dir: str | Path, checkpoint: str | Path | None = None, split: str = "test"
+    run_dir: str | Path,
+    checkpoint: str | Path | None = None,
+    split: str = "",
+    config: Config | None = None,
 ) -> pd.DataFrame:
     """Mean scores of the same predictions: a row per protocol, with its own ground truth.
+
+    Arguments as those of :func:`evaluate`.
 
     Infinite information gains stay in the mean, and the column :data:`INFINITE` counts them.
     """
     variants = {protocol: (CHANGES["unchanged"], protocol) for protocol in PROTOCOLS}
-    return _mean_scores(run_dir, checkpoint, split, variants).rename_axis("protocol")
+    return _mean_scores(run_dir, checkpoint, split, variants, config).rename_axis("protocol")
 
 
 def compare_changes(
-    run_dir: str | Path, checkpoint: str | Path | None = None, split: str = "test"
+    run_dir: str | Path,
+    checkpoint: str | Path | None = None,
+    split: str = "",
+    config: Config | None = None,
 ) -> pd.DataFrame:
     """Mean scores (mit300) of the prediction and of changed copies of it.
 
@@ -284,7 +333,7 @@ def compare_changes(
     changes = {name: (change, "mit300") for name, change in CHANGES.items()}
     with warnings.catch_warnings():  # one of the changes is the rounding that is warned of
         warnings.filterwarnings("ignore", "image .* 8-bit", UserWarning)
-        means = _mean_scores(run_dir, checkpoint, split, changes)
+        means = _mean_scores(run_dir, checkpoint, split, changes, config)
     means["KL"] *= -1
     return means.rename(columns={"KL": "-KL"}).rename_axis("prediction")
 
@@ -309,10 +358,12 @@ def _mean_scores(
     checkpoint: str | Path | None,
     split: str,
     variants: dict[str, tuple[Change, str]],
+    config: Config | None,
 ) -> pd.DataFrame:
     """Mean over photos of every variant's defined scores, in the order of ``variants``."""
     run_dir = Path(run_dir)
     predictor = load(checkpoint or run_dir / "checkpoints" / "best.pt")
+    predictor.config = as_asked(predictor.config, config)
     data = TestSet(run_dir, split)
     rows = []
     for photo in progress(data.photos, "comparing", unit="photo"):

@@ -25,6 +25,7 @@ import pandas as pd
 
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.data import preparation
+from mlnet_utils.data.photos import Prepared
 from mlnet_utils.experiments import evaluation
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.metrics.summary import format_table
@@ -172,10 +173,20 @@ def run_job(job: Job) -> None:
             if isinstance(error, TrainingDied) or in_notebook == TrainingDied.__name__:
                 write_text(job.folder / DIED, f"{_identity(job)}\n{error}\n")
             raise
-        report, best = job.folder / "metrics.json", job.folder / "checkpoints" / "best.pt"
-        fresh = report.is_file() and report.stat().st_mtime >= best.stat().st_mtime
-        if not fresh or read_json(report, "the sweep")["split"] != job.split:
-            evaluation.evaluate(job.folder, split=job.split, models=(evaluation.MODEL,))
+        if not _scored(job):
+            models = (evaluation.MODEL,)
+            evaluation.evaluate(job.folder, split=job.split, models=models, config=job.config)
+
+
+def _scored(job: Job) -> bool:
+    """The job's scores are of its present checkpoint, data and keys of evaluation."""
+    path, best = job.folder / "metrics.json", job.folder / "checkpoints" / "best.pt"
+    if not path.is_file():
+        return False
+    report = read_json(path, "the sweep")
+    wanted = evaluation.inputs_of(Prepared.read(job.data), best, job.config)
+    wanted["split"] = job.split
+    return all(report.get(key) == value for key, value in wanted.items())
 
 
 def _link_data(job: Job) -> None:
@@ -223,7 +234,8 @@ def run_sweep(
         ``"cell, seed n"`` -> error, of the trainings that failed.
 
     Raises:
-        ValueError: a cell is no valid configuration, or ``workers`` is below 1; nothing has run.
+        ValueError: a cell is no valid configuration, ``workers`` is below 1, or the split has no
+            ground truth; nothing has been trained.
         ImportError: ``cluster`` without the extra ``cluster``.
         KeyboardInterrupt: nothing new has begun, and the tables hold what this call finished.
     """
@@ -232,8 +244,7 @@ def run_sweep(
     folder, data_root, ended = Path(folder), Path(data_root), {}
     jobs = jobs_of(grid, folder, data_root, train)
     for job in jobs:
-        if not (job.data / "meta.json").is_file():
-            preparation.prepare(job.config, data_root, job.data)
+        preparation.ensure(job.config, data_root, job.data).with_truth(job.split)
     dispatch = one_by_one
     if cluster:
         place = {"folder": folder / "jobs", "cluster": cluster, "options": options or {}}

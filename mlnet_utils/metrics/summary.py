@@ -117,6 +117,8 @@ def score_table(report: dict) -> str:
     rows, notes = {}, []
     if not report["fixations"]:
         notes.append("AUC, sAUC, NSS and IG need fixations; these photos have density maps only")
+    if report.get("dropped"):
+        notes.append(f"{report['dropped']} fixations dropped: outside the photo, or lost gaze")
     for row in report["rows"]:
         cells = rows[row["model"]] = dict.fromkeys(METRICS)
         for metric, found in row["metrics"].items():

@@ -226,9 +226,9 @@ def _scores(checkpoint: Path, content: dict) -> dict:
     """The validation scores in the checkpoint, and the run's test scores if they are of it."""
     scores = {"validation": content.get("scores", {})}
     path = checkpoint.absolute().parent.parent / "metrics.json"
-    if path.is_file() and path.stat().st_mtime >= checkpoint.stat().st_mtime:
+    if path.is_file():
         report = read_json(path, "evaluate")
-        if report.get("checkpoint") == display_path(checkpoint):
+        if report.get("checkpoint_sha256") == sha256_file(checkpoint):
             found = {key: report[key] for key in ("dataset", "split", "photos", "protocol")}
             for row in report["rows"]:
                 if row["model"] == MODEL:

@@ -49,9 +49,9 @@ def load(checkpoint: str | Path = "", device: str | None = None) -> "Predictor":
         if device not in (None, "cpu"):
             raise ValueError(f"{checkpoint} is exported: it runs on the CPU, not on {device}")
         return load_exported(checkpoint)
-    model, config, _ = load_model(checkpoint)
+    model, config, content = load_model(checkpoint)
     device = device or pick_device()
-    return Predictor(model.to(device), config, device)
+    return Predictor(model.to(device), config, device, content.get("data", ""))
 
 
 @dataclass
@@ -61,6 +61,7 @@ class Predictor:
     model: nn.Module
     config: Config
     device: str = "cpu"
+    data: str = ""  # digest of the prepared data that it was trained on, where it is known
 
     def predict(self, image: Photo) -> np.ndarray:
         """The probability of a fixation at every pixel of one photo.

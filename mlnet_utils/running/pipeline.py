@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -64,14 +64,15 @@ def reproduce(
     parameters: Mapping[str, Any] | None = None,
     force: bool = False,
     stages: Sequence[Stage] = STAGES,
+    stale: Callable[[Path], str] = lambda folder: "",
 ) -> Path:
     """Run every stage with changed inputs, in order, and return the folder of the results.
 
     A stage is skipped when its notebook, its parameters, the preset's content, the package and
-    the records of the stages before it are the same as at its last success, and its files are
-    still as it left them. A finished training goes on where it ended: it is not repeated because
-    a notebook or the package changed, only with ``force`` or other backbone weights. A second call
-    for the same folder waits for the first.
+    the records of the stages before it are the same as at its last success, and its files, and
+    the dataset's that it read, are still as it left them. A finished training goes on where it
+    ended: it is not repeated because a notebook or the package changed, only with ``force`` or
+    other backbone weights. A second call for the same folder waits for the first.
 
     Args:
         preset, run_dir, data_root: as the notebooks' ``PRESET``, ``RUN_DIR`` and ``DATA_ROOT``.
@@ -80,6 +81,8 @@ def reproduce(
         force: run unchanged stages too, from their beginning: the folder they would go on with
             is kept beside itself, as ``checkpoints.before``, ``checkpoints.before1`` and so on.
         stages: the stages to run, in order.
+        stale: says what has changed of the files outside the run folder that its first stage has
+            read, ``""`` = nothing; the pipeline itself does not know them.
 
     Raises:
         ValueError: unknown preset or parameter, or a value of the wrong type (nothing has run).
@@ -112,7 +115,7 @@ def reproduce(
     }
     started = time.monotonic()
     with runtime.locked(folder / STATE_FILE):
-        _run_stages(folder, stages, sources, injections, shared, force)
+        _run_stages(folder, stages, sources, injections, shared, force, stale)
     print(f"Finished in {time.monotonic() - started:.1f} s; results: {display_path(folder)}")
     return folder
 
@@ -124,6 +127,7 @@ def _run_stages(
     injections: Mapping[str, Mapping[str, Any]],
     shared: Mapping[str, Any],
     force: bool,
+    stale: Callable[[Path], str],
 ) -> None:
     """Run the stages that need it; ``shared`` are the inputs that all of them have."""
     state = _read_state(folder)
@@ -138,6 +142,8 @@ def _run_stages(
         inputs = json.loads(json.dumps(inputs))  # as the state file will hold them
         done = state.get(stage.name)
         reason = "forced" if force else _reason_to_run(folder, stage, done, inputs)
+        if not reason and number == 0:
+            reason = stale(folder)
         if not reason:
             print(f"{label}: unchanged, skipped", flush=True)
             continue

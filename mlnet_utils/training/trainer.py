@@ -358,7 +358,8 @@ class Trainer:
             if improved:
                 best, state = self.folder / "best.pt", self.judged.state_dict()
                 sha256 = self.model.backbone.sha256
-                checkpoints.save_checkpoint(best, config, state, scores=row, backbone_sha256=sha256)
+                about = {"backbone_sha256": sha256, "data": self.data_digest}
+                checkpoints.save_checkpoint(best, config, state, scores=row, **about)
             print(
                 f"epoch {row['epoch']:>3}/{config.epochs}  lr {row['lr']:.1e}  "
                 f"train {row['train_loss']:.4f}  val {row['val_loss']:.4f}  "

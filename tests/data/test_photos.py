@@ -1,6 +1,8 @@
 """Photos, their ground truth, and the prepared folder: what is written comes back."""
 
 import json
+import os
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +14,14 @@ from PIL import Image
 from mlnet_utils.data.geometry import Letterbox, density_from_points, density_on_grid
 from mlnet_utils.data.images import read_density
 from mlnet_utils.data.loading import SaliencyDataset
-from mlnet_utils.data.photos import NOBODY, Photo, Prepared, fixation_statistics
+from mlnet_utils.data.photos import (
+    NOBODY,
+    Photo,
+    Prepared,
+    StaleError,
+    fingerprints,
+    fixation_statistics,
+)
 
 
 # ---- a photo -----------------------------------------------------------------------------------
@@ -86,7 +95,7 @@ def test_fixations_come_before_a_map(mapped):
 
 
 def test_a_photos_own_sigma_comes_before_the_datasets(mapped):
-    photo = replace(looked_at(""), sha256="x", sigma=3.0)
+    photo = replace(looked_at(""), sigma=3.0)
     replace(mapped, photos=[photo]).write()
     read = Prepared.read(mapped.folder)
     assert [p.sigma for p in read.photos] == [3.0]
@@ -159,7 +168,7 @@ def test_photos_without_fixations_durations_or_observers(tmp_path):
         Photo("böse name", "a b/ü.png", 9, 7, "train"),
         Photo.from_points("b", "b.png", (9, 7), [[1, 2]]),
     ]
-    Prepared(tmp_path, photos, {}).write()
+    Prepared(tmp_path, photos, {"root": "."}).write()
     empty, pooled = Prepared.read(tmp_path).photos
     assert (empty.stem, empty.image, len(empty.fixations)) == ("böse name", "a b/ü.png", 0)
     assert np.isnan(pooled.durations).all()
@@ -258,21 +267,53 @@ def test_a_changed_index_is_noticed(run_folder, name):
 
 
 def test_changed_and_missing_files_are_found(tmp_path):
-    photos = []
-    for stem in "abc":
-        Image.new("RGB", (40, 40), (ord(stem), 0, 0)).save(tmp_path / f"{stem}.png")
-        Image.new("L", (40, 40), ord(stem)).save(tmp_path / f"{stem}_map.png")
-        photo = Photo(stem, f"{stem}.png", 40, 40, density=f"{stem}_map.png")
-        photos.append(photo.with_hashes(tmp_path))
-    Prepared(tmp_path / "data", photos, {"root": str(tmp_path)}).write()
+    for name in ("a.png", "b.png", "maps/b.png", "maps/c.png", "list.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(name.encode())
+    parts = ["a.png", "b.png", "maps", "list.csv", "other"]
+    photos, meta = [Photo("a", "a.png", 40, 40)], {"root": str(tmp_path)}
+    sources = {"read_from": parts, "files": fingerprints(tmp_path, parts)}
+    Prepared(tmp_path / "data", photos, meta, sources).write()
     prepared = Prepared.read(tmp_path / "data")
-    assert prepared.photos[0].density_sha256 == photos[0].density_sha256 != ""
     assert prepared.check() == []
+    for path in tmp_path.rglob("*.png"):  # other times, the same content
+        os.utime(path, (1, 1))
+    assert Prepared.read(tmp_path / "data").photos[0].stem == "a"
     (tmp_path / "a.png").unlink()
-    (tmp_path / "b.png").write_bytes(b"changed")
-    Image.new("L", (40, 40), 8).save(tmp_path / "b_map.png")
-    (tmp_path / "c_map.png").unlink()
-    problems = prepared.check()
-    words = [("a.png", "missing"), ("b.png", "changed"), ("b_map", "changed"), ("c_map", "missing")]
-    assert len(problems) == 4
-    assert all(a in line and b in line for line, (a, b) in zip(problems, words, strict=True))
+    (tmp_path / "b.png").write_bytes(b"other")  # as long as it was
+    (tmp_path / "maps/c.png").write_bytes(b"more")
+    (tmp_path / "maps/d.png").write_bytes(b"new")
+    (tmp_path / "maps/notes.md").write_bytes(b"is not read")
+    words = {"a.png is missing", "b.png has changed", "maps/c.png has changed", "d.png was added"}
+    for everything in (True, False):
+        problems = prepared.check(everything)
+        assert len(problems) == 4
+        assert all(any(word in line for line in problems) for word in words)
+    with pytest.raises(StaleError, match=r"data are out of date: .*a\.png is missing \(and 3 more"):
+        Prepared.read(tmp_path / "data")
+
+
+def test_folders_that_do_not_know_their_sources_know_their_photos(run_folder, tiny_photos):
+    (run_folder / "data/sources.json").unlink()
+    assert len(Prepared.read(run_folder / "data").photos) == 19
+    prepared = Prepared.read(run_folder / "data")
+    _, root = tiny_photos
+    shutil.copytree(root, run_folder / "photos")
+    Image.new("RGB", (80, 60)).save(run_folder / "photos/val0.png")
+    replace(prepared, meta={**prepared.meta, "root": str(run_folder / "photos")}).write()
+    with pytest.raises(StaleError, match=r"val0\.png has changed"):
+        Prepared.read(run_folder / "data")
+
+
+def test_a_split_without_truth_is_not_scored(tmp_path):
+    photos = [
+        Photo.from_points("a", "a.png", (9, 7), [[1, 2]], split="val"),
+        Photo("b", "b.png", 9, 7, "test"),
+    ]
+    prepared = Prepared(tmp_path, photos, {})
+    assert prepared.scored_split == "val"
+    assert [photo.stem for photo in prepared.with_truth("val")] == ["a"]
+    with pytest.raises(ValueError, match=r"1 of the 1 test photos .* evaluate the split 'val'"):
+        prepared.with_truth("test")
+    photos.append(Photo("c", "c.png", 9, 7, "test", density="c.npz"))
+    assert prepared.scored_split == "test"

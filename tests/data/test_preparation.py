@@ -8,9 +8,10 @@ import pytest
 from conftest import SIGMA, tiny_config
 from miniatures import save_photo, save_salicon_mat
 
-from mlnet_utils.data.photos import SPLITS, Photo, Prepared
+from mlnet_utils.data.photos import SPLITS, Photo, Prepared, StaleError
 from mlnet_utils.data.preparation import (
     check_same_data,
+    ensure,
     fold_split,
     hash_order,
     hash_split,
@@ -139,6 +140,23 @@ def test_own_photos_are_split_by_shares(tmp_path):
     assert (meta["sigma_px"], meta["fixations"], meta["dropped_outside"]) == (5.0, 190, 10)
     with pytest.raises(ValueError, match="'folder' has no sigma of its own: set `sigma`"):
         prepare(tiny_config(dataset="folder"), root, tmp_path / "run")
+
+
+def test_changed_sources_are_prepared_again_unless_something_was_trained_on_them(tmp_path):
+    root = own_photos(tmp_path, ["3,4"])
+    config, data = tiny_config(dataset="folder", sigma=5.0), tmp_path / "run/data"
+    first = ensure(config, root, data).digest
+    assert ensure(config, root, data).digest == first
+    own_photos(tmp_path, ["3,5"])
+    with pytest.warns(UserWarning, match=r"fixations\.csv has changed .*again"):
+        assert ensure(config, root, data).digest != first
+    with pytest.raises(ValueError, match=r"sigma=6.0 \(prepared: 5.0\)"):
+        ensure(replace(config, sigma=6.0), root, data)
+    save_photo(root / "folder/images/more.png")
+    (tmp_path / "run/checkpoints").mkdir()
+    (tmp_path / "run/checkpoints/best.pt").touch()
+    with pytest.raises(StaleError, match=r"more\.png was added"):
+        ensure(config, root, data)
 
 
 def test_a_split_of_the_files_own_is_kept(tmp_path):

@@ -216,6 +216,29 @@ def test_changes_move_the_metrics_that_should_move(run):
     assert table.loc["half centre bias", "sAUC"] != same["sAUC"]
 
 
+def test_the_present_preset_decides_the_evaluation(run, tmp_path, capsys):
+    folder, only = shutil.copytree(run, tmp_path / "copy"), {"models": (evaluation.MODEL,)}
+    before = evaluation.evaluate(folder, **only)
+    now = load_config("tiny", limit=4, test_flip=True)
+    after = evaluation.evaluate(folder, config=now, **only)
+    assert (before["test_flip"], after["test_flip"]) == (False, True)
+    assert means_of(before) != means_of(after)
+    assert "test_flip=True, as tiny says now" in capsys.readouterr().out
+    other = evaluation.evaluate(folder, config=load_config("sample", test_flip=True), **only)
+    assert other["rows"] == before["rows"]
+
+
+def test_a_network_is_not_scored_on_other_data_than_its_own(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "copy")
+    model, config, _ = checkpoints.load_model(run / "checkpoints" / "best.pt")
+    best = folder / "checkpoints" / "best.pt"
+    checkpoints.save_checkpoint(best, config, model.state_dict(), data="other")
+    with pytest.raises(ValueError, match=r"best\.pt was trained on other prepared data"):
+        evaluation.evaluate(folder)
+    elsewhere = shutil.move(best, tmp_path / "other.pt")
+    assert evaluation.evaluate(folder, elsewhere, models=(evaluation.MODEL,))["photos"] == 4
+
+
 def test_missing_inputs_name_what_makes_them(tmp_path, run):
     with pytest.raises(FileNotFoundError, match="01_data_preparation"):
         evaluation.evaluate(tmp_path)

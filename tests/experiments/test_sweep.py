@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,30 @@ def test_another_split_is_scored_again_without_training(done):
     run_sweep(done, split="val")
     assert checkpoints_of(done) == before
     assert set(table_of(done)["split"]) == {"val"}
+
+
+def test_scores_are_of_the_present_checkpoint_whatever_the_clock_says(done):
+    other, best = (done / "three-levels" / seed / "checkpoints" / "best.pt" for seed in "10")
+    expected = table_of(done)["NSS"][1]
+    shutil.copy(other, best)
+    os.utime(best, (1, 1))  # the clock was set back
+    assert run_cells(done, {"Three levels": {}}) == {}
+    assert table_of(done)["NSS"].to_list() == [expected]
+    scored = (done / "three-levels" / "0" / "metrics.json").read_text()
+    assert run_cells(done, {"Three levels": {"test_flip": True}}) == {}
+    assert (done / "three-levels" / "0" / "metrics.json").read_text() != scored
+
+
+def test_a_split_without_truth_is_refused_before_training(done, tmp_path):
+    (data,) = (done / "data").iterdir()
+    prepared = Prepared.read(data)
+    nothing = {"density": "", "density_sha256": "", "durations": None}
+    nothing |= {"fixations": np.zeros((0, 2), np.float32), "observers": np.zeros(0, np.int16)}
+    photos = [replace(p, **nothing) if p.split == "test" else p for p in prepared.photos]
+    replace(prepared, photos=photos).write()
+    with pytest.raises(ValueError, match=r"6 of the 6 test photos .* 'val'"):
+        run_cells(done, {"New": {"levels": 2}})
+    assert not (done / "new").exists()
 
 
 def test_links_to_the_photos_are_relative_and_mended(done, tmp_path):

@@ -251,6 +251,13 @@ def test_a_changed_line_in_any_room_reruns_the_stages(
     assert "01_first: running (changed: package)" in capsys.readouterr().out
 
 
+def test_changed_sources_outside_the_run_folder_rerun_the_first_stage(
+    finished, nothing_runs, capsys
+):
+    would_run(finished, stale=lambda folder: f"{folder.name}.csv has changed")
+    assert "01_first: running (tiny.csv has changed)" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("changed", ["preset, parameters", "parameters"])
 def test_other_arguments_rerun_the_stages(finished, nothing_runs, tmp_path, capsys, changed):
     (tmp_path / "tiny.yaml").write_text("preset: tiny\nepochs: 3\n")

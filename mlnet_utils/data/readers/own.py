@@ -242,5 +242,6 @@ SPEC = DatasetSpec(
     folder="folder",
     val=0.1,
     test=0.2,
+    parts=("images", *PARTS.values()),
     by_hand="place images/ and fixations.csv, fixation_maps/ or density_maps/",
 )

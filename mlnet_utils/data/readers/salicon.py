@@ -238,6 +238,7 @@ SPECS = (
         title="SALICON 2014 (JSON, mouse samples)",
         read=read_salicon_json,
         folder="salicon_examples",
+        parts=("annotations", "images"),
         by_hand="place annotations/fixations_<split>.json and the photos below images/",
         **_SHARED,
     ),

@@ -51,5 +51,11 @@ class DatasetSpec:
     test: float = 0  # 0 = the files have their own split
     archives: tuple[Archive, ...] = ()
     joins: tuple[str, ...] = ()  # datasets: all of the first, the training photos of the others
+    parts: tuple[str, ...] = ()  # what is read, below the folder; default: what archives become
     by_hand: str = ""  # for a dataset without archives: how it comes into its folder
     citation: str = ""
+
+    @property
+    def read_from(self) -> tuple[str, ...]:
+        """Files and folders that are read, relative to the dataset's folder."""
+        return self.parts or tuple(archive.into for archive in self.archives)
