@@ -9,6 +9,7 @@ import dataclasses
 import importlib.util
 import math
 import os
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,9 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from mlnet_utils.runtime import read_yaml, sha256_file
 
+LARGEST = 1 << 63  # of whole numbers
+_SHORT = reprlib.Repr()  # a file may nest a value in itself, or hold thousands of digits
+_SHORT.maxstring = 200
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -255,8 +259,7 @@ def packaged_file(backbone: str) -> str:
 
 
 def _build(values: dict[str, Any], given: set[str]) -> Config:
-    unknown = sorted(set(values) - KEYS)
-    if unknown:
+    if unknown := sorted(map(str, set(values) - KEYS)):
         raise ValueError(f"unknown configuration key {', '.join(unknown)}; known: {sorted(KEYS)}")
     return Config(**values, given=frozenset(given))
 
@@ -282,15 +285,13 @@ def _coerce(name: str, value: Any, expected: type) -> Any:
         return tuple(_coerce(name, item, get_args(expected)[0]) for item in value)
     if kind is str and isinstance(value, os.PathLike):
         return os.fspath(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is float and isinstance(value, str):
-        with contextlib.suppress(ValueError):  # YAML reads 1e-3 as text
+    if kind is float and isinstance(value, int | str) and not isinstance(value, bool):
+        with contextlib.suppress(ValueError, OverflowError):  # YAML reads 1e-3 as text
             return float(value)
     if isinstance(value, kind) and not (kind is int and isinstance(value, bool)):
         return value
     found = type(value).__name__
-    raise ValueError(f"config: {name}={value!r} should be {kind.__name__}, not {found}")
+    raise ValueError(f"config: {name}={_SHORT.repr(value)} should be {kind.__name__}, not {found}")
 
 
 def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
@@ -304,7 +305,7 @@ def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:
     if not isinstance(value, int | float) or value == limits.get("except_for"):
         return
     inside = (
-        math.isfinite(value)
+        (abs(value) < LARGEST if isinstance(value, int) else math.isfinite(value))
         and limits.get("at_least", value) <= value <= limits.get("at_most", value)
         and limits.get("above", -math.inf) < value < limits.get("below", math.inf)
         and ("multiple_of" not in limits or value % limits["multiple_of"] == 0)

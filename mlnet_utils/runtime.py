@@ -12,6 +12,7 @@ import os
 import platform
 import signal
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator
@@ -108,6 +109,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it onto ``path`` only on success.
 
     A full disk or a kill leaves the old file intact, and no reader sees half a file.
+
+    Raises:
+        OSError: the file could not be written; names it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -118,6 +122,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        if error.filename:
+            raise
+        advice = "is the disk full? Make room and run the same command again"
+        raise OSError(f"'{path}' could not be written ({error}); {advice}") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -183,21 +192,50 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def read_json(path: str | Path, made_by: str) -> Any:
-    """Read a JSON file; errors name its maker, ``made_by``.
+@contextlib.contextmanager
+def reading(path: str | Path, expected: str, remedy: str = "get it again") -> Iterator[None]:
+    """Turn whatever goes wrong while a file is read into one error that a user can act on.
+
+    It names the file, what was ``expected`` ("a photo") and the ``remedy``. A missing package
+    stays an ImportError, and a ValueError that names the file already is left as it is.
 
     Raises:
-        FileNotFoundError: the file is missing.
-        ValueError: the file is not valid JSON.
+        FileNotFoundError: there is no such file.
+        ValueError: it is a folder, not readable, damaged, or something else than expected.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: it is made by {made_by}. Run that first.")
+    if not path.exists():
+        raise FileNotFoundError(f"'{path}' does not exist: expected {expected}; {remedy}")
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        remedy = f"delete it and run {made_by}"
-        raise ValueError(f"{path} is not valid JSON ({error}); {remedy}") from None
+        if path.is_dir():
+            raise ValueError("it is a folder")
+        yield
+    except ImportError:
+        raise
+    # Readers check little of what they read: struct.error, IndexError, zlib.error, BadZipFile...
+    except Exception as error:
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        said = isinstance(error, ValueError | OSError)
+        reason = textwrap.shorten(str(error) if said else f"{type(error).__name__}: {error}", 300)
+        problem = f"'{path}' cannot be read ({reason})"
+        raise ValueError(f"{problem}: expected {expected}; {remedy}") from error
+
+
+def read_json(path: str | Path, made_by: str, *keys: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object with at least ``keys``.
+
+    Raises:
+        FileNotFoundError, ValueError: see :func:`reading`; the message names the file's maker.
+    """
+    remedy = f"delete it, if it is there, and run {made_by}"
+    with reading(path, f"the JSON that {made_by} writes", remedy):
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        if missing := set(keys) - set(value if isinstance(value, dict) else ()):
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if not isinstance(value, dict):
+            raise ValueError("it holds no keys")
+    return value
 
 
 class _SingleKeys(yaml.SafeLoader):
@@ -217,17 +255,14 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Read a YAML file that holds a mapping; an empty one is ``{}``.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: not valid YAML, no mapping, or a key that is there twice; names file and line.
+        FileNotFoundError, ValueError: see :func:`reading`; of a key that is not text or there
+            twice, too.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{path} does not exist: name a YAML file that does")
-    try:
-        values = _SingleKeys(Path(path).read_text(encoding="utf-8")).get_single_data() or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a mapping of keys to values")
+    with reading(path, "a mapping in YAML, UTF-8", "mend it or name another"):
+        values = _SingleKeys(Path(path).read_text(encoding="utf-8")).get_single_data()
+        values = {} if values is None else values
+        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
+            raise ValueError("it holds something else")
     return values
 
 

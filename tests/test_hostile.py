@@ -16,6 +16,7 @@ from mlnet_utils.data.images import read_density, read_image
 from mlnet_utils.data.readers.files import fixated_pixels, photo_size
 from mlnet_utils.experiments.sweep import Grid, read_grid
 from mlnet_utils.model.backbones import read_weights
+from mlnet_utils.model.checkpoints import load_checkpoint
 from mlnet_utils.model.legacy import import_weights
 from mlnet_utils.predict.export import export
 from mlnet_utils.predict.predictor import load
@@ -133,7 +134,7 @@ def test_a_photo_starts_no_other_program(tmp_path, monkeypatch, read):
     ],
 )
 def test_a_checkpoint_leads_to_no_other_file_or_site(tmp_path, monkeypatch, key, value):
-    content = torch.load(tiny_checkpoint(tmp_path / "x.pt"), weights_only=True)
+    content = load_checkpoint(tiny_checkpoint(tmp_path / "x.pt"))
     torch.save({**content, "config": {**content["config"], key: value}}, tmp_path / "x.pt")
     monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("timm was asked"))
     with pytest.raises(ValueError, match=f"{key}="):

@@ -109,8 +109,8 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
 def test_any_name_that_the_disk_takes_is_written(tmp_path, name):
     runtime.write_text(tmp_path / name, os.fsdecode(b"caf\xe9"))
     assert os.listdir(tmp_path) == [name]
-    runtime.write_json(tmp_path / name, [name])
-    assert runtime.read_json(tmp_path / name, "nobody") == [name]
+    runtime.write_json(tmp_path / name, {"name": name})
+    assert runtime.read_json(tmp_path / name, "nobody") == {"name": name}
 
 
 HOLD = """
@@ -156,12 +156,12 @@ def test_a_killed_process_keeps_nobody_waiting(tmp_path, holder, capsys, monkeyp
 
 def test_json_round_trip_and_errors(tmp_path):
     path = tmp_path / "record.json"
-    with pytest.raises(FileNotFoundError, match=r"record.json is missing.*notebook 01"):
+    with pytest.raises(FileNotFoundError, match=r"record.json.*notebook 01"):
         runtime.read_json(path, "notebook 01")
     runtime.write_json(path, {"µ": [1, 2.5]})
     assert runtime.read_json(path, "notebook 01") == {"µ": [1, 2.5]}
     path.write_text("{half")
-    with pytest.raises(ValueError, match=r"not valid JSON.*delete it and run notebook 01"):
+    with pytest.raises(ValueError, match=r"record.json.*delete it.* run notebook 01"):
         runtime.read_json(path, "notebook 01")
 
 

@@ -206,7 +206,7 @@ def check_unpacked(target: str | Path) -> None:
         raise FileExistsError(
             f"{target} was not unpacked by this command: move it away to have it downloaded"
         )
-    known, changed = read_json(record, "`python -m mlnet_utils download`")["files"], []
+    known, changed = read_json(record, "`python -m mlnet_utils download`", "files")["files"], []
     entries = progress(known.items(), f"verifying {target.name}", len(known), "file")
     for name, (_, sha256) in entries:
         if not (target / name).is_file():

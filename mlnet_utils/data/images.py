@@ -1,13 +1,14 @@
 """Find photos in folders, and read those of any kind: colour modes, 16 bits, rotation."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
+
+from mlnet_utils.runtime import reading
 
 PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 # Formats that Pillow decodes itself (JPEG reads MPO too); others, e.g. EPS, start programs.
@@ -41,19 +42,6 @@ def visible_files(
     ]
 
 
-@contextmanager
-def blame_file(problem: str, remedy: str = "get it again") -> Iterator[None]:
-    """Turn whatever a reader raises about a damaged file into a ValueError that names the file.
-
-    ``problem`` begins the message, such as "photo x.jpg cannot be decoded"; ``remedy`` ends it.
-    """
-    try:
-        yield
-    # Readers check little of what they read: struct.error, IndexError, zlib.error, BadZipFile...
-    except Exception as error:
-        raise ValueError(f"{problem} ({error}): {remedy}") from error
-
-
 def orientation(image: Image.Image) -> int:
     """Orientation of the camera by a photo's EXIF, 1 to 8; 1, upright, where it is unknown."""
     try:
@@ -82,10 +70,7 @@ def read_image(path: str | Path, upright: bool = True) -> Tensor:
         ValueError: the file is not a readable image.
         FileNotFoundError: there is no such file.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"photo {path} does not exist")
-    with blame_file(f"photo {path} cannot be decoded"), Image.open(path, formats=FORMATS) as image:
+    with reading(path, "a photo"), Image.open(path, formats=FORMATS) as image:
         return decode(image, upright)
 
 
@@ -130,16 +115,14 @@ def read_density(path: str | Path) -> Tensor:
         ValueError: unreadable, negative, or zero everywhere.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"density map {path} does not exist")
-    with blame_file(f"density map {path} cannot be read"):
+    with reading(path, "a density map: 2-D, finite, not negative, not zero everywhere"):
         if path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 values = arrays["density"].astype(np.float64)
         else:
             with Image.open(path, formats=FORMATS) as image:
                 values = np.asarray(image.convert("F"), dtype=np.float64)
-    total = values.sum()
-    if values.ndim != 2 or not 0 < total < np.inf or values.min() < 0:  # a NaN makes the sum NaN
-        raise ValueError(f"density map {path} must be 2-D, finite, non-negative, not zero")
+        total = values.sum()
+        if values.ndim != 2 or not 0 < total < np.inf or values.min() < 0:  # NaN makes it NaN
+            raise ValueError(f"shape {values.shape}, sum {total:g}")
     return torch.from_numpy(values / total)

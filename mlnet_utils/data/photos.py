@@ -26,11 +26,12 @@ from mlnet_utils.data.geometry import (
     inside,
     map_on_grid,
 )
-from mlnet_utils.data.images import PHOTO_SUFFIXES, blame_file, read_density, visible_files
+from mlnet_utils.data.images import PHOTO_SUFFIXES, read_density, visible_files
 from mlnet_utils.runtime import (
     atomic_path,
     progress,
     read_json,
+    reading,
     sha256_file,
     write_json,
     write_text,
@@ -42,8 +43,11 @@ MADE_BY = "notebook 01_data_preparation"
 INDEX_FILES = ("index.jsonl", "fixations.npz")
 SOURCES = "sources.json"
 SOURCE_SUFFIXES = (*PHOTO_SUFFIXES, ".csv", ".tsv", ".txt", ".json", ".mat", ".npy", ".npz")
-COLUMNS = ("stem", "image", "width", "height", "split", "density", "sha256")  # of the index
-RARE = ("density_sha256", "sigma")  # columns only where set: the index decides the digest
+COLUMNS = {  # of the index, with their types
+    **{"stem": str, "image": str, "width": int, "height": int},
+    **{"split": str, "density": str, "sha256": str},
+}
+RARE = {"density_sha256": str, "sigma": float}  # only where set: the index decides the digest
 ARRAYS = {  # attribute of a photo: its key in fixations.npz, its type
     "fixations": ("points", np.float32),
     "observers": ("observers", np.int16),
@@ -315,28 +319,30 @@ class Prepared:
             StaleError: a file that it was made from was changed, removed or added since.
             ValueError: index and fixations are damaged or do not belong together.
         """
-        folder = Path(folder)
-        meta = read_json(folder / "meta.json", MADE_BY)
+        folder, again = Path(folder), f"run {MADE_BY} again"
+        meta = read_json(folder / "meta.json", MADE_BY, "dataset", "title", "root", "sigma_px")
+        with reading(folder / "meta.json", "`root`, text, and `sigma_px`, a number", again):
+            Path(meta["root"]), float(meta["sigma_px"])
+            hashes = dict(meta.get("files", {}))  # early folders have none
         for name in INDEX_FILES:
-            if not (folder / name).is_file():
-                raise FileNotFoundError(f"{folder / name} is missing: run {MADE_BY} again")
-        photos = []
-        damaged = f"{folder}: index.jsonl or fixations.npz is damaged"
-        with blame_file(damaged, f"run {MADE_BY} again"):
+            with reading(folder / name, "the file that meta.json belongs to", again):
+                if (digest := hashes.get(name)) and sha256_file(folder / name) != digest:
+                    raise ValueError("its SHA-256 is another")
+        with reading(folder / "index.jsonl", "a photo a line, as in fixations.npz", again):
             lines = (folder / "index.jsonl").read_text(encoding="utf-8").splitlines()
             with np.load(folder / "fixations.npz", allow_pickle=False) as arrays:
                 inner = arrays["offsets"][1:-1]
                 parts = [np.split(arrays[key], inner) for key, _ in ARRAYS.values()]
-            for line, *values in zip(lines, *parts, strict=True):
-                row = json.loads(line)
-                known = {key: row[key] for key in (*COLUMNS, "dropped")}
-                known |= {key: row[key] for key in RARE if key in row}
-                photos.append(Photo(**known, **dict(zip(ARRAYS, values, strict=True))))
-                if len(photos[-1].fixations) != row["fixations"]:
-                    raise ValueError(f"photo {row['stem']} has {row['fixations']} fixations")
+            photos = [
+                _photo(json.loads(line), dict(zip(ARRAYS, values, strict=True)))
+                for line, *values in zip(lines, *parts, strict=True)
+            ]
         sources = None  # folders made before there was such a file
         if (folder / SOURCES).is_file():
-            sources = read_json(folder / SOURCES, MADE_BY)
+            sources = read_json(folder / SOURCES, MADE_BY, "read_from", "files")
+            with reading(folder / SOURCES, "SHA-256, size and times of files", again):
+                if not all(isinstance(known, list) for known in sources["files"].values()):
+                    raise ValueError("a file has none")
         prepared = cls(folder, photos, meta, sources)
         if check and (problems := prepared.check(everything=False)):
             raise StaleError(folder, problems)
@@ -410,6 +416,18 @@ def _state(path: Path) -> list[int]:
     """Size and times: a file in the same state is taken for the same."""
     stat = path.stat()
     return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns]
+
+
+def _photo(row: dict[str, Any], arrays: dict[str, np.ndarray]) -> Photo:
+    """A photo of the index; ValueError where the row or its arrays are no photo."""
+    kinds = {**COLUMNS, "dropped": int, **{key: kind for key, kind in RARE.items() if key in row}}
+    known = {key: row[key] for key in kinds}
+    wrong = [key for key, kind in kinds.items() if not isinstance(known[key], kind)]
+    photo = Photo(**known, **arrays)
+    on_photo = wrong or inside(photo.fixations, photo.height, photo.width)
+    if wrong or len(on_photo) != row["fixations"] or not on_photo.all():
+        raise ValueError(f"photo {photo.stem!r} has other {', '.join(wrong) or 'fixations'}")
+    return photo
 
 
 def fixation_statistics(photos: list[Photo], px_per_degree: float | None = None) -> dict:

@@ -30,7 +30,15 @@ from mlnet_utils.experiments import evaluation
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.metrics.summary import format_table
 from mlnet_utils.model import checkpoints
-from mlnet_utils.runtime import cpu_count, display_path, read_json, read_yaml, require, write_text
+from mlnet_utils.runtime import (
+    cpu_count,
+    display_path,
+    read_json,
+    read_yaml,
+    reading,
+    require,
+    write_text,
+)
 from mlnet_utils.training import trainer
 from mlnet_utils.training.trainer import TrainingDied
 
@@ -115,13 +123,11 @@ def read_grid(path: str | Path) -> Grid:
         ValueError: not a grid, an unknown key, or a key that is there twice.
     """
     path, values = Path(path), read_yaml(path)
-    if not isinstance(values.get("cells"), dict):
-        raise ValueError(f"{path} must hold a mapping with `cells`: name -> changed keys")
-    unknown = sorted(set(values) - set(GRID_KEYS))
-    if unknown:
-        raise ValueError(f"{path}: unknown key {', '.join(unknown)}; known: {', '.join(GRID_KEYS)}")
-    cells = {str(name): changes or {} for name, changes in values.pop("cells").items()}
-    return Grid(path.stem, cells=cells, **{"preset": "sample", **values})
+    with reading(path, f"{', '.join(GRID_KEYS)}; `cells`: name -> changed keys", "mend it"):
+        if unknown := set(values) - set(GRID_KEYS):
+            raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
+        cells = {str(name): dict(changes or {}) for name, changes in values.pop("cells").items()}
+        return Grid(path.stem, cells=cells, **{"preset": "sample", **values})
 
 
 def jobs_of(grid: Grid, folder: Path, data_root: Path, train: Train = trainer.fit) -> list[Job]:
@@ -140,7 +146,7 @@ def jobs_of(grid: Grid, folder: Path, data_root: Path, train: Train = trainer.fi
             values["start_from"] = str(best)
         try:
             config = load_config(grid.preset, **values, seed=seed)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:  # TypeError: `seed` among the keys
             raise ValueError(f"grid {grid.name}, cell {cell!r}: {error}") from None
         config = replace(config, preset=slug(cell))
         place, data = folder / slug(cell) / str(seed), folder / "data" / data_key(config, data_root)

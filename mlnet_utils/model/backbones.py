@@ -3,6 +3,7 @@
 import hashlib
 import pickle
 import textwrap
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mlnet_utils.config import Config, backbone_file
 from mlnet_utils.data.geometry import IMAGENET_MEAN, IMAGENET_STD
-from mlnet_utils.runtime import sha256_file
+from mlnet_utils.runtime import reading, sha256_file
 
 # Mean and deviation of RGB input in 0..1. "caffe" is the Keras/Caffe VGG-16: BGR, mean only.
 NORMALISATIONS = {
@@ -24,6 +25,7 @@ NORMALISATIONS = {
     "caffe": ((123.68 / 255, 116.779 / 255, 103.939 / 255), (1 / 255,) * 3),
 }
 
+OFFLINE = "where a download fails, name a file in $BACKBONE_WEIGHTS"
 FETCHING = ("checkpoint_path", "cache_dir")  # arguments of timm that lead to other files
 
 
@@ -113,7 +115,7 @@ class TimmLevels(nn.Module):
         except Exception as error:  # timm raises many types
             advice = "see its documentation of this backbone"
             if pretrained:
-                advice = "where a download fails, name a file in $BACKBONE_WEIGHTS"
+                advice = OFFLINE
             problem = f"backbone {config.backbone!r} cannot be built by timm ({error}); {advice}"
             raise ValueError(problem) from error
         modules = dict(self.body.named_modules())
@@ -155,7 +157,10 @@ def build_backbone(config: Config) -> tuple[nn.Module, tuple[tuple, tuple]]:
         if download:
             from torchvision.models import VGG16_Weights
 
-            weights = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+            try:
+                weights = VGG16_Weights.IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+            except (OSError, RuntimeError) as error:
+                raise ValueError(f"weights of 'vgg16': {error}; {OFFLINE}") from error
             backbone.load_state_dict({k: v for k, v in weights.items() if "features" in k})
     else:
         backbone = TimmLevels(config, pretrained=download)
@@ -217,41 +222,105 @@ def in_timms_names(
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Read a ``.safetensors`` or ``.pth``/``.pt`` state dict; errors as :func:`read_tensors`."""
-    state = read_tensors(path, "weights file", "name another file")
-    state = state.get("state_dict", state) if isinstance(state, dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise ValueError(f"weights file {path} must hold a state dict of tensors")
+    """Read a ``.safetensors`` or ``.pth``/``.pt`` state dict; errors as :func:`reading`."""
+    path = Path(path).expanduser()
+    with reading(path, "weights: tensors by name", "get it again, or name another"):
+        if path.suffix == ".safetensors":
+            return read_safetensors(path)[0]
+        state = read_torch(path)
+        return named_tensors(state.get("state_dict", state))
+
+
+def named_tensors(state: Any) -> dict[str, Tensor]:
+    """The state dict, if it is one; else a ValueError."""
+    if not isinstance(state, dict) or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
+    ):
+        raise ValueError("it holds something other than tensors by name")
     return state
 
 
-def read_tensors(path: str | Path, kind: str, advice: str) -> Any:
-    """Read what torch or safetensors (``.safetensors``) saved, never running code from the file.
+def read_torch(path: Path) -> dict[str, Any]:
+    """Read a dictionary that ``torch.save`` wrote, without running code from the file.
 
-    Messages name the ``kind`` of file, and the ``advice`` where it is missing.
+    Its :func:`content_digest`, or of a file without one the checksums of the zip, are compared:
+    torch reads a file with flipped bits without a word.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: unreadable, truncated, or more than tensors and plain values.
+        OSError, RuntimeError, ...: whatever torch and zipfile raise; see :func:`reading`.
+        ValueError: damaged, no dictionary, or more than tensors and plain values.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise FileNotFoundError(f"{kind} {path} does not exist: {advice}")
     try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the readers raise many types for a broken file
-        reason = str(error)
-        if isinstance(error, pickle.UnpicklingError):  # torch advises to let the file run code
-            reason = "it holds something other than tensors and plain values"
-        raise ValueError(f"{kind} {path} cannot be read ({reason}); was it cut short?") from error
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:  # torch advises to let the file run code
+        raise ValueError("it holds something other than tensors and plain values") from None
+    if not isinstance(content, dict):
+        raise ValueError("it holds no names")
+    digest = content.pop("digest", None)
+    if digest:
+        if digest != content_digest(content):
+            raise ValueError("its content is not what was written")
+    elif zipfile.is_zipfile(path):  # files before PyTorch 1.6 are none
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"{damaged} in it is damaged")
+    return content
+
+
+def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors and texts with the digest of both, which :func:`read_safetensors` compares."""
+    digest = content_digest({**metadata, "tensors": tensors})
+    safetensors.torch.save_file(tensors, path, {**metadata, "digest": digest})
+
+
+def read_safetensors(path: Path, digest: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and texts of a file; ``digest`` is that of a file that does not hold its own.
+
+    Raises:
+        SafetensorError, ...: whatever safetensors raises; see :func:`reading`.
+        ValueError: the content is not what was written.
+    """
+    with safetensors.safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    digest = metadata.pop("digest", digest)
+    if digest and digest != content_digest({**metadata, "tensors": tensors}):
+        raise ValueError("its content is not what was written")
+    return tensors, metadata
+
+
+def content_digest(content: dict[str, Any]) -> str:
+    """SHA-256 over nested tensors and plain values: names, types, shapes and numbers."""
+    digest = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, Tensor):
+            digest.update(f"{value.dtype} {tuple(value.shape)}".encode())
+            numbers = value.detach().cpu().contiguous().flatten()
+            digest.update(numbers.view(torch.uint8).numpy())
+        elif isinstance(value, dict):
+            for key in sorted(value, key=repr):
+                add(key)
+                add(value[key])
+        elif isinstance(value, list | tuple):
+            digest.update(f"{len(value)} items".encode())
+            for item in value:
+                add(item)
+        else:
+            digest.update(f"{value!r};".encode())
+
+    add(content)
+    return digest.hexdigest()
 
 
 def load_strictly(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """Load a state dict; a ValueError lists the entries that do not fit."""
+    """Load a state dict; a ValueError lists the entries that do not fit, or are not finite."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
         problems = textwrap.shorten(str(error), 1000, placeholder=" ...")
         raise ValueError(f"{source} does not match the network: {problems}") from error
+    lost = [key for key, value in module.state_dict().items() if not value.isfinite().all()]
+    if lost:
+        problem = f"{lost[0]} and {len(lost) - 1} more hold values that are not finite numbers"
+        raise ValueError(f"{source} cannot be used: {problem}; get it again, or train again")

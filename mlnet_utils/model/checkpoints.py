@@ -8,17 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from mlnet_utils.config import ENGINE_FIELDS, RETIRED, Config, from_dict
-from mlnet_utils.model.backbones import load_strictly, read_tensors
+from mlnet_utils.model.backbones import (
+    content_digest,
+    load_strictly,
+    named_tensors,
+    read_safetensors,
+    read_torch,
+    save_safetensors,
+)
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.runtime import (
     SHIPPED,
     atomic_path,
     checkout_root,
     display_path,
+    reading,
     sha256_file,
     versions,
 )
@@ -34,6 +40,9 @@ ARCHITECTURE = (
 # Taken from the start unless they are set: the network works at any size.
 USUAL = ("height", "width", "channels_last")
 
+# Of the network that comes with the package, which was published before files held their digest.
+SHIPPED_DIGEST = "753662725af236fcbf58126e893ffe4142681383b24395c5a5abb9d59f400824"
+REMEDY = "get it again, or train again (notebook 02_training, `reproduce --force` if it ran before)"
 OTHER_RUN = "choose another run folder, or train anew with `reproduce --force`"
 
 
@@ -52,12 +61,12 @@ def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any)
         "model": {key: value.detach().cpu() for key, value in model.items()},
         **state,
     }
-    try:
-        with atomic_path(path) as temporary:
+    content["digest"] = content_digest(content)
+    with atomic_path(path) as temporary:
+        try:
             torch.save(content, temporary)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        advice = "is the disk full? Make room and run the same command again"
-        raise OSError(f"checkpoint {path} could not be written ({error}); {advice}") from error
+        except RuntimeError as error:  # as torch reports a full disk
+            raise OSError(str(error)) from error
 
 
 def save_published(path: str | Path, checkpoint: str | Path, card: dict[str, Any]) -> None:
@@ -76,23 +85,18 @@ def save_published(path: str | Path, checkpoint: str | Path, card: dict[str, Any
         for key, value in content["model"].items()
     }
     texts = {"config": content["config"], "card": card}
-    metadata = {"format": FORMAT, **{key: json.dumps(value) for key, value in texts.items()}}
+    metadata = {key: json.dumps(value) for key, value in texts.items()}
     with atomic_path(path) as temporary:
-        save_file(weights, temporary, metadata)
+        save_safetensors(temporary, weights, {"format": FORMAT, **metadata})
 
 
 def _load_published(path: Path) -> dict[str, Any]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") == FORMAT:
-                weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                texts = {key: json.loads(metadata[key]) for key in ("config", "card")}
-                weights = {k: v.float() if v.dtype == torch.half else v for k, v in weights.items()}
-                return {"format": FORMAT, "model": weights, **texts}
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"checkpoint {path} cannot be read ({error}); get it again") from error
-    return {}
+    weights, metadata = read_safetensors(path, SHIPPED_DIGEST if path == SHIPPED else "")
+    if metadata.get("format") != FORMAT:
+        return {}
+    weights = {k: v.float() if v.dtype == torch.half else v for k, v in weights.items()}
+    texts = {key: json.loads(metadata[key]) for key in ("config", "card")}
+    return {"format": FORMAT, "model": weights, **texts}
 
 
 def load_checkpoint(path: str | Path = "") -> dict[str, Any]:
@@ -100,18 +104,16 @@ def load_checkpoint(path: str | Path = "") -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: unreadable, truncated, or not one of this project's checkpoints.
+        ValueError: unreadable, damaged, or not one of this project's checkpoints.
     """
-    path = Path(path) if str(path) else SHIPPED
-    if path.suffix == ".safetensors" and path.is_file():
-        content = _load_published(path)
-    else:
-        content = read_tensors(path, "checkpoint", "notebook 02_training makes it")
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        advice = (
-            "`python -m mlnet_utils import-weights` converts weights of earlier implementations"
-        )
-        raise ValueError(f"{path} is not a checkpoint of this project; {advice}")
+    path = Path(path).expanduser() if str(path) else SHIPPED
+    with reading(path, "a checkpoint of this project", REMEDY):
+        content = (_load_published if path.suffix == ".safetensors" else read_torch)(path)
+        if content.get("format") != FORMAT:
+            earlier = "`python -m mlnet_utils import-weights` converts weights of earlier ones"
+            raise ValueError(f"it is none; {earlier}")
+        from_dict(content["config"])
+        named_tensors(content["model"])
     return content
 
 
@@ -121,9 +123,10 @@ def load_model(path: str | Path = "") -> tuple[MLNet, Config, dict[str, Any]]:
     Nothing is downloaded: the checkpoint holds all the weights.
     """
     content = load_checkpoint(path)
-    config = from_dict(content["config"])
-    model = MLNet(from_dict({**content["config"], "backbone_weights": "none"}))
-    model.load_state_dict(content["model"])
+    path, config = path if str(path) else SHIPPED, from_dict(content["config"])
+    with reading(path, "a checkpoint of this project", REMEDY):
+        model = MLNet(from_dict({**content["config"], "backbone_weights": "none"}))
+        load_strictly(model, content["model"], "it")
     return model.eval(), config, content
 
 

@@ -16,16 +16,21 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from mlnet_utils.config import Config, load_config
-from mlnet_utils.model.backbones import VGG16Levels, load_strictly, read_weights
+from mlnet_utils.model.backbones import (
+    VGG16Levels,
+    load_strictly,
+    read_weights,
+    save_safetensors,
+)
 from mlnet_utils.model.checkpoints import save_checkpoint
 from mlnet_utils.model.network import MLNet
-from mlnet_utils.runtime import atomic_path, require, sha256_file
+from mlnet_utils.runtime import atomic_path, reading, require, sha256_file
 
+WEIGHTS = "weights of an earlier ML-Net or of VGG-16 from Keras"
 KINDS = ("keras-mlnet", "keras-vgg16", "mlnet-pytorch")
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
@@ -46,9 +51,7 @@ def recognise(path: str | Path) -> str:
         ValueError: truncated, unreadable, or none of the kinds.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"weights file {path} does not exist")
-    with open(path, "rb") as file:
+    with reading(path, WEIGHTS), open(path, "rb") as file:
         start = file.read(512)
     names = ()
     if start.startswith(_HDF5):
@@ -96,8 +99,7 @@ def import_weights(path: str | Path, out: str | Path) -> Config:
         weights = _keras_vgg16(path)
         load_strictly(VGG16Levels(), weights, str(path))
         with atomic_path(out) as temporary:
-            metadata = {**source, "normalisation": "caffe"}
-            safetensors.torch.save_file(weights, temporary, metadata=metadata)
+            save_safetensors(temporary, weights, {**source, "normalisation": "caffe"})
         return load_config("paper", backbone_weights=str(out), normalisation="caffe")
     if kind == "keras-mlnet":
         weights = _keras_mlnet(path)
@@ -171,12 +173,8 @@ def _mlnet_pytorch(path: Path) -> dict[str, Tensor]:
 @contextlib.contextmanager
 def _open_hdf5(path: Path) -> Iterator:
     """The open file; what is missing or cannot be read in it is a ValueError that names it."""
-    h5py = require("h5py", "legacy")
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read ({error}); was it cut short?") from error
+    with reading(path, WEIGHTS), require("h5py", "legacy").File(path, "r") as file:
+        yield file
 
 
 def _correlating(dataset) -> Tensor:

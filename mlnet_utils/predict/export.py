@@ -30,6 +30,7 @@ from mlnet_utils.runtime import (
     atomic_path,
     display_path,
     read_json,
+    reading,
     require,
     sha256_file,
     versions,
@@ -140,22 +141,13 @@ def load_exported(path: str | Path, threads: int = 0) -> Predictor:
         ValueError: not a file that :func:`export` wrote.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"exported network {path} does not exist")
-    if path.suffix == ".onnx":
-        require("onnxruntime", "export")
-    try:
+    with reading(path, "a network that `python -m mlnet_utils export` wrote", "export it again"):
         if path.suffix == ".onnx":
             network = OnnxNetwork(path, threads)
             metadata = network.metadata
         else:
             network, metadata = _read_pt2(path)
-        config = from_dict(json.loads(metadata["config"]))
-    except Exception as error:  # both readers raise many types for a foreign file
-        raise ValueError(
-            f"{path} is no network that `python -m mlnet_utils export` wrote ({error})"
-        ) from error
-    return Predictor(network, config)
+        return Predictor(network, from_dict(json.loads(metadata["config"])))
 
 
 def _read_pt2(path: Path) -> tuple[MLNet, dict[str, str]]:
@@ -178,7 +170,7 @@ def _read_pt2(path: Path) -> tuple[MLNet, dict[str, str]]:
             size, stride = ([n["as_int"] for n in layout[key]] for key in ("sizes", "strides"))
             values = torch.frombuffer(content, dtype=kinds[name])
             weights[name] = values.as_strided(size, stride, layout["storage_offset"]["as_int"])
-        load_strictly(model, weights, "the file")
+        load_strictly(model, weights, "it")
     return model, metadata
 
 
@@ -227,7 +219,7 @@ def _scores(checkpoint: Path, content: dict) -> dict:
     scores = {"validation": content.get("scores", {})}
     path = checkpoint.absolute().parent.parent / "metrics.json"
     if path.is_file():
-        report = read_json(path, "evaluate")
+        report = read_json(path, "`evaluate`")
         if report.get("checkpoint_sha256") == sha256_file(checkpoint):
             found = {key: report[key] for key in ("dataset", "split", "photos", "protocol")}
             for row in report["rows"]:

@@ -17,7 +17,7 @@ from PIL import Image
 from mlnet_utils.data.images import FORMATS, orientation
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers.files import check_looked_at
-from mlnet_utils.runtime import progress, require
+from mlnet_utils.runtime import progress, reading, require
 
 LOWEST = 1e-20  # density of a pixel that a model thinks impossible
 
@@ -151,5 +151,5 @@ def _half_a_pixel_less(points: np.ndarray) -> np.ndarray:
 
 def _is_upright(path: str | Path) -> bool:
     """Whether pysaliency, which does not look at EXIF, sees a photo as it is shown."""
-    with Image.open(path, formats=FORMATS) as image:
+    with reading(path, "a photo"), Image.open(path, formats=FORMATS) as image:
         return orientation(image) == 1

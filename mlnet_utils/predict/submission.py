@@ -28,11 +28,13 @@ from scipy.special import logsumexp
 
 from mlnet_utils.data.images import FORMATS, visible_files
 from mlnet_utils.predict.folders import predict_folder
-from mlnet_utils.runtime import atomic_path, data_root, display_path, progress, require
+from mlnet_utils.runtime import atomic_path, data_root, display_path, progress, reading, require
 
 # Share of a uniform density that is mixed in before the logarithm: a network with a ReLU head
 # predicts zeros, and one fixation on a zero would make the mean information gain -infinity.
 UNIFORM_SHARE = 1e-6
+
+LARGEST = 1 << 28  # bytes of a map in a zip, which may announce any number
 
 Sizes = Mapping[str, tuple[int, int]]  # photo, relative to its folder -> (width, height)
 
@@ -80,7 +82,7 @@ def benchmark_photos(
     folder = Path(photos) if str(photos) else data_root(root) / benchmark.photos.format(split=split)
     sizes = {}
     for file in progress(visible_files(folder), "reading sizes", unit="photo"):
-        with Image.open(file, formats=FORMATS) as image:
+        with reading(file, "a photo"), Image.open(file, formats=FORMATS) as image:
             sizes[file.relative_to(folder).as_posix()] = image.size
     if len(sizes) != benchmark.count:
         raise ValueError(
@@ -207,9 +209,10 @@ def _problems(path: Path, sizes: Sizes) -> Iterator[tuple[str, Any]]:
     expected = {NAMES[path.suffix](photo): size for photo, size in sizes.items()}
     with ExitStack() as opened:
         try:
-            maps, read = _open(path, opened)
-        except (zipfile.BadZipFile, OSError, ValueError) as error:
-            yield f"not a readable {path.suffix} file", f"{path.name} ({error})"
+            with reading(path, f"a submission as {path.suffix}", "make it again"):
+                maps, read = _open(path, opened)
+        except ValueError as error:
+            yield "not readable", str(error)
             return
         counts = Counter(name for name, _ in maps)
         yield from (("missing", name) for name in expected if name not in counts)
@@ -219,12 +222,11 @@ def _problems(path: Path, sizes: Sizes) -> Iterator[tuple[str, Any]]:
             if name in expected:
                 try:
                     content = read(key)
+                    check = _check_png if isinstance(content, Image.Image) else _check_log_density
+                    faults = list(check(content, *expected[name]))
                 except Exception as error:  # readers raise many types for damaged content
-                    yield "not readable", f"{name} ({error})"
-                    continue
-                check = _check_png if isinstance(content, Image.Image) else _check_log_density
-                for kind, found in check(content, *expected[name]):
-                    yield kind, f"{name}{found and f' ({found})'}"
+                    faults = [("not readable", error)]
+                yield from ((kind, f"{name}{found and f' ({found})'}") for kind, found in faults)
 
 
 def _open(path: Path, opened: ExitStack) -> tuple[list[tuple[Any, Any]], Callable[[Any], Any]]:
@@ -232,7 +234,13 @@ def _open(path: Path, opened: ExitStack) -> tuple[list[tuple[Any, Any]], Callabl
     if path.suffix == ".zip":
         archive = opened.enter_context(zipfile.ZipFile(path))
         files = [entry for entry in archive.infolist() if not entry.is_dir()]
-        return [(file.filename, file) for file in files], lambda file: _decode(archive.read(file))
+
+        def read(file: zipfile.ZipInfo) -> Image.Image:
+            if file.file_size > LARGEST:
+                raise ValueError(f"{file.file_size} bytes, more than a map can have")
+            return _decode(archive.read(file))
+
+        return [(file.filename, file) for file in files], read
     if path.suffix == ".json":
         entries = json.loads(path.read_text(encoding="utf-8"))
         form = {"image_id": int, "saliency_map": str}
@@ -247,13 +255,11 @@ def _open(path: Path, opened: ExitStack) -> tuple[list[tuple[Any, Any]], Callabl
     file = opened.enter_context(h5py.File(path, "r"))
     names: list[str] = []
     file.visititems(lambda name, item: names.append(name) if hasattr(item, "shape") else None)
-    return [(name, name) for name in names], lambda name: np.array(file[name])
+    return [(name, name) for name in names], lambda name: file[name]
 
 
 def _decode(content: bytes) -> Image.Image:
-    image = Image.open(io.BytesIO(content), formats=FORMATS)
-    image.load()
-    return image
+    return Image.open(io.BytesIO(content), formats=FORMATS)
 
 
 def _check_png(image: Image.Image, width: int, height: int) -> Iterator[tuple[str, str]]:
@@ -264,15 +270,17 @@ def _check_png(image: Image.Image, width: int, height: int) -> Iterator[tuple[st
         yield "not 8-bit greyscale", image.mode
     if image.size != (width, height):
         yield "not of the photo's size", f"{image.width}x{image.height} instead of {width}x{height}"
-    if np.ptp(np.asarray(image)) == 0:
+    elif np.ptp(np.asarray(image)) == 0:
         yield "the same value everywhere, which no metric can score", ""
 
 
-def _check_log_density(values: np.ndarray, width: int, height: int) -> Iterator[tuple[str, str]]:
-    """(kind, what was found) where a map is no log-density of the photo's size."""
-    if values.shape != (height, width):
-        yield "not of the photo's size", f"{values.shape} instead of {(height, width)}"
-    elif not np.isfinite(values).all():
+def _check_log_density(stored: Any, width: int, height: int) -> Iterator[tuple[str, str]]:
+    """(kind, what was found) where an HDF5 dataset is no log-density of the photo's size."""
+    if stored.shape != (height, width):
+        yield "not of the photo's size", f"{stored.shape} instead of {(height, width)}"
+        return
+    values = stored[()]
+    if not np.isfinite(values).all():
         yield "values that are not finite", ""
     elif abs(total := float(logsumexp(values.astype(np.float64)))) > 0.01:  # pysaliency's limit
         yield "not a log-density that sums to 1", f"sums to exp({total:.2f})"

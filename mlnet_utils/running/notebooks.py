@@ -18,7 +18,7 @@ from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
 
-from mlnet_utils.runtime import display_path, write_text
+from mlnet_utils.runtime import display_path, reading, write_text
 
 INJECTED_TAG = "injected-parameters"  # papermill's tags
 ERROR_TAG = "papermill-error-cell-tag"
@@ -42,6 +42,14 @@ class ThisPython(AsyncKernelManager):
 
 
 # ---- reading -----------------------------------------------------------------------------------
+def _cells(path: Path) -> list[NotebookNode]:
+    with reading(path, "a notebook of Jupyter", "get it again, e.g. from the repository"):
+        cells = nbformat.read(path, as_version=4).cells
+        if not all({"cell_type", "metadata", "source"} <= set(cell) for cell in cells):
+            raise ValueError("a cell lacks its type, metadata or source")
+    return cells
+
+
 def parameters_of(path: Path) -> dict[str, Any]:
     """Name and value of every parameter of a notebook: the cell tagged ``parameters``.
 
@@ -49,18 +57,20 @@ def parameters_of(path: Path) -> dict[str, Any]:
         ValueError: not exactly one such cell, a line of it that is not ``NAME = literal``, or a
             cell of parameters that an earlier run has injected.
     """
-    cells = nbformat.read(path, as_version=4).cells
+    cells = _cells(path)
     if any(INJECTED_TAG in cell.metadata.get("tags", ()) for cell in cells):
         raise ValueError(f"{path} holds parameters injected by an earlier run: delete that cell")
     tagged = [cell.source for cell in cells if "parameters" in cell.metadata.get("tags", ())]
     if len(tagged) != 1:
         raise ValueError(f"{path}: {len(tagged)} cells are tagged `parameters`; tag exactly 1")
     values = {}
-    for statement in ast.parse(tagged[0]).body:
+    with reading(path, "parameters, each a line NAME = literal", "mend the cell"):
+        statements = ast.parse(tagged[0]).body
+    for statement in statements:
         try:
             (target,) = getattr(statement, "targets", None) or [statement.target]
             values[target.id] = ast.literal_eval(statement.value)
-        except (AttributeError, ValueError):
+        except (AttributeError, ValueError, TypeError):
             # A derived value would go stale when another value is injected.
             line = ast.unparse(statement)
             raise ValueError(f"{path}: `{line}` is not NAME = literal") from None
@@ -82,7 +92,7 @@ def converted(name: str, value: Any, default: Any) -> Any:
 
 def source_digest(path: Path) -> str:
     """SHA-256 of the cells and tags of a notebook, without outputs."""
-    cells = nbformat.read(path, as_version=4).cells
+    cells = _cells(path)
     content = [[cell.cell_type, cell.source, cell.metadata.get("tags", [])] for cell in cells]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
@@ -90,7 +100,7 @@ def source_digest(path: Path) -> str:
 def machine_paths(path: Path) -> list[str]:
     """Folders of this machine that occur in a notebook's sources or text outputs."""
     texts = []
-    for cell in nbformat.read(path, as_version=4).cells:
+    for cell in _cells(path):
         texts.append(cell.source)
         for output in cell.get("outputs", ()):
             texts.append(output.get("text", ""))

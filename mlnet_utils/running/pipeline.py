@@ -264,7 +264,13 @@ def _records(folder: Path, stages: Sequence[Stage]) -> dict[str, str]:
 
 def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
-    return runtime.read_json(path, "the pipeline") if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    state = runtime.read_json(path, "`reproduce`")
+    with runtime.reading(path, "inputs and outputs of stages", "delete it: the stages run again"):
+        if not all({"inputs", "outputs"} <= set(done) for done in state.values()):
+            raise ValueError("they are missing")
+    return state
 
 
 def _executed(folder: Path, stage: Stage) -> Path:

@@ -22,7 +22,14 @@ from mlnet_utils.config import Config
 from mlnet_utils.data.loading import SaliencyDataset
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.model.network import MLNet
-from mlnet_utils.runtime import atomic_path, feature_root, locked, progress, remove_temporaries
+from mlnet_utils.runtime import (
+    atomic_path,
+    feature_root,
+    locked,
+    progress,
+    reading,
+    remove_temporaries,
+)
 
 BATCH = 8
 # Beside the weights, what changes features. Not `levels`: those of all three are kept.
@@ -73,7 +80,10 @@ def backbone_key(model: MLNet, config: Config, precision: str) -> str:
 
 
 class FeatureCache:
-    """The features of all levels, one file per photo and orientation."""
+    """The features of all levels, one file per photo and orientation.
+
+    The files are zips of one array: their checksums are compared when they are read.
+    """
 
     def __init__(self, model: MLNet, config: Config, precision: str):
         channels = model.backbone.channels
@@ -85,20 +95,18 @@ class FeatureCache:
         """The file of one photo; ValueError for a photo without a hash to tell it from others."""
         if not photo.sha256:
             raise ValueError(f"photo {photo.stem} has no SHA-256; prepare the data again")
-        return self.folder / f"{photo.sha256}{'-mirrored' if mirrored else ''}.npy"
+        return self.folder / f"{photo.sha256}{'-mirrored' if mirrored else ''}.npz"
 
     def __call__(self, photo: Photo, mirrored: bool) -> Tensor:
         """(C, H/8, W/8) float16 or float32: the levels in use; ValueError for a damaged file."""
         path = self.path(photo, mirrored)
-        try:
-            stored = np.load(path, mmap_mode="r")
+        remedy = "delete the file and run the same command again"
+        with reading(path, f"cached features of shape {self.shape}", remedy):
+            with np.load(path, allow_pickle=False) as arrays:
+                stored = arrays["features"]
             if stored.shape != self.shape:
-                raise ValueError(f"shape {stored.shape}, expected {self.shape}")
-        except (OSError, ValueError, EOFError) as error:
-            raise ValueError(
-                f"cached features {path} cannot be read ({error}); delete the file and train again"
-            ) from error
-        return torch.from_numpy(np.array(stored[self.first_used :]))
+                raise ValueError(f"shape {stored.shape}")
+            return torch.from_numpy(stored[self.first_used :])
 
     def fill(self, model: MLNet, data: SaliencyDataset, accelerator: Accelerator) -> None:
         """Write the files of a dataset that are not there yet; mirrored ones if it mirrors."""
@@ -140,4 +148,4 @@ class FeatureCache:
         half = features.half()  # 11 significant bits, bf16 has 8
         kept = half if half.isfinite().all() else features
         with atomic_path(path) as temporary:
-            np.save(temporary, kept.numpy())
+            np.savez(temporary, features=kept.numpy())

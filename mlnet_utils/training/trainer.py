@@ -433,6 +433,8 @@ class Trainer:
                 f"{self.folder / 'best.pt'} is missing, but its training is at epoch "
                 f"{self.epoch + 1}: put it back, or delete the folder to train from the beginning"
             )
+        if self.history:
+            checkpoints.load_checkpoint(self.folder / "best.pt")  # or an error, where it is damaged
         before, now = content["precision"], self.accelerator.mixed_precision
         if before != now:
             warnings.warn(

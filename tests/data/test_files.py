@@ -43,7 +43,7 @@ def test_photo_sizes(tmp_path):
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp"])
 def test_photos_that_are_cut_off(tmp_path, suffix):
     path = truncate(save_photo(tmp_path / f"a{suffix}", 200, 100), 0.8)
-    with pytest.raises(ValueError, match=rf"photo .*a{suffix} cannot be decoded .*get it again"):
+    with pytest.raises(ValueError, match=rf"a{suffix}' cannot be read .*get it again"):
         photo_size(path)
 
 
@@ -53,7 +53,7 @@ V7_3 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"  # and then HDF5
 @pytest.mark.parametrize("content", [b"", b"<html>", V7_3 + bytes(600)], ids=["", "page", "7.3"])
 def test_mat_files_that_are_none(tmp_path, content):
     (tmp_path / "x.mat").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x\.mat is empty, damaged"):
+    with pytest.raises(ValueError, match=r"x\.mat' cannot be read .*MATLAB"):
         load_mat(tmp_path / "x.mat")
 
 
@@ -142,5 +142,5 @@ def test_maps_that_are_not_what_they_should_be(tmp_path):
     truncate(save_photo(tmp_path / "m.png", *SIZE))
     save_mat(tmp_path / "m.mat", a=1, b=2)
     for name in ("m.png", "m.mat"):
-        with pytest.raises(ValueError, match=rf"{name} cannot be read"):
+        with pytest.raises(ValueError, match=rf"{name}' cannot be read"):
             fixated_pixels(tmp_path / name, SIZE)

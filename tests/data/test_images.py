@@ -86,7 +86,7 @@ def test_float_values_that_are_no_pixels_are_errors(tmp_path, bad):
     with pytest.raises(ValueError, match=r"finite and in 0\.\.1 or 0\.\.255"):
         to_bytes(values)
     Image.fromarray(values).save(tmp_path / "x.tif")
-    with pytest.raises(ValueError, match=r"x.tif cannot be decoded \(float pixels"):
+    with pytest.raises(ValueError, match=r"x.tif' .*\(float pixels"):
         read_image(tmp_path / "x.tif")
 
 
@@ -163,7 +163,7 @@ def test_whatever_a_reader_raises_names_the_file(tmp_path, monkeypatch):
 
     saved(tmp_path, colourful(), "x.png")
     monkeypatch.setattr(Image, "open", fails)
-    with pytest.raises(ValueError, match=r"photo .*x.png cannot be decoded \(required argument"):
+    with pytest.raises(ValueError, match=r"x.png' .*required argument"):
         read_image(tmp_path / "x.png")
 
 
@@ -179,16 +179,17 @@ def test_first_frame_of_an_animation(tmp_path):
 def test_a_bomb_is_refused(tmp_path, monkeypatch):
     colourful().save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
-    with pytest.raises(ValueError, match=r"x.png cannot be decoded \(Image size"):
+    with pytest.raises(ValueError, match=r"x.png' .*Image size"):
         read_image(tmp_path / "x.png")
 
 
 @pytest.mark.parametrize("content", [b"", b"text", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
 def test_files_that_are_no_photos(tmp_path, content):
-    with pytest.raises(FileNotFoundError):
-        read_image(tmp_path)  # a folder
+    with pytest.raises(ValueError, match="folder"):
+        read_image(tmp_path)
+
     (tmp_path / "x.jpg").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x.jpg cannot be decoded"):
+    with pytest.raises(ValueError, match=r"x.jpg' cannot be read"):
         read_image(tmp_path / "x.jpg")
 
 

@@ -74,13 +74,13 @@ def test_missing_parts(osie):
 def test_faulty_files(osie):
     photo, fixations = osie / "data/stimuli/1002.jpg", osie / "data/eye/fixations.mat"
     truncate(photo, 0.9)
-    with pytest.raises(ValueError, match=r"1002\.jpg cannot be decoded"):
+    with pytest.raises(ValueError, match=r"1002\.jpg' cannot be read"):
         read_osie(osie)
     save_osie(osie, {"1001.jpg": [], "1002.jpg": [([900.0], [1.0], [1])]})
     with pytest.raises(ValueError, match=r"2 photos .*\(1 .*\): 1001, 1002"):
         read_osie(osie)
     truncate(fixations)
-    with pytest.raises(ValueError, match=r"fixations\.mat is empty, damaged"):
+    with pytest.raises(ValueError, match=r"fixations\.mat' cannot be read"):
         read_osie(osie)
 
 
@@ -108,7 +108,7 @@ STRUCTURES = {
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_another_structure(osie, name):
     save_mat(osie / "data/eye/fixations.mat", fixations=STRUCTURES[name])
-    with pytest.raises(ValueError, match=r"fixations\.mat is not that of osie"):
+    with pytest.raises(ValueError, match=r"fixations\.mat' .*osie"):
         read_osie(osie)
 
 

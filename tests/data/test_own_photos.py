@@ -207,7 +207,7 @@ def test_faulty_maps(images, tmp_path, kind):
     folder = make_maps(tmp_path / "maps", ("a.png", "b.jpg", "c.v2.png"))
     make_maps(tmp_path / "turned", ("a.png",), size=(48, 64))
     truncate(folder / "b.jpg", 0.6)
-    with pytest.raises(ValueError, match=r"b\.jpg cannot be read"):
+    with pytest.raises(ValueError, match=r"b\.jpg' cannot be read"):
         read_folder(images, **{kind: folder})
     (tmp_path / "turned/a.png").replace(folder / "a.png")
     with pytest.raises(ValueError, match=r"a\.png is 48x64, .* 64x48"):
@@ -219,12 +219,12 @@ def test_faulty_maps(images, tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [(np.zeros((48, 64)), "not zero"), (-np.ones((48, 64)), "non-neg"), (np.ones((9, 9)), "9x9")],
+    [(np.zeros((48, 64)), "not zero"), (-np.ones((48, 64)), "not neg"), (np.ones((9, 9)), "9x9")],
 )
 def test_densities_are_looked_at_when_they_are_read(images, tmp_path, values, message):
     folder = make_maps(tmp_path / "maps", ("a.png", "b.png"))
     np.savez(folder / "c.v2.npz", density=values)
-    with pytest.raises(ValueError, match=rf"c\.v2\.npz .*{message}"):
+    with pytest.raises(ValueError, match=rf"c\.v2\.npz.*{message}"):
         read_folder(images, density_maps=folder)
 
 

@@ -23,6 +23,8 @@ from mlnet_utils.data.photos import (
     fixation_statistics,
 )
 
+META = {"root": ".", "sigma_px": SIGMA, "dataset": "tiny", "title": "Tiny test photos"}
+
 
 # ---- a photo -----------------------------------------------------------------------------------
 def test_points_outside_a_photo_are_dropped_and_counted():
@@ -79,7 +81,7 @@ def mapped(tmp_path):
     np.savez(tmp_path / "a.npz", density=density.numpy())
     Image.new("RGB", (64, 48), (90, 60, 30)).save(tmp_path / "a.png")
     photo = Photo("a", "a.png", 64, 48, "train", density="a.npz")
-    return Prepared(tmp_path, [photo], {"root": ".", "sigma_px": SIGMA})
+    return Prepared(tmp_path, [photo], META)
 
 
 def looked_at(density):
@@ -168,7 +170,7 @@ def test_photos_without_fixations_durations_or_observers(tmp_path):
         Photo("böse name", "a b/ü.png", 9, 7, "train"),
         Photo.from_points("b", "b.png", (9, 7), [[1, 2]]),
     ]
-    Prepared(tmp_path, photos, {"root": "."}).write()
+    Prepared(tmp_path, photos, META).write()
     empty, pooled = Prepared.read(tmp_path).photos
     assert (empty.stem, empty.image, len(empty.fixations)) == ("böse name", "a b/ü.png", 0)
     assert np.isnan(pooled.durations).all()
@@ -230,7 +232,7 @@ def first_row(row):
 )
 def test_damaged_files_that_do_not_belong_together_are_errors(run_folder, name, damage):
     damage(run_folder / "data" / name)
-    with pytest.raises(ValueError, match=rf"{run_folder}.*fixations.npz"):
+    with pytest.raises(ValueError, match=rf"{run_folder}.*(index.jsonl|fixations.npz)"):
         Prepared.read(run_folder / "data")
 
 
@@ -271,7 +273,7 @@ def test_changed_and_missing_files_are_found(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())
     parts = ["a.png", "b.png", "maps", "list.csv", "other"]
-    photos, meta = [Photo("a", "a.png", 40, 40)], {"root": str(tmp_path)}
+    photos, meta = [Photo("a", "a.png", 40, 40)], {**META, "root": str(tmp_path)}
     sources = {"read_from": parts, "files": fingerprints(tmp_path, parts)}
     Prepared(tmp_path / "data", photos, meta, sources).write()
     prepared = Prepared.read(tmp_path / "data")

@@ -107,7 +107,7 @@ def gaze(points, resolution=((480, 640),)):
 
 
 SIZE = np.array([[480, 640]])
-STRUCTURE = "is not SALICON"
+STRUCTURE = "SALICON"
 FAULTS = {
     "no structs": ({"gaze": np.zeros((1, 1)), "resolution": SIZE}, STRUCTURE),
     "fields": (
@@ -132,7 +132,7 @@ def test_faulty_files(tmp_path, fault):
     content, said = FAULTS[fault]
     path = make(tmp_path, "2017") / f"fixations-2017/train/{STEMS['train'][0]}.mat"
     save_mat(path, **content)
-    with pytest.raises(ValueError, match=rf"0001\.mat .*{said}"):
+    with pytest.raises(ValueError, match=rf"0001\.mat.*{said}"):
         read_salicon_mat(tmp_path, "2017")
 
 
@@ -156,10 +156,10 @@ def test_the_blur_of_published_maps_is_found(tmp_path, sigma):
     for pixels, message in (
         (np.ones((60, 80)), "80x60.* 160x120"),
         (np.ones((120, 160)), "the same everywhere"),
-        (np.zeros((120, 160)), "not zero"),
+        (np.zeros((120, 160)), "zero"),
     ):
         Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "2.png")
-        with pytest.raises(ValueError, match=rf"2\.png .*{message}"):
+        with pytest.raises(ValueError, match=rf"2\.png.*{message}"):
             fit_sigma(photos, tmp_path)
     with pytest.raises(ValueError, match="needs photos with both"):
         fit_sigma([Photo("a", "a.jpg", 160, 120)], tmp_path)
@@ -201,13 +201,13 @@ def test_json_is_read(example):
 
 
 FAULTY = {
-    "no object": ("{", r"examples\.json is not SALICON"),
+    "no object": ("{", r"examples\.json' .*SALICON"),
     "no annotations": ({"images": []}, "'annotations'"),
     "no height": ({"images": [{"file_name": "a", "id": 7}], "annotations": []}, "'width'"),
     "null": (annotations({"width": None}), r"a\.jpg and .*\.json .* 64x48 and Nonex48"),
     "size": (annotations({"width": 640}), r"a\.jpg and .*\.json .* 64x48 and 640x48"),
     "another photo": (annotations({"file_name": "b.jpg"}), r"1 photos .*: a; 1 .*: b"),
-    "unknown image": (annotations({"id": 8}), r"examples\.json .*\(7\)"),
+    "unknown image": (annotations({"id": 8}), r"examples\.json.*7"),
     "id a list": (annotations({"id": [7]}), "unhashable"),
     "an id twice": (annotations({}, {"file_name": "b.jpg"}), "share a name or an id"),
     "a name twice": (annotations({}, {"id": 8, "file_name": "x/a.jpg"}), "share a name or an id"),

@@ -448,7 +448,7 @@ GUARDS = {
     "missing VGG layer": (lambda w: write_keras_vgg(w, empty_layers()[:12]), "param_0"),
     "truncated PyTorch": (lambda w: cut_short(w, torch_with), "cannot be read"),
     "other PyTorch": (lambda w: torch.save({"a": torch.zeros(1)}, w), "with a in it"),
-    "own checkpoint": (lambda w: torch.save({"format": "x"}, w), "state dict of tensors"),
+    "own checkpoint": (lambda w: torch.save({"format": "x"}, w), "tensors by name"),
     "missing tensor": (
         lambda w: torch_with(w, "features.24.bias"),
         r"backbone\.features\.24\.bias",

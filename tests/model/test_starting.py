@@ -47,7 +47,7 @@ def finetune(start, **overrides):
 
 
 def rewrite(path, **changes):
-    torch.save({**torch.load(path, weights_only=True), **changes}, path)
+    torch.save({**checkpoints.load_checkpoint(path), **changes}, path)
 
 
 # ---- the configuration -------------------------------------------------------------------------
@@ -110,7 +110,9 @@ def test_a_key_that_contradicts_the_checkpoint_is_an_error(start, key):
 
 
 def test_presets_with_an_architecture_of_their_own_are_checked_too(start):
-    with pytest.raises(ValueError, match="backbone='tf_efficientnet_lite0' where the checkpoint has"):
+    with pytest.raises(
+        ValueError, match="backbone='tf_efficientnet_lite0' where the checkpoint has"
+    ):
         with_start(load_config("osie", start_from=start))
 
 
@@ -226,7 +228,7 @@ def test_unreadable_checkpoints_are_reported_before_a_missing_start(start, run_f
     for name in ("last.pt", "previous.pt"):
         (run_folder / "checkpoints" / name).write_bytes(b"")
     start.unlink()
-    with pytest.raises(ValueError, match=r"last.pt cannot be read.*delete the folder"):
+    with pytest.raises(ValueError, match=r"last.pt' cannot be read.*delete the folder"):
         fit(asked(start, epochs=1), run_folder)
 
 
@@ -249,7 +251,7 @@ def test_a_checkpoint_from_before_this_key_existed_continues(run_folder):
 
 @pytest.mark.parametrize("key", ["encode.weight", "prior"])
 def test_a_checkpoint_without_all_its_weights_is_an_error(start, run_folder, key):
-    model = torch.load(start, weights_only=True)["model"]
+    model = checkpoints.load_checkpoint(start)["model"]
     del model[key]
     rewrite(start, model=model)
     with pytest.raises(ValueError, match=rf"start_from=.*start.pt .*{key}"):

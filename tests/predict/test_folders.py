@@ -220,7 +220,7 @@ def test_command_line_reports_and_ends_with_1(album, checkpoint, tmp_path, capsy
     assert main(call) == 1
     output = capsys.readouterr().out
     assert "0 done, 7 were done before" in output
-    assert "broken.jpg cannot be decoded" in output
+    assert "broken.jpg' cannot be read" in output
 
 
 # ---- names -------------------------------------------------------------------------------------

@@ -272,8 +272,8 @@ def entry(number: int, content: bytes | None = None) -> dict:
         ([entry(42), entry(7), entry(523957), entry(7)], "more than once (1): 7"),
         ([entry(42), entry(7, png((9, 9))), entry(523957)], "not of the photo's size (1): 7 (9x9"),
         ([{**entry(42), "saliency_map": "?"}, entry(7), entry(523957)], "not readable (1): 42"),
-        ([{"image_id": "42", "saliency_map": ""}], "not a readable .json file (1): x.json"),
-        ({"annotations": []}, "not a readable .json file (1): x.json"),
+        ([{"image_id": "42", "saliency_map": ""}], "not readable (1): "),
+        ({"annotations": []}, "not readable (1): "),
     ],
 )
 def test_every_mistake_in_json_is_noticed(tmp_path, entries, start):
@@ -287,7 +287,8 @@ def test_files_that_are_damaged(tmp_path):
     for name in ("x.zip", "x.json", "x.h5"):
         (tmp_path / name).write_text('[{"image_id": 4')
         (problem,) = validate_submission(tmp_path / name, SIZES)
-        assert problem.startswith(f"not a readable {name[1:]} file (1): {name}")
+        assert problem.startswith("not readable (1): ")
+        assert name in problem
 
 
 # ---- the validator: HDF5 -----------------------------------------------------------------------

@@ -138,6 +138,13 @@ def lose_the_best(folder: Path) -> None:
     (folder / "checkpoints" / "best.pt").unlink()
 
 
+def damage_the_best(folder: Path) -> None:
+    path = folder / "checkpoints" / "best.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def change_data(folder: Path) -> None:
     prepared = Prepared.read(folder / "data")
     prepared.photos[0].fixations[0] += 1
@@ -149,6 +156,7 @@ def change_data(folder: Path) -> None:
     [
         (damage_both, {}, r"last\.pt.*previous\.pt.*checkpoints"),
         (lose_the_best, {}, r"best\.pt .* epoch 2"),
+        (damage_the_best, {}, r"best\.pt' .* again"),
         (change_data, {}, r"last\.pt .*run/data"),
         (lambda _: None, {"lr": 0.1}, r"last\.pt .*lr: 0.004 there, 0.1 here"),
     ],
@@ -187,7 +195,7 @@ def test_a_best_epoch_without_step_checkpoints_is_not_overwritten(run_folder):
 
 def test_a_full_disk_leaves_the_old_checkpoint(run_folder, uninterrupted):
     assert run(run_folder, partial(processes.fill_the_disk, 500_000)) == [1]
-    assert (run_folder / "error0.txt").read_text().startswith("OSError: checkpoint")
+    assert (run_folder / "error0.txt").read_text().startswith("OSError: '")
     folder = run_folder / "checkpoints"
     assert {path.name for path in folder.iterdir()} == {"last.pt"}
     assert load_checkpoint(folder / "last.pt")["progress"]["updates"] == 2

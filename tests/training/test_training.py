@@ -371,7 +371,7 @@ def test_continuing_in_another_precision_warns(run_folder, capsys):
     trainer.train_epoch()
     trainer.end_epoch(trainer.validate())
     path = run_folder / "checkpoints" / "last.pt"
-    content = torch.load(path, weights_only=True)
+    content = checkpoints.load_checkpoint(path)
     torch.save({**content, "precision": "fp16"}, path)
     with pytest.warns(UserWarning, match="'fp16'"):
         fit(config, run_folder)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlnet_utils.data.images import FORMATS, blame_file, orientation
+from mlnet_utils.data.images import FORMATS, orientation
 from mlnet_utils.data.photos import Photo
+from mlnet_utils.runtime import reading
 
 MOST_COUNTED = 50  # fixations of one pixel in a map that counts
 MOST_MARKED = 0.5  # share of a map's pixels
@@ -93,7 +94,7 @@ def photo_size(path: Path) -> tuple[int, int]:
     Raises:
         ValueError: the file is cut off or no image.
     """
-    with blame_file(f"photo {path} cannot be decoded"), Image.open(path, formats=FORMATS) as image:
+    with reading(path, "a photo"), Image.open(path, formats=FORMATS) as image:
         width, height = image.size
         image.draft("L", (1, 1))  # the cheapest way through all of a JPEG
         image.load()  # which turns a TIFF, and then there is no orientation any more
@@ -108,7 +109,7 @@ def load_mat(path: Path, *names: str) -> dict[str, Any]:
     """
     from scipy.io import loadmat
 
-    with blame_file(f"{path} is empty, damaged or not MATLAB's"):
+    with reading(path, "a MATLAB file up to version 7"):
         values = loadmat(path, struct_as_record=False)
     values = {name: value for name, value in values.items() if not name.startswith("__")}
     missing = [name for name in names if name not in values]
@@ -137,7 +138,7 @@ def fixated_pixels(path: Path, size: tuple[int, int], variable: str = "") -> np.
             holds values that are no numbers, or is blurred, which would make every metric that
             needs fixations wrong without a sign.
     """
-    with blame_file(f"map {path} cannot be read"):
+    with reading(path, "a map of fixated pixels, one matrix"):
         if path.suffix.lower() == ".npy":
             values = np.load(path, allow_pickle=False)
         elif path.suffix.lower() == ".mat":

@@ -11,11 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mlnet_utils.data.images import blame_file
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers import files
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
-from mlnet_utils.runtime import progress
+from mlnet_utils.runtime import progress, reading
 
 # Parameters of the authors' checkFixations.m.
 RATE = 240  # samples per second
@@ -83,7 +82,7 @@ def _recorded(root: Path, photos: dict[str, Path]) -> Iterator[tuple[Path, tuple
 def _eye_positions(path: Path) -> np.ndarray:
     """(N, 2) x, y in 1-based pixels, one every 1/240 s; negative during blinks."""
     values = files.load_mat(path).values()
-    with blame_file(f"{path} is not MIT1003's: expected one struct with DATA(1).eyeData"):
+    with reading(path, "a recording of MIT1003: one struct with DATA(1).eyeData"):
         # The variable is named after the photo, cut to MATLAB's 63 characters: take the only one.
         ((record,),) = values
         positions = np.asarray(record[0].DATA[0, 0].eyeData, np.float64)

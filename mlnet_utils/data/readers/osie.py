@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mlnet_utils.data.images import blame_file
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers import files
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
-from mlnet_utils.runtime import progress
+from mlnet_utils.runtime import progress, reading
 
 SIZE = (800, 600)  # width, height
 FIELDS = ("fix_x", "fix_y", "fix_duration")
@@ -55,10 +54,8 @@ def read_osie(root: str | Path, dataset: str = "osie", size: tuple[int, int] = S
 def _records(path: Path, dataset: str) -> dict[str, list[np.ndarray]]:
     """(3, N) float32 x, y, duration of every subject, 1-based, by the photo's file name."""
     cells, records = files.load_mat(path, "fixations")["fixations"], {}
-    with blame_file(
-        f"{path} is not that of {dataset}: expected a cell array `fixations` of structs with `img` "
-        f"and `subjects`, each with as many {', '.join(FIELDS)}"
-    ):
+    expected = f"structs with `img` and `subjects`, each with as many {', '.join(FIELDS)}"
+    with reading(path, f"the fixations of {dataset}: a cell array `fixations` of {expected}"):
         for cell in cells.ravel():
             name = str(cell[0, 0].img[0])
             if name in records:

@@ -13,11 +13,10 @@ from typing import Any
 import numpy as np
 
 from mlnet_utils.data.geometry import density_from_points
-from mlnet_utils.data.images import blame_file
 from mlnet_utils.data.photos import SPLITS, Photo
 from mlnet_utils.data.readers import files
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
-from mlnet_utils.runtime import progress
+from mlnet_utils.runtime import progress, reading
 
 
 def read_salicon_mat(root: str | Path, edition: str, points: str = "fixations") -> list[Photo]:
@@ -139,10 +138,8 @@ def _photo(
 def _workers(path: Path, edition: str, points: str, size: tuple[int, int]) -> list[np.ndarray]:
     """(N, 2) float64 x, y, 0-based, of every worker in a file of either edition."""
     values = files.load_mat(path, "gaze", "resolution")
-    with blame_file(
-        f"{path} is not SALICON's: expected `gaze` structs with `{points}` of x, y, and a "
-        "`resolution` of rows and columns"
-    ):
+    expected = f"`gaze` structs with `{points}` of x, y, and a `resolution` of rows and columns"
+    with reading(path, f"fixations of SALICON: {expected}"):
         height, width = map(int, values["resolution"].ravel())
         rows, columns = values["gaze"].shape
         # As floats, since 1 less than 0 would wrap around in the files' unsigned integers.
@@ -174,10 +171,11 @@ def _pairs(values: Any) -> np.ndarray:
 
 def _read_annotations(path: Path) -> dict[str, tuple[tuple[int, int], list[np.ndarray]]]:
     """Size of each photo and its workers' (N, 2) x, y, 0-based, by stem."""
-    with blame_file(
-        f"{path} is not SALICON's JSON: expected `images` with file_name, id, width, height and "
-        "`annotations` of these with image_id, worker_id, fixations of row, column"
-    ):
+    expected = (
+        "SALICON's JSON: `images` with file_name, id, width, height and `annotations` of these "
+        "with image_id, worker_id, fixations of row, column"
+    )
+    with reading(path, expected):
         content = json.loads(path.read_text(encoding="utf-8"))
         images = {image["id"]: image for image in content["images"]}
         stems = {Path(image["file_name"]).stem for image in images.values()}
