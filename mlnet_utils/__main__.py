@@ -5,6 +5,7 @@
 
 import argparse
 import inspect
+import io
 import json
 import os
 import shlex
@@ -24,6 +25,8 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = parser().parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):  # names on the disk may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")
     os.environ["MLNET_COMMAND"] = shlex.join(["python", "-m", "mlnet_utils", *words])  # for records
     try:
         if "data_root" in options:
@@ -107,6 +110,7 @@ def parser() -> argparse.ArgumentParser:
     option("--npy", action="store_true", help="also write <stem>.npy, sums to 1")
     option("--video", action="store_true", help="paths are videos; writes <stem>.mp4")
     option("--force", action="store_true", help="redo maps that exist")
+    option("--megapixels", type=float, help="largest photo (default: 178), 20 MB of memory each")
     option("paths", nargs="+", type=Path, metavar="PATH", help="photos and folders")
 
     option = _verb(verbs, export, network)
@@ -307,6 +311,8 @@ def predict(options: argparse.Namespace) -> tuple[str, int]:
         from mlnet_utils.predict.folders import predict_folder as predict
 
         how["npy"] = options.npy
+        if options.megapixels:
+            how["megapixels"] = options.megapixels
     result = predict(options.checkpoint, options.paths, options.out, **how)
     return result.summary(), 1 if result.failed else 0
 

@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 from mlnet_utils.runtime import atomic_path
 
 MAP_COLOURS = "magma"
+BAND = 1 << 20  # pixels that are painted at a time
 PALETTE = "deep"
 TITLE_INCHES = 0.35  # of a picture, in a grid
 
@@ -36,11 +37,17 @@ def overlay(photo: np.ndarray, density: np.ndarray, strength: float = 0.65) -> n
 
     ``strength`` is the map's opacity where it peaks, 0..1.
     """
-    scaled = density / max(float(density.max()), 1e-12)
-    colours = plt.get_cmap(MAP_COLOURS)(scaled)[..., :3] * 255
-    alpha = strength * np.sqrt(scaled)[..., None]  # the root shows the weaker regions too
-    grey = photo.mean(2, keepdims=True) * 0.4 + photo * 0.6
-    return (grey * (1 - alpha) + colours * alpha).clip(0, 255).astype(np.uint8)
+    colour_map, peak = plt.get_cmap(MAP_COLOURS), max(float(density.max()), 1e-12)
+    painted = np.empty((*density.shape, 3), np.uint8)
+    band = max(1, BAND // density.shape[1])  # a photo of 100 megapixels would take 10 GB at once
+    for first in range(0, len(density), band):
+        rows = slice(first, first + band)
+        scaled = density[rows] / peak
+        colours = colour_map(scaled)[..., :3] * 255
+        alpha = strength * np.sqrt(scaled)[..., None]  # the root shows the weaker regions too
+        grey = photo[rows].mean(2, keepdims=True) * 0.4 + photo[rows] * 0.6
+        painted[rows] = (grey * (1 - alpha) + colours * alpha).clip(0, 255)
+    return painted
 
 
 def plot_panels(rows: Sequence[Mapping[str, object]], width: float = 9.0) -> Figure:

@@ -1,6 +1,11 @@
 """Find photos in folders, and read those of any kind: colour modes, 16 bits, rotation."""
 
-from collections.abc import Sequence
+import itertools
+import os
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -8,11 +13,20 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from mlnet_utils.runtime import reading
+from mlnet_utils.runtime import reading, require
 
-PHOTO_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
+PHOTO_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".tif", ".tiff", ".bmp", ".gif"),
+    *(".avif", ".jp2", ".j2k", ".jpx", ".pbm", ".pgm", ".ppm", ".pnm", ".heic", ".heif", ".hif"),
+)
+# Pictures that are named where they are left out: raw photos of cameras, drawings, other formats.
+OTHER_PICTURES = (
+    *(".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2", ".raw", ".srw"),
+    *(".jxl", ".psd", ".svg", ".eps", ".xcf", ".tga", ".ico", ".exr", ".hdr"),
+)
 # Formats that Pillow decodes itself (JPEG reads MPO too); others, e.g. EPS, start programs.
-FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM")
+FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "AVIF")
+MEGAPIXELS = 178  # of a photo, unless more is asked for: a small file may hold any number of them
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -32,14 +46,81 @@ def visible_files(
 
     ``suffixes`` are in lower case, those of files may be in capitals. Left out are hidden files
     (programs make ``._a.jpg`` and ``.ipynb_checkpoints/``) and the folder ``out`` of results.
+    Linked folders are followed, but no folder is read twice. What is no readable file, such as a
+    dead link, is there too: whoever reads it is told so.
     """
-    return [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.suffix.lower() in suffixes
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and not (out and path.resolve().is_relative_to(out.resolve()))
-    ]
+    found, seen, pending = [], set(), [folder]
+    for start in pending:  # linked folders are appended: real ones come first
+        for place, folders, names in os.walk(start):
+            real = Path(os.path.realpath(place))
+            if real in seen or (out and real.is_relative_to(os.path.realpath(out))):
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            pending += [path for name in folders if (path := Path(place, name)).is_symlink()]
+            found += [Path(place, name) for name in names if not name.startswith(".")]
+    return sorted(path for path in found if path.suffix.lower() in suffixes)
+
+
+def output_stems(places: Mapping[Path, Path], endings: Sequence[str] = ("",)) -> dict[Path, Path]:
+    """A name for the files that are made of each photo: its own, without its suffix.
+
+    The suffix is kept where another photo's files would have the same names, in capitals or not.
+
+    Args:
+        places: photo -> its path below the folder of results.
+        endings: of the files that are made.
+    """
+    stems = {file: place.with_name(place.stem) for file, place in places.items()}
+    made = {file: [f"{stem}{end}".lower() for end in endings] for file, stem in stems.items()}
+    count = Counter(itertools.chain(*made.values()))
+    return {f: places[f] if any(count[n] > 1 for n in made[f]) else stems[f] for f in stems}
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Open a photo of any of Pillow's own formats, or HEIC (the extra ``heic``).
+
+    Raises:
+        ValueError: HEIC without the extra, a pipe or a device, or more pixels than
+            :func:`photo_limit` allows; names the file and what to do.
+        Exception: Pillow raises many types for a file that is no photo, see ``runtime.reading``.
+    """
+    if not Path(path).is_file():  # opening a named pipe would wait for ever
+        raise ValueError(f"'{path}' is no photo, but a link to nothing, a pipe or a device")
+    with open(path, "rb") as file:
+        heic = file.read(10)[4:] == b"ftyphe"  # as phones write it, whatever its name
+    try:
+        if heic:
+            require("pillow_heif", "heic").register_heif_opener()
+        return Image.open(path, formats=("HEIF",) if heic else FORMATS)
+    except ImportError as error:
+        raise ValueError(f"'{path}' is HEIC: {error}") from error
+    except Image.DecompressionBombError as error:
+        limit = 2e-6 * Image.MAX_IMAGE_PIXELS
+        raise ValueError(
+            f"'{path}' has over {limit:.0f} megapixels, the limit against small files that fill "
+            "the memory; the option --megapixels of `predict` raises it"
+        ) from error
+
+
+@contextmanager
+def photo_limit(megapixels: float) -> Iterator[None]:
+    """Open photos of up to so many million pixels, instead of :data:`MEGAPIXELS`."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = int(megapixels * 1e6 / 2)  # Pillow warns from here, refuses the double
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def stored_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of a photo as it is stored, without decoding it; errors of read_image."""
+    with reading(path, "a photo"), open_image(path) as image:
+        return image.size
 
 
 def orientation(image: Image.Image) -> int:
@@ -70,7 +151,7 @@ def read_image(path: str | Path, upright: bool = True) -> Tensor:
         ValueError: the file is not a readable image.
         FileNotFoundError: there is no such file.
     """
-    with reading(path, "a photo"), Image.open(path, formats=FORMATS) as image:
+    with reading(path, "a photo"), open_image(path) as image:
         return decode(image, upright)
 
 
@@ -80,7 +161,7 @@ def decode(image: Image.Image, upright: bool = True) -> Tensor:
         image = image.transpose(turn)
     if image.mode.startswith("I"):  # 16-bit greyscale, which convert("RGB") would clip
         values = np.asarray(image)
-        pixels = (values / 256).clip(0, 255).astype(np.uint8)
+        pixels = (values // 256).clip(0, 255).astype(np.uint8)
         if "transparency" in image.info:  # one grey level
             pixels[values == image.info["transparency"]] = 255
         image = Image.fromarray(pixels)
@@ -89,7 +170,7 @@ def decode(image: Image.Image, upright: bool = True) -> Tensor:
     elif image.mode in ("RGBA", "LA", "PA", "RGBa") or "transparency" in image.info:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
-    pixels = np.array(image.convert("RGB"))
+    pixels = np.array(image if image.mode == "RGB" else image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

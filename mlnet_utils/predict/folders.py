@@ -1,9 +1,11 @@
 """Saliency maps for files and folders of photos: decoding ahead, batches, resuming, reporting."""
 
 import itertools
+import os
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +19,16 @@ from PIL import Image
 from torch import Tensor
 
 from mlnet_utils.data.geometry import Letterbox
-from mlnet_utils.data.images import PHOTO_SUFFIXES, read_image, visible_files
+from mlnet_utils.data.images import (
+    MEGAPIXELS,
+    OTHER_PICTURES,
+    PHOTO_SUFFIXES,
+    output_stems,
+    photo_limit,
+    read_image,
+    stored_size,
+    visible_files,
+)
 from mlnet_utils.plots import overlay as paint_overlay
 from mlnet_utils.predict.predictor import Predictor, load, predict_maps, to_density
 from mlnet_utils.runtime import (
@@ -34,22 +45,25 @@ from mlnet_utils.runtime import (
     write_json,
 )
 
+LARGE = 16e6  # pixels of a photo that has the memory for itself
 RECORD = "prediction.json"  # in the output folder: the checkpoint that made the maps
 Targets = dict[Path, list[Path]]  # photo or video -> its output files, the map itself last
 
 
 @dataclass
 class FolderResult:
-    """The photos (or videos) that were done, done before, and failed with a reason."""
+    """The photos (or videos) that were done, done before, failed with a reason, or left out."""
 
     done: list[Path] = field(default_factory=list)
     skipped: list[Path] = field(default_factory=list)
     failed: dict[Path, str] = field(default_factory=dict)
+    left_out: list[Path] = field(default_factory=list)  # pictures of formats that are not read
 
     def summary(self) -> str:
-        """A sentence, and a line for every photo that failed."""
+        """A sentence, and a line for every photo that failed or was left out."""
         lines = [f"{len(self.done)} done, {len(self.skipped)} were done before"]
-        lines += [f"failed: {path}: {why}" for path, why in sorted(self.failed.items())]
+        lines += [f"failed: {str(path)!r}: {why}" for path, why in sorted(self.failed.items())]
+        lines += [f"left out: {str(p)!r}: save it as JPEG, PNG or TIFF" for p in self.left_out]
         return "\n".join(lines)
 
 
@@ -63,12 +77,14 @@ def predict_folder(
     batch_size: int = 8,
     device: str | None = None,
     upright: bool = True,
+    megapixels: float = MEGAPIXELS,
 ) -> FolderResult:
     """Write the saliency maps of photos and of folders of photos.
 
     Every photo gets ``<stem>.png`` (8 bits, its own size, maximum 255), with ``overlay`` also
     ``<stem>_overlay.png`` (the photo with its map on top), and with ``npy`` ``<stem>.npy``
-    (float32 density that sums to 1). Photos inside a given folder keep their sub-folders. Photos
+    (float32 density that sums to 1). Where two photos differ in their suffix only, it is kept:
+    ``x.jpg.png``, ``x.png.png``. Photos inside a given folder keep their sub-folders. Photos
     with all outputs in place are skipped, so that an interrupted call can be repeated. Under
     ``accelerate launch`` every process takes its share on its own GPU; all return the same result.
 
@@ -77,21 +93,24 @@ def predict_folder(
         paths: photos and folders; ``out`` is the maps' folder.
         force: redo what exists; files of another checkpoint that will be made again are removed
             first, so that an interrupted call leaves none of them.
-        batch_size: photos per forward pass; twice as many are held in memory.
+        batch_size: photos per forward pass.
         device: default: a GPU if there is one.
         upright: turn photos as their EXIF data say; benchmarks want False.
+        megapixels: the largest photo; larger ones fail. Memory is 20 bytes per pixel of the
+            largest photo.
 
     Returns:
-        The photos that were done, skipped, or failed and why; a broken photo stops nothing.
+        The photos that were done, skipped, failed and why, or left out; a broken photo, or one
+        whose files would overwrite another file, stops nothing.
 
     Raises:
         FileNotFoundError: a path or the checkpoint does not exist.
-        ValueError: no photos; files that would overwrite each other or a photo; ``out`` holds
-            maps of another checkpoint and ``force`` is not given.
+        ValueError: no photos, or ``out`` holds maps of another checkpoint and ``force`` is not
+            given.
     """
     endings = [*([".npy"] if npy else []), *(["_overlay.png"] if overlay else []), ".png"]
     call = (checkpoint, paths, Path(out), endings, force, batch_size, device)
-    with begin(*call) as (predictor, targets, result):
+    with begin(*call) as (predictor, targets, result), photo_limit(megapixels):
         _predict_photos(predictor, targets, result, endings, batch_size, upright)
         return gather(result)
 
@@ -105,23 +124,28 @@ def _predict_photos(
     upright: bool,
 ) -> None:
     """Write the files of all photos, and note in ``result`` how each of them went."""
-    overlay = "_overlay.png" in endings
+    one_at_a_time = threading.Lock()
 
-    def decode(photo: Path) -> tuple[Tensor | None, Tensor, Letterbox]:
-        pixels = read_image(photo, upright)
-        return (pixels if overlay else None), *predictor.prepare(pixels)
+    def turn(width: int, height: int) -> AbstractContextManager:
+        return one_at_a_time if width * height > LARGE else nullcontext()
 
-    def write(photo: Path, pixels: Tensor | None, box: Letterbox, single: Tensor) -> None:
-        density = to_density(single, predictor.config, box).float().numpy()
-        for path, ending in zip(targets[photo], endings, strict=True):
-            with atomic_path(path) as temporary:
-                if ending == ".npy":
-                    np.save(temporary, density)
-                elif ending == "_overlay.png":
-                    painted = paint_overlay(pixels.permute(1, 2, 0).numpy(), density)
-                    Image.fromarray(painted).save(temporary)
-                else:
-                    Image.fromarray(to_8_bits(density)).save(temporary)
+    def decode(photo: Path) -> tuple[Tensor, Letterbox]:
+        with turn(*stored_size(photo)):
+            return predictor.prepare(read_image(photo, upright))
+
+    def write(photo: Path, box: Letterbox, single: Tensor) -> None:
+        with turn(box.photo_width, box.photo_height):
+            density = to_density(single, predictor.config, box).float().numpy()
+            for path, ending in zip(targets[photo], endings, strict=True):
+                with atomic_path(path) as temporary:
+                    if ending == ".npy":
+                        np.save(temporary, density)
+                    elif ending == "_overlay.png":
+                        # Read again: to keep the pixels of all photos would fill the memory.
+                        pixels = read_image(photo, upright).permute(1, 2, 0).numpy()
+                        Image.fromarray(paint_overlay(pixels, density)).save(temporary)
+                    else:
+                        Image.fromarray(to_8_bits(density)).save(temporary)
 
     def finished(futures: dict[Path, Future], problem: str = "") -> dict[Path, Any]:
         """Wait for all; the values of those that have one. The others' errors are noted."""
@@ -129,8 +153,8 @@ def _predict_photos(
         for photo, future in futures.items():
             try:
                 values[photo] = future.result()
-            except (ValueError, OSError) as error:
-                result.failed[photo] = f"{problem}{error}"
+            except Exception as error:  # whatever it is, the other photos go on
+                result.failed[photo] = f"{problem}{str(error) or type(error).__name__}"
         return values
 
     photos = list(targets)
@@ -144,19 +168,21 @@ def _predict_photos(
             decoding = {photo: pool.submit(decode, photo) for photo in batch}
             maps = []
             if ready:
-                images = torch.stack([image for _, image, _ in ready.values()])
+                images = torch.stack([image for image, _ in ready.values()])
                 maps = predict_maps(predictor.model, predictor.config, images.to(predictor.device))
             result.done += finished(writing, "its map cannot be written: ")
             writing = {
-                photo: pool.submit(write, photo, pixels, box, single)
-                for (photo, (pixels, _, box)), single in zip(ready.items(), maps, strict=True)
+                photo: pool.submit(write, photo, box, single)
+                for (photo, (_, box)), single in zip(ready.items(), maps, strict=True)
             }
         result.done += finished(writing, "its map cannot be written: ")
 
 
 def to_8_bits(density: np.ndarray) -> np.ndarray:
     """(H, W) uint8 with a maximum of 255: what files and challenges take, unfit for KL and IG."""
-    return np.round(255 * (density / density.max())).astype(np.uint8)
+    scaled = density / density.max()
+    scaled *= 255  # in place: photos may be large
+    return np.round(scaled, out=scaled).astype(np.uint8)
 
 
 # ---- before and after the predictions, of photos and of videos ---------------------------------
@@ -181,7 +207,7 @@ def begin(
     # One process may take hours longer than another, and then nobody should give up on it.
     processes = PartialState(cpu=pick_device() == "cpu", timeout=timedelta(days=7))
     predictor = load(checkpoint, device)  # PartialState has chosen this process's GPU
-    targets = list_targets(paths, out, endings, suffixes)
+    targets, result = list_targets(paths, out, endings, suffixes)
     record = {
         "checkpoint": display_path(checkpoint),
         "sha256": sha256_file(checkpoint),
@@ -217,57 +243,73 @@ def begin(
         processes.wait_for_everyone()
         share = list(todo)[processes.process_index :: processes.num_processes]
         work = {file: todo[file] for file in share}
-        yield predictor, work, FolderResult(skipped=sorted(done))
+        result.skipped = sorted(done)
+        yield predictor, work, result
 
 
 def gather(result: FolderResult) -> FolderResult:
-    """The results of all processes, in each of them; the list of skipped files is the same."""
+    """The results of all processes, in each of them; what begin() found is the same in all."""
     results = gather_object([result])
     done = sorted(path for each in results for path in each.done)
     failed = {path: why for each in results for path, why in each.failed.items()}
-    return FolderResult(done, result.skipped, failed)
+    return FolderResult(done, result.skipped, failed, result.left_out)
 
 
 def list_targets(
     paths: Sequence[str | Path], out: Path, endings: Sequence[str], suffixes=PHOTO_SUFFIXES
-) -> Targets:
+) -> tuple[Targets, FolderResult]:
     """Every photo with its output files, one for each ending (``.png``), the map's last.
 
     Photos of a folder keep their sub-folders. Hidden files, files without one of the suffixes, and
     the files in ``out``, are not taken for photos.
 
+    Returns:
+        The files of each photo, and a result that names the other pictures in the folders, and
+        the photos that cannot be done: their files would overwrite another photo's, or a photo.
+
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: no photos, or files that would overwrite each other or a photo.
+        ValueError: no photos.
     """
-    stems: dict[Path, Path] = {}  # photo -> output path without ending
+    places: dict[Path, Path] = {}  # photo -> its path below ``out``
+    result = FolderResult()
     for path in map(Path, paths):
         if path.is_dir():
             if path.resolve() == out.resolve():
                 raise ValueError(
                     f"maps in {path} would be the next call's input; choose another out"
                 )
-            for file in visible_files(path, suffixes, out):
-                stems[file] = out / file.relative_to(path).with_name(file.stem)
-        elif path.is_file():
-            stems[path] = out / path.stem
+            for file in visible_files(path, (*suffixes, *OTHER_PICTURES), out):
+                if file.suffix.lower() in suffixes:
+                    places[file] = out / file.relative_to(path)
+                else:
+                    result.left_out.append(file)
+        elif os.path.lexists(path):
+            places[path] = out / path.name
         else:
             raise FileNotFoundError(f"{path} does not exist")
-    if not stems:
+    if not places:
         raise ValueError(f"nothing ending in {', '.join(suffixes)} in {', '.join(map(str, paths))}")
-    # with_suffix() would cut a.b
-    targets = {f: [stem.with_name(stem.name + e) for e in endings] for f, stem in stems.items()}
 
     def key(path: Path) -> str:  # macOS and Windows do not tell A.png from a.png
-        return str(path.resolve()).lower()
+        return os.path.realpath(path).lower()
 
-    owners = {key(file): file for file in targets}
+    stems = output_stems(places, endings)
+    # with_suffix() would cut a.b
+    targets = {f: [stem.with_name(stem.name + e) for e in endings] for f, stem in stems.items()}
+    owners: dict[str, list[Path]] = {key(file): [file] for file in targets}
     for file, made in targets.items():
         for path in made:
-            if key(path) in owners:
-                raise ValueError(
-                    f"{path}, for {file}, would overwrite a photo or another's map, that of "
-                    f"{owners[key(path)]}: choose another out, or rename a photo"
+            owners.setdefault(key(path), []).append(file)
+    for file, made in targets.items():
+        for path in made:
+            if len(owners[key(path)]) > 1:
+                others = [
+                    f"a file of {str(other)!r}" for other in owners[key(path)] if other != file
+                ]
+                owner = others[0] if others else "the photo itself"
+                result.failed[file] = (
+                    f"{str(path)!r} would overwrite {owner}: rename it, or choose another out"
                 )
-            owners[key(path)] = file
-    return targets
+    targets = {file: made for file, made in targets.items() if file not in result.failed}
+    return targets, result

@@ -1,5 +1,6 @@
 """Statements drawn from a saliency map: likely first looks, and a crop that keeps what is seen."""
 
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -8,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from scipy.signal import fftconvolve
 
-from mlnet_utils.data.images import PHOTO_SUFFIXES, read_image, visible_files
+from mlnet_utils.data.images import PHOTO_SUFFIXES, output_stems, read_image, visible_files
 
 WORKING_SIDE = 320  # pixels of the longer side while searching; a fixation is no sharper
 RADIUS = 0.06  # of the longer side: 2 degrees where a photo fills 33, as OSIE's do
@@ -24,7 +25,10 @@ class Look(NamedTuple):
 
 
 def chosen_photos(place: str = "") -> dict[str, np.ndarray]:
-    """Photos to try the network on, (H, W, 3) uint8 each by its name.
+    """Photos to try the network on, (H, W, 3) uint8 each by its place in the folder.
+
+    The place is without suffix, unless two photos differ in nothing else. Of several photos those
+    that cannot be read are left out with a warning.
 
     Args:
         place: a photo, a folder of photos, ``"upload"`` for a button in Colab, or ``""`` for the
@@ -32,7 +36,7 @@ def chosen_photos(place: str = "") -> dict[str, np.ndarray]:
 
     Raises:
         FileNotFoundError: there is no such photo, or no photo in the folder.
-        ValueError: a photo cannot be read, or an upload is wanted outside Colab.
+        ValueError: the photo cannot be read, or an upload is wanted outside Colab.
     """
     if not place:
         import skimage.data
@@ -44,15 +48,27 @@ def chosen_photos(place: str = "") -> dict[str, np.ndarray]:
         except ModuleNotFoundError:
             text = "'upload' needs Google Colab; give the path of a photo or a folder"
             raise ValueError(text) from None
-        paths = [Path(name) for name in files.upload()]
+        places = {Path(name): Path(name) for name in files.upload()}
     else:
         path = Path(place).expanduser()
-        paths = visible_files(path) if path.is_dir() else [path]
-    if not paths:
+        places = {path: Path(path.name)}
+        if path.is_dir():
+            places = {file: file.relative_to(path) for file in visible_files(path)}
+    if not places:
         raise FileNotFoundError(
             f"no photo in {place!r}: {', '.join(PHOTO_SUFFIXES)} are looked for"
         )
-    return {p.stem: read_image(p).permute(1, 2, 0).numpy() for p in paths}
+    photos = {}
+    for path, stem in output_stems(places).items():
+        try:
+            photos[stem.as_posix()] = read_image(path).permute(1, 2, 0).numpy()
+        except (ValueError, OSError) as error:
+            if len(places) == 1:
+                raise
+            warnings.warn(f"left out: {error}", stacklevel=2)
+    if not photos:
+        raise ValueError(f"none of the {len(places)} photos in {place!r} can be read")
+    return photos
 
 
 def first_looks(density: np.ndarray, count: int = 5, radius: float = RADIUS) -> list[Look]:

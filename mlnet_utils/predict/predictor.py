@@ -173,7 +173,7 @@ def to_density(single: Tensor, config: Config, box: Letterbox) -> Tensor:
     """
     maps = single[None]
     if config.head == "density":
-        density = unletterbox(maps.clamp_min(FLOOR).log(), box)[0].exp()
+        density = unletterbox(maps.clamp_min(FLOOR).log(), box)[0].exp_()
     elif config.compat == "theano":
         density = authors_postprocess(maps, box.photo_height, box.photo_width)[0]
     else:
@@ -182,7 +182,7 @@ def to_density(single: Tensor, config: Config, box: Letterbox) -> Tensor:
     if not 0 < total < torch.inf:
         warnings.warn("a uniform map: it was zero everywhere or not a number", stacklevel=2)
         density, total = torch.ones_like(density), density.numel()
-    return density / total
+    return density.div_(total)  # in place: photos may be large
 
 
 def authors_postprocess(maps: Tensor, height: int, width: int) -> Tensor:

@@ -26,7 +26,7 @@ from accelerate import PartialState
 from PIL import Image
 from scipy.special import logsumexp
 
-from mlnet_utils.data.images import FORMATS, visible_files
+from mlnet_utils.data.images import FORMATS, stored_size, visible_files
 from mlnet_utils.predict.folders import predict_folder
 from mlnet_utils.runtime import atomic_path, data_root, display_path, progress, reading, require
 
@@ -82,8 +82,7 @@ def benchmark_photos(
     folder = Path(photos) if str(photos) else data_root(root) / benchmark.photos.format(split=split)
     sizes = {}
     for file in progress(visible_files(folder), "reading sizes", unit="photo"):
-        with reading(file, "a photo"), Image.open(file, formats=FORMATS) as image:
-            sizes[file.relative_to(folder).as_posix()] = image.size
+        sizes[file.relative_to(folder).as_posix()] = stored_size(file)
     if len(sizes) != benchmark.count:
         raise ValueError(
             f"{folder} holds {len(sizes)} photos, but {dataset} ({split}) has {benchmark.count}: "

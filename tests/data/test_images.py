@@ -1,14 +1,26 @@
 """Decoding: every kind of photo that people have, and every kind of broken file."""
 
+import os
 import random
 import struct
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps
 
-from mlnet_utils.data.images import decode, read_image, to_bytes, visible_files
+from mlnet_utils.data.images import (
+    PHOTO_SUFFIXES,
+    decode,
+    output_stems,
+    photo_limit,
+    read_image,
+    to_bytes,
+    visible_files,
+)
+from mlnet_utils.data.readers.files import photo_size
 
 ROTATION = 0x0112  # EXIF tag
 RAMP = np.linspace(0, 65535, 40 * 50).reshape(40, 50)  # 16 bits
@@ -49,10 +61,16 @@ def reference() -> torch.Tensor:
         ("x.tif", "YCbCr", 4),
         ("x.gif", "P", 60),
         ("x.png", "P", 60),
+        ("x.jfif", "RGB", 12),
+        ("x.jpe", "RGB", 12),
+        ("x.avif", "RGB", 24),
+        ("x.jp2", "RGB", 1),
+        ("x.ppm", "RGB", 0),
     ],
 )
 def test_every_format_and_mode_gives_the_same_colours(tmp_path, name, mode, tolerance):
-    options = {"quality": 95} if name.endswith(("jpg", "jpeg", "webp")) else {}
+    options = {"quality": 95} if not name.endswith(("jp2", "ppm")) else {}
+    assert (tmp_path / name).suffix in PHOTO_SUFFIXES
     pixels = saved(tmp_path, colourful().convert(mode), name, **options)
     assert pixels.shape == (3, 40, 50)
     assert (pixels.int() - reference().int()).abs().max() <= tolerance
@@ -179,7 +197,11 @@ def test_first_frame_of_an_animation(tmp_path):
 def test_a_bomb_is_refused(tmp_path, monkeypatch):
     colourful().save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
-    with pytest.raises(ValueError, match=r"x.png' .*Image size"):
+    with pytest.raises(ValueError, match=r"x.png' has over .*--megapixels"):
+        read_image(tmp_path / "x.png")
+    with photo_limit(0.0021):
+        assert read_image(tmp_path / "x.png").shape == (3, 40, 50)
+    with photo_limit(0.0019), pytest.raises(ValueError, match="over 0 megapixels"):
         read_image(tmp_path / "x.png")
 
 
@@ -223,6 +245,75 @@ def test_damage_anywhere_is_a_photo_or_a_value_error(tmp_path, name, mode):
             messages.append(str(error))
     assert len(messages) > 5
     assert all(broken.name in message for message in messages)
+
+
+HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
+
+
+@pytest.mark.parametrize("name", ["x.HEIC", "x.jpg"])
+def test_heic_without_its_extra_says_what_to_install(tmp_path, monkeypatch, name):
+    (tmp_path / name).write_bytes(HEIC)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for read in (read_image, photo_size):
+        with pytest.raises(ValueError, match=rf"{name}' is HEIC: .*mlnet-utils\[heic\]"):
+            read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["x.HEIC", "x.jpg"])
+def test_heic_is_read_with_its_extra(tmp_path, name):
+    heif = pytest.importorskip("pillow_heif", reason="needs the extra `heic`")
+    heif.from_pillow(colourful()).save(tmp_path / "x.heic", quality=95)
+    (tmp_path / "x.heic").rename(tmp_path / name)
+    pixels = read_image(tmp_path / name)
+    assert (pixels.int() - reference().int()).abs().float().mean() < 4
+    (tmp_path / name).write_bytes(HEIC)
+    with pytest.raises(ValueError, match=rf"{name}' cannot be read"):
+        read_image(tmp_path / name)
+
+
+def test_what_is_no_file_is_an_error_and_not_a_wait(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    os.symlink("loop.jpg", tmp_path / "loop.jpg")
+    os.symlink("nowhere.jpg", tmp_path / "dead.jpg")
+    for path in visible_files(tmp_path):
+        for read in (read_image, photo_size):
+            with pytest.raises((FileNotFoundError, ValueError), match=f"{path.name}' "):
+                read(path)
+    assert len(visible_files(tmp_path)) == 3
+
+
+def test_too_little_memory_is_an_error_that_names_the_photo(tmp_path, monkeypatch):
+    def fails(*_):
+        raise MemoryError
+
+    colourful().save(tmp_path / "x.png")
+    monkeypatch.setattr(Image.Image, "load", fails)
+    with pytest.raises(ValueError, match=r"x\.png' cannot be read \(MemoryError"):
+        read_image(tmp_path / "x.png")
+
+
+def test_linked_folders_are_followed_once(tmp_path):
+    """Whatever circles they make; real folders come first, however links are called."""
+    for name in ("album/real/x.jpg", "album/album.jpg/y.jpg", "elsewhere/z.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    album = tmp_path / "album"
+    links = {"again": "real", "up": "..", "linked": "../elsewhere", "real/round": "../real"}
+    links |= {".hidden": "../elsewhere", "out": "../out"}
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/map.png").touch()
+    for name, target in links.items():
+        os.symlink(target, album / name)
+    found = visible_files(album, out=tmp_path / "out")
+    names = [path.relative_to(album).as_posix() for path in found]
+    assert names == ["album.jpg/y.jpg", "linked/z.jpg", "real/x.jpg"]
+
+
+def test_files_made_of_photos_have_names_of_their_own():
+    names = ("a/x.jpg", "a/x.png", "a/y.v2.jpg", "b/x.JPG", "z.jpg", "Z.webp", "z_o.jpg")
+    stems = output_stems({Path(name): Path(name) for name in names}, [".png", "_o.png"])
+    expected = ["a/x.jpg", "a/x.png", "a/y.v2", "b/x", "z.jpg", "Z.webp", "z_o.jpg"]
+    assert [stem.as_posix() for stem in stems.values()] == expected
 
 
 def test_files_are_found_in_order_without_hidden_ones_and_results(tmp_path):

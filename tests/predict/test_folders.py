@@ -1,6 +1,7 @@
 """Folders of photos: what is written, what is skipped, and what can go wrong."""
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -225,24 +226,45 @@ def test_command_line_reports_and_ends_with_1(album, checkpoint, tmp_path, capsy
 
 # ---- names -------------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    ("photos", "paths", "collision"),
+    ("photos", "paths", "made", "failed"),
     [
-        (("1/x.jpg", "2/x.jpg"), ("1/x.jpg", "2/x.jpg"), r"2/x\.jpg.*1/x\.jpg"),
-        (("1/x.jpg", "2/x.jpg"), ("1", "2"), r"2/x\.jpg.*1/x\.jpg"),
-        # Stems that some file systems take for equal.
-        (("1/x.jpg", "1/x.png"), ("1",), r"x_overlay\.png"),
-        (("1/x.jpg", "1/X.jpeg"), ("1",), r"x_overlay\.png"),
-        (("1/x.jpg", "1/x_overlay.jpg"), ("1",), r"x_overlay\.png"),
-        # A photo would be overwritten, or maps be taken for photos.
-        (("out/x.png",), ("out/x.png",), r"out/x\.png"),
-        (("out/x.jpg",), ("out",), "out"),
+        # Only the suffix tells them apart, or capitals, which some file systems take for equal.
+        (("1/x.jpg", "1/x.png"), ("1",), {"1/x.jpg": "x.jpg.png", "1/x.png": "x.png.png"}, {}),
+        (("1/x.jpg", "1/X.jpeg"), ("1",), {"1/x.jpg": "x.jpg.png", "1/X.jpeg": "X.jpeg.png"}, {}),
+        (
+            ("1/x.jpg", "1/x_overlay.jpg"),
+            ("1",),
+            {"1/x.jpg": "x.jpg.png", "1/x_overlay.jpg": "x_overlay.jpg.png"},
+            {},
+        ),
+        # Nothing does: neither is done, so that no map is another photo's.
+        (
+            ("1/x.jpg", "2/x.jpg", "2/y.jpg"),
+            ("1", "2"),
+            {"2/y.jpg": "y.png"},
+            {"1/x.jpg": "2/x.jpg", "2/x.jpg": "1/x.jpg"},
+        ),
+        # A photo would be overwritten.
+        (("out/x.png", "y.png"), ("out/x.png", "y.png"), {"y.png": "y.png"}, {"out/x.png": "itse"}),
     ],
 )
-def test_two_files_of_the_same_name_are_an_error(tmp_path, photos, paths, collision):
+def test_photos_of_one_name_keep_their_maps_apart(tmp_path, photos, paths, made, failed):
     for name in photos:
         photo(tmp_path / name)
-    with pytest.raises(ValueError, match=collision):
-        list_targets([tmp_path / p for p in paths], tmp_path / "out", ["_overlay.png", ".png"])
+    out = tmp_path / "out"
+    paths = [tmp_path / path for path in paths]
+    targets, result = list_targets(paths, out, ["_overlay.png", ".png"])
+    assert {f: files[-1] for f, files in targets.items()} == {
+        tmp_path / name: out / path for name, path in made.items()
+    }
+    assert {path.relative_to(tmp_path).as_posix() for path in result.failed} == set(failed)
+    assert all(other in result.failed[tmp_path / name] for name, other in failed.items())
+
+
+def test_maps_are_not_taken_for_photos(tmp_path):
+    photo(tmp_path / "out" / "x.jpg")
+    with pytest.raises(ValueError, match="out"):
+        list_targets([tmp_path / "out"], tmp_path / "out", [".png"])
 
 
 def test_photos_of_sub_folders_and_photos_given_twice(tmp_path):
@@ -251,8 +273,8 @@ def test_photos_of_sub_folders_and_photos_given_twice(tmp_path):
     out = tmp_path / "out"
     expected = {a: [out / "1" / "x.png"], b: [out / "2" / "x.png"]}
     expected[overlay] = [out / "1" / "x_overlay.png"]
-    assert list_targets([tmp_path], out, [".png"]) == expected
-    assert list(list_targets([tmp_path / "2", b, b], out, [".png"])) == [b]
+    assert list_targets([tmp_path], out, [".png"])[0] == expected
+    assert list(list_targets([tmp_path / "2", b, b], out, [".png"])[0]) == [b]
 
 
 def test_maps_and_hidden_files_are_not_taken_for_photos(tmp_path, checkpoint):
@@ -262,7 +284,7 @@ def test_maps_and_hidden_files_are_not_taken_for_photos(tmp_path, checkpoint):
     photo(album / ".thumbnails" / "y.jpg")
     (album / "notes.txt").touch()
     for _ in range(2):  # the second time, the maps are below the album
-        assert list(list_targets([album], album / "maps", [".png"])) == [album / "x.jpg"]
+        assert list(list_targets([album], album / "maps", [".png"])[0]) == [album / "x.jpg"]
         predict_folder(checkpoint, [album], album / "maps")
 
 
@@ -282,6 +304,100 @@ def test_nothing_to_do_is_an_error(tmp_path, checkpoint):
 def test_to_8_bits_spans_the_range():
     density = np.array([[0, 1e-9], [5e-10, 2e-10]], np.float32)
     np.testing.assert_array_equal(to_8_bits(density), [[0, 255], [128, 51]])
+
+
+# ---- what people have in their folders ---------------------------------------------------------
+def test_every_picture_is_predicted_or_named(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    folder, out = tmp_path / "mixed", tmp_path / "out"
+    for name, kind in (("a.jpg", "JPEG"), ("b.jfif", "JPEG"), ("c.jpe", "JPEG"), ("d.gif", "GIF")):
+        photo(folder / name, format=kind)
+    photo(folder / "e.avif")
+    (folder / "IMG_0001.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200))
+    for name in ("raw.CR2", ".DS_Store", "Thumbs.db", "a.xmp"):
+        (folder / name).write_bytes(b"\0\5\x16\7")
+    result = predict_folder(checkpoint, [folder], out)
+    assert [path.stem for path in result.done] == list("abcde")
+    assert "mlnet-utils[heic]" in result.failed.pop(folder / "IMG_0001.HEIC")
+    assert result.failed == {}
+    assert result.left_out == [folder / "raw.CR2"]
+    assert "raw.CR2" in result.summary()
+
+
+NAMES = (
+    *("with space.jpg", "hash#1.jpg", "100%.jpg", "{lr}.jpg", "n\u00e9 e\u0301.jpg", "日本語.JPEG"),
+    *("tab\tline\nx.jpg", "-rf.jpg", "a" * 251 + ".jpg", "é" * 120 + ".jpg", " lead.jpg"),
+    *("trail .jpg", "dot..jpg", os.fsdecode(b"caf\xe9.jpg")),
+)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_any_name_is_done(checkpoint, tmp_path):
+    for name in NAMES:
+        photo(tmp_path / "names" / name, (40, 32), format="JPEG")
+    result = predict_folder(checkpoint, [tmp_path / "names"], tmp_path / "out")
+    assert result.failed == {}
+    assert files(tmp_path / "out") == {Path(n).stem + ".png" for n in NAMES} | {"prediction.json"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such names")
+def test_bad_entries_stop_nothing_and_are_named(checkpoint, tmp_path):
+    folder, linked = tmp_path / "folder", photo(tmp_path / "linked/far.jpg")
+    photo(folder / "album.jpg" / "in.jpg")
+    photo(folder / "ok.jpg")
+    links = {"dead.jpg": "nowhere.jpg", "loop.jpg": "loop.jpg", "other": linked.parent, "up": "."}
+    for name, target in links.items():
+        os.symlink(target, folder / name)
+    os.mkfifo(folder / "pipe.jpg")
+    Path(os.fsdecode(os.fsencode(folder) + b"/caf\xe9.jpg")).write_bytes(b"nothing")
+    out = tmp_path / "out"
+    call = ["predict", "--checkpoint", checkpoint, "--out", out, folder]
+    # Only the command line prints names as the terminal can show them.
+    process = subprocess.run(
+        [sys.executable, "-m", "mlnet_utils", *call, folder / "dead.jpg"],
+        cwd=ROOT, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "utf-8"},
+    )  # fmt: skip
+    report = process.stdout.decode()
+    assert (process.returncode, process.stderr) == (1, b"")
+    assert "3 done, 0 were done before" in report
+    for name in ("dead.jpg", "loop.jpg", "pipe.jpg", r"caf\udce9.jpg"):
+        assert report.count(f"failed: '{folder}/{name}': ") == 1
+    assert files(out) == {"ok.png", "album.jpg/in.png", "other/far.png", "prediction.json"}
+
+
+def test_an_error_of_any_kind_while_writing_stops_nothing(checkpoint, tmp_path, monkeypatch):
+    for name in ("a.jpg", "b.jpg", "c.jpg"):
+        photo(tmp_path / "album" / name, (40 + ord(name[0]), 32))
+    real = folders.to_8_bits
+
+    def fails(density):
+        if density.shape[1] == 40 + ord("b"):
+            raise MemoryError
+        return real(density)
+
+    monkeypatch.setattr(folders, "to_8_bits", fails)
+    result = predict_folder(checkpoint, [tmp_path / "album"], tmp_path / "out")
+    assert [path.name for path in result.done] == ["a.jpg", "c.jpg"]
+    assert "MemoryError" in result.failed[tmp_path / "album" / "b.jpg"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory as Linux reports it")
+def test_memory_of_a_large_photo(checkpoint, tmp_path):
+    """40 megapixels; 26 bytes per pixel above what a small photo takes would be 3 GB for 100."""
+    peaks = []
+    for size in ((64, 64), (8000, 5000)):
+        path = tmp_path / f"{size[0]}.jpg"
+        Image.new("RGB", size, "grey").save(path)
+        call = ["--checkpoint", checkpoint, "--out", tmp_path / "out", "--overlay", "--npy", path]
+        code = "import resource, sys; from mlnet_utils.__main__ import main; "
+        code += "code = main(sys.argv[1:]); "
+        code += "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss); sys.exit(code)"
+        command = [sys.executable, "-c", code, "predict", *call]
+        process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        peaks.append(int(process.stdout.splitlines()[-1]) * 1024)
+    assert peaks[1] - peaks[0] < 26 * 8000 * 5000
 
 
 # ---- several processes -------------------------------------------------------------------------

@@ -67,6 +67,17 @@ def test_photos_are_chosen_by_path_folder_or_default(tmp_path):
     assert chosen_photos()["astronaut"].shape == (512, 512, 3)
 
 
+def test_photos_of_one_stem_are_kept_apart_and_a_broken_one_stops_nothing(tmp_path):
+    for number, name in enumerate(("x.jpg", "x.png", "sub/x.png")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (40 + number, 32)).save(tmp_path / name)
+    (tmp_path / "broken.jpg").write_text("no photo")
+    with pytest.warns(UserWarning, match=r"left out: .*broken\.jpg"):
+        photos = chosen_photos(str(tmp_path))
+    widths = {name: pixels.shape[1] for name, pixels in photos.items()}
+    assert widths == {"x.jpg": 40, "x.png": 41, "sub/x": 42}
+
+
 @pytest.mark.parametrize("place", ["missing.jpg", "empty"])
 def test_no_photo_is_an_error_that_names_the_place(tmp_path, place):
     (tmp_path / "empty").mkdir()

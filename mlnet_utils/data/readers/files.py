@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from mlnet_utils.data.images import FORMATS, orientation
+from mlnet_utils.data.images import FORMATS, open_image, orientation
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.runtime import reading
 
@@ -94,7 +94,7 @@ def photo_size(path: Path) -> tuple[int, int]:
     Raises:
         ValueError: the file is cut off or no image.
     """
-    with reading(path, "a photo"), Image.open(path, formats=FORMATS) as image:
+    with reading(path, "a photo"), open_image(path) as image:
         width, height = image.size
         image.draft("L", (1, 1))  # the cheapest way through all of a JPEG
         image.load()  # which turns a TIFF, and then there is no orientation any more
