@@ -41,6 +41,9 @@ class Config:
     height: int = _key(480, at_least=32, multiple_of=8)  # of the input, in pixels
     width: int = _key(640, at_least=32, multiple_of=8)
     sigma: float = _key(0.0, at_least=0)  # blur of fixations in photo pixels; 0 = the dataset's own
+    sigma_share: float = _key(0.0, at_least=0, below=1)  # instead: of each photo's width
+    # Of own photos' lists: origin (0 or 1), unit (pixel, normalised, percent), offset [x, y].
+    coordinates: dict = field(default_factory=dict)
     fold: int = _key(-1, at_least=-1)  # cross-validation fold 0..4; -1 = the dataset's fixed split
 
     # ---- model
@@ -123,6 +126,9 @@ class Config:
                 _check(key.name, item, key.metadata)
         if not self.preset.strip(". ") or set(self.preset) & set("/\\"):
             raise ValueError(f"config: preset={self.preset!r} is no name of a folder")
+        _check_coordinates(self.coordinates)
+        if self.sigma and self.sigma_share:
+            raise ValueError("config: sigma and sigma_share exclude each other: set one to 0")
         if len(self.prior_cells) not in (0, 2):
             raise ValueError(f"config: prior_cells={self.prior_cells} is not (rows, columns) or ()")
         if not self.test_scales:
@@ -292,6 +298,25 @@ def _coerce(name: str, value: Any, expected: type) -> Any:
         return value
     found = type(value).__name__
     raise ValueError(f"config: {name}={_SHORT.repr(value)} should be {kind.__name__}, not {found}")
+
+
+def _check_coordinates(values: dict[str, Any]) -> None:
+    """A ValueError where the keys or values of ``coordinates`` are not those of own photos."""
+    offset = values.get("offset", [0, 0])
+    fine = (
+        set(values) <= {"origin", "unit", "offset"}
+        and values.get("origin", 0) in (0, 1)
+        and values.get("unit", "pixel") in ("pixel", "normalised", "percent")
+        and not (values.get("origin") and values.get("unit", "pixel") != "pixel")
+        and isinstance(offset, list)
+        and len(offset) == 2
+        and all(isinstance(v, int | float) and math.isfinite(v) for v in offset)
+    )
+    if not fine:
+        raise ValueError(
+            f"config: coordinates={values} must be of the form {{origin: 0 or 1, unit: pixel, "
+            "normalised or percent, offset: [x, y]}; origin is for pixels"
+        )
 
 
 def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:

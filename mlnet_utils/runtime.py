@@ -79,9 +79,32 @@ def data_root(value: str | Path = "") -> Path:
 
 
 def run_dir(value: str | Path = "", preset: str = "sample") -> Path:
-    """Folder of one run: ``value``, else ``$MLNET_RUNS/<preset>``, else ``runs/<preset>``."""
-    # A preset may be the path of a YAML file.
-    return chosen_folder(value) if str(value) else _runs() / Path(preset).stem
+    """Folder of one run: ``value``, else ``$MLNET_RUNS/<preset>``, else ``runs/<preset>``.
+
+    ``preset`` may be the path of a YAML file; the folder then remembers it, in ``preset.txt``.
+
+    Raises:
+        ValueError: the folder is that of another file of the same name and with other content.
+    """
+    if str(value):
+        return chosen_folder(value)
+    folder = default_run_dir(preset)
+    note, path = folder / "preset.txt", Path(preset).resolve()
+    content = path.read_bytes() if path.suffix in (".yaml", ".yml") and path.is_file() else b""
+    before = Path(note.read_text(encoding="utf-8").strip()) if note.is_file() else path
+    if before != path and before.is_file() and before.read_bytes() != content:
+        raise ValueError(
+            f"{folder} is the run of the preset {before}, and {str(preset)!r} has the same name "
+            "but other content: rename one of them, or choose a run folder"
+        )
+    if content and not (note.is_file() and before == path):
+        write_text(note, f"{path}\n")
+    return folder
+
+
+def default_run_dir(preset: str | Path) -> Path:
+    """The folder of a preset's run where none is chosen."""
+    return _runs() / Path(preset).stem
 
 
 def feature_root() -> Path:

@@ -16,6 +16,14 @@ def save_photo(path, width=64, height=48, seed=0):
     return path
 
 
+def save_map(path, width=64, height=48, seed=0):
+    """A density map of noise, as a grey picture."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
 def save_mat(path, **values):
     path.parent.mkdir(parents=True, exist_ok=True)
     savemat(path, values, do_compression=True)

@@ -29,6 +29,24 @@ def test_folders_prefer_the_argument_then_the_variable(monkeypatch, tmp_path):
     assert runtime.run_dir("", "osie") == runtime.checkout_root() / "runs" / "osie"
 
 
+def test_presets_of_one_file_name_do_not_share_a_run_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLNET_RUNS", str(tmp_path / "runs"))
+    first, second = (tmp_path / name / "my.yaml" for name in ("a", "b"))
+    for path in (first, second):
+        path.parent.mkdir()
+        path.write_text(f"preset: tiny\nlimit: {len(path.parts)}\n")
+    assert runtime.run_dir("", first) == runtime.run_dir("", first) == tmp_path / "runs/my"
+    assert runtime.run_dir("", second) == tmp_path / "runs/my"  # it says the same
+    second.write_text("preset: tiny\nlimit: 1\n")
+    with pytest.raises(ValueError, match=rf"preset {second}.*{first}.* same name"):
+        runtime.run_dir("", first)
+    with pytest.raises(ValueError, match=rf"preset {second}.*'my'.* same name"):
+        runtime.run_dir("", "my")
+    assert runtime.run_dir(tmp_path / "other", first) == tmp_path / "other"
+    second.unlink()
+    assert runtime.run_dir("", first) == tmp_path / "runs/my"
+
+
 def test_without_a_checkout_folders_are_the_working_folder_s(monkeypatch, tmp_path):
     monkeypatch.delenv("MLNET_DATA", raising=False)
     monkeypatch.delenv("MLNET_RUNS", raising=False)

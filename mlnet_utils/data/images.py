@@ -27,6 +27,7 @@ OTHER_PICTURES = (
 # Formats that Pillow decodes itself (JPEG reads MPO too); others, e.g. EPS, start programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "AVIF")
 MEGAPIXELS = 178  # of a photo, unless more is asked for: a small file may hold any number of them
+GREY = 8  # levels of 255 by which JPEG may let the channels of a grey picture differ
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -186,24 +187,39 @@ def to_bytes(values: np.ndarray) -> np.ndarray:
 
 
 def read_density(path: str | Path) -> Tensor:
-    """A density map of a dataset: ``.npz`` (array ``density``) or a greyscale picture.
+    """A density map: a picture, ``.npy``, or ``.npz`` with ``density`` or a single array.
 
     Returns:
         (H, W) float64 that sums to 1.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: unreadable, negative, or zero everywhere.
+        ValueError: unreadable, in colours, with a transparency that varies, negative, or the same
+            everywhere.
     """
-    path = Path(path)
-    with reading(path, "a density map: 2-D, finite, not negative, not zero everywhere"):
-        if path.suffix.lower() == ".npz":
+    path, alpha = Path(path), np.zeros(1)
+    with reading(path, "a density map: 2-D, grey, finite, not negative, not the same everywhere"):
+        if path.suffix.lower() == ".npy":
+            values = np.load(path, allow_pickle=False)
+        elif path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
-                values = arrays["density"].astype(np.float64)
+                (name,) = ["density"] if "density" in arrays else arrays
+                values = arrays[name]
         else:
             with Image.open(path, formats=FORMATS) as image:
-                values = np.asarray(image.convert("F"), dtype=np.float64)
+                if image.mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV"):
+                    image = image.convert("RGBA" if "transparency" in image.info else "RGB")
+                values = np.asarray(image)
+                if image.mode in ("RGBA", "LA"):
+                    values, alpha = values[..., :-1], values[..., -1]
+                if values.ndim == 3:
+                    values = values if np.ptp(values, axis=2).max() > GREY else values.mean(axis=2)
+        values = values.astype(np.float64)
+        if values.ndim == 3 or alpha.min() < alpha.max():
+            raise ValueError("it is in colours or partly transparent, as plots are")
         total = values.sum()
         if values.ndim != 2 or not 0 < total < np.inf or values.min() < 0:  # NaN makes it NaN
             raise ValueError(f"shape {values.shape}, sum {total:g}")
+        if values.min() == values.max():
+            raise ValueError("it is the same everywhere")
     return torch.from_numpy(values / total)

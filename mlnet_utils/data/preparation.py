@@ -18,6 +18,7 @@ from mlnet_utils.runtime import locked, read_json, versions
 NEEDS_POINTS = re.compile(r"\b(ce|nss)\b")  # losses that a density map cannot serve
 SAMPLE = {"train": 960, "val": 60, "test": 100}  # stimuli of the synthetic sample
 FOLDS = 5
+DATA_KEYS = ("fold", "limit", "train_limit", "coordinates", "sigma_share")  # beside name and sigma
 
 
 def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
@@ -41,11 +42,13 @@ def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
 def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
     spec = dataset_spec(config.dataset)
     sigma = config.sigma or spec.sigma
-    if np.isnan(sigma):
+    if np.isnan(sigma) and not config.sigma_share:
         raise ValueError(
             f"dataset {spec.name!r} has no sigma of its own: set `sigma` in the preset, the "
-            "pixels of one degree of visual angle"
+            "pixels of one degree of visual angle, or `sigma_share`, its share of the width"
         )
+    if config.coordinates and not spec.own:
+        raise ValueError(f"config: coordinates are for own photos, not for {spec.name!r}")
     if spec.name == "synthetic":
         _refuse_fold(config.fold, spec.name)
         limit = config.limit or max(SAMPLE.values())
@@ -60,7 +63,8 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
             for part in of.read_from
         ]
         sources = fingerprints(source, parts)  # before they are read: a change meanwhile shows
-        photos = _joined(spec.joins, source) if spec.joins else spec.read(source)
+        more = {"coordinates": config.coordinates} if spec.own else {}
+        photos = _joined(spec.joins, source) if spec.joins else spec.read(source, **more)
         photos = split_photos(photos, spec.name, spec.val, spec.test, config.fold)
         if config.limit:
             photos = first(photos, config.limit, SPLITS)
@@ -74,6 +78,15 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
         root = str(source.resolve())
     if config.train_limit:
         photos = first(photos, config.train_limit, ("train",))
+    if config.sigma_share:
+        photos = [replace(photo, sigma=config.sigma_share * photo.width) for photo in photos]
+        sigma = float(np.median([photo.sigma for photo in photos]))
+    for split in SPLITS:
+        if not any(photo.split == split for photo in photos):
+            missing = (
+                f"{spec.name}: no {split} photos; `train` needs train and val, `evaluate` test"
+            )
+            warnings.warn(missing, stacklevel=3)
     used = {name for photo in photos for name in (photo.image, photo.density) if name}
     sources |= fingerprints(source, used - sources.keys())
     photos = [
@@ -90,7 +103,7 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
         "root": root,
         "sigma_px": sigma,
         "px_per_degree": None if np.isnan(spec.px_per_degree) else spec.px_per_degree,
-        **{key: getattr(config, key) for key in ("fold", "limit", "train_limit")},
+        **{key: getattr(config, key) for key in DATA_KEYS},
         "photos": {split: sum(p.split == split for p in photos) for split in SPLITS},
         "fixations": sum(len(p.fixations) for p in photos),
         "dropped_outside": sum(p.dropped for p in photos),
@@ -145,8 +158,9 @@ def check_same_data(config: Config, meta: dict) -> None:
     """
     if meta["dataset"] not in DATASETS:
         return
-    wanted = {key: getattr(config, key) for key in ("dataset", "fold", "limit", "train_limit")}
-    wanted["sigma"] = config.sigma or dataset_spec(config.dataset).sigma
+    wanted = {key: getattr(config, key) for key in ("dataset", *DATA_KEYS)}
+    if not config.sigma_share:
+        wanted["sigma"] = config.sigma or dataset_spec(config.dataset).sigma
     known = {**wanted, **meta, "sigma": meta["sigma_px"]}  # early folders do not note the limits
     different = [f"{k}={v} (prepared: {known[k]})" for k, v in wanted.items() if known[k] != v]
     if different:

@@ -42,7 +42,7 @@ from mlnet_utils.runtime import (
 from mlnet_utils.training import trainer
 from mlnet_utils.training.trainer import TrainingDied
 
-DATA_KEYS = ("dataset", "limit", "train_limit", "sigma", "fold")  # they decide the prepared data
+DATA_KEYS = ("dataset", "sigma", *preparation.DATA_KEYS)  # they decide the prepared data
 GRID_KEYS = ("preset", "seeds", "split", "common", "cells")
 COLUMNS = ("cell", "seed", "dataset", "split", "epochs", "train_seconds")
 INFINITE = tuple(f"{metric} infinite" for metric in METRICS)

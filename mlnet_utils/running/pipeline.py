@@ -99,7 +99,7 @@ def reproduce(
     # Folders that a notebook finds by itself are not injected: they would only put this machine's
     # paths into the executed copies.
     own = {"PRESET": str(preset)}
-    if folder.resolve() != runtime.run_dir("", preset).resolve():
+    if folder.resolve() != runtime.default_run_dir(preset).resolve():
         own["RUN_DIR"] = str(folder.resolve())
     if raw != runtime.data_root().resolve():
         own["DATA_ROOT"] = str(raw)

@@ -12,7 +12,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from faulty_server import FaultyServer, Served
-from miniatures import save_mat, save_osie, save_photo, save_recording, save_salicon_mat, zipped
+from miniatures import (
+    save_map,
+    save_mat,
+    save_osie,
+    save_photo,
+    save_recording,
+    save_salicon_mat,
+    zipped,
+)
 
 from mlnet_utils.data import download
 from mlnet_utils.data.download import SOURCES
@@ -29,7 +37,7 @@ def make_salicon(root, name):
             workers = [[(1, 1), (640, 480)], [(320, 240)]]
             save_salicon_mat(root / f"fixations-{edition}/{split}/{stem}.mat", workers, edition)
             if edition == "2017":
-                save_photo(root / f"maps-2017/{split}/{stem}.png", 640, 480)
+                save_map(root / f"maps-2017/{split}/{stem}.png", 640, 480)
 
 
 def make_osie(root, name):

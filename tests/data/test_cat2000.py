@@ -60,11 +60,11 @@ def test_faulty_matrices(cat2000, content, said):
 def test_missing_parts(cat2000):
     locations = cat2000 / "trainSet/FIXATIONLOCS"
     save_mat(locations / "Art/001.mat", fixLocs=np.zeros((48, 64), np.uint8))
-    with pytest.raises(ValueError, match=r"1 photos .*: Art_001"):
+    with pytest.raises(ValueError, match=r"1 photos .*: 'Art_001'"):
         read_cat2000(cat2000)
     (locations / "Art/001.mat").unlink()
-    with pytest.raises(ValueError, match="cat2000 Art: 1 photos without fixation files: 001"):
+    with pytest.raises(ValueError, match="cat2000 Art: 1 photos without fixation files: '001'"):
         read_cat2000(cat2000)
     shutil.rmtree(locations / "Art")
-    with pytest.raises(ValueError, match=r"1 categories .*FIXATIONLOCS: Art"):
+    with pytest.raises(ValueError, match=r"1 categories .*FIXATIONLOCS: 'Art'"):
         read_cat2000(cat2000)

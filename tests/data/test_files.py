@@ -19,16 +19,18 @@ from mlnet_utils.data.readers.files import (
 # ---- pairing -----------------------------------------------------------------------------------
 def test_stems_must_be_unique(tmp_path):
     files = [tmp_path / name for name in ("b.jpg", "a_x.png", "a_x.jpg")]
-    with pytest.raises(ValueError, match=r"1 stems belong to several files, such as .*a_x.jpg and"):
+    with pytest.raises(
+        ValueError, match=r"1 stems belong to several files, such as .*a_x.jpg' and"
+    ):
         by_stem(files, "set")
     assert list(by_stem(files[:2], "set", strip="_x")) == ["a", "b"]
 
 
 def test_mismatches_are_counted_and_named():
     check_pairs("set", "photos", "abc", "maps", "cab")
-    with pytest.raises(ValueError, match=r"set: 2 photos .*: a, b; 1 maps .*: d"):
+    with pytest.raises(ValueError, match=r"set: 2 photos .*: 'a', 'b'; 1 maps .*: 'd'"):
         check_pairs("set", "photos", "abc", "maps", "cd")
-    assert named(list("abcdefg")) == "a, b, c, d, e and 2 more"
+    assert named(list("abcdefg")) == "'a', 'b', 'c', 'd', 'e' and 2 more"
 
 
 # ---- files -------------------------------------------------------------------------------------

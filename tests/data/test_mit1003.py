@@ -69,7 +69,7 @@ def test_maps_give_fixations_without_observers(maps):
 
 def test_missing_recordings(root):
     (root / "DATA/zb/i1.mat").unlink()
-    with pytest.raises(ValueError, match=r"1 photos .*zb: i1;"):
+    with pytest.raises(ValueError, match=r"1 photos .*zb: 'i1';"):
         read_mit1003(root)
     (root / "DATA").rename(root / "unused")
     (root / "DATA").mkdir()
@@ -79,7 +79,7 @@ def test_missing_recordings(root):
 
 def test_missing_maps(maps):
     (maps / "ALLFIXATIONMAPS/i1_fixPts.jpg").unlink()
-    with pytest.raises(ValueError, match=r"1 photos .*: i1\."):
+    with pytest.raises(ValueError, match=r"1 photos .*: 'i1'\."):
         read_mit1003(maps)
     (maps / "ALLFIXATIONMAPS").rename(maps / "elsewhere")
     with pytest.raises(FileNotFoundError, match=r"ALLFIXATIONMAPS is missing; .*download mit1003"):

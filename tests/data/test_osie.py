@@ -64,7 +64,7 @@ def test_eyecrowd_has_empty_scanpaths(tmp_path):
 def test_missing_parts(osie):
     (osie / "data/stimuli/1001.jpg").unlink()
     save_photo(osie / "data/stimuli/1003.jpg", 800, 600)
-    with pytest.raises(ValueError, match=r"1 photos .*: 1003\.jpg; 1 records .*: 1001\.jpg"):
+    with pytest.raises(ValueError, match=r"1 photos .*: '1003\.jpg'; 1 records .*: '1001\.jpg'"):
         read_osie(osie)
     shutil.rmtree(osie / "data/stimuli")
     with pytest.raises(FileNotFoundError, match=r"stimuli is missing; .*download osie"):
@@ -77,7 +77,7 @@ def test_faulty_files(osie):
     with pytest.raises(ValueError, match=r"1002\.jpg' cannot be read"):
         read_osie(osie)
     save_osie(osie, {"1001.jpg": [], "1002.jpg": [([900.0], [1.0], [1])]})
-    with pytest.raises(ValueError, match=r"2 photos .*\(1 .*\): 1001, 1002"):
+    with pytest.raises(ValueError, match=r"2 photos .*\(1 .*\): '1001', '1002'"):
         read_osie(osie)
     truncate(fixations)
     with pytest.raises(ValueError, match=r"fixations\.mat' cannot be read"):

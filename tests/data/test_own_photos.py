@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from miniatures import save_photo, truncate
+from miniatures import save_map, save_photo, truncate
 from PIL import Image
 
 from mlnet_utils.data.photos import NOBODY
@@ -67,7 +67,9 @@ def test_a_list_of_fixations(listed):
 
 
 def test_a_list_that_counts_from_one(listed):
-    photo = listed("\ufeffimage,x,y\na,1,1\na,64,48\nb,1,1\nc.v2,1,1\n", first_pixel=1)[0]
+    photo = listed("\ufeffimage,x,y\na,1,1\na,64,48\nb,1,1\nc.v2,1,1\n", coordinates={"origin": 1})[
+        0
+    ]
     assert photo.fixations.tolist() == [[0, 0], [63, 47]]
     assert set(photo.observers) == {NOBODY}
 
@@ -80,12 +82,13 @@ def test_a_list_that_counts_from_one(listed):
         ("image,x,y,x\na,1,1,2\n", "line 1: columns"),
         ("image,x,y,observer,observer\na,1,1,A,B\n", "line 1: columns"),
         ("image,x,y\na,1,2\na,one,2\n", "line 3: .*'one'"),
-        ("image,x,y\na,1\n", "line 2: "),
+        ("image,x,y\na,1\n", "line 2: y missing"),
+        ("# of May\nimage,x,y\na,1,2\na,one,2\n", "line 4: .*'one'"),
+        ("File name,X (px),Y\na,1,2\n", "is 'file name' the 'image'. is 'x .px.' the 'x'."),
         ("image,x,y\na,1,5,2\n", "line 2: "),
         ("image,x,y\na,\x00,1\n", "line 2: "),
-        (b"image,x,y\n\xff\xfe,1,1\n", "line 1: .*utf-8"),
-        ("image,x,y\na,1,1\nd,1,1\n", r"2 photos .*: b, c.v2; 1 rows .*: d"),
-        ("image,x,y\na,1,1\nb,-9,1\nc.v2,nan,1\n", r"2 photos .*\(2 .*: b, c.v2"),
+        ("image,x,y\na,1,1\nd,1,1\n", r"2 photos .*: 'b', 'c.v2'; 1 rows .*: 'd'"),
+        ("image,x,y\na,1,1\nb,-9,1\nc.v2,nan,1\n", r"2 photos .*\(2 .*: 'b', 'c.v2'"),
     ],
 )
 def test_faulty_lists(listed, text, message):
@@ -110,9 +113,9 @@ def grid(change):
     [
         (
             lambda x, y: (x / 64, y / 48),
-            r"108 of 108 points lie within 0\.\.1, .* by width and height",
+            r"108 of 108 points lie within 0\.\.1, .*unit: normalised",
         ),
-        (lambda x, y: (x + 30, y + 20), r"points lie outside .*screen.* 30, 20 subtracted"),
+        (lambda x, y: (x + 30, y + 20), r"points lie outside .*screen.*offset: \[30, 20\]"),
         (lambda x, y: (y, x), r"24 of 108 points lie outside .*exchanged.* 0 lie outside"),
     ],
     ids=["normalised", "screen", "exchanged"],
@@ -124,7 +127,7 @@ def test_coordinates_that_are_no_pixels(listed, change, said):
 
 def test_percent_of_photos():
     points = {"a": np.random.default_rng(0).uniform(0, 100, (30, 2))}
-    with pytest.raises(ValueError, match=r"30 of 30 .* 0\.\.100, .* width / 100"):
+    with pytest.raises(ValueError, match=r"30 of 30 .* 0\.\.100, .*unit: percent.* width / 100"):
         check_coordinates("list", {"a": (640, 480)}, points)
     check_coordinates("list", {"a": (160, 120)}, points)
 
@@ -170,7 +173,7 @@ def test_density_maps_alone(images, tmp_path):
 def test_subfolders_are_splits(tmp_path):
     for path in ("train/a.jpg", "val/cats/b.jpg", "test/c.jpg", "d.jpg"):
         save_photo(tmp_path / "images" / path)
-        save_photo((tmp_path / "maps" / path).with_suffix(".png"))
+        save_map((tmp_path / "maps" / path).with_suffix(".png"))
     photos = read_folder(tmp_path / "images", density_maps=tmp_path / "maps")
     assert [(photo.image, photo.split) for photo in photos] == [
         ("train/a.jpg", "train"),
@@ -187,7 +190,7 @@ def test_subfolders_are_splits(tmp_path):
 def test_splits_have_synonyms(tmp_path, names):
     for name in names:
         save_photo(tmp_path / f"images/{name}/{name}.jpg")
-        save_photo(tmp_path / f"maps/{name}.png")
+        save_map(tmp_path / f"maps/{name}.png")
     photos = read_folder(tmp_path / "images", density_maps=tmp_path / "maps")
     assert {photo.stem: photo.split for photo in photos} == dict(
         zip(names, ("train", "val", "test"), strict=True)
@@ -197,7 +200,7 @@ def test_splits_have_synonyms(tmp_path, names):
 @pytest.mark.parametrize("name", ["test2014", "Trainset", "my-val", "mine/test"])
 def test_folders_that_look_like_splits(tmp_path, name):
     save_photo(tmp_path / f"images/{name}/a.jpg")
-    save_photo(tmp_path / "maps/a.png")
+    save_map(tmp_path / "maps/a.png")
     with pytest.raises(ValueError, match=f"'{name.split('/')[-1]}' of {name}/a.jpg"):
         read_folder(tmp_path / "images", density_maps=tmp_path / "maps")
 
@@ -213,13 +216,18 @@ def test_faulty_maps(images, tmp_path, kind):
     with pytest.raises(ValueError, match=r"a\.png is 48x64, .* 64x48"):
         read_folder(images, **{kind: folder})
     (folder / "b.jpg").unlink()
-    with pytest.raises(ValueError, match=r"1 photos .*: b\."):
+    with pytest.raises(ValueError, match=r"1 photos .*: 'b'\."):
         read_folder(images, **{kind: folder})
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [(np.zeros((48, 64)), "not zero"), (-np.ones((48, 64)), "not neg"), (np.ones((9, 9)), "9x9")],
+    [
+        (np.zeros((48, 64)), "sum 0"),
+        (-np.ones((48, 64)), "not neg"),
+        (np.eye(9), "9x9"),
+        (np.ones((48, 64)), "the same everywhere"),
+    ],
 )
 def test_densities_are_looked_at_when_they_are_read(images, tmp_path, values, message):
     folder = make_maps(tmp_path / "maps", ("a.png", "b.png"))
@@ -238,7 +246,7 @@ def test_faulty_folders(images, tmp_path):
     with pytest.raises(ValueError, match="empty holds none"):
         read_folder(tmp_path / "empty", density_maps=images)
     save_photo(images / "more/a.png")
-    with pytest.raises(ValueError, match=r"1 stems .*a\.jpg and .*a\.png"):
+    with pytest.raises(ValueError, match=r"1 stems .*a\.jpg' and '.*a\.png"):
         read_folder(images, density_maps=images)
 
 

@@ -127,7 +127,7 @@ def test_a_photo_whose_truth_is_secret_has_none(mapped):
 
 def test_a_map_of_another_size_or_lost_is_an_error(mapped):
     (photo,) = mapped.photos
-    Image.new("L", (48, 64), 5).save(mapped.root / "turned.png")
+    Image.fromarray(np.eye(64, 48) > 0).save(mapped.root / "turned.png")
     with pytest.raises(ValueError, match=r"turned.png is 48x64, .* 64x48"):
         mapped.density(replace(photo, density="turned.png"))
     with pytest.raises(FileNotFoundError, match=r"lost.png"):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 from conftest import SIGMA, tiny_config
-from miniatures import save_photo, save_salicon_mat
+from miniatures import save_map, save_photo, save_salicon_mat
 
 from mlnet_utils.data.photos import SPLITS, Photo, Prepared, StaleError
 from mlnet_utils.data.preparation import (
@@ -169,7 +169,7 @@ def test_a_split_of_the_files_own_is_kept(tmp_path):
 
 def test_maps_alone_serve_losses_that_need_no_points(tmp_path):
     save_photo(tmp_path / "folder/images/train/a.png")
-    save_photo(tmp_path / "folder/density_maps/a.png")
+    save_map(tmp_path / "folder/density_maps/a.png")
     config = tiny_config(dataset="folder", sigma=5.0)
     prepared = prepare(config, tmp_path, tmp_path / "run")
     (photo,) = prepared.photos

@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from miniatures import save_mat, save_photo, save_salicon_mat
+from miniatures import save_map, save_mat, save_photo, save_salicon_mat
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -65,16 +65,16 @@ def test_both_editions_are_read(root, edition):
 def test_maps_are_noted_where_they_are(root, edition):
     for split in ("train", "val"):
         for stem in STEMS[split]:
-            save_photo(root / f"maps-{edition}/{split}/{stem}.png", 640, 480)
+            save_map(root / f"maps-{edition}/{split}/{stem}.png", 640, 480)
     photos = read_salicon_mat(root, edition)
     assert photos[2].density == f"maps-{edition}/val/{STEMS['val'][0]}.png"
     assert photos[3].density == ""
     drawn = root / photos[0].density
-    save_photo(drawn, 320, 240)
+    save_map(drawn, 320, 240)
     with pytest.raises(ValueError, match=rf"{drawn.name} is 320x240, .* 640x480"):
         read_salicon_mat(root, edition)
     drawn.unlink()
-    with pytest.raises(ValueError, match=r"train: 1 photos without density maps: COCO_train2014"):
+    with pytest.raises(ValueError, match=r"train: 1 photos without density maps: 'COCO_train2014"):
         read_salicon_mat(root, edition)
 
 
@@ -87,7 +87,9 @@ def test_an_edition_is_not_taken_for_the_other(root, edition):
 
 def test_missing_parts(root, edition, first, tmp_path):
     first.unlink()
-    with pytest.raises(ValueError, match=r"train: 1 photos without fixation files: COCO_train2014"):
+    with pytest.raises(
+        ValueError, match=r"train: 1 photos without fixation files: 'COCO_train2014"
+    ):
         read_salicon_mat(root, edition)
     with pytest.raises(
         FileNotFoundError, match=rf"images is missing; .*download salicon-{edition}"
@@ -154,9 +156,9 @@ def test_the_blur_of_published_maps_is_found(tmp_path, sigma):
         Image.fromarray(pixels).save(tmp_path / f"{number}.png")
     assert fit_sigma(photos, tmp_path) == pytest.approx(sigma, abs=0.15)
     for pixels, message in (
-        (np.ones((60, 80)), "80x60.* 160x120"),
+        (np.eye(60, 80), "80x60.* 160x120"),
         (np.ones((120, 160)), "the same everywhere"),
-        (np.zeros((120, 160)), "zero"),
+        (np.zeros((120, 160)), "sum 0"),
     ):
         Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "2.png")
         with pytest.raises(ValueError, match=rf"2\.png.*{message}"):
@@ -206,7 +208,7 @@ FAULTY = {
     "no height": ({"images": [{"file_name": "a", "id": 7}], "annotations": []}, "'width'"),
     "null": (annotations({"width": None}), r"a\.jpg and .*\.json .* 64x48 and Nonex48"),
     "size": (annotations({"width": 640}), r"a\.jpg and .*\.json .* 64x48 and 640x48"),
-    "another photo": (annotations({"file_name": "b.jpg"}), r"1 photos .*: a; 1 .*: b"),
+    "another photo": (annotations({"file_name": "b.jpg"}), r"1 photos .*: 'a'; 1 .*: 'b'"),
     "unknown image": (annotations({"id": 8}), r"examples\.json.*7"),
     "id a list": (annotations({"id": [7]}), "unhashable"),
     "an id twice": (annotations({}, {"file_name": "b.jpg"}), "share a name or an id"),
@@ -215,7 +217,7 @@ FAULTY = {
     "one row": (annotations({}, fixations=[1, 2, 3, 4]), r"\(4,\)"),
     "no fixations": (annotations({}, fixations=None), r"\(\)"),
     "worker a list": (annotations({}, worker_id=[1]), "unhashable"),
-    "nobody looked": ({"images": [IMAGE], "annotations": []}, r"1 photos .*: a\."),
+    "nobody looked": ({"images": [IMAGE], "annotations": []}, r"1 photos .*: 'a'\."),
 }
 
 
@@ -229,7 +231,7 @@ def test_faulty_json(example, fault):
 
 def test_json_that_does_not_cover_the_photos(example):
     save_photo(example / "images/c.jpg")
-    with pytest.raises(ValueError, match=r"1 photos in .*images without annotations: c"):
+    with pytest.raises(ValueError, match=r"1 photos in .*images without annotations: 'c'"):
         read_salicon_json(example)
     (example / "images/c.jpg").unlink()
     write_json(example, annotations({}), "fixations_val.json")
@@ -240,7 +242,7 @@ def test_json_that_does_not_cover_the_photos(example):
         read_salicon_json(example)
     for path in (example / "annotations").iterdir():
         path.unlink()
-    with pytest.raises(ValueError, match=r"1 photos .*: a\."):
+    with pytest.raises(ValueError, match=r"1 photos .*: 'a'\."):
         read_salicon_json(example)
 
 

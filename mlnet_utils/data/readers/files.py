@@ -3,6 +3,7 @@
 Every mismatch is one error with the number of files and the first names.
 """
 
+import unicodedata
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -38,14 +39,19 @@ def by_stem(paths: Iterable[Path], dataset: str, strip: str = "") -> dict[str, P
     """
     found = defaultdict(list)
     for path in paths:
-        found[path.stem.removesuffix(strip)].append(path)
-    twice = [sorted(map(str, same)) for same in found.values() if len(same) > 1]
+        found[composed(path.stem).removesuffix(strip)].append(path)
+    twice = [sorted(repr(str(path)) for path in same) for same in found.values() if len(same) > 1]
     if twice:
         raise ValueError(
             f"{dataset}: {len(twice)} stems belong to several files, such as "
             f"{' and '.join(twice[0])}; pairing is by stem, so rename or remove one of them"
         )
     return {stem: found[stem][0] for stem in sorted(found)}
+
+
+def composed(name: str) -> str:
+    """The name with its accents composed: macOS writes them as characters of their own."""
+    return unicodedata.normalize("NFC", name)
 
 
 def check_pairs(dataset: str, first: str, ours: Iterable[str], second: str, theirs: Iterable[str]):
@@ -83,8 +89,10 @@ def check_looked_at(dataset: str, photos: list[Photo]) -> list[Photo]:
 
 
 def named(names: Sequence[str]) -> str:
-    """The first five names."""
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    """The first five names, in quotes."""
+    return ", ".join(map(repr, names[:5])) + (
+        f" and {len(names) - 5} more" if len(names) > 5 else ""
+    )
 
 
 # ---- files -------------------------------------------------------------------------------------

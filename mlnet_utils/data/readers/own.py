@@ -1,12 +1,15 @@
 """Reader of the user's own data: photos, with fixation lists, fixation maps or density maps."""
 
+import codecs
 import csv
 import math
 import os
 import re
 import warnings
 from collections import Counter, defaultdict
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -18,31 +21,51 @@ from mlnet_utils.runtime import progress
 
 COLUMNS = ("image", "x", "y")
 OPTIONAL = ("observer", "duration")  # any name; ms
+NEAR = {  # column: pattern of names that may mean it
+    "observer": "subject|participant|viewer|user|person",
+    "duration": "dur",
+    "image": "file|photo|picture|stimul|img|name",
+    "x": r"(\b|_)x|x(\b|_)|column|left",
+    "y": r"(\b|_)y|y(\b|_)|row|top",
+}
+LOST = {"", ".", "-", "na", "n/a", "nan", "none", "null", "missing"}  # gaze, in any case
+LISTS = (".csv", ".tsv", ".txt")
 PARTS = {  # of the dataset ``folder``, by argument of read_folder
     "fixations_csv": "fixations.csv",
     "fixation_maps": "fixation_maps",
     "density_maps": "density_maps",
 }
+PER_OBSERVER = "fixations"  # folder with lists instead of the one
 SPLIT_NAMES = {  # of sub-folders, in any case
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
-UNITS = {1: "width and height", 100: "width / 100 and height / 100"}  # factors to pixels
+SHARES = {"normalised": 1, "percent": 100}  # units of a list: what the whole photo is in them
 OUTSIDE = 0.1  # share of points outside their photos that makes a list implausible
 ENOUGH = (20, 5)  # points, photos: fewer say nothing about a list
 FIXATION_SUFFIXES = (*PHOTO_SUFFIXES, ".npy", ".mat")
-DENSITY_SUFFIXES = (*PHOTO_SUFFIXES, ".npz")
+DENSITY_SUFFIXES = (*PHOTO_SUFFIXES, ".npz", ".npy")
 
 
-def read_own(root: str | Path) -> list[Photo]:
+def read_own(root: str | Path, coordinates: Mapping[str, Any] | None = None) -> list[Photo]:
     """The dataset ``folder``: ``images/`` and any of :data:`PARTS`, see :func:`read_folder`.
 
     Paths in the photos are relative to ``root``.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``read_folder``, or there is none of the parts.
     """
     root = Path(root)
     there = {key: root / name for key, name in PARTS.items() if (root / name).exists()}
-    photos = read_folder(root / "images", **there)
+    if (root / PER_OBSERVER).is_dir():
+        there.setdefault("fixations_csv", root / PER_OBSERVER)
+    if not there and (root / "images").is_dir():
+        raise ValueError(
+            f"own photos: {root} holds none of {', '.join(PARTS.values())} and {PER_OBSERVER}/ (a "
+            f"list of each observer), but {files.named(sorted(p.name for p in root.iterdir()))}"
+        )
+    photos = read_folder(root / "images", **there, coordinates=coordinates)
     for photo in photos:
         photo.image = f"images/{photo.image}"
         photo.density = photo.density.removeprefix("../")
@@ -54,7 +77,7 @@ def read_folder(
     fixations_csv: str | Path = "",
     fixation_maps: str | Path = "",
     density_maps: str | Path = "",
-    first_pixel: int = 0,
+    coordinates: Mapping[str, Any] | None = None,
 ) -> list[Photo]:
     """Read photos and whatever is known of who looked where; files pair by stem.
 
@@ -66,10 +89,11 @@ def read_folder(
         images: folder of photos, which their paths are relative to.
         fixations_csv: rows of ``image, x, y`` and optionally ``observer`` (any name) and
             ``duration`` (ms), in viewing order; ``image`` is a file name or stem, x and y are in
-            pixels of the photo, with pixel centres at integers.
+            pixels of the photo, with pixel centres at integers. Or a folder with such a list of
+            each observer.
         fixation_maps: folder of maps of fixated pixels (pictures, ``.npy`` or ``.mat``).
-        density_maps: folder of density maps (pictures, or ``.npz`` with ``density``).
-        first_pixel: what the CSV calls the centre of the first pixel: 0, or 1 as in MATLAB.
+        density_maps: folder of density maps (pictures, ``.npy``, or ``.npz`` with ``density``).
+        coordinates: the list's, where they are not such pixels, see :func:`to_pixels`.
 
     Raises:
         FileNotFoundError: a folder or file that does not exist.
@@ -87,13 +111,16 @@ def read_folder(
     paths = files.by_stem(visible_files(images), "own photos")
     if not paths:
         raise ValueError(f"own photos: {images} holds none of {', '.join(PHOTO_SUFFIXES)}")
-    marked = _maps(fixation_maps, paths, "fixation maps", FIXATION_SUFFIXES)
-    drawn = _maps(density_maps, paths, "density maps", DENSITY_SUFFIXES)
-    rows = _read_csv(Path(fixations_csv), set(paths), first_pixel) if fixations_csv else {}
+    marked = _maps(images, fixation_maps, paths, "fixation maps", FIXATION_SUFFIXES)
+    drawn = _maps(images, density_maps, paths, "density maps", DENSITY_SUFFIXES)
+    rows = _read_lists(Path(fixations_csv), images, paths) if fixations_csv else {}
     photos = []
     for stem, path in progress(paths.items(), "reading photos", len(paths), "photo"):
         size, place = files.photo_size(path), path.relative_to(images)
-        looked = rows.get(stem, (np.zeros((0, 2)),))
+        looked = (np.zeros((0, 2)),)
+        if rows:
+            points, *rest = rows[stem]
+            rows[stem] = looked = to_pixels(points, size, **coordinates or {}), *rest
         if stem in marked:
             looked = (files.fixated_pixels(marked[stem], size),)
         density = Path(os.path.relpath(drawn[stem], images)).as_posix() if drawn else ""
@@ -105,6 +132,29 @@ def read_folder(
         sizes = {photo.stem: (photo.width, photo.height) for photo in photos}
         check_coordinates(fixations_csv, sizes, {stem: row[0] for stem, row in rows.items()})
     return files.check_looked_at("own photos", photos)
+
+
+def to_pixels(
+    points: np.ndarray,
+    size: tuple[int, int],
+    origin: int = 0,
+    unit: str = "pixel",
+    offset: Sequence[float] = (0, 0),
+) -> np.ndarray:
+    """(N, 2) x, y in pixels of a photo, 0-based with pixel centres at integers.
+
+    Args:
+        points: (N, 2) x, y as they are written.
+        size: width and height of the photo.
+        origin: what the centre of the first pixel is called: 0, or 1 as in MATLAB.
+        unit: ``"pixel"``, ``"normalised"`` (0 to 1 from edge to edge) or ``"percent"``.
+        offset: what x and y are at the photo's left and top edge, in the same unit, such as its
+            place on the screen.
+    """
+    points = points - np.asarray(offset, float)
+    if unit == "pixel":
+        return points - origin
+    return points * size / SHARES[unit] - 0.5
 
 
 def check_coordinates(
@@ -135,13 +185,14 @@ def check_coordinates(
         return int((~((shifted >= -0.5) & (shifted < size - 0.5)).all(axis=1)).sum())
 
     seen = xy.any(axis=1)  # 0, 0 is lost gaze in any unit
-    for top, factors in UNITS.items():
+    for unit, top in SHARES.items():
         corner = ((xy >= 0) & (xy <= top)).all(axis=1)[seen]
         if corner.size and corner.mean() > 1 - OUTSIDE and (size >= 2 * top).all():
             raise ValueError(
                 f"own photos: {path}: {corner.sum()} of {len(corner)} points lie within 0..{top}, "
-                "a corner of every photo, so they are shares of the photo and not its pixels: "
-                f"multiply x and y by {factors} of the photo, and subtract 0.5"
+                "a corner of every photo, so they are shares of the photo and not its pixels: set "
+                f"`coordinates: {{unit: {unit}}}` in the preset, or multiply x by width / {top} "
+                f"and y by height / {top}, and subtract 0.5"
             )
     out, swapped = outside(xy), outside(xy[:, ::-1])
     exchanged = 4 * swapped < out
@@ -152,16 +203,18 @@ def check_coordinates(
             cause = f"x and y are exchanged (exchanged back, {swapped} lie outside): exchange them"
         else:
             cause = (
-                "they are pixels of the screen or of another size of the photos: subtract the "
-                f"photo's place on the screen (with {offset[0]:.0f}, {offset[1]:.0f} subtracted, "
-                f"{moved} lie outside), or scale them to the photo"
+                "they are pixels of the screen or of another size of the photos: set "
+                f"`coordinates: {{offset: [{offset[0]:.0f}, {offset[1]:.0f}]}}` in the preset, the "
+                f"photo's place on the screen ({moved} then lie outside), or scale them"
             )
         raise ValueError(
             f"own photos: {path}: {out} of {len(xy)} points lie outside their photos. "
             f"Likely {cause}"
         )
     pixels = Counter(
-        tuple(pixel) for values in points.values() for pixel in {*map(tuple, values.round())}
+        pixel
+        for values in points.values()
+        for pixel in {*map(tuple, values[np.isfinite(values).all(axis=1)].round())}
     )
     (x, y), count = pixels.most_common(1)[0]
     if count > len(points) / 2 and len(points) >= ENOUGH[1]:
@@ -193,46 +246,124 @@ def _split(place: Path) -> str:
 
 
 def _maps(
-    folder: str | Path, paths: dict[str, Path], kind: str, suffixes: tuple[str, ...]
+    images: Path, folder: str | Path, paths: dict[str, Path], kind: str, suffixes: tuple[str, ...]
 ) -> dict[str, Path]:
     """The folder's maps by stem, one for each of the photos ``paths``."""
     if not folder:
         return {}
     maps = files.by_stem(visible_files(Path(folder), suffixes), "own photos")
-    files.check_pairs("own photos", "photos", paths, kind, maps)
+    _check_pairs(images, paths, kind, maps)
     return maps
 
 
-def _read_csv(path: Path, stems: set[str], first_pixel: int) -> dict[str, tuple[np.ndarray, ...]]:
-    """(N, 2) x, y, (N,) observers and (N,) durations by stem."""
-    rows, names, line = defaultdict(list), {"": NOBODY}, 1
+def _check_pairs(images: Path, photos: Iterable[str], kind: str, theirs: Iterable[str]) -> None:
+    """:func:`files.check_pairs`, with likely causes in the error."""
     try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, skipinitialspace=True)
-            columns = reader.fieldnames or []
-            if any(columns.count(name) != 1 for name in COLUMNS) or any(
-                columns.count(name) > 1 for name in OPTIONAL
-            ):
-                raise ValueError(
-                    f"columns {columns}: give each of {', '.join(COLUMNS)} once, and "
-                    f"{' and '.join(OPTIONAL)} at most once"
-                )
-            for row in reader:
-                line = reader.line_num
-                if any(row.get(None, ())):
-                    raise ValueError(f"over {len(columns)} values; is a comma a decimal point?")
-                x, y = (float(row[name]) - first_pixel for name in ("x", "y"))
-                if x == y == -1 - first_pixel:  # lost gaze
-                    x = y = math.nan
-                duration = float(row.get("duration") or math.nan)
-                observer = names.setdefault((row.get("observer") or "").strip(), len(names) - 1)
-                stem = row["image"] if row["image"] in stems else Path(row["image"]).stem
-                rows[stem].append((x, y, observer, duration))
-    except (ValueError, TypeError, csv.Error) as error:
-        raise ValueError(f"{path}, line {line}: {error}") from error
-    files.check_pairs("own photos", "photos", stems, f"rows of {path.name}", rows)
+        files.check_pairs("own photos", "photos", photos, kind, theirs)
+    except ValueError as error:
+        lone, unseen = set(theirs) - set(photos), set(photos) - set(theirs)
+        other = sorted(path.name for path in images.rglob("*") if files.composed(path.stem) in lone)
+        hints = ""
+        if other:
+            hints += f". {files.named(other)}: no photo that is read; save it as JPEG or PNG"
+        if {name.lstrip("0") for name in lone} & {name.lstrip("0") for name in unseen}:
+            hints += ". A spreadsheet has made numbers of names (1 of 001): format them as text"
+        raise ValueError(f"{error}{hints}") from None
+
+
+# ---- lists of fixations ------------------------------------------------------------------------
+def _read_lists(
+    path: Path, images: Path, photos: Iterable[str]
+) -> dict[str, tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """(N, 2) x, y as they are written, (N,) observers and (N,) durations by stem; NaN = lost gaze.
+
+    ``path`` is a list, or a folder with a list of each observer.
+    """
+    lists = visible_files(path, LISTS) if path.is_dir() else [path]
+    rows, names = defaultdict(list), {"": NOBODY}
+    for file in lists:
+        for row in _rows(file):
+            name = files.composed(row["image"].replace("\\", "/"))
+            stem = name if name in photos else PurePosixPath(name).stem
+            observer = row.get("observer", file.stem if path.is_dir() else "")
+            number = names.setdefault(observer, len(names) - 1)
+            rows[stem].append((row["x"], row["y"], number, row["duration"]))
+    _check_pairs(images, photos, f"rows of {path.name}", rows)
     arrays = {stem: np.array(values, np.float64) for stem, values in rows.items()}
     return {stem: (v[:, :2], v[:, 2].astype(int), v[:, 3]) for stem, v in arrays.items()}
+
+
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a list, as dictionaries with the columns that there are; x, y as numbers."""
+    content, number = path.read_bytes(), 1
+    lines = _decoded(content).splitlines(keepends=True)
+    while lines and lines[0].lstrip().startswith("#"):
+        lines, number = lines[1:], number + 1
+    separator = max(",;\t", key=(lines or [""])[0].count)
+    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
+    try:
+        columns = [name.strip().lower() for name in next(reader, [])]
+        _check_columns(path, columns)
+        for values in reader:
+            values = [value.strip() for value in values]
+            comment = values and values[0].startswith("#") and len(values) < len(COLUMNS)
+            if not any(values) or comment or [value.lower() for value in values] == columns:
+                continue  # the last: two lists in one file
+            if any(values[len(columns) :]):
+                raise ValueError(f"over {len(columns)} values; is a comma a decimal point?")
+            row = dict(zip(columns, values, strict=False))
+            if lacking := [name for name in COLUMNS if name not in row]:
+                raise ValueError(f"{', '.join(lacking)} missing: complete or remove the row")
+            for name in ("x", "y", "duration"):
+                row[name] = _number(row.get(name, ""), separator)
+            if row["x"] == row["y"] == -1:  # lost gaze
+                row["x"] = row["y"] = math.nan
+            yield row
+    except (ValueError, csv.Error) as error:
+        line = number + max(reader.line_num, 1) - 1
+        raise ValueError(f"{path}, line {line}: {error}") from error
+
+
+def _decoded(content: bytes) -> str:
+    """The text of a file in UTF-8, in UTF-16 as Excel writes it, or in Windows' Latin-1."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16")
+    try:
+        return content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", errors="replace")
+
+
+def _number(text: str, separator: str) -> float:
+    """A number, NaN for all spellings of none; with another separator a comma may be its point."""
+    if text.lower() in LOST:
+        return math.nan
+    return float(text if separator == "," else text.replace(",", "."))
+
+
+def _check_columns(path: Path, columns: list[str]) -> None:
+    """Refuse a list without a needed column, or with one twice; warn of those that are not used."""
+    used = (*COLUMNS, *OPTIONAL)
+    near = [
+        f"is {name!r} the {known!r}?"
+        for name in columns
+        for known, pattern in NEAR.items()
+        if name not in used and known not in columns and re.search(pattern, name)
+    ]
+    hint = f"; {' '.join(near)} Rename it" if near else ""
+    if any(columns.count(name) != 1 for name in COLUMNS) or any(
+        columns.count(name) > 1 for name in OPTIONAL
+    ):
+        raise ValueError(
+            f"columns {columns}: give each of {', '.join(COLUMNS)} once, and "
+            f"{' and '.join(OPTIONAL)} at most once{hint}"
+        )
+    if unused := [name for name in columns if name and name not in used]:
+        warnings.warn(
+            f"own photos: {path}: columns {files.named(unused)} are not used; the names are "
+            f"{', '.join(used)}{hint}",
+            stacklevel=2,
+        )
 
 
 SPEC = DatasetSpec(
@@ -242,6 +373,7 @@ SPEC = DatasetSpec(
     folder="folder",
     val=0.1,
     test=0.2,
-    parts=("images", *PARTS.values()),
-    by_hand="place images/ and fixations.csv, fixation_maps/ or density_maps/",
+    own=True,
+    parts=("images", *PARTS.values(), PER_OBSERVER),
+    by_hand="place images/ and fixations.csv, fixations/, fixation_maps/ or density_maps/",
 )

@@ -52,6 +52,7 @@ class DatasetSpec:
     archives: tuple[Archive, ...] = ()
     joins: tuple[str, ...] = ()  # datasets: all of the first, the training photos of the others
     parts: tuple[str, ...] = ()  # what is read, below the folder; default: what archives become
+    own: bool = False  # the user's, in coordinates that the preset may describe
     by_hand: str = ""  # for a dataset without archives: how it comes into its folder
     citation: str = ""
 
