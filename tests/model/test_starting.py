@@ -111,7 +111,7 @@ def test_a_key_that_contradicts_the_checkpoint_is_an_error(start, key):
 
 def test_presets_with_an_architecture_of_their_own_are_checked_too(start):
     with pytest.raises(
-        ValueError, match="backbone='tf_efficientnet_lite0' where the checkpoint has"
+        ValueError, match="backbone='tf_efficientnet_lite2' where the checkpoint has"
     ):
         with_start(load_config("osie", start_from=start))
 
