@@ -209,11 +209,11 @@ def test_describe_says_what_differs_from_the_paper():
 
 def test_backbone_weights_variable_replaces_a_download_only(monkeypatch):
     monkeypatch.setenv("BACKBONE_WEIGHTS", "/weights/file.safetensors")
-    assert backbone_file(load_config("osie")) == "/weights/file.safetensors"
+    assert backbone_file(load_config("paper")) == "/weights/file.safetensors"
     assert backbone_file(load_config("tiny")) == ""
-    assert backbone_file(load_config("osie", backbone_weights="mine.pth")) == "mine.pth"
+    assert backbone_file(load_config("paper", backbone_weights="mine.pth")) == "mine.pth"
     monkeypatch.delenv("BACKBONE_WEIGHTS")
-    assert backbone_file(load_config("osie")) == ""
+    assert backbone_file(load_config("paper")) == ""
 
 
 def test_choices_and_engine_fields_exist():

@@ -337,10 +337,10 @@ def test_native_strides_are_upsampled_to_one_grid(whole):
     x = torch.rand(1, 3, 64, 96) * 255
     levels = model.extract(x)
     assert [tuple(level.shape) for level in levels] == [
-        (1, channels, 8, 12) for channels in (40, 112, 320)
+        (1, channels, 8, 12) for channels in (48, 120, 352)
     ]
     deepest = whole.forward_intermediates((x - model.mean) / model.std, intermediates_only=True)[-1]
-    assert tuple(deepest.shape[1:]) == (320, 2, 3)
+    assert tuple(deepest.shape[1:]) == (352, 2, 3)
     up = nn.functional.interpolate(deepest, size=(8, 12), mode="bilinear", align_corners=False)
     torch.testing.assert_close(levels[2], up)
 
@@ -407,7 +407,7 @@ def test_a_file_that_is_not_the_backbone_s(tmp_path, packaged):
     wrong = {**packaged, "_layer6.weight": torch.zeros(3)}
     bias, weight = "_layer2.bias", "_layer1.weight"  # of one shape
     swapped = {{bias: weight, weight: bias}.get(key, key): value for key, value in packaged.items()}
-    cases = ((short, "295.*296"), (swapped, "296.*296"), (wrong, r"blocks\.0\..*\[3\]"))
+    cases = ((short, "385.*386"), (swapped, "386.*386"), (wrong, r"blocks\.0\..*\[3\]"))
     for state, fact in cases:
         torch.save(state, path)
         with pytest.raises(ValueError, match=rf"weights\.pth.*{fact}"):
