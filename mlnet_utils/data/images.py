@@ -198,7 +198,8 @@ def read_density(path: str | Path) -> Tensor:
             everywhere.
     """
     path, alpha = Path(path), np.zeros(1)
-    with reading(path, "a density map: 2-D, grey, finite, not negative, not the same everywhere"):
+    expected = "a density map: 2-D, grey, finite, not negative, not the same everywhere"
+    with reading(path, expected, "make it again from the numbers"):
         if path.suffix.lower() == ".npy":
             values = np.load(path, allow_pickle=False)
         elif path.suffix.lower() == ".npz":

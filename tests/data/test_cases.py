@@ -18,6 +18,7 @@ from mlnet_utils.data.geometry import density_from_points
 from mlnet_utils.data.photos import NOBODY, Prepared
 from mlnet_utils.data.preparation import prepare
 from mlnet_utils.data.readers.own import to_pixels
+from mlnet_utils.running import pipeline
 
 SIZE = np.array((160, 120))
 STEMS = [f"{number:03d}" for number in range(1, 13)]
@@ -309,6 +310,16 @@ def test_maps_that_count_are_read_as_counts(study, suffix, hot):
 
 
 # ---- the way through the verbs -----------------------------------------------------------------
+def test_reproduce_looks_at_the_sources(study, monkeypatch):
+    listed(study, table(rows()))
+    given = {}
+    monkeypatch.setattr(pipeline, "reproduce", lambda *_, **named: given.update(named))
+    main(["reproduce", "--run-dir", str(study.parent / "run")])
+    assert given["stale"](study.parent / "run") == ""
+    Image.new("RGB", (160, 120)).save(study / "images/007.jpg")
+    assert "007.jpg has changed" in given["stale"](study.parent / "run")
+
+
 @pytest.mark.slow
 def test_a_repaired_list_is_never_finished_before(study, capsys):
     """First with x and y exchanged in too few rows to be noticed, then repaired."""

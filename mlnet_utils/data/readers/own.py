@@ -191,8 +191,7 @@ def check_coordinates(
             raise ValueError(
                 f"own photos: {path}: {corner.sum()} of {len(corner)} points lie within 0..{top}, "
                 "a corner of every photo, so they are shares of the photo and not its pixels: set "
-                f"`coordinates: {{unit: {unit}}}` in the preset, or multiply x by width / {top} "
-                f"and y by height / {top}, and subtract 0.5"
+                f"`coordinates: {{unit: {unit}}}` in the preset"
             )
     out, swapped = outside(xy), outside(xy[:, ::-1])
     exchanged = 4 * swapped < out
