@@ -190,7 +190,10 @@ def locked(target: str | Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         with contextlib.suppress(OSError):
-            print(f"waiting for {file.read_text('utf-8')}, which uses {target}", flush=True)
+            print(
+                f"waiting for {file.read_text('utf-8')}, which uses {display_path(target)}",
+                flush=True,
+            )
         lock.acquire()
     try:
         with contextlib.suppress(OSError):  # a full disk, or Windows, where locked is unreadable

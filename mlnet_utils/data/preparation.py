@@ -123,15 +123,16 @@ def ensure(config: Config, data_root: Path, folder: Path) -> Prepared:
         FileNotFoundError, ValueError: see :func:`prepare` and :func:`check_same_data`.
         StaleError: the sources have changed, and something was trained on them.
     """
-    if (folder / "meta.json").is_file():
-        check_same_data(config, read_json(folder / "meta.json", MADE_BY))
-        try:
-            return Prepared.read(folder)
-        except StaleError as error:
-            if any(folder.with_name("checkpoints").glob("*.pt")):
-                raise
-            warnings.warn(f"{error.problem}: preparing the data again", stacklevel=2)
-    return prepare(config, data_root, folder)
+    with locked(folder):
+        if (folder / "meta.json").is_file():
+            check_same_data(config, read_json(folder / "meta.json", MADE_BY))
+            try:
+                return Prepared.read(folder)
+            except StaleError as error:
+                if any(folder.with_name("checkpoints").glob("*.pt")):
+                    raise
+                warnings.warn(f"{error.problem}: preparing the data again", stacklevel=2)
+        return _prepare(config, data_root, folder)
 
 
 def _joined(names: Iterable[str], root: Path) -> list[Photo]:

@@ -33,6 +33,7 @@ from mlnet_utils.model import checkpoints
 from mlnet_utils.runtime import (
     cpu_count,
     display_path,
+    locked,
     read_json,
     read_yaml,
     reading,
@@ -168,6 +169,7 @@ def run_job(job: Job) -> None:
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     with (
+        locked(job.folder),
         open(job.folder / "output.txt", "a", encoding="utf-8") as output,
         contextlib.redirect_stdout(output),
     ):

@@ -2,12 +2,15 @@
 
 import hashlib
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
 from conftest import SIGMA, tiny_config
 from miniatures import save_map, save_photo, save_salicon_mat
 
+from mlnet_utils.config import load_config
+from mlnet_utils.data import synthetic
 from mlnet_utils.data.photos import SPLITS, Photo, Prepared, StaleError
 from mlnet_utils.data.preparation import (
     check_same_data,
@@ -245,3 +248,19 @@ def test_osie_is_what_was_counted(real_data, tmp_path):
     assert meta["fixations"] + meta["dropped_outside"] == 98321
     assert sorted(len(photo.fixations) for photo in photos)[350] in range(135, 146)
     assert {(photo.width, photo.height) for photo in photos} == {(800, 600)}
+
+
+def test_two_processes_prepare_a_folder_once(tmp_path, monkeypatch):
+    """The second must not write the photos anew while the first already trains on them."""
+    real, written = synthetic.write_sample, []
+
+    def write_sample(*arguments):
+        written.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(synthetic, "write_sample", write_sample)
+    config = load_config("tiny", limit=2)
+    with ThreadPoolExecutor(2) as pool:
+        calls = [pool.submit(ensure, config, tmp_path, tmp_path / "data") for _ in range(2)]
+    assert calls[0].result().digest == calls[1].result().digest
+    assert len(written) == 1

@@ -4,6 +4,7 @@ import random
 import shutil
 import signal
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -62,6 +63,13 @@ def test_killed_again_and_again_a_training_ends_the_same(run_folder, uninterrupt
             break
     assert 2 <= kills < 19
     assert_identical(run_folder, expected)
+
+
+def test_two_trainings_at_once_end_as_one(run_folder, uninterrupted):
+    """The second waits for the first, and then finds it finished."""
+    with ThreadPoolExecutor(2) as pool:
+        assert list(pool.map(run, [run_folder] * 2)) == [[0], [0]]
+    assert_identical(run_folder, uninterrupted[0])
 
 
 @pytest.mark.parametrize(
