@@ -21,14 +21,23 @@ EPS = 1e-12
 def mlnet_loss(
     prediction: Tensor, density: Tensor, fixations: Tensor, alpha: float = 1.1
 ) -> Tensor:
-    """Paper, equation 2: mean of ((pred / max pred) - y)^2 / (alpha - y), y in 0..1.
+    """The authors' code: mean of ((pred / max pred) - y)^2 / (alpha - y), y in 0..1.
 
-    The ground truth y is the density scaled to a maximum of 1, as the 8-bit maps that the
-    authors divide by 255. ``EPS`` keeps a map that is zero everywhere from becoming 0/0 = NaN
-    (the released code's failure on other data, mlnet issue 21).
+    Equation 2 of the paper is :func:`printed_loss`, which the authors call a mistake of the print
+    (mlnet issue 8). The ground truth y is the density scaled to a maximum of 1, as the 8-bit maps
+    that the authors divide by 255. ``EPS`` keeps a map that is zero everywhere from becoming
+    0/0 = NaN (the released code's failure on other data, mlnet issue 21).
     """
     y = _at_most_1(density)
     return ((_at_most_1(prediction) - y) ** 2 / (alpha - y)).mean((1, 2, 3))
+
+
+def printed_loss(
+    prediction: Tensor, density: Tensor, fixations: Tensor, alpha: float = 1.1
+) -> Tensor:
+    """Paper, equation 2 as printed: mean of (((pred / max pred) - y) / (alpha - y))^2."""
+    y = _at_most_1(density)
+    return (((_at_most_1(prediction) - y) / (alpha - y)) ** 2).mean((1, 2, 3))
 
 
 def mse_loss(prediction: Tensor, density: Tensor, fixations: Tensor) -> Tensor:
@@ -86,6 +95,7 @@ def _centred(maps: Tensor) -> Tensor:
 
 TERMS: dict[str, Callable[..., Tensor]] = {
     "mlnet": mlnet_loss,
+    "mlnet-printed": printed_loss,
     "mse": mse_loss,
     "kl": kl_loss,
     "ce": ce_loss,
@@ -103,7 +113,7 @@ def parse_loss(expression: str) -> list[tuple[float, str]]:
     """
     terms = []
     for part in expression.split("+"):
-        match = re.fullmatch(r"\s*(?:(\d+(?:\.\d*)?)\s*\*\s*)?([a-z]+)\s*", part)
+        match = re.fullmatch(r"\s*(?:(\d+(?:\.\d*)?)\s*\*\s*)?([a-z-]+)\s*", part)
         if not match or match[2] not in TERMS:
             known = ", ".join(TERMS)
             raise ValueError(f"config: loss {expression!r} is no sum like 'kl + 0.5*cc' of {known}")
@@ -126,7 +136,7 @@ class Objective:
         """(B,) loss of each image, without the penalty, which belongs to no image."""
         total = prediction.new_zeros(len(prediction))
         for weight, name in self.terms:
-            options = {"alpha": self.alpha} if name == "mlnet" else {}
+            options = {"alpha": self.alpha} if name.startswith("mlnet") else {}
             total = total + weight * TERMS[name](prediction, density, fixations, **options)
         return total
 

@@ -263,17 +263,22 @@ def test_a_dead_map_stays_zero_in_the_authors_postprocess():
 
 
 # ---- A. loss -----------------------------------------------------------------------------------
-def test_loss_by_hand():
-    """pred / max = [1, 1/2, 1/4, 0], y = [1/2, 1, 0, 1/4]: four terms by hand."""
+@pytest.mark.parametrize(("name", "power"), [("mlnet", 1), ("mlnet-printed", 2)])
+def test_loss_by_hand(name, power):
+    """pred / max = [1, 1/2, 1/4, 0], y = [1/2, 1, 0, 1/4]: four terms by hand.
+
+    The authors' code divides by alpha - y; their paper prints a square around the whole fraction.
+    """
     prediction, density = maps([8, 4], [2, 0]), maps([0.2, 0.4], [0, 0.1])
     terms = (
-        0.5**2 / (1.1 - 0.5),
-        0.5**2 / (1.1 - 1),
-        0.25**2 / (1.1 - 0),
-        0.25**2 / (1.1 - 0.25),
+        0.5**2 / (1.1 - 0.5) ** power,
+        0.5**2 / (1.1 - 1) ** power,
+        0.25**2 / (1.1 - 0) ** power,
+        0.25**2 / (1.1 - 0.25) ** power,
     )
-    loss = mlnet_loss(prediction, density, density)
-    assert loss.item() == pytest.approx(sum(terms) / 4, rel=1e-12)
+    objective = Objective(load_config("paper", loss=name))
+    found = objective.per_image(prediction, density, density)
+    assert found.item() == pytest.approx(sum(terms) / 4, rel=1e-12)
     assert PAPER.alpha == 1.1
     assert PAPER.loss == "mlnet"
 
