@@ -79,7 +79,7 @@ def make_trainer(config: Config, folder: Path, count: int = 0) -> Trainer:
                 sha256=sha256_file(path),
             )
         )
-    meta = {"root": str(folder), "sigma_px": 20.0}
+    meta = {"dataset": "noise", "title": "Noise", "root": str(folder), "sigma_px": 20.0}
     Prepared(folder / "run" / "data", photos, meta).write()
     trainer = Trainer(config, folder / "run", make_accelerator(config))
     trainer.wrapped.train()
