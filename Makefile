@@ -6,8 +6,8 @@ VENV ?= .venv
 PRESET ?= sample
 # Further options for the pipeline, e.g. ARGS="--force -p EPOCHS 3"
 ARGS ?=
-# For `make demo`: the network (none named: the one that comes with the package), photos to verify
-# the export with, and the port on this machine.
+# For `make maps` and `make demo`: the network (none named: the one that comes with the package), the
+# photos (of the demo: to verify the export with), and the port on this machine.
 CHECKPOINT ?=
 PHOTOS ?=
 PORT ?= 8000
@@ -18,12 +18,13 @@ PY := $(VENV)/bin/python
 NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg
 
 .DEFAULT_GOAL := help
-.PHONY: help reproduce demo quick test style test-code test-notebooks publish address clean
+.PHONY: help reproduce maps demo quick test style test-code test-notebooks publish address clean
 
 help:
 	@echo "make reproduce [PRESET=sample]  run all notebooks: data, training, scores, figures"
 	@echo "                                PRESET is a name (sample, osie, ...) or a YAML file;"
 	@echo "                                more options: ARGS='--force --data-root ~/data'"
+	@echo "make maps PHOTOS=holiday/       saliency maps and overlays of photos, into maps/"
 	@echo "make demo [CHECKPOINT=best.pt]  the network in your browser, on this machine; needs npm"
 	@echo "                                PHOTOS='holiday/' verifies the exported network, PORT=8000"
 	@echo "make quick                      style and the fast tests, in a minute or so"
@@ -37,6 +38,9 @@ help:
 
 reproduce: $(VENV)/.reproduce
 	$(PY) -m mlnet_utils reproduce --preset $(PRESET) $(ARGS)
+
+maps: $(VENV)/.reproduce
+	$(PY) -m mlnet_utils predict --out maps --overlay $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(PHOTOS)
 
 # The runtime comes from npm, pinned in tools/demo.py; neither it nor the network is committed.
 demo: $(VENV)/.demo
