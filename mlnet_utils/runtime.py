@@ -141,17 +141,25 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     # The suffix is kept because writers such as Pillow and NumPy choose the format by it.
     temporary = path.with_name(f"{_temporary_stem(path)}.{os.getpid()}.tmp{path.suffix}")
     try:
-        yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Name the file or folder in an OSError that names none, as those of a full disk do."""
+    try:
+        yield
     except OSError as error:
         if error.filename:
             raise
         advice = "is the disk full? Make room and run the same command again"
         raise OSError(f"'{path}' could not be written ({error}); {advice}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _temporary_stem(path: Path) -> str:

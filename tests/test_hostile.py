@@ -1,10 +1,12 @@
 """Files from strangers: whatever a reader is given, nothing in it is executed."""
 
+import json
 import os
 import pickle
 import zipfile
 from pathlib import Path
 
+import nbformat
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from conftest import make_photo, tiny_checkpoint
 
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.data.images import read_density, read_image
+from mlnet_utils.data.photos import Prepared
 from mlnet_utils.data.readers.files import fixated_pixels, photo_size
 from mlnet_utils.experiments.sweep import Grid, read_grid
 from mlnet_utils.model.backbones import read_weights
@@ -20,6 +23,7 @@ from mlnet_utils.model.checkpoints import load_checkpoint
 from mlnet_utils.model.legacy import import_weights
 from mlnet_utils.predict.export import export
 from mlnet_utils.predict.predictor import load
+from mlnet_utils.running.notebooks import parameters_of
 
 
 class Harm:
@@ -51,6 +55,19 @@ def write(text: str | bytes):
     return lambda path: path.write_bytes(text if isinstance(text, bytes) else text.encode())
 
 
+def read_prepared(path: Path) -> None:
+    meta = {"dataset": "tiny", "title": "Tiny", "root": ".", "sigma_px": 1}
+    path.with_name("meta.json").write_text(json.dumps(meta))
+    path.with_name("index.jsonl").write_text("{}")
+    Prepared.read(path.parent)
+
+
+def notebook(path: Path) -> None:
+    cell = nbformat.v4.new_code_cell(SCRIPT, metadata={"tags": ["parameters"]})
+    nbformat.write(nbformat.v4.new_notebook(cells=[cell]), path)
+
+
+SCRIPT = "HARM = __import__('os').system('touch harmed')"
 PICKLE = write(pickle.dumps(Harm()))
 YAML = write("cells: !!python/object/apply:os.system ['touch harmed']")
 OBJECTS = np.array([Harm()], dtype=object)
@@ -74,6 +91,12 @@ CASES = {  # file -> how it is written, a reader that trusts it, our reader
     "x.mat": (PICKLE, unpickle, lambda p: fixated_pixels(p, (1, 1))),
     "x.onnx": (PICKLE, unpickle, load),
     "x.yaml": (YAML, lambda p: yaml.unsafe_load(p.read_bytes()), load_config),
+    "fixations.npz": (
+        lambda p: np.savez(p, offsets=OBJECTS, points=OBJECTS),
+        lambda p: np.load(p, allow_pickle=True)["offsets"],
+        read_prepared,
+    ),
+    "x.ipynb": (notebook, lambda p: exec(SCRIPT), parameters_of),
     "grid.yaml": (YAML, lambda p: yaml.unsafe_load(p.read_bytes()), read_grid),
 }
 

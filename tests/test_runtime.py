@@ -116,6 +116,18 @@ def abandon(path: Path) -> Path:
     return temporary
 
 
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), OSError("3 of 5 written")]
+)
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, error):
+    def write():
+        with runtime.atomic_path(tmp_path / "x.npy"):
+            raise error
+
+    with pytest.raises(OSError, match=rf"x\.npy.*{error}".replace("[", r"\[")):
+        write()
+
+
 def test_leftovers_of_killed_writers_are_removed(tmp_path):
     left = [abandon(tmp_path / name) for name in ("last.pt", "best.pt", "a.b.pt", "none")]
     (tmp_path / "last.pt").write_text("whole")

@@ -21,7 +21,7 @@ import gdown
 
 from mlnet_utils.data.readers import DATASETS, TEST_PHOTOS
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
-from mlnet_utils.runtime import locked, progress, read_json, sha256_file
+from mlnet_utils.runtime import locked, progress, read_json, reading, sha256_file, writing
 
 SOURCES = {**DATASETS, **TEST_PHOTOS}
 ARCHIVES = "archives"  # folder of a dataset that keeps what was downloaded
@@ -206,9 +206,12 @@ def check_unpacked(target: str | Path) -> None:
         raise FileExistsError(
             f"{target} was not unpacked by this command: move it away to have it downloaded"
         )
-    known, changed = read_json(record, "`python -m mlnet_utils download`", "files")["files"], []
+    made_by, changed = "`python -m mlnet_utils download`", []
+    with reading(record, f"the record of {made_by}", f"delete {target} and try again"):
+        known = dict(read_json(record, made_by, "files")["files"])
+        known = {name: sha256 for name, (_, sha256) in known.items()}
     entries = progress(known.items(), f"verifying {target.name}", len(known), "file")
-    for name, (_, sha256) in entries:
+    for name, sha256 in entries:
         if not (target / name).is_file():
             changed.append(f"{target / name} is missing")
         elif sha256_file(target / name) != sha256:
@@ -251,7 +254,7 @@ def unpack(
     temporary = target.with_name(f".{target.name}.unpacking")
     shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
-        with zipfile.ZipFile(archive) as file:
+        with zipfile.ZipFile(archive) as file, writing(target):
             members = _below(_members(file, archive), tuple(holds), archive)
             size = sum(info.file_size for info in members.values())
             need_space(target.parent, size, f"unpacking {archive}")
@@ -275,6 +278,8 @@ def _members(file: zipfile.ZipFile, archive: Path) -> dict[PurePosixPath, zipfil
     kept = {}
     for info in file.infolist():
         path = PurePosixPath(info.filename)
+        if info.header_offset < 0:
+            raise zipfile.BadZipFile(f"{info.filename} begins before the file")
         outside = path.is_absolute() or ".." in path.parts or {"\\", ":"} & set(info.filename)
         special = stat.S_IFMT(info.external_attr >> 16) not in FILE_KINDS or info.flag_bits & 1
         if outside or special or path in kept:

@@ -40,6 +40,7 @@ from mlnet_utils.runtime import (
 SPLITS = ("train", "val", "test")
 NOBODY = -1  # observer of fixations that are published without observers, and without an order
 MADE_BY = "notebook 01_data_preparation"
+LARGEST_SIGMA = 10_000  # pixels
 INDEX_FILES = ("index.jsonl", "fixations.npz")
 SOURCES = "sources.json"
 SOURCE_SUFFIXES = (*PHOTO_SUFFIXES, ".csv", ".tsv", ".txt", ".json", ".mat", ".npy", ".npz")
@@ -321,8 +322,10 @@ class Prepared:
         """
         folder, again = Path(folder), f"run {MADE_BY} again"
         meta = read_json(folder / "meta.json", MADE_BY, "dataset", "title", "root", "sigma_px")
-        with reading(folder / "meta.json", "`root`, text, and `sigma_px`, a number", again):
-            Path(meta["root"]), float(meta["sigma_px"])
+        with reading(folder / "meta.json", "`root`, a path, and `sigma_px`, pixels", again):
+            if not 0 < float(meta["sigma_px"]) <= LARGEST_SIGMA:
+                raise ValueError(f"sigma_px is {meta['sigma_px']}")
+            Path(meta["root"])
             hashes = dict(meta.get("files", {}))  # early folders have none
         for name in INDEX_FILES:
             with reading(folder / name, "the file that meta.json belongs to", again):
@@ -340,9 +343,11 @@ class Prepared:
         sources = None  # folders made before there was such a file
         if (folder / SOURCES).is_file():
             sources = read_json(folder / SOURCES, MADE_BY, "read_from", "files")
-            with reading(folder / SOURCES, "SHA-256, size and times of files", again):
-                if not all(isinstance(known, list) for known in sources["files"].values()):
-                    raise ValueError("a file has none")
+            with reading(folder / SOURCES, "lists of the files and their SHA-256", again):
+                parts, found = map(Path, sources["read_from"]), sources["files"].values()
+                within = not any(part.is_absolute() or ".." in part.parts for part in parts)
+                if not within or not all(isinstance(known, list) and known for known in found):
+                    raise ValueError("paths out of the dataset, or files without SHA-256")
         prepared = cls(folder, photos, meta, sources)
         if check and (problems := prepared.check(everything=False)):
             raise StaleError(folder, problems)
@@ -424,9 +429,11 @@ def _photo(row: dict[str, Any], arrays: dict[str, np.ndarray]) -> Photo:
     known = {key: row[key] for key in kinds}
     wrong = [key for key, kind in kinds.items() if not isinstance(known[key], kind)]
     photo = Photo(**known, **arrays)
-    on_photo = wrong or inside(photo.fixations, photo.height, photo.width)
-    if wrong or len(on_photo) != row["fixations"] or not on_photo.all():
-        raise ValueError(f"photo {photo.stem!r} has other {', '.join(wrong) or 'fixations'}")
+    if wrong or min(photo.width, photo.height) < 1 or not 0 <= photo.sigma <= LARGEST_SIGMA:
+        raise ValueError(f"photo {row['stem']!r} has another {', '.join(wrong) or 'size'}")
+    on_photo = inside(photo.fixations, photo.height, photo.width)
+    if len(on_photo) != row["fixations"] or not on_photo.all():
+        raise ValueError(f"photo {photo.stem!r} has other fixations")
     return photo
 
 
