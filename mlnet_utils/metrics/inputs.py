@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+MOST = 1 << 30  # fixations: each takes 8 bytes
+
 
 class Map:
     """A prediction, a density or a baseline, and its normalisations.
@@ -18,8 +20,9 @@ class Map:
     Attributes:
         values: (P,) float64.
         low: lowest value; ``high``: highest value.
-        constant: the range is at most 8 eps of the number type times the largest magnitude. A
-            standard deviation of 0 would miss maps that are 0.1 everywhere: their mean is inexact.
+        constant: the range is at most 8 eps times the largest magnitude, eps being that of the
+            number type, of shorter ones than float32 that of float32. A standard deviation of 0
+            would miss maps that are 0.1 everywhere: their mean is inexact.
     """
 
     def __init__(self, values: Tensor, kind: str, image: str):
@@ -32,6 +35,7 @@ class Map:
             raise ValueError(f"{image}: {kind} has negative values, so it is no density")
         largest = max(self.high, -self.low)
         eps = torch.finfo(values.dtype).eps if values.is_floating_point() else 0.0
+        eps = min(eps, torch.finfo(torch.float32).eps)  # neighbours in float8 are far apart
         self.constant = self.high - self.low <= 8 * eps * largest
         if self.constant:
             self.values, self.low = torch.full_like(self.values, self.high), self.high
@@ -111,6 +115,8 @@ class Points:
 
     def __init__(self, values: Tensor, kind: str, image: str):
         flat = _flat(values)
+        if flat.is_floating_point():
+            flat = flat.to(torch.float64)  # float8 has no comparisons
         # numpy's nonzero of booleans is many times faster than torch's of numbers
         self.pixels = torch.from_numpy(np.flatnonzero((flat != 0).numpy()))
         found = flat[self.pixels]
@@ -119,6 +125,11 @@ class Points:
             raise ValueError(
                 f"{image}: {kind} must be whole counts per pixel, not negative; a blurred map is a "
                 "density, and metrics at fixations are wrong on it"
+            )
+        if (total := self.counts.double().sum().item()) > MOST:
+            raise ValueError(
+                f"{image}: {kind} sums to {total:,.0f} fixations, more than {MOST:,}: give counts "
+                "per pixel"
             )
 
     @property

@@ -284,10 +284,52 @@ def test_constant_maps_of_any_scale_are_uniform(protocol, kind, value):
     same(found, score(maps, metrics.METRICS, protocol), 1e-12)
 
 
+@pytest.mark.filterwarnings("ignore:.* 8-bit")
+@pytest.mark.parametrize("kind", ["prediction", "density", "baseline", "fixations", "negatives"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2], ids=str
+)
+def test_short_numbers_are_what_they_stand_for(kind, dtype):
+    maps = scene()
+    short = maps[kind].to(dtype)
+    found = score({**maps, kind: short}, metrics.METRICS)
+    same(found, score({**maps, kind: short.double()}, metrics.METRICS), 1e-12)
+    assert found["AUC"] != 0.5
+
+
+@pytest.mark.parametrize("kind", ["prediction", "density", "baseline", "fixations", "negatives"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda values: values.to(torch.complex64),
+        lambda values: values.to_sparse(),
+        lambda values: values.to("meta"),
+    ],
+    ids=["complex", "sparse", "meta"],
+)
+def test_tensors_without_plain_values_are_errors(kind, change):
+    maps = scene()
+    with pytest.raises(ValueError, match=f"{kind} .*real"):
+        score({**maps, kind: change(maps[kind])}, metrics.METRICS)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float64])
+@pytest.mark.parametrize("kind", ["fixations", "negatives"])
+def test_counts_beyond_all_data_are_errors(kind, dtype):
+    maps = scene()
+    maps[kind] = maps[kind].to(dtype)
+    maps[kind][0, 0, 0] = 2**40
+    with pytest.raises(ValueError, match=rf"{kind} .*1,099,511,6"):
+        score(maps, metrics.METRICS)
+
+
 def test_beyond_rounding_a_map_is_not_constant():
     maps = scene(points=1)
     prediction = torch.full((1, H, W), 0.1, dtype=torch.float64)
     prediction[maps["fixations"] > 0] *= 1 + 64 * torch.finfo(torch.float64).eps
+    assert score({**maps, "prediction": prediction})["AUC"].item() > 0.99
+    prediction = torch.ones((1, H, W), dtype=torch.bfloat16)
+    prediction[maps["fixations"] > 0] = 1 + torch.finfo(torch.bfloat16).eps
     assert score({**maps, "prediction": prediction})["AUC"].item() > 0.99
 
 

@@ -88,14 +88,16 @@ def test_what_the_backbone_does_not_have_is_an_error(key, value, fact):
         build(**{key: value})
 
 
-def test_a_failed_download_says_where_a_file_goes(monkeypatch):
-    def unreachable(*_, pretrained, **__):
+@pytest.mark.parametrize("backbone", ["test_resnet", "vgg16"])
+def test_a_failed_download_says_where_a_file_goes(monkeypatch, backbone):
+    def unreachable(*_, **__):
         raise ConnectionError("no route to the hub")
 
     monkeypatch.delenv("BACKBONE_WEIGHTS", raising=False)
     monkeypatch.setattr("timm.create_model", unreachable)
-    with pytest.raises(ValueError, match=r"no route to the hub.*\$BACKBONE_WEIGHTS"):
-        build(backbone_weights="imagenet")
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
+    with pytest.raises(ValueError, match=rf"{backbone}.*no route to the hub.*\$BACKBONE_WEIGHTS"):
+        build(backbone=backbone, backbone_weights="imagenet")
 
 
 def test_normalisation():
