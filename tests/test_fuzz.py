@@ -266,7 +266,7 @@ CASES = {
     ),
     "fixations.csv": (
         text("image,x,y,observer,duration\n" + "a,1,2,3,4\n" * 5 + "b,1,2,3,4\n"),
-        lambda path: own._read_csv(path, {"a", "b"}, 0),
+        lambda path: own._read_lists(path, path.parent, {"a", "b"}),
     ),
     **{
         f"data/{name}": (prepared, read_prepared)
