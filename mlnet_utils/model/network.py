@@ -36,9 +36,10 @@ class MLNet(nn.Module):
         self.dropout = (nn.Dropout2d if config.dropout_channels else nn.Dropout)(config.dropout)
         self.encode = nn.Conv2d(width, config.channels, 3, padding=1)
         self.to_map = nn.Conv2d(config.channels, 1, 1)
-        for layer in (self.encode, self.to_map):
-            nn.init.xavier_normal_(layer.weight)  # code: glorot_normal
-            nn.init.zeros_(layer.bias)
+        if config.compat != "mlnet-pytorch":  # its layers start as PyTorch makes them
+            for layer in (self.encode, self.to_map):
+                nn.init.xavier_normal_(layer.weight)  # code: glorot_normal
+                nn.init.zeros_(layer.bias)
         if config.standardise and config.head == "density":
             nn.init.zeros_(self.to_map.weight)  # the first map is uniform, not noise
         # 3.3 learned prior: W starts at zero, which is neutral in both heads

@@ -140,6 +140,17 @@ def test_glorot_normal_initialisation(network):
     assert (z > 2).float().mean().item() == pytest.approx(0.0455, abs=0.002)
 
 
+def test_mlnet_pytorchs_initialisation(as_is):
+    """PyTorch's default: weights and biases uniform within 1 / sqrt(inputs of a neuron)."""
+    for layer, inputs in ((as_is.encode, 9 * 1280), (as_is.to_map, 64)):
+        values = layer.weight.detach()
+        bound = 1 / np.sqrt(inputs)
+        assert 0.9 * bound < values.abs().max() <= bound
+        expected = pytest.approx(bound / np.sqrt(3), rel=4 / np.sqrt(values.numel()))
+        assert values.std().item() == expected
+        assert 0 < layer.bias.abs().max() <= bound
+
+
 # ---- A. prior ----------------------------------------------------------------------------------
 def test_prior_is_6x8_and_neutral_at_the_start(network):
     assert network.prior.shape == (1, 1, 6, 8)
