@@ -29,7 +29,7 @@ FEWEST = 14  # entries at the package's top
 MAY_PRINT = {"__main__", "running", "experiments", "training", "runtime"}
 
 TRAINING_PATH = (
-    *("config", "runtime", "data.geometry", "data.photos", "data.loading"),
+    *("config", "runtime", "data.geometry", "data.photos", "data.loading", "data.download"),
     *("model.backbones", "model.network", "model.losses", "model.checkpoints", "model.legacy"),
     *("training.trainer", "training.features", "metrics", "experiments.evaluation"),
     "experiments.sweep",

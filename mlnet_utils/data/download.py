@@ -17,8 +17,6 @@ import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
-import gdown
-
 from mlnet_utils.data.readers import DATASETS, TEST_PHOTOS
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
 from mlnet_utils.runtime import locked, progress, read_json, reading, sha256_file, writing
@@ -122,6 +120,8 @@ def _fetch(name: str, archive: Archive, path: Path) -> Path:
 
     gdown retries, and keeps what came of a file beside it for the next run, which goes on with it.
     """
+    import gdown
+
     part = path.with_name(f"{path.name}.part")
     part.parent.mkdir(parents=True, exist_ok=True)
     url = archive.url or DRIVE.format(archive.drive)

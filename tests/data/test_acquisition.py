@@ -25,6 +25,8 @@ from miniatures import (
 from mlnet_utils.data import download
 from mlnet_utils.data.download import SOURCES
 
+pytest.importorskip("gdown", reason="downloads need it")
+
 STREET = "i05june05_static_street_boston_p1010764"  # the photo by which MIT1003 is recognised
 
 
