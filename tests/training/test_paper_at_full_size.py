@@ -1,8 +1,8 @@
 """Preset ``paper`` as it stands, from SALICON's files to a map: 480x640, batches of 10, VGG-16.
 
-    MLNET_PAPER_PHOTOS=20 python -m pytest -s tests/training/test_paper_at_full_size.py
+    MLNET_PAPER_PHOTOS=11 python -m pytest -s tests/training/test_paper_at_full_size.py
 
-makes two updates of full batches, and prints the seconds and the most memory that was resident.
+makes an update of a full batch and one more, and prints the seconds and the most memory that was resident.
 """
 
 import os
