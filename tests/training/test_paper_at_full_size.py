@@ -2,7 +2,7 @@
 
     MLNET_PAPER_PHOTOS=11 python -m pytest -s tests/training/test_paper_at_full_size.py
 
-makes an update of a full batch and one more, and prints the seconds and the most memory that was resident.
+makes an update of a full batch and one more, and prints the seconds and the peak of memory.
 """
 
 import os
