@@ -167,12 +167,6 @@ def reproduce(options: argparse.Namespace) -> tuple[str, int]:
     """
     from mlnet_utils.running import pipeline
 
-    def stale(folder: Path) -> str:
-        from mlnet_utils.data.photos import Prepared
-
-        prepared = Prepared.read(folder / "data", check=False)
-        return next(iter(prepared.check(everything=False)), "")
-
     pipeline.reproduce(
         options.preset,
         run_dir=options.run_dir,
@@ -180,7 +174,6 @@ def reproduce(options: argparse.Namespace) -> tuple[str, int]:
         parameters=dict(options.parameters),
         force=options.force,
         stages=(*pipeline.STAGES, pipeline.STUDY) if options.study else pipeline.STAGES,
-        stale=stale,
     )
     from mlnet_utils.metrics.summary import score_table  # after the run: it imports torch
 

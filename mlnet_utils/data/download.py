@@ -18,7 +18,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 from mlnet_utils.data.readers import DATASETS, TEST_PHOTOS
-from mlnet_utils.data.readers.spec import Archive, DatasetSpec
+from mlnet_utils.data.readers.spec import Archive
 from mlnet_utils.runtime import locked, progress, read_json, reading, sha256_file, writing
 
 SOURCES = {**DATASETS, **TEST_PHOTOS}
@@ -45,19 +45,13 @@ class ArchiveError(RuntimeError):
 
 
 def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) -> Path:
-    """Make a dataset complete: fetch what is missing, verify, unpack.
+    """Make a dataset below ``root`` complete: fetch what is missing, verify, unpack; its folder.
 
     What is complete already is only compared with its record, by the files' SHA-256. Archives that
-    lie in ``<folder>/archives`` under their names are used without a download; those handed over
-    are used where they are. A second process that wants the same archive waits for the first.
-
-    Args:
-        name: of a dataset of :mod:`~mlnet_utils.data.readers`, or of a benchmark's test photos.
-        root: folder of the raw datasets.
-        archives: archives that the user has already, by file name.
-
-    Returns:
-        The dataset's folder.
+    lie in ``<folder>/archives`` under their names are used without a download; ``archives`` that
+    the user has, called as here or as at the source, where they are. A second process that wants
+    the same archive waits for the first. ``name`` is that of a dataset of
+    :mod:`~mlnet_utils.data.readers`, or of a benchmark's test photos.
 
     Raises:
         ValueError: unknown name, or an archive that is none of this dataset's.
@@ -71,7 +65,16 @@ def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) ->
     folder = Path(root) / spec.folder
     if not spec.archives:
         raise ValueError(f"{name} is not downloaded: {spec.by_hand} in {folder}")
-    given = _match(spec, map(Path, archives))
+    names = {archive.published or archive.name: archive.name for archive in spec.archives}
+    names |= {archive.name: archive.name for archive in spec.archives}
+    given = {}
+    for path in map(Path, archives):
+        if not path.is_file():
+            raise FileNotFoundError(f"archive {path} does not exist")
+        if path.name not in names:
+            expected = ", ".join(sorted(names))
+            raise ValueError(f"{path.name} is none of {name}'s archives: {expected}")
+        given[names[path.name]] = path
     for archive in spec.archives:
         with locked(folder / archive.into):
             _acquire_archive(name, archive, folder, given.get(archive.name))
@@ -93,25 +96,9 @@ def _acquire_archive(name: str, archive: Archive, folder: Path, given: Path | No
         if fetched is None:  # it is the user's
             raise
         fetched.unlink()
-        hint = _by_hand(name, archive, path)
-        raise ArchiveError(f"{error}; it was deleted. {hint}") from error
+        raise ArchiveError(f"{error}; deleted. {_by_hand(name, archive, path)}") from error
     if fetched:
         fetched.replace(path)
-
-
-def _match(spec: DatasetSpec, paths: Iterable[Path]) -> dict[str, Path]:
-    """The user's archives, called as at the source or as here, by their name here."""
-    names = {archive.published: archive.name for archive in spec.archives if archive.published}
-    names |= {archive.name: archive.name for archive in spec.archives}
-    given = {}
-    for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"archive {path} does not exist")
-        if path.name not in names:
-            expected = ", ".join(sorted(names))
-            raise ValueError(f"{path.name} is none of {spec.name}'s archives: {expected}")
-        given[names[path.name]] = path
-    return given
 
 
 # ---- fetching ----------------------------------------------------------------------------------
@@ -165,10 +152,8 @@ def need_space(folder: Path, needed: int, purpose: str) -> None:
     """Raise an OSError where the folder's disk has less than ``needed`` bytes free."""
     free = shutil.disk_usage(folder).free
     if needed > free:
-        raise OSError(
-            f"{purpose} needs {needed / 1e9:.2f} GB, but the disk of {folder} has only "
-            f"{free / 1e9:.2f} GB free: free some, or choose another place with --root"
-        )
+        missing = f"{purpose} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB"
+        raise OSError(f"{missing}: free some, or choose another place with --root")
 
 
 # ---- verifying ---------------------------------------------------------------------------------
@@ -178,19 +163,16 @@ def _check_archive(path: Path, archive: Archive) -> None:
         start = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
         if start.startswith((b"<!doctype html", b"<html", b"<head")):
             raise ArchiveError(f"{path} is a web page, not {archive.name}")
-        if not archive.md5:
-            return
         file.seek(0)
         md5 = hashlib.md5(usedforsecurity=False)
-        while block := file.read(BLOCK):
+        while archive.md5 and (block := file.read(BLOCK)):
             md5.update(block)
     found = md5.hexdigest()
-    if found != archive.md5:
+    if archive.md5 and found != archive.md5:
         other = [spec.name for spec in SOURCES.values() if found in [a.md5 for a in spec.archives]]
         what = f"a file of {other[0]}" if other else "damaged, or was replaced by another"
-        raise ArchiveError(
-            f"{path} is not {archive.name}: its MD5 is {found}, not {archive.md5}; it is {what}"
-        )
+        said = f"its MD5 is {found}, not {archive.md5}; it is {what}"
+        raise ArchiveError(f"{path} is not {archive.name}: {said}")
 
 
 def check_unpacked(target: str | Path) -> None:
@@ -203,24 +185,19 @@ def check_unpacked(target: str | Path) -> None:
     target = Path(target)
     record = target / RECORD
     if not record.is_file():
-        raise FileExistsError(
-            f"{target} was not unpacked by this command: move it away to have it downloaded"
-        )
+        raise FileExistsError(f"{target} was not unpacked by this command: move it away")
     made_by, changed = "`python -m mlnet_utils download`", []
     with reading(record, f"the record of {made_by}", f"delete {target} and try again"):
-        known = dict(read_json(record, made_by, "files")["files"])
-        known = {name: sha256 for name, (_, sha256) in known.items()}
-    entries = progress(known.items(), f"verifying {target.name}", len(known), "file")
-    for name, sha256 in entries:
+        files = read_json(record, made_by, "files")["files"]
+        known = {name: sha256 for name, (_, sha256) in files.items()}
+    for name, sha256 in progress(known.items(), f"verifying {target.name}", unit="file"):
         if not (target / name).is_file():
             changed.append(f"{target / name} is missing")
         elif sha256_file(target / name) != sha256:
             changed.append(f"{target / name} has other content")
     if changed:
-        raise ArchiveError(
-            f"{len(changed)} files have changed since they were unpacked "
-            f"({'; '.join(changed[:3])}): delete {target} and try again"
-        )
+        said = f"{len(changed)} files have changed since they were unpacked"
+        raise ArchiveError(f"{said} ({'; '.join(changed[:3])}): delete {target} and try again")
 
 
 # ---- unpacking ---------------------------------------------------------------------------------
@@ -232,15 +209,10 @@ def unpack(
 ) -> None:
     """Unpack a zip from the internet into a new folder, without trusting it.
 
-    Nothing is written outside the target, no link is ever created, and an archive that does not
-    fit the disk is refused before it is written, or stopped where it lied about sizes.
-
-    Args:
-        archive: the file.
-        target: the folder to make. It gets the content of that folder of the archive that directly
-            holds everything in ``holds``, however deep it lies.
-        holds: files or folders that prove that this is the right archive.
-        known: SHA-256 of files whose content is known, by their path in the target.
+    The target gets the content of that folder of the archive that directly holds everything in
+    ``holds``, however deep it lies. Files in ``known`` must have that SHA-256. Nothing is written
+    outside the target, no link is ever created, and an archive that does not fit the disk is
+    refused before it is written, or stopped where it lied about sizes.
 
     Raises:
         ArchiveError: damaged, unsafe, encrypted, or without what it should hold.
@@ -258,7 +230,7 @@ def unpack(
             members = _below(_members(file, archive), tuple(holds), archive)
             size = sum(info.file_size for info in members.values())
             need_space(target.parent, size, f"unpacking {archive}")
-            entries = progress(members.items(), f"unpacking {archive.name}", len(members), "file")
+            entries = progress(members.items(), f"unpacking {archive.name}", unit="file")
             files = {str(path): _extract(file, info, temporary / path) for path, info in entries}
         for name, sha256 in (known or {}).items():
             if files[name][1] != sha256:
@@ -283,10 +255,8 @@ def _members(file: zipfile.ZipFile, archive: Path) -> dict[PurePosixPath, zipfil
         outside = path.is_absolute() or ".." in path.parts or {"\\", ":"} & set(info.filename)
         special = stat.S_IFMT(info.external_attr >> 16) not in FILE_KINDS or info.flag_bits & 1
         if outside or special or path in kept:
-            raise ArchiveError(
-                f"{archive}: {info.filename} is a path out of its folder, a link, a device, "
-                "encrypted, or there twice: refused"
-            )
+            faults = "a path out of its folder, a link, a device, encrypted, or there twice"
+            raise ArchiveError(f"{archive}: {info.filename} is {faults}: refused")
         if not info.is_dir() and path.parts and SKIPPED.isdisjoint(path.parts):
             kept[path] = info
     return kept
@@ -299,15 +269,11 @@ def _below(
     known = {place for path in members for place in (path, *path.parents)}
     bases = [path for path in known if all(path / name in known for name in holds)]
     if not bases:
-        first = ", ".join(sorted({path.parts[0] for path in members})[:5])
-        raise ArchiveError(
-            f"{archive} is another archive: no folder in it holds {' and '.join(holds)} (it starts "
-            f"with {first or 'nothing'})"
-        )
+        first = ", ".join(sorted({path.parts[0] for path in members})[:5]) or "nothing"
+        said = f"no folder in it holds {' and '.join(holds)} (it starts with {first})"
+        raise ArchiveError(f"{archive} is another archive: {said}")
     base = min(bases, key=lambda path: (len(path.parts), str(path)))
-    return {
-        path.relative_to(base): info for path, info in members.items() if path.is_relative_to(base)
-    }
+    return {path.relative_to(base): members[path] for path in members if path.is_relative_to(base)}
 
 
 def _extract(file: zipfile.ZipFile, info: zipfile.ZipInfo, path: Path) -> list:

@@ -76,18 +76,9 @@ class Axis(NamedTuple):
 def letterbox(image: Tensor, height: int, width: int, antialias: bool = True) -> Tensor:
     """Fit an image into (height, width): aspect-preserving bilinear resize, centred, zeros.
 
-    Args:
-        image: (C, H, W), uint8 or float, any range.
-        height: rows of the result.
-        width: columns of the result.
-        antialias: average over the photo's pixels when shrinking; False samples the nearest
-            four, as OpenCV's ``INTER_LINEAR`` in both earlier implementations does.
-
-    Returns:
-        (C, height, width) float32 in the range of the input.
-
-    Raises:
-        ValueError: the image is not (C, H, W).
+    The image is (C, H, W), uint8 or float in any range; the result (C, height, width) float32 in
+    the same range. ``antialias`` averages over the photo's pixels when shrinking; False samples the
+    nearest four, as OpenCV's ``INTER_LINEAR`` in both earlier implementations does.
     """
     _, rows, columns = image.shape
     box = Letterbox(rows, columns, height, width)
@@ -99,18 +90,11 @@ def letterbox(image: Tensor, height: int, width: int, antialias: bool = True) ->
 
 
 def unletterbox(maps: Tensor, box: Letterbox) -> Tensor:
-    """Bring maps on the network's grid back to the photo's own pixels: the letterbox's inverse.
+    """Bring (B, h, w) maps on the network's grid back to the photo's own pixels.
 
-    Every photo pixel centre is read bilinearly at its place on the grid. No rounding to whole
-    cells occurs even where the padding is not a multiple of the output stride, and the padding
-    itself is never read.
-
-    Args:
-        maps: (B, h, w) on the grid that covers the letterboxed input (any stride).
-        box: the geometry with which the photo was letterboxed.
-
-    Returns:
-        (B, photo_height, photo_width), values interpolated, not renormalised.
+    They become (B, photo_height, photo_width), interpolated, not renormalised. Every photo pixel
+    centre is read bilinearly at its place on the grid, of any stride. No rounding to whole cells
+    occurs even where the padding is not a multiple of the stride, and the padding is never read.
     """
     rows, columns = (
         _sampling_matrix(axis, cells).to(maps)
@@ -161,11 +145,7 @@ def _checked_pixels(points: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fixation_counts(points: np.ndarray, height: int, width: int) -> Tensor:
-    """(H, W) int64: how many fixations fall on each pixel.
-
-    Raises:
-        ValueError: a point lies outside the photo (readers drop and count those).
-    """
+    """(H, W) int64: how many fixations fall on each pixel; a ValueError for one outside."""
     x, y = _checked_pixels(points, height, width)
     counts = np.bincount(y * width + x, minlength=height * width)
     return torch.from_numpy(counts.reshape(height, width))
@@ -176,10 +156,8 @@ def blur_matrix(size: int, sigma: float) -> Tensor:
     """(size, size) float64 matrix of a Gaussian blur along one axis.
 
     Equals ``scipy.ndimage.gaussian_filter1d(mode="reflect", truncate=4)``: the kernel is cut at
-    4 sigma and mass that would leave the photo is reflected back, so columns sum to 1.
-
-    Raises:
-        ValueError: sigma is not positive.
+    4 sigma and mass that would leave the photo is reflected back, so columns sum to 1. A sigma
+    that is not positive is a ValueError.
     """
     if sigma <= 0:
         raise ValueError(f"sigma must be positive (pixels of the photo), got {sigma}")
@@ -215,20 +193,10 @@ def _spread_matrix(axis: Axis, cells: int) -> Tensor:
 def density_from_points(
     points: np.ndarray, height: int, width: int, sigma: float, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Fixation density at the photo's size: the fixations blurred with a Gaussian.
+    """Fixation density at the photo's size: (N, 2) x, y blurred with a Gaussian, ``sigma`` pixels.
 
-    The blur is separable, so the map is a sum of outer products, one per fixation: exact, and
-    cheaper than filtering an image.
-
-    Args:
-        points: (N, 2) x, y, 0-based, inside the photo.
-        height: rows of the photo.
-        width: columns of the photo.
-        sigma: in pixels of the photo.
-        device: of the map.
-
-    Returns:
-        (H, W) float64 that sums to 1; all zeros if there is no fixation.
+    (H, W) float64 that sums to 1; all zeros if there is no fixation. The blur is separable, so the
+    map is a sum of outer products, one per fixation: exact, and cheaper than filtering an image.
 
     Raises:
         ValueError: a point lies outside the photo, or sigma is not positive.
@@ -244,12 +212,8 @@ def density_on_grid(
 ) -> Tensor:
     """The density of :func:`density_from_points`, letterboxed and summed onto a coarse grid.
 
-    Returns:
-        (h, w) float64 that sums to 1 (all zeros without fixations), equal to blurring at the
-        photo's size, area-resizing into the letterbox and adding up each grid cell.
-
-    Raises:
-        ValueError: a point lies outside the photo, or sigma is not positive.
+    (h, w) float64 that sums to 1 (all zeros without fixations), equal to blurring at the photo's
+    size, area-resizing into the letterbox and adding up each grid cell. Raises the same errors.
     """
     x, y = _checked_pixels(points, box.photo_height, box.photo_width)
     vertical, horizontal = box.axes

@@ -68,10 +68,7 @@ def output_stems(places: Mapping[Path, Path], endings: Sequence[str] = ("",)) ->
     """A name for the files that are made of each photo: its own, without its suffix.
 
     The suffix is kept where another photo's files would have the same names, in capitals or not.
-
-    Args:
-        places: photo -> its path below the folder of results.
-        endings: of the files that are made.
+    ``places`` are photos with their paths below the folder of results, ``endings`` those of files.
     """
     stems = {file: place.with_name(place.stem) for file, place in places.items()}
     made = {file: [f"{stem}{end}".lower() for end in endings] for file, stem in stems.items()}
@@ -98,10 +95,9 @@ def open_image(path: str | Path) -> Image.Image:
     except ImportError as error:
         raise ValueError(f"'{path}' is HEIC: {error}") from error
     except Image.DecompressionBombError as error:
-        limit = 2e-6 * Image.MAX_IMAGE_PIXELS
+        limit = f"{2e-6 * Image.MAX_IMAGE_PIXELS:.0f} megapixels, more than fits most memories"
         raise ValueError(
-            f"'{path}' has over {limit:.0f} megapixels, the limit against small files that fill "
-            "the memory; the option --megapixels of `predict` raises it"
+            f"'{path}' has over {limit}; --megapixels of `predict` allows it"
         ) from error
 
 
@@ -176,26 +172,18 @@ def decode(image: Image.Image, upright: bool = True) -> Tensor:
 
 
 def to_bytes(values: np.ndarray) -> np.ndarray:
-    """Float pixels in 0..1 or 0..255 as uint8.
-
-    Raises:
-        ValueError: values that are in neither range.
-    """
+    """Float pixels in 0..1 or 0..255 as uint8; a ValueError for values in neither range."""
     if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 255):
         raise ValueError("float pixels must be finite and in 0..1 or 0..255")
     return np.round(values * (255 if values.max() <= 1 else 1)).astype(np.uint8)
 
 
 def read_density(path: str | Path) -> Tensor:
-    """A density map: a picture, ``.npy``, or ``.npz`` with ``density`` or a single array.
+    """A density map, (H, W) float64 that sums to 1.
 
-    Returns:
-        (H, W) float64 that sums to 1.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: unreadable, in colours, with a transparency that varies, negative, or the same
-            everywhere.
+    From a picture, ``.npy``, or ``.npz`` with ``density`` or a single array. Raises a
+    FileNotFoundError, or a ValueError for a map that is unreadable, in colours, with a transparency
+    that varies, negative, or the same everywhere.
     """
     path, alpha = Path(path), np.zeros(1)
     expected = "a density map: 2-D, grey, finite, not negative, not the same everywhere"

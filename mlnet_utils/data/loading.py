@@ -72,20 +72,14 @@ class SaliencyDataset(Dataset):
         return found
 
     def image(self, index: int) -> Tensor:
-        """(3, height, width) uint8: a photo, letterboxed.
-
-        Raises:
-            ValueError: the photo's size is not that of the index.
-        """
+        """(3, height, width) uint8: a photo, letterboxed; a ValueError where its size changed."""
         if index in self.images:
             return self.images[index]
         photo = self.photos[index]
         image = read_image(self.prepared.root / photo.image)
         if tuple(image.shape[1:]) != (photo.height, photo.width):
-            raise ValueError(
-                f"{photo.image} is {image.shape[2]}x{image.shape[1]}, but was prepared as "
-                f"{photo.width}x{photo.height}: prepare the dataset again"
-            )
+            sizes = f"{image.shape[2]}x{image.shape[1]}, but was prepared as {photo.width}x"
+            raise ValueError(f"{photo.image} is {sizes}{photo.height}: prepare the dataset again")
         image = letterbox(image, self.config.height, self.config.width, self.config.antialias)
         image = image.round_().clamp_(0, 255).to(torch.uint8)
         if self.config.cache:

@@ -101,16 +101,10 @@ class Photo:
         durations: np.ndarray | None = None,
         **rest: str,
     ) -> "Photo":
-        """A photo with the recorded points that lie on it; the others are dropped and counted.
+        """A photo of this (width, height) with the (N, 2) recorded points that lie on it.
 
-        Points outside are never an error: trackers and web pages record them.
-
-        Args:
-            stem: see :class:`Photo`; likewise ``image`` and ``rest``.
-            size: width and height of the photo.
-            points: (N, 2) x, y, 0-based, pixel centres at integers.
-            observers: (N,) numbers from 0; None = published without observers.
-            durations: (N,) milliseconds; None = unknown.
+        The others are dropped and counted: trackers and web pages record them. ``observers`` are
+        (N,) numbers from 0, None = published without; ``durations`` (N,) ms, None = unknown.
 
         Raises:
             ValueError: the arrays differ in length, or an observer's number exceeds int16.
@@ -118,10 +112,8 @@ class Photo:
         points = np.asarray(points, np.float32).reshape(-1, 2)
         observers = np.full(len(points), NOBODY) if observers is None else np.asarray(observers)
         if (last := observers.max(initial=0)) > np.iinfo(np.int16).max:
-            raise ValueError(
-                f"photo {stem}: {int(last) + 1:,} observers, more than the 32,768 that fit; number "
-                "those of each photo from the same few, or leave them out"
-            )
+            many = f"{int(last) + 1:,} observers, more than the 32,768 that fit"
+            raise ValueError(f"photo {stem}: {many}; number them anew per photo, or omit them")
         durations = None if durations is None else np.asarray(durations, np.float32)
         photo = cls(
             *(stem, image, *size), fixations=points, observers=observers.astype(np.int16),
@@ -151,11 +143,10 @@ class Photo:
         """
         path = Path(root) / self.density
         density = read_density(path)
-        if tuple(density.shape) != (self.height, self.width):
-            raise ValueError(
-                f"density map {path} is {density.shape[1]}x{density.shape[0]}, but its photo is "
-                f"{self.width}x{self.height}: make it again at the photo's size"
-            )
+        height, width = density.shape
+        if (height, width) != (self.height, self.width):
+            sizes = f"{width}x{height}, but its photo is {self.width}x{self.height}"
+            raise ValueError(f"density map {path} is {sizes}: make it again at the photo's size")
         return density
 
 
@@ -167,8 +158,7 @@ class StaleError(ValueError):
         more = f" (and {len(problems) - 1} more files)" if problems[1:] else ""
         super().__init__(
             f"the prepared data in {folder} are out of date: {self.problem}{more}. Put it back, or "
-            "run the verb `prepare` again; a network that was trained on the old data then needs "
-            "another run folder, or `reproduce --force`"
+            "run `prepare` again, then with another run folder or `reproduce --force` where trained"
         )
 
 
@@ -214,32 +204,21 @@ class Prepared:
         return f"{self.meta['title']}: {sizes}; {fixations} fixations{lost}"
 
     def with_truth(self, name: str) -> list[Photo]:
-        """The photos of one split, all of which can be scored.
-
-        Raises:
-            ValueError: there are none, or there is no ground truth of some.
-        """
+        """The photos of one split; a ValueError if there are none, or some cannot be scored."""
         photos = self.split(name)
         if secret := [photo for photo in photos if not photo.has_truth]:
             raise ValueError(
-                f"{len(secret)} of the {len(photos)} {name} photos in {self.folder} have neither "
-                "fixations nor a density map, so nothing can be scored on them (those of "
-                "benchmarks are secret): evaluate the split 'val', or use the verb `submit`"
+                f"{len(secret)} of the {len(photos)} {name} photos in {self.folder} have no ground "
+                "truth (of benchmarks it is secret): evaluate the split 'val', or `submit`"
             )
         return photos
 
     def split(self, name: str) -> list[Photo]:
-        """The photos of one split.
-
-        Raises:
-            ValueError: there are none.
-        """
+        """The photos of one split; a ValueError if there are none."""
         photos = [photo for photo in self.photos if photo.split == name]
         if not photos:
-            raise ValueError(
-                f"the prepared data in {self.folder} have no {name} photos: add some to the "
-                "dataset and prepare it again"
-            )
+            said = f"the prepared data in {self.folder} have no {name} photos"
+            raise ValueError(f"{said}: add some to the dataset and prepare it again")
         return photos
 
     # ---- ground truth --------------------------------------------------------------------------
@@ -249,10 +228,7 @@ class Prepared:
         """(H, W) float64 density at the photo's size; zero where nothing is known of the photo.
 
         ``sigma`` is the blur of the fixations in pixels of the photo; None = the photo's own or the
-        dataset's.
-
-        Raises:
-            FileNotFoundError, ValueError: see :meth:`Photo.read_density`.
+        dataset's. Raises the errors of :meth:`Photo.read_density`.
         """
         if photo.density and not len(photo.fixations):
             return photo.read_density(self.root).to(device)
@@ -260,11 +236,7 @@ class Prepared:
         return density_from_points(photo.fixations, photo.height, photo.width, sigma, device)
 
     def grid_density(self, photo: Photo, box: Letterbox, grid: tuple[int, int]) -> Tensor:
-        """(h, w) float64: the same density on the grid that covers the letterboxed photo.
-
-        Raises:
-            FileNotFoundError, ValueError: see :meth:`Photo.read_density`.
-        """
+        """(h, w) float64: the same density on the grid that covers the letterboxed photo."""
         if photo.density and not len(photo.fixations):
             return map_on_grid(photo.read_density(self.root), box, grid)
         return density_on_grid(photo.fixations, box, grid, photo.sigma or self.sigma)
@@ -280,10 +252,8 @@ class Prepared:
             raise ValueError(f"there are no photos to write into {self.folder}: add some")
         stems = Counter(photo.stem for photo in self.photos)
         if twice := [stem for stem, count in stems.items() if count > 1]:
-            raise ValueError(
-                f"{len(twice)} stems belong to several photos, e.g. {twice[0]}: pairing is by "
-                "stem, so rename the files"
-            )
+            said = f"{len(twice)} stems belong to several photos, e.g. {twice[0]}"
+            raise ValueError(f"{said}: pairing is by stem, so rename the files")
         (self.folder / "meta.json").unlink(missing_ok=True)
         rows = []
         for photo in self.photos:
@@ -360,14 +330,10 @@ class Prepared:
         return hashlib.sha256(" ".join([*parts, repr(float(self.sigma))]).encode()).hexdigest()
 
     def check(self, everything: bool = True) -> list[str]:
-        """Compare the folder's index and the files that it was made from with their hashes.
+        """A sentence for each file of the folder or its sources that was changed, removed or added.
 
-        Args:
-            everything: read every file; False: only those with another size or another time than
-                when they were last read, which finds any ordinary change at once.
-
-        Returns:
-            A sentence per file that was changed, removed or added since preparation.
+        Without ``everything`` only files of another size or another time than when they were last
+        read are read and hashed, which finds any ordinary change at once.
         """
         problems, sources, noted = [], self._sources(), False
         if everything:
@@ -396,10 +362,7 @@ class Prepared:
 
 
 def fingerprints(root: Path, parts: Iterable[str]) -> dict[str, list]:
-    """SHA-256, size and times of a dataset's files, by their paths relative to ``root``.
-
-    ``parts`` are the files and folders that are read, relative too.
-    """
+    """SHA-256, size and times of files, by path relative to ``root``, as are the ``parts`` read."""
     names = sorted(_listed(root, parts))
     found = {}
     for name in progress(names, "hashing files", unit="file"):
@@ -440,14 +403,11 @@ def _photo(row: dict[str, Any], arrays: dict[str, np.ndarray]) -> Photo:
 def fixation_statistics(photos: list[Photo], px_per_degree: float | None = None) -> dict:
     """Numbers of fixations and saccade amplitudes, for the figure of notebook 01.
 
-    Args:
-        photos: records whose fixations are in viewing order within each observer.
-        px_per_degree: pixels per degree of visual angle, or None where it is unknown.
-
     Returns:
         ``per_photo`` and ``per_observer`` (fixation counts), ``saccades`` (distances between an
-        observer's consecutive fixations) and ``unit`` ("degrees" or "pixels"). Fixations that are
-        published without observers have no order: they count in ``per_photo`` only.
+        observer's consecutive fixations) and ``unit``: "degrees", or "pixels" where
+        ``px_per_degree`` is unknown. Fixations that are published without observers have no order:
+        they count in ``per_photo`` only.
     """
     per_observer, saccades = [], [np.zeros(0)]
     for photo in photos:

@@ -22,14 +22,10 @@ DATA_KEYS = ("fold", "limit", "train_limit", "coordinates", "sigma_share")  # be
 
 
 def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
-    """Read a dataset, split it, hash its files, and write the prepared folder.
+    """Read a dataset, split it, hash its files, and write the prepared ``folder``.
 
-    While another process prepares the same folder, this call waits.
-
-    Args:
-        config: names the dataset, the fold and the limits.
-        data_root: folder of the raw datasets (not written to).
-        folder: the prepared folder to write; synthetic photos are made inside it.
+    ``config`` names the dataset, the fold and the limits; ``data_root`` holds the raw datasets and
+    is not written to. While another process prepares the same folder, this call waits.
 
     Raises:
         FileNotFoundError: a part of the dataset is missing; says how to get it.
@@ -44,8 +40,8 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
     sigma = config.sigma or spec.sigma
     if np.isnan(sigma) and not config.sigma_share:
         raise ValueError(
-            f"dataset {spec.name!r} has no sigma of its own: set `sigma` in the preset, the "
-            "pixels of one degree of visual angle, or `sigma_share`, its share of the width"
+            f"dataset {spec.name!r} has no sigma of its own: set `sigma` in the preset, pixels (of "
+            "a degree of visual angle), or `sigma_share`, of the width"
         )
     if config.coordinates and not spec.own:
         raise ValueError(f"config: coordinates are for own photos, not for {spec.name!r}")
@@ -70,11 +66,9 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
             photos = first(photos, config.limit, SPLITS)
         unseen = [p.stem for p in photos if p.split != "test" and not len(p.fixations)]
         if unseen and NEEDS_POINTS.search(config.loss):
-            raise ValueError(
-                f"{spec.name}: {len(unseen)} photos to learn from have density maps but no "
-                f"fixations, e.g. {unseen[0]}, and loss={config.loss!r} needs fixations; use mse, "
-                "mlnet, kl, cc or sim"
-            )
+            said = f"{len(unseen)} photos to learn from have no fixations, e.g. {unseen[0]}"
+            wanted = f"loss={config.loss!r} needs fixations; use mse, mlnet, kl, cc or sim"
+            raise ValueError(f"{spec.name}: {said}, and {wanted}")
         root = str(source.resolve())
     if config.train_limit:
         photos = first(photos, config.train_limit, ("train",))
@@ -83,10 +77,8 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
         sigma = float(np.median([photo.sigma for photo in photos]))
     for split in SPLITS:
         if not any(photo.split == split for photo in photos):
-            missing = (
-                f"{spec.name}: no {split} photos; `train` needs train and val, `evaluate` test"
-            )
-            warnings.warn(missing, stacklevel=3)
+            needed = "`train` needs train and val, `evaluate` test"
+            warnings.warn(f"{spec.name}: no {split} photos; {needed}", stacklevel=3)
     used = {name for photo in photos for name in (photo.image, photo.density) if name}
     sources |= fingerprints(source, used - sources.keys())
     photos = [
@@ -150,12 +142,9 @@ def _joined(names: Iterable[str], root: Path) -> list[Photo]:
 
 
 def check_same_data(config: Config, meta: dict) -> None:
-    """Refuse a training configuration that differs from a prepared folder's.
+    """Raise a ValueError where a key that decides the data differs from a folder's ``meta``.
 
     Folders of a dataset that no preset can name were written by hand, and are taken as they are.
-
-    Raises:
-        ValueError: a key that decides the data differs from that in the folder's ``meta``.
     """
     if meta["dataset"] not in DATASETS:
         return
@@ -165,10 +154,8 @@ def check_same_data(config: Config, meta: dict) -> None:
     known = {**wanted, **meta, "sigma": meta["sigma_px"]}  # early folders do not note the limits
     different = [f"{k}={v} (prepared: {known[k]})" for k, v in wanted.items() if known[k] != v]
     if different:
-        raise ValueError(
-            f"the prepared data are of another configuration: {', '.join(different)}; run the verb "
-            "`prepare` again with this one, or choose another run folder"
-        )
+        said = f"the prepared data are of another configuration: {', '.join(different)}"
+        raise ValueError(f"{said}; run the verb `prepare` again, or choose another run folder")
 
 
 # ---- splits ------------------------------------------------------------------------------------
@@ -180,13 +167,12 @@ def hash_order(photos: list[Photo]) -> list[Photo]:
 def hash_split(photos: list[Photo], n_val: int, n_test: int) -> list[Photo]:
     """Published rule for sets without a split: in hash order, first test, then val, rest train.
 
-    Raises:
-        ValueError: no photo would be left to train on.
+    A ValueError where no photo would be left to train on.
     """
     if n_val + n_test >= len(photos):
+        taken = f"cannot take {n_val} validation and {n_test} test photos out of {len(photos)}"
         raise ValueError(
-            f"cannot take {n_val} validation and {n_test} test photos out of {len(photos)}: add "
-            f"photos, or with at least {FOLDS} set `fold: 0` in the preset for fifths"
+            f"{taken}: add photos, or with at least {FOLDS} set `fold: 0` in the preset"
         )
     split = {photo.stem: "val" for photo in hash_order(photos)[: n_test + n_val]}
     split |= {photo.stem: "test" for photo in hash_order(photos)[:n_test]}
@@ -196,14 +182,11 @@ def hash_split(photos: list[Photo], n_val: int, n_test: int) -> list[Photo]:
 def fold_split(photos: list[Photo], fold: int) -> list[Photo]:
     """Cross-validation: in hash order, photo i is tested in fold i mod 5 and validated in the next.
 
-    Raises:
-        ValueError: the fold does not exist, or there are fewer photos than folds.
+    A ValueError where the fold does not exist, or there are fewer photos than folds.
     """
     if not 0 <= fold < FOLDS <= len(photos):
-        raise ValueError(
-            f"config: fold={fold} of {len(photos)} photos: folds are 0 to {FOLDS - 1}, of at least "
-            f"{FOLDS} photos; fold=-1 is the fixed split"
-        )
+        known = f"folds are 0 to {FOLDS - 1}, of at least {FOLDS} photos; -1 is the fixed split"
+        raise ValueError(f"config: fold={fold} of {len(photos)} photos: {known}")
     place = {photo.stem: i % FOLDS for i, photo in enumerate(hash_order(photos))}
     names = {fold: "test", (fold + 1) % FOLDS: "val"}
     return [replace(photo, split=names.get(place[photo.stem], "train")) for photo in photos]
@@ -212,14 +195,10 @@ def fold_split(photos: list[Photo], fold: int) -> list[Photo]:
 def split_photos(
     photos: list[Photo], name: str, n_val: float, n_test: float, fold: int
 ) -> list[Photo]:
-    """Give every photo its split: its own, that of the published rule, or a fold's.
+    """Give every photo of a dataset its split: its own, that of the published rule, or a fold's.
 
-    Args:
-        photos: of one dataset; those of the user's own folders or a published split have one.
-        name: of the dataset, for messages.
-        n_val: validation photos of the rule, below 1 a share of all; likewise ``n_test``, which is
-            0 for datasets with a split of their own.
-        fold: 0 to 4, or -1 for the split or the rule.
+    ``n_val`` and ``n_test`` are photos of the rule, below 1 a share of all; ``n_test`` is 0 for
+    datasets with a split of their own. ``fold`` is 0 to 4, or -1 for the split or the rule.
 
     Raises:
         ValueError: some photos have a split and others none, a fold is asked of photos that have
@@ -229,10 +208,8 @@ def split_photos(
     if not n_test or len(unsplit) < len(photos):
         _refuse_fold(fold, name)
         if n_test and unsplit:
-            raise ValueError(
-                f"{name}: {len(unsplit)} photos are in none of the folders {', '.join(SPLITS)}, "
-                f"e.g. {unsplit[0]}, while others are: move them into one, or all photos out"
-            )
+            lone = f"{len(unsplit)} photos are in none of the folders {', '.join(SPLITS)}"
+            raise ValueError(f"{name}: {lone}, e.g. {unsplit[0]}, while others are: move them in")
         return photos
     if fold >= 0:
         return fold_split(photos, fold)

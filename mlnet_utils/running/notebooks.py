@@ -31,11 +31,7 @@ class NotebookError(RuntimeError):
 
 
 class ThisPython(AsyncKernelManager):
-    """A kernel of the running interpreter.
-
-    The kernel name ``python3`` may belong to another environment: Jupyter searches a user's
-    kernels before those of the interpreter.
-    """
+    """A kernel of the running interpreter; ``python3`` may be the user's of another environment."""
 
     def __init__(self, **options: Any):
         super().__init__(kernel_spec_manager=KernelSpecManager(kernel_dirs=[]), **options)
@@ -53,9 +49,8 @@ def _cells(path: Path) -> list[NotebookNode]:
 def parameters_of(path: Path) -> dict[str, Any]:
     """Name and value of every parameter of a notebook: the cell tagged ``parameters``.
 
-    Raises:
-        ValueError: not exactly one such cell, a line of it that is not ``NAME = literal``, or a
-            cell of parameters that an earlier run has injected.
+    A ValueError where that is not one cell of lines ``NAME = literal``, or an earlier run has
+    injected another.
     """
     cells = _cells(path)
     if any(INJECTED_TAG in cell.metadata.get("tags", ()) for cell in cells):
@@ -182,25 +177,20 @@ def _describe(error: Exception, notebook: NotebookNode) -> str:
 
 
 def _clean(notebook: NotebookNode) -> None:
-    """Remove paths and times of this machine, widgets and stderr."""
+    """Remove paths and times of this machine, widgets and stderr; join text that came in pieces."""
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     language = {"name": "python", "pygments_lexer": "ipython3"}
     notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": language})
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        kept: list[NotebookNode] = []
+        for output in cell.get("outputs", ()):
+            if output.get("name") == "stderr" or WIDGET in output.get("data", {}):
+                continue
+            if kept and output.output_type == kept[-1].output_type == "stream":
+                kept[-1].text += output.text
+            else:
+                kept.append(output)
         if cell.cell_type == "code":
-            cell.outputs = _readable(cell.outputs)
-
-
-def _readable(outputs: list[NotebookNode]) -> list[NotebookNode]:
-    """Outputs without stderr and widgets; text that arrived in pieces is joined."""
-    kept: list[NotebookNode] = []
-    for output in outputs:
-        if output.get("name") == "stderr" or WIDGET in output.get("data", {}):
-            continue
-        if kept and output.output_type == kept[-1].output_type == "stream":
-            kept[-1].text += output.text
-        else:
-            kept.append(output)
-    return kept
+            cell.outputs = kept

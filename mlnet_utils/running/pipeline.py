@@ -1,7 +1,7 @@
 """Run the numbered notebooks in order with papermill; publish successful runs only.
 
-A stage is one notebook and the files it promises: the pipeline knows stages and paths, and nothing
-about saliency. Needs the extra ``notebooks`` (``pip install "mlnet-utils[notebooks]"``).
+A stage is one notebook and the files it promises: the pipeline knows stages and paths. It needs the
+extra ``notebooks`` (``pip install "mlnet-utils[notebooks]"``).
 """
 
 import functools
@@ -35,20 +35,33 @@ class Stage:
     """One notebook and the files it promises: glob patterns, relative to the run folder.
 
     Its last act is to write its record, ``<name>.json``. ``resumes`` is the folder with which an
-    interrupted stage goes on.
+    interrupted stage goes on. ``stale`` says what has changed of the files outside the run folder
+    that it has read, ``""`` = nothing.
     """
 
     name: str
     outputs: tuple[str, ...] = ()
     resumes: str = ""
+    stale: Callable[[Path], str] = lambda folder: ""
 
     @property
     def record(self) -> str:  # its path in the run folder
         return f"{self.name}.json"
 
+    @property
+    def executed(self) -> str:  # the path of its executed copy there
+        return f"notebooks/{self.name}.ipynb"
+
+
+def _changed_sources(folder: Path) -> str:
+    from mlnet_utils.data.photos import Prepared  # imports torch
+
+    prepared = Prepared.read(folder / "data", check=False)
+    return next(iter(prepared.check(everything=False)), "")
+
 
 STAGES = (
-    Stage("01_data_preparation", ("data/meta.json",)),
+    Stage("01_data_preparation", ("data/meta.json",), stale=_changed_sources),
     Stage("02_training", ("checkpoints/best.pt", "log.csv"), resumes="checkpoints"),
     Stage("03_evaluation", ("metrics.json", "per_image.csv")),
     Stage("04_visualization", ("figures/*.png",)),
@@ -64,7 +77,6 @@ def reproduce(
     parameters: Mapping[str, Any] | None = None,
     force: bool = False,
     stages: Sequence[Stage] = STAGES,
-    stale: Callable[[Path], str] = lambda folder: "",
 ) -> Path:
     """Run every stage with changed inputs, in order, and return the folder of the results.
 
@@ -80,9 +92,6 @@ def reproduce(
             own value, so that values from a command line need no quoting.
         force: run unchanged stages too, from their beginning: the folder they would go on with
             is kept beside itself, as ``checkpoints.before``, ``checkpoints.before1`` and so on.
-        stages: the stages to run, in order.
-        stale: says what has changed of the files outside the run folder that its first stage has
-            read, ``""`` = nothing; the pipeline itself does not know them.
 
     Raises:
         ValueError: unknown preset or parameter, or a value of the wrong type (nothing has run).
@@ -115,59 +124,45 @@ def reproduce(
     }
     started = time.monotonic()
     with runtime.locked(folder / STATE_FILE):
-        _run_stages(folder, stages, sources, injections, shared, force, stale)
+        state = _read_state(folder)
+        for number, stage in enumerate(stages):
+            inputs = {
+                **shared,
+                "notebook": notebooks.source_digest(sources[stage.name]),
+                "parameters": injections[stage.name],
+                "earlier records": _records(folder, stages[:number]),
+            }
+            inputs = json.loads(json.dumps(inputs))  # as the state file will hold them
+            label = f"[{number + 1}/{len(stages)}] {stage.name}"
+            reason = "forced" if force else _reason_to_run(folder, stage, state, inputs)
+            if reason:
+                print(f"{label}: running ({reason})", flush=True)
+                _run_stage(folder, stage, sources[stage.name], inputs, state, force)
+                print(f"{label}: done in {state[stage.name]['seconds']:.1f} s", flush=True)
+            else:
+                print(f"{label}: unchanged, skipped", flush=True)
     print(f"Finished in {time.monotonic() - started:.1f} s; results: {display_path(folder)}")
     return folder
 
 
-def _run_stages(
-    folder: Path,
-    stages: Sequence[Stage],
-    sources: Mapping[str, Path],
-    injections: Mapping[str, Mapping[str, Any]],
-    shared: Mapping[str, Any],
-    force: bool,
-    stale: Callable[[Path], str],
+def _run_stage(
+    folder: Path, stage: Stage, source: Path, inputs: dict, state: dict, force: bool
 ) -> None:
-    """Run the stages that need it; ``shared`` are the inputs that all of them have."""
-    state = _read_state(folder)
-    for number, stage in enumerate(stages):
-        label = f"[{number + 1}/{len(stages)}] {stage.name}"
-        inputs = {
-            **shared,
-            "notebook": notebooks.source_digest(sources[stage.name]),
-            "parameters": injections[stage.name],
-            "earlier records": _records(folder, stages[:number]),
-        }
-        inputs = json.loads(json.dumps(inputs))  # as the state file will hold them
-        done = state.get(stage.name)
-        reason = "forced" if force else _reason_to_run(folder, stage, done, inputs)
-        if not reason and number == 0:
-            reason = stale(folder)
-        if not reason:
-            print(f"{label}: unchanged, skipped", flush=True)
-            continue
-        print(f"{label}: running ({reason})", flush=True)
-        # A training notices other settings itself. (Early versions did not note the weights.)
-        known = done["inputs"].get(WEIGHTS, inputs[WEIGHTS]) if done else inputs[WEIGHTS]
-        if stage.resumes and (force or known != inputs[WEIGHTS]):
-            _set_aside(folder / stage.resumes)
-        # Forgotten before it starts: a stage that is interrupted or fails counts as not done.
-        state.pop(stage.name, None)
-        write_json(folder / STATE_FILE, state)
-        (folder / stage.record).unlink(missing_ok=True)
-        stage_started = time.monotonic()
-        notebooks.run_notebook(
-            sources[stage.name],
-            _executed(folder, stage),
-            injections[stage.name],
-            check=functools.partial(_broken_promise, folder, stage),
-        )
-        seconds = round(time.monotonic() - stage_started, 1)
-        outputs = _output_digests(folder, stage)
-        state[stage.name] = {"inputs": inputs, "outputs": outputs, "seconds": seconds}
-        write_json(folder / STATE_FILE, state)
-        print(f"{label}: done in {seconds:.1f} s", flush=True)
+    """Execute a stage, and note in the state that it is done."""
+    # A training notices other settings itself. (Early versions did not note the weights.)
+    before = state.pop(stage.name, {"inputs": inputs})["inputs"]
+    if stage.resumes and (force or before.get(WEIGHTS, inputs[WEIGHTS]) != inputs[WEIGHTS]):
+        _set_aside(folder / stage.resumes)
+    # Forgotten before it starts: a stage that is interrupted or fails counts as not done.
+    write_json(folder / STATE_FILE, state)
+    (folder / stage.record).unlink(missing_ok=True)
+    started = time.monotonic()
+    check = functools.partial(_broken_promise, folder, stage)
+    notebooks.run_notebook(source, folder / stage.executed, inputs["parameters"], check)
+    seconds = round(time.monotonic() - started, 1)
+    outputs = _output_digests(folder, stage)
+    state[stage.name] = {"inputs": inputs, "outputs": outputs, "seconds": seconds}
+    write_json(folder / STATE_FILE, state)
 
 
 def train(config: Config, run_dir: Path) -> None:
@@ -182,8 +177,7 @@ def train(config: Config, run_dir: Path) -> None:
 def publish(run_dir: str | Path, stages: Sequence[Stage] = STAGES) -> list[Path]:
     """Copy a run's executed notebooks into ``notebooks/``, its figures into ``figures/``.
 
-    Returns the files written, in the checkout that this package is imported from; ``run_dir`` is
-    a folder that :func:`reproduce` has filled with these stages.
+    Returns the files written, in the checkout that this package is imported from.
 
     Raises:
         PublishError: a stage has not succeeded or is out of date, a notebook was changed after
@@ -200,7 +194,7 @@ def publish(run_dir: str | Path, stages: Sequence[Stage] = STAGES) -> list[Path]
         problem = _publish_problem(run_dir, stage, stages[:index], state.get(stage.name), target)
         if problem:
             raise PublishError(f"not published: {stage.name} {problem}")
-        copies[target] = _executed(run_dir, stage)
+        copies[target] = run_dir / stage.executed
     for figure in sorted((run_dir / "figures").glob("*.png")):
         copies[repository / "figures" / figure.name] = figure
     for target, source in copies.items():
@@ -233,10 +227,10 @@ def _injections(
             raise ValueError(f"notebook {name} has no parameter {', '.join(sorted(missing))}")
     free = {key for known in defaults.values() for key in known} - set(OWN_PARAMETERS)
     if unknown := set(extra) - free:
-        raise ValueError(
-            f"parameters {', '.join(sorted(unknown))}: the notebooks have "
+        there = (
             f"{', '.join(sorted(free)) or 'none'}, and {', '.join(OWN_PARAMETERS)} by other means"
         )
+        raise ValueError(f"parameters {', '.join(sorted(unknown))}: the notebooks have {there}")
     result = {}
     for name, known in defaults.items():
         wanted = {key: value for key, value in {**own, **extra}.items() if key in known}
@@ -266,21 +260,17 @@ def _read_state(folder: Path) -> dict[str, Any]:
     path = folder / STATE_FILE
     if not path.is_file():
         return {}
-    state = runtime.read_json(path, "`reproduce`")
     with runtime.reading(path, "inputs and outputs of stages", "delete it: the stages run again"):
+        state = json.loads(path.read_text(encoding="utf-8"))
         if not all({"inputs", "outputs"} <= set(done) for done in state.values()):
             raise ValueError("they are missing")
     return state
 
 
-def _executed(folder: Path, stage: Stage) -> Path:
-    return folder / "notebooks" / f"{stage.name}.ipynb"
-
-
 def _output_digests(folder: Path, stage: Stage) -> dict[str, str]:
     """Digest of every file the stage has written, with its executed notebook and record."""
-    found = [path for pattern in stage.outputs for path in sorted(folder.glob(pattern))]
-    found += [path for path in (folder / stage.record, _executed(folder, stage)) if path.is_file()]
+    patterns = (*stage.outputs, stage.record, stage.executed)
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     return {path.relative_to(folder).as_posix(): sha256_file(path) for path in found}
 
 
@@ -291,15 +281,16 @@ def _touched(folder: Path, stage: Stage, done: Mapping[str, Any]) -> list[str]:
 
 
 def _reason_to_run(
-    folder: Path, stage: Stage, done: Mapping[str, Any] | None, inputs: Mapping[str, Any]
+    folder: Path, stage: Stage, state: Mapping[str, Any], inputs: Mapping[str, Any]
 ) -> str:
     """The reason why a stage must run, or ``""`` where it need not."""
-    if done is None:
+    if not (done := state.get(stage.name)):
         return "not done yet"
     if changed := [key for key in inputs if inputs[key] != done["inputs"].get(key)]:
         return f"changed: {', '.join(changed)}"
-    touched = _touched(folder, stage, done)
-    return f"changed or missing since: {', '.join(touched)}" if touched else ""
+    if touched := _touched(folder, stage, done):
+        return f"changed or missing since: {', '.join(touched)}"
+    return stage.stale(folder)
 
 
 def _set_aside(folder: Path) -> None:
@@ -337,5 +328,5 @@ def _publish_problem(
         return f"was executed from another version than {display_path(target)}: run it again"
     if done["inputs"]["parameters"]:
         return f"ran with {done['inputs']['parameters']} instead of the notebook's own values"
-    found = notebooks.machine_paths(_executed(folder, stage))
+    found = notebooks.machine_paths(folder / stage.executed)
     return f"shows this machine's path {found[0]}" if found else ""

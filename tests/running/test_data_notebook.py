@@ -1,12 +1,11 @@
-"""Notebook 01 on every kind of dataset: sizes that differ, no order, no observers, one split."""
+"""Notebook 01 on all kinds of photos: sizes that differ, no order, no observers, one split."""
 
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import yaml
-from miniatures import save_mat, save_osie, save_photo, save_recording, save_salicon_mat
+from miniatures import save_osie, save_photo, save_salicon_mat
 from PIL import Image
 
 from mlnet_utils.data.photos import NOBODY, Prepared
@@ -62,65 +61,26 @@ def look(client, tmp_path):
     return run
 
 
-# ---- miniatures --------------------------------------------------------------------------------
+# ---- miniatures: who looked, in every form that a photo may have it -----------------------------
 def osie(root):
+    """Observers, order and durations; a fold."""
     looked = [([10.0, 700.5], [20.0, 500.5], [200, 300]), ([400.0], [300.0], [150])]
     save_osie(root / "osie", {f"{1001 + number}.jpg": looked for number in range(10)})
     return {"dataset": "osie", "fold": 0}
 
 
-def salicon(root, edition):
+def salicon(root):
+    """A secret test split, and an observer who saw nothing."""
     for number, split in enumerate(("train", "train", "val", "test")):
         save_photo(root / f"salicon/images/{split}/{number}.jpg", 640, 480)
         if split != "test":
-            path = root / f"salicon/fixations-{edition}/{split}/{number}.mat"
-            save_salicon_mat(path, [[(1, 1), (320, 240)], [(640, 480)], []], edition)
-    return {"dataset": f"salicon-{edition}"}
-
-
-def salicon_json(root):
-    """Like the published example: training photos only."""
-    root = root / "salicon_examples"
-    notes, images = [], []
-    for number in range(2):
-        save_photo(root / f"images/{number}.jpg", 64, 48)
-        images.append({"file_name": f"{number}.jpg", "id": number, "width": 64, "height": 48})
-        notes.append({"image_id": number, "worker_id": 3, "fixations": [[1, 1], [48, 64]]})
-    (root / "annotations").mkdir()
-    text = json.dumps({"images": images, "annotations": notes})
-    (root / "annotations/fixations_train2014examples.json").write_text(text)
-    return {"dataset": "salicon-json"}
-
-
-def mit1003(root, recordings):
-    root = root / "mit1003"
-    for number, stem in enumerate(TEN[:5]):
-        width, height = ((1024, 768), (768, 1024))[number % 2]
-        save_photo(root / f"ALLSTIMULI/{stem}.jpeg", width, height, number)
-        places = np.repeat([(100.0, 80.0), (400.0, 300.0), (700.0, 500.0)], 70, axis=0)
-        if recordings:
-            for observer in ("ajs", "zb"):
-                save_recording(root / f"DATA/{observer}/{stem}.mat", places)
-        else:
-            marks = np.zeros((height, width), np.uint8)
-            marks[80, 100] = marks[300, 400] = 255
-            (root / "ALLFIXATIONMAPS").mkdir(exist_ok=True)
-            Image.fromarray(marks).save(root / f"ALLFIXATIONMAPS/{stem}_fixPts.jpg")
-    return {"dataset": "mit1003", "fold": 4}
-
-
-def cat2000(root):
-    root = root / "cat2000/trainSet"
-    for number, stem in enumerate(TEN):
-        width, height = SIZES[number % 3]
-        save_photo(root / f"Stimuli/Art/{stem}.jpg", width, height, number)
-        marks = np.zeros((height, width), np.uint8)
-        marks[number, [3, 30]] = 1
-        save_mat(root / f"FIXATIONLOCS/Art/{stem}.mat", fixLocs=marks)
-    return {"dataset": "cat2000", "fold": 1}
+            path = root / f"salicon/fixations-2017/{split}/{number}.mat"
+            save_salicon_mat(path, [[(1, 1), (320, 240)], [(640, 480)], []], "2017")
+    return {"dataset": "salicon-2017"}
 
 
 def own_list(root):
+    """No observers, sizes that differ."""
     lines = ["image,x,y"]
     for number, stem in enumerate(TEN):
         save_photo(root / f"folder/images/{stem}.png", *SIZES[number % 3], number)
@@ -134,41 +94,23 @@ def own_densities(root):
     (root / "folder/density_maps").mkdir(parents=True)
     for number, stem in enumerate(TEN[:3]):
         save_photo(root / f"folder/images/test/{stem}.png", *SIZES[number], number)
-        Image.new("L", SIZES[number], 9).save(root / f"folder/density_maps/{stem}.png")
+        map_ = Image.linear_gradient("L").resize(SIZES[number])
+        map_.save(root / f"folder/density_maps/{stem}.png")
     return {"dataset": "folder", "sigma": 4.0}
 
 
-FORMATS = {
-    "osie": osie,
-    "salicon-2015": lambda root: salicon(root, "2015"),
-    "salicon-2017": lambda root: salicon(root, "2017"),
-    "salicon-json": salicon_json,
-    "mit1003": lambda root: mit1003(root, True),
-    "mit1003-maps": lambda root: mit1003(root, False),
-    "cat2000": cat2000,
-    "own-list": own_list,
-    "own-densities": own_densities,
-}
-# By format: photos per split, fixations, and the most observers of a photo.
-EXPECTED = {
-    "osie": ({"train": 6, "val": 2, "test": 2}, 30, 2),
-    "salicon-2015": ({"train": 2, "val": 1, "test": 1}, 9, 2),
-    "salicon-2017": ({"train": 2, "val": 1, "test": 1}, 9, 2),
-    "salicon-json": ({"train": 2, "val": 0, "test": 0}, 4, 1),
-    "mit1003": ({"train": 3, "val": 1, "test": 1}, 20, 2),
-    "mit1003-maps": ({"train": 3, "val": 1, "test": 1}, 10, 0),
-    "cat2000": ({"train": 6, "val": 2, "test": 2}, 20, 0),
-    "own-list": ({"train": 7, "val": 1, "test": 2}, 20, 0),
-    "own-densities": ({"train": 0, "val": 0, "test": 3}, 0, 0),
-}
-
-
-@pytest.mark.parametrize("name", FORMATS)
-def test_every_format_is_looked_at(look, tmp_path, name):
-    splits, fixations, observers = EXPECTED[name]
-    photos, record, _ = look(tmp_path, **FORMATS[name](tmp_path))
-    assert record["photos"] == splits
-    assert record["fixations"] == fixations
+@pytest.mark.parametrize(
+    ("make", "splits", "fixations", "observers"),
+    [  # photos per split, fixations, and the most observers of a photo
+        (osie, {"train": 6, "val": 2, "test": 2}, 30, 2),
+        (salicon, {"train": 2, "val": 1, "test": 1}, 9, 2),
+        (own_list, {"train": 7, "val": 1, "test": 2}, 20, 0),
+        (own_densities, {"train": 0, "val": 0, "test": 3}, 0, 0),
+    ],
+)
+def test_every_form_is_looked_at(look, tmp_path, make, splits, fixations, observers):
+    photos, record, _ = look(tmp_path, **make(tmp_path))
+    assert (record["photos"], record["fixations"]) == (splits, fixations)
     assert max(len(photo.known_observers) for photo in photos) == observers
     if not observers:
         assert all((photo.observers == NOBODY).all() for photo in photos)

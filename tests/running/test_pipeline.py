@@ -254,7 +254,8 @@ def test_a_changed_line_in_any_room_reruns_the_stages(
 def test_changed_sources_outside_the_run_folder_rerun_the_first_stage(
     finished, nothing_runs, capsys
 ):
-    would_run(finished, stale=lambda folder: f"{folder.name}.csv has changed")
+    stale = replace(FIRST, stale=lambda folder: f"{folder.name}.csv has changed")
+    would_run(finished, stages=(stale, SECOND))
     assert "01_first: running (tiny.csv has changed)" in capsys.readouterr().out
 
 

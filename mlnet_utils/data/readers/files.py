@@ -34,8 +34,7 @@ def need(path: Path, dataset: str) -> Path:
 def by_stem(paths: Iterable[Path], dataset: str, strip: str = "") -> dict[str, Path]:
     """Files by their stem without the ending ``strip`` (such as ``_fixPts``), in the stems' order.
 
-    Raises:
-        ValueError: two files share a stem; names both.
+    Raises a ValueError that names both where two files share a stem.
     """
     found = defaultdict(list)
     for path in paths:
@@ -44,7 +43,7 @@ def by_stem(paths: Iterable[Path], dataset: str, strip: str = "") -> dict[str, P
     if twice:
         raise ValueError(
             f"{dataset}: {len(twice)} stems belong to several files, such as "
-            f"{' and '.join(twice[0])}; pairing is by stem, so rename or remove one of them"
+            f"{' and '.join(twice[0])}: rename or remove one of them"
         )
     return {stem: found[stem][0] for stem in sorted(found)}
 
@@ -55,11 +54,7 @@ def composed(name: str) -> str:
 
 
 def check_pairs(dataset: str, first: str, ours: Iterable[str], second: str, theirs: Iterable[str]):
-    """Check that two sets of stems are the same.
-
-    Raises:
-        ValueError: they are not; counts and names what lacks a partner, either way.
-    """
+    """Raise a ValueError that counts and names what lacks a partner among two sets of stems."""
     ours, theirs = set(ours), set(theirs)
     parts = [
         f"{len(lone)} {kind} without {other}: {named(sorted(lone))}"
@@ -67,17 +62,11 @@ def check_pairs(dataset: str, first: str, ours: Iterable[str], second: str, thei
         if lone
     ]
     if parts:
-        raise ValueError(
-            f"{dataset}: {'; '.join(parts)}. Files are paired by name; complete or remove these"
-        )
+        raise ValueError(f"{dataset}: {'; '.join(parts)}. Complete or remove these: names pair")
 
 
 def check_looked_at(dataset: str, photos: list[Photo]) -> list[Photo]:
-    """The photos, if each has a fixation on it or a density map.
-
-    Raises:
-        ValueError: some have neither; counts and names them.
-    """
+    """The photos; a ValueError that counts and names those without a fixation or density map."""
     empty = [photo for photo in photos if not len(photo.fixations) and not photo.density]
     if empty:
         outside = sum(photo.dropped for photo in empty)
@@ -97,11 +86,7 @@ def named(names: Sequence[str]) -> str:
 
 # ---- files -------------------------------------------------------------------------------------
 def photo_size(path: Path) -> tuple[int, int]:
-    """Width and height of a photo as it is shown, after decoding all of it.
-
-    Raises:
-        ValueError: the file is cut off or no image.
-    """
+    """Width and height of a photo as it is shown; a ValueError if any of it cannot be decoded."""
     with reading(path, "a photo"), open_image(path) as image:
         width, height = image.size
         image.draft("L", (1, 1))  # the cheapest way through all of a JPEG
@@ -112,20 +97,16 @@ def photo_size(path: Path) -> tuple[int, int]:
 def load_mat(path: Path, *names: str) -> dict[str, Any]:
     """The variables of a MATLAB file (to version 7), structs as objects.
 
-    Raises:
-        ValueError: the file is empty, damaged, of version 7.3, or lacks one of ``names``.
+    Raises a ValueError if it is empty, damaged, of version 7.3, or lacks one of ``names``.
     """
     from scipy.io import loadmat
 
     with reading(path, "a MATLAB file up to version 7"):
         values = loadmat(path, struct_as_record=False)
     values = {name: value for name, value in values.items() if not name.startswith("__")}
-    missing = [name for name in names if name not in values]
-    if missing:
-        raise ValueError(
-            f"{path} holds {', '.join(sorted(values)) or 'nothing'} instead of "
-            f"{', '.join(missing)}: it belongs to another dataset or edition"
-        )
+    if missing := [name for name in names if name not in values]:
+        found = f"{', '.join(sorted(values)) or 'nothing'} instead of {', '.join(missing)}"
+        raise ValueError(f"{path} holds {found}: it belongs to another dataset or edition")
     return values
 
 
@@ -137,14 +118,12 @@ def fixated_pixels(path: Path, size: tuple[int, int], variable: str = "") -> np.
     then a pixel is returned as often as it was fixated.
 
     Args:
-        path: a picture, ``.npy`` or ``.mat``.
+        path: a picture, ``.npy`` or ``.mat``; in the last, ``variable`` or the only matrix.
         size: width and height of the photo.
-        variable: name of the matrix in a ``.mat``, or ``""`` for the only one.
 
     Raises:
-        ValueError: the map cannot be read, is not one matrix, is of another size than the photo,
-            holds values that are no numbers, or is blurred, which would make every metric that
-            needs fixations wrong without a sign.
+        ValueError: the map is unreadable, not one matrix, of another size, not finite, or blurred,
+            which would make every metric that needs fixations wrong without a sign.
     """
     with reading(path, "a map of fixated pixels, one matrix"):
         if path.suffix.lower() == ".npy":
@@ -158,9 +137,9 @@ def fixated_pixels(path: Path, size: tuple[int, int], variable: str = "") -> np.
                 values = image.convert("F")
         values = np.asarray(values, np.float64)
     if values.shape != size[::-1]:
+        shape = "x".join(map(str, values.shape[::-1]))
         raise ValueError(
-            f"map {path} is {'x'.join(map(str, values.shape[::-1]))}, but its photo is "
-            f"{size[0]}x{size[1]}: get the map of this photo, unresized, as one matrix"
+            f"map {path} is {shape}, but its photo is {size[0]}x{size[1]}: get the unresized matrix"
         )
     if not np.isfinite(values).all():
         raise ValueError(f"map {path} holds values that are not finite: use 0 where nobody looked")
@@ -170,23 +149,17 @@ def fixated_pixels(path: Path, size: tuple[int, int], variable: str = "") -> np.
     whole = (values == values.round()).all() and values.min() >= 0 and top <= MOST_COUNTED
     sparse = np.count_nonzero(values) <= MOST_MARKED / 5 * values.size
     if between.sum() > marked.sum() and not (whole and sparse):
-        raise ValueError(
-            f"map {path} is a blurred density map, not a map of fixated pixels: give it as one"
-        )
+        raise ValueError(f"map {path} is blurred: give it as a density map, or get the fixations")
     counts = marked.astype(int)
     if path.suffix.lower() not in (".jpg", ".jpeg") and top > 0:
         if whole:
             counts = values.astype(int)
         elif not np.isin(values, (0, top)).all():
-            raise ValueError(
-                f"map {path} holds values between 0 and {top:g}: a map of fixated pixels holds 0 "
-                f"and one other value, or counts as whole numbers to {MOST_COUNTED}"
-            )
+            wanted = f"0 and one other value, or whole numbers to {MOST_COUNTED}, counts"
+            raise ValueError(f"map {path} holds values between 0 and {top:g}: expected {wanted}")
     if np.count_nonzero(counts) > MOST_MARKED * counts.size:
-        raise ValueError(
-            f"map {path} marks {np.count_nonzero(counts)} of {counts.size} pixels, more than "
-            "fixations can: get the map of this photo again, with 0 where nobody looked"
-        )
+        share = f"{np.count_nonzero(counts)} of {counts.size}"
+        raise ValueError(f"map {path} marks {share} pixels: expected 0 where nobody looked")
     y, x = np.nonzero(counts)
     points = np.stack([x, y], axis=1).astype(np.float32)
     return points.repeat(counts[y, x], axis=0)

@@ -6,7 +6,6 @@ GNU Octave, on generated recordings (``tests/vectors/mit1003_fixations.npz``).
 """
 
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -36,47 +35,39 @@ def read_mit1003(root: str | Path) -> list[Photo]:
         FileNotFoundError: a part of the layout is missing.
         ValueError: files that do not pair, are damaged, or have another structure or size.
     """
-    root = Path(root)
-    photos = files.by_stem(files.need(root / "ALLSTIMULI", "mit1003").glob("*.jpeg"), "mit1003")
-    fixations = (_recorded if (root / "DATA").is_dir() else _marked)(root, photos)
-    found = [
-        Photo.from_points(path.stem, path.relative_to(root).as_posix(), *looked)
-        for path, looked in progress(fixations, "reading mit1003", len(photos), "photo")
-    ]
-    return files.check_looked_at("mit1003", found)
+    root, recorded = Path(root), (Path(root) / "DATA").is_dir()
+    paths = files.by_stem(files.need(root / "ALLSTIMULI", "mit1003").glob("*.jpeg"), "mit1003")
+    if recorded:
+        observers = sorted(path for path in (root / "DATA").iterdir() if path.is_dir())
+        if not observers:
+            raise ValueError(f"mit1003: {root / 'DATA'} holds no observers; download it again")
+        for folder in observers:
+            if lacking := [stem for stem in paths if not (folder / f"{stem}.mat").is_file()]:
+                names = f"{len(lacking)} photos without a recording in {folder}"
+                raise ValueError(f"mit1003: {names}: {files.named(lacking)}; download it again")
+    else:
+        folder = files.need(root / "ALLFIXATIONMAPS", "mit1003")
+        # The pattern passes over a stray copy, ...p1010764fixPts.jpg, that the archive contains.
+        maps = files.by_stem(folder.glob("*_fixPts.jpg"), "mit1003", strip="_fixPts")
+        files.check_pairs("mit1003", "photos", paths, "*_fixPts.jpg", maps)
+    photos = []
+    for stem, path in progress(paths.items(), "reading mit1003", len(paths), "photo"):
+        size, image = files.photo_size(path), path.relative_to(root).as_posix()
+        if recorded:
+            looked = _recorded([folder / f"{stem}.mat" for folder in observers])
+        else:
+            looked = (files.fixated_pixels(maps[stem], size),)
+        photos.append(Photo.from_points(path.stem, image, size, *looked))
+    return files.check_looked_at("mit1003", photos)
 
 
-def _marked(root: Path, photos: dict[str, Path]) -> Iterator[tuple[Path, tuple]]:
-    """Each photo's path, and its size and marked points."""
-    folder = files.need(root / "ALLFIXATIONMAPS", "mit1003")
-    # The pattern passes over a stray copy, ...p1010764fixPts.jpg, that the archive contains.
-    maps = files.by_stem(folder.glob("*_fixPts.jpg"), "mit1003", strip="_fixPts")
-    files.check_pairs("mit1003", "photos", photos, "*_fixPts.jpg", maps)
-    for stem, path in photos.items():
-        size = files.photo_size(path)
-        yield path, (size, files.fixated_pixels(maps[stem], size))
-
-
-def _recorded(root: Path, photos: dict[str, Path]) -> Iterator[tuple[Path, tuple]]:
-    """Each photo's path, and its size, points, observers and durations."""
-    folders = sorted(path for path in (root / "DATA").iterdir() if path.is_dir())
-    if not folders:
-        raise ValueError(f"mit1003: {root / 'DATA'} holds no observers; download it again")
-    for folder in folders:
-        lacking = sorted(stem for stem in photos if not (folder / f"{stem}.mat").is_file())
-        if lacking:
-            raise ValueError(
-                f"mit1003: {len(lacking)} photos without a recording in {folder}: "
-                f"{files.named(lacking)}; download DATA.zip again"
-            )
-    for stem, path in photos.items():
-        size = files.photo_size(path)
-        found = [detect_fixations(_eye_positions(folder / f"{stem}.mat")) for folder in folders]
-        # The authors take floor() of a fixation as the 1-based pixel, and leave out the first.
-        points = np.concatenate([np.floor(places[1:]) - 1 for places, _ in found])
-        durations = np.concatenate([durations[1:] for _, durations in found])
-        observers = np.repeat(np.arange(len(found)), [len(places) - 1 for places, _ in found])
-        yield path, (size, points, observers, durations)
+def _recorded(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(N, 2) points, (N,) observers and (N,) durations, from a recording of each observer."""
+    found = [detect_fixations(_eye_positions(path)) for path in paths]
+    # The authors take floor() of a fixation as the 1-based pixel, and leave out the first.
+    points = np.concatenate([np.floor(places[1:]) - 1 for places, _ in found])
+    observers = np.repeat(np.arange(len(found)), [len(places) - 1 for places, _ in found])
+    return points, observers, np.concatenate([durations[1:] for _, durations in found])
 
 
 def _eye_positions(path: Path) -> np.ndarray:
@@ -97,13 +88,8 @@ def detect_fixations(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     A saccade starts where the smoothed speed grows faster than a threshold for three samples, and
     ends where it stops falling that fast; what lies between saccades is a fixation. Saccades
-    that at most 50 ms part are one.
-
-    Args:
-        positions: (N, 2) x, y in pixels at 240 Hz, NaN where the eye was lost.
-
-    Returns:
-        (M, 2) median position and (M,) duration in ms of each fixation, in order.
+    that at most 50 ms part are one. From (N, 2) x, y in pixels at 240 Hz, NaN where the eye was
+    lost, it makes (M, 2) median positions and (M,) durations in ms, in order.
     """
     n = len(positions)
     saccades = _saccades(_speed_change(positions))

@@ -38,10 +38,8 @@ def read_osie(root: str | Path, dataset: str = "osie", size: tuple[int, int] = S
     for name, file in progress(paths.items(), f"reading {dataset}", len(paths), "photo"):
         width, height = files.photo_size(file)
         if (width, height) != size:
-            raise ValueError(
-                f"{dataset}: {file} is {width}x{height} instead of {size[0]}x{size[1]}: get the "
-                "original, to which the fixations belong"
-            )
+            wrong = f"{width}x{height} instead of {size[0]}x{size[1]}"
+            raise ValueError(f"{dataset}: {file} is {wrong}: the fixations are of the original")
         subjects = records[name]
         x, y, durations = np.concatenate([np.zeros((3, 0), np.float32), *subjects], axis=1)
         observers = np.repeat(np.arange(len(subjects)), [subject.shape[1] for subject in subjects])

@@ -1,6 +1,7 @@
 """Reader of the user's own data: photos, with fixation lists, fixation maps or density maps."""
 
 import codecs
+import contextlib
 import csv
 import math
 import os
@@ -8,6 +9,7 @@ import re
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import dropwhile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -30,12 +32,12 @@ NEAR = {  # column: pattern of names that may mean it
 }
 LOST = {"", ".", "-", "na", "n/a", "nan", "none", "null", "missing"}  # gaze, in any case
 LISTS = (".csv", ".tsv", ".txt")
-PARTS = {  # of the dataset ``folder``, by argument of read_folder
-    "fixations_csv": "fixations.csv",
+PARTS = {  # of the dataset ``folder``: the argument of read_folder that each is, first ones first
+    "fixations.csv": "fixations_csv",
     "fixation_maps": "fixation_maps",
     "density_maps": "density_maps",
+    "fixations": "fixations_csv",
 }
-PER_OBSERVER = "fixations"  # folder with lists instead of the one
 SPLIT_NAMES = {  # of sub-folders, in any case
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
@@ -51,19 +53,14 @@ DENSITY_SUFFIXES = (*PHOTO_SUFFIXES, ".npz", ".npy")
 def read_own(root: str | Path, coordinates: Mapping[str, Any] | None = None) -> list[Photo]:
     """The dataset ``folder``: ``images/`` and any of :data:`PARTS`, see :func:`read_folder`.
 
-    Paths in the photos are relative to ``root``.
-
-    Raises:
-        FileNotFoundError, ValueError: as ``read_folder``, or there is none of the parts.
+    Paths in the photos are relative to ``root``. There being none of the parts is a ValueError too.
     """
     root = Path(root)
-    there = {key: root / name for key, name in PARTS.items() if (root / name).exists()}
-    if (root / PER_OBSERVER).is_dir():
-        there.setdefault("fixations_csv", root / PER_OBSERVER)
+    there = {key: root / name for name, key in reversed(PARTS.items()) if (root / name).exists()}
     if not there and (root / "images").is_dir():
+        found = files.named(sorted(path.name for path in root.iterdir()))
         raise ValueError(
-            f"own photos: {root} holds none of {', '.join(PARTS.values())} and {PER_OBSERVER}/ (a "
-            f"list of each observer), but {files.named(sorted(p.name for p in root.iterdir()))}"
+            f"own photos: {root} holds none of {', '.join(PARTS)}/ (lists by observer), but {found}"
         )
     photos = read_folder(root / "images", **there, coordinates=coordinates)
     for photo in photos:
@@ -81,17 +78,16 @@ def read_folder(
 ) -> list[Photo]:
     """Read photos and whatever is known of who looked where; files pair by stem.
 
-    Subfolders named as in :data:`SPLIT_NAMES` decide the split; other subfolders are only read. Of
-    fixation lists and fixation maps only one is needed; density maps may come on their own, and
+    Subfolders named as in :data:`SPLIT_NAMES` decide the split; other subfolders are only read.
+    Paths are relative to ``images``, the folder of photos. Density maps may come on their own, and
     then metrics that need fixations cannot be computed.
 
     Args:
-        images: folder of photos, which their paths are relative to.
         fixations_csv: rows of ``image, x, y`` and optionally ``observer`` (any name) and
             ``duration`` (ms), in viewing order; ``image`` is a file name or stem, x and y are in
-            pixels of the photo, with pixel centres at integers. Or a folder with such a list of
+            pixels of the photo, with pixel centres at integers. Or a folder of such lists, one of
             each observer.
-        fixation_maps: folder of maps of fixated pixels (pictures, ``.npy`` or ``.mat``).
+        fixation_maps: instead, a folder of maps of fixated pixels (pictures, ``.npy``, ``.mat``).
         density_maps: folder of density maps (pictures, ``.npy``, or ``.npz`` with ``density``).
         coordinates: the list's, where they are not such pixels, see :func:`to_pixels`.
 
@@ -141,15 +137,12 @@ def to_pixels(
     unit: str = "pixel",
     offset: Sequence[float] = (0, 0),
 ) -> np.ndarray:
-    """(N, 2) x, y in pixels of a photo, 0-based with pixel centres at integers.
+    """(N, 2) x, y in pixels of a photo, 0-based with pixel centres at integers, from those written.
 
-    Args:
-        points: (N, 2) x, y as they are written.
-        size: width and height of the photo.
-        origin: what the centre of the first pixel is called: 0, or 1 as in MATLAB.
-        unit: ``"pixel"``, ``"normalised"`` (0 to 1 from edge to edge) or ``"percent"``.
-        offset: what x and y are at the photo's left and top edge, in the same unit, such as its
-            place on the screen.
+    ``size`` is the photo's width and height; ``origin`` what the centre of the first pixel is
+    called, 0 or 1 (as in MATLAB); ``unit`` ``"pixel"``, ``"normalised"`` (0 to 1 from edge to edge)
+    or ``"percent"``; ``offset`` what x and y are at the photo's left and top edge, in that unit,
+    such as its place on the screen.
     """
     points = points - np.asarray(offset, float)
     if unit == "pixel":
@@ -160,19 +153,16 @@ def to_pixels(
 def check_coordinates(
     path: str | Path, sizes: dict[str, tuple[int, int]], points: dict[str, np.ndarray]
 ) -> None:
-    """Refuse a list with coordinates that are evidently no pixels of its photos.
+    """Refuse a list (``path``) with coordinates that are evidently no pixels of its photos.
 
-    A pixel that is recorded in most photos, as trackers write lost gaze, is a warning.
-
-    Args:
-        path: of the list, for messages.
-        sizes: width and height of the photos by stem.
-        points: (N, 2) x, y of each, 0-based; lost gaze is not finite.
+    ``sizes`` are width and height of the photos by stem, ``points`` (N, 2) x, y of each, 0-based,
+    not finite where gaze was lost. A pixel that is recorded in most photos, as trackers write lost
+    gaze, is a warning.
 
     Raises:
         ValueError: nine tenths of the points lie within 0..1, or within 0..100 of photos at least
-            twice as large, or over a tenth lies outside the photos (a
-            fiftieth, if exchanging x and y mends it).
+            twice as large, or over a tenth lies outside the photos (a fiftieth, if exchanging x and
+            y mends it).
     """
     size = np.concatenate([np.tile(sizes[stem], (len(points[stem]), 1)) for stem in points])
     xy = np.concatenate(list(points.values()))
@@ -188,11 +178,11 @@ def check_coordinates(
     for unit, top in SHARES.items():
         corner = ((xy >= 0) & (xy <= top)).all(axis=1)[seen]
         if corner.size and corner.mean() > 1 - OUTSIDE and (size >= 2 * top).all():
-            raise ValueError(
-                f"own photos: {path}: {corner.sum()} of {len(corner)} points lie within 0..{top}, "
-                "a corner of every photo, so they are shares of the photo and not its pixels: set "
-                f"`coordinates: {{unit: {unit}}}` in the preset"
+            said = (
+                f"{corner.sum()} of {len(corner)} points lie within 0..{top}, shares of the photo"
             )
+            remedy = f"set `coordinates: {{unit: {unit}}}` in the preset"
+            raise ValueError(f"own photos: {path}: {said}: {remedy}")
     out, swapped = outside(xy), outside(xy[:, ::-1])
     exchanged = 4 * swapped < out
     if out > OUTSIDE * len(xy) * (0.2 if exchanged else 1):
@@ -202,19 +192,15 @@ def check_coordinates(
             cause = f"x and y are exchanged (exchanged back, {swapped} lie outside): exchange them"
         else:
             cause = (
-                "they are pixels of the screen or of another size of the photos: set "
-                f"`coordinates: {{offset: [{offset[0]:.0f}, {offset[1]:.0f}]}}` in the preset, the "
-                f"photo's place on the screen ({moved} then lie outside), or scale them"
+                f"they are pixels of the screen: set `coordinates: {{offset: [{offset[0]:.0f}, "
+                f"{offset[1]:.0f}]}}` in the preset ({moved} then lie outside), or of another size "
+                "of the photos: scale them"
             )
-        raise ValueError(
-            f"own photos: {path}: {out} of {len(xy)} points lie outside their photos. "
-            f"Likely {cause}"
-        )
-    pixels = Counter(
-        pixel
-        for values in points.values()
-        for pixel in {*map(tuple, values[np.isfinite(values).all(axis=1)].round())}
-    )
+        said = f"{out} of {len(xy)} points lie outside their photos. Likely {cause}"
+        raise ValueError(f"own photos: {path}: {said}")
+    pixels = Counter()
+    for values in points.values():
+        pixels.update({*map(tuple, values[np.isfinite(values).all(axis=1)].round())})
     (x, y), count = pixels.most_common(1)[0]
     if count > len(points) / 2 and len(points) >= ENOUGH[1]:
         warnings.warn(
@@ -225,11 +211,7 @@ def check_coordinates(
 
 
 def _split(place: Path) -> str:
-    """The split of a photo by the folder it lies in; ``""`` where no folder names a split.
-
-    Raises:
-        ValueError: a folder looks like a split, such as test2014 or cats/test, but is none.
-    """
+    """The split of a photo by its folder, or ``""``; an error for test2014, cats/test and such."""
     folders = place.parts[:-1]
     if folders and (split := SPLIT_NAMES.get(folders[0].lower())):
         return split
@@ -237,9 +219,8 @@ def _split(place: Path) -> str:
         words = re.findall("[a-z]+", folder.lower())
         if any(re.sub("(set|data|images|photos)$", "", word) in SPLIT_NAMES for word in words):
             raise ValueError(
-                f"own photos: the folder {folder!r} of {place} looks like a split, but splits are "
-                f"folders directly in the folder of photos, named {', '.join(SPLIT_NAMES)}: rename "
-                "or move it"
+                f"own photos: the folder {folder!r} of {place} looks like a split: splits lie "
+                f"directly in the folder of photos, as {', '.join(SPLIT_NAMES)}; rename or move it"
             )
     return ""
 
@@ -294,12 +275,10 @@ def _read_lists(
 
 def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a list, as dictionaries with the columns that there are; x, y as numbers."""
-    content, number = path.read_bytes(), 1
-    lines = _decoded(content).splitlines(keepends=True)
-    while lines and lines[0].lstrip().startswith("#"):
-        lines, number = lines[1:], number + 1
-    separator = max(",;\t", key=(lines or [""])[0].count)
-    reader = csv.reader(lines, delimiter=separator, skipinitialspace=True)
+    lines = _decoded(path.read_bytes()).splitlines(keepends=True)
+    body = list(dropwhile(lambda line: line.lstrip().startswith("#"), lines))
+    separator = max(",;\t", key=(body or [""])[0].count)
+    reader = csv.reader(body, delimiter=separator, skipinitialspace=True)
     try:
         columns = [name.strip().lower() for name in next(reader, [])]
         _check_columns(path, columns)
@@ -319,18 +298,16 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 row["x"] = row["y"] = math.nan
             yield row
     except (ValueError, csv.Error) as error:
-        line = number + max(reader.line_num, 1) - 1
+        line = len(lines) - len(body) + max(reader.line_num, 1)
         raise ValueError(f"{path}, line {line}: {error}") from error
 
 
 def _decoded(content: bytes) -> str:
     """The text of a file in UTF-8, in UTF-16 as Excel writes it, or in Windows' Latin-1."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return content.decode("utf-16")
-    try:
-        return content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return content.decode("cp1252", errors="replace")
+    wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    with contextlib.suppress(UnicodeDecodeError):
+        return content.decode("utf-16" if wide else "utf-8-sig")
+    return content.decode("cp1252", errors="replace")
 
 
 def _number(text: str, separator: str) -> float:
@@ -343,26 +320,21 @@ def _number(text: str, separator: str) -> float:
 def _check_columns(path: Path, columns: list[str]) -> None:
     """Refuse a list without a needed column, or with one twice; warn of those that are not used."""
     used = (*COLUMNS, *OPTIONAL)
+    unused = [name for name in columns if name and name not in used]
     near = [
         f"is {name!r} the {known!r}?"
-        for name in columns
+        for name in unused
         for known, pattern in NEAR.items()
-        if name not in used and known not in columns and re.search(pattern, name)
+        if known not in columns and re.search(pattern, name)
     ]
     hint = f"; {' '.join(near)} Rename it" if near else ""
-    if any(columns.count(name) != 1 for name in COLUMNS) or any(
-        columns.count(name) > 1 for name in OPTIONAL
-    ):
-        raise ValueError(
-            f"columns {columns}: give each of {', '.join(COLUMNS)} once, and "
-            f"{' and '.join(OPTIONAL)} at most once{hint}"
-        )
-    if unused := [name for name in columns if name and name not in used]:
-        warnings.warn(
-            f"own photos: {path}: columns {files.named(unused)} are not used; the names are "
-            f"{', '.join(used)}{hint}",
-            stacklevel=2,
-        )
+    counts = Counter(columns)
+    if any(counts[name] != 1 for name in COLUMNS) or any(counts[name] > 1 for name in OPTIONAL):
+        once = f"give {', '.join(COLUMNS)} once, {' and '.join(OPTIONAL)} at most once"
+        raise ValueError(f"columns {columns}: {once}{hint}")
+    if unused:
+        said = f"columns {files.named(unused)} are not used; the names are {', '.join(used)}{hint}"
+        warnings.warn(f"own photos: {path}: {said}", stacklevel=2)
 
 
 SPEC = DatasetSpec(
@@ -373,6 +345,6 @@ SPEC = DatasetSpec(
     val=0.1,
     test=0.2,
     own=True,
-    parts=("images", *PARTS.values(), PER_OBSERVER),
+    parts=("images", *PARTS),
     by_hand="place images/ and fixations.csv, fixations/, fixation_maps/ or density_maps/",
 )

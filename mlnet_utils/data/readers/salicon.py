@@ -28,7 +28,6 @@ def read_salicon_mat(root: str | Path, edition: str, points: str = "fixations") 
     in the files are 1-based x, y.
 
     Args:
-        root: folder with the above.
         edition: ``"2015"`` or ``"2017"``.
         points: ``"fixations"``, which were detected, or ``"location"``, all mouse samples.
 
@@ -96,17 +95,11 @@ def read_salicon_json(root: str | Path) -> list[Photo]:
 def fit_sigma(photos: list[Photo], root: str | Path) -> float:
     """The blur that turns the fixations into the published maps; for 2017 nobody states it.
 
-    Args:
-        photos: records with fixations and density maps; a few dozen are enough.
-        root: what their paths are relative to.
-
-    Returns:
-        The sigma of 2 to 60 pixels, to 0.05, whose densities correlate best with the maps on
-        average.
+    It is the sigma of 2 to 60 pixels, to 0.05, by which densities correlate best with the maps on
+    average. A few dozen ``photos`` are enough, with paths below ``root``.
 
     Raises:
-        ValueError: no photo has both fixations and a map, or a map is damaged, of another size
-            than its photo, or the same everywhere.
+        ValueError: no photo has fixations and a map, or see :meth:`Photo.read_density`.
     """
     from scipy.optimize import minimize_scalar
 
@@ -142,16 +135,12 @@ def _workers(path: Path, edition: str, points: str, size: tuple[int, int]) -> li
         # As floats, since 1 less than 0 would wrap around in the files' unsigned integers.
         workers = [_pairs(getattr(worker, points)) - 1 for worker in values["gaze"].ravel()]
     if (width, height) != size:
-        raise ValueError(
-            f"{path} is of a photo of {width}x{height}, but the photo is {size[0]}x{size[1]}: get "
-            "the original of both"
-        )
+        sizes = f"{width}x{height}, but the photo is {size[0]}x{size[1]}"
+        raise ValueError(f"{path} is of a photo of {sizes}: get the original of both")
     # The editions store workers along different axes, which tells them apart.
     if {"2015": rows, "2017": columns}[edition] > 1:
-        raise ValueError(
-            f"{path} is not of SALICON's {edition} edition: it holds {rows}x{columns} workers; "
-            "the editions' fixations differ and must not be mixed"
-        )
+        said = f"it holds {rows}x{columns} workers; the editions must not be mixed"
+        raise ValueError(f"{path} is not of SALICON's {edition} edition: {said}")
     return workers
 
 
