@@ -27,6 +27,10 @@ def test_folders_prefer_the_argument_then_the_variable(monkeypatch, tmp_path):
     monkeypatch.delenv("MLNET_RUNS")
     assert runtime.data_root() == runtime.checkout_root() / "data"
     assert runtime.run_dir("", "osie") == runtime.checkout_root() / "runs" / "osie"
+    monkeypatch.setattr(runtime, "checkout_root", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    assert runtime.data_root() == tmp_path / "data"
+    assert runtime.run_dir("", "tiny") == tmp_path / "runs" / "tiny"
 
 
 def test_presets_of_one_file_name_do_not_share_a_run_folder(tmp_path, monkeypatch):
@@ -45,15 +49,6 @@ def test_presets_of_one_file_name_do_not_share_a_run_folder(tmp_path, monkeypatc
     assert runtime.run_dir(tmp_path / "other", first) == tmp_path / "other"
     second.unlink()
     assert runtime.run_dir("", first) == tmp_path / "runs/my"
-
-
-def test_without_a_checkout_folders_are_the_working_folder_s(monkeypatch, tmp_path):
-    monkeypatch.delenv("MLNET_DATA", raising=False)
-    monkeypatch.delenv("MLNET_RUNS", raising=False)
-    monkeypatch.setattr(runtime, "checkout_root", lambda: None)
-    monkeypatch.chdir(tmp_path)
-    assert runtime.data_root() == tmp_path / "data"
-    assert runtime.run_dir("", "tiny") == tmp_path / "runs" / "tiny"
 
 
 def test_display_path_hides_where_the_machine_keeps_things(monkeypatch, tmp_path):
@@ -269,12 +264,9 @@ def test_progress_prints_lines_for_long_loops_only(monkeypatch, capsys):
     assert captured.err == ""
 
 
-def test_progress_is_silent_in_short_loops_and_takes_generators(capsys):
+def test_progress_is_silent_in_short_loops_and_a_bar_on_a_terminal(monkeypatch, capsys):
     assert list(runtime.progress((i for i in range(3)), "short")) == [0, 1, 2]
     assert capsys.readouterr() == ("", "")
-
-
-def test_progress_is_a_bar_on_a_terminal(monkeypatch, capsys):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     assert list(runtime.progress(range(2), "bar")) == [0, 1]
     captured = capsys.readouterr()

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from miniatures import save_mat, save_osie, save_photo, truncate
+from miniatures import save_mat, save_photo, truncate
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -19,9 +19,7 @@ from mlnet_utils.data.readers.files import (
 # ---- pairing -----------------------------------------------------------------------------------
 def test_stems_must_be_unique(tmp_path):
     files = [tmp_path / name for name in ("b.jpg", "a_x.png", "a_x.jpg")]
-    with pytest.raises(
-        ValueError, match=r"1 stems belong to several files, such as .*a_x.jpg' and"
-    ):
+    with pytest.raises(ValueError, match=r"1 stems belong to several .*a_x.jpg' and"):
         by_stem(files, "set")
     assert list(by_stem(files[:2], "set", strip="_x")) == ["a", "b"]
 
@@ -64,20 +62,6 @@ def test_mat_files_without_variables(tmp_path):
         load_mat(save_mat(tmp_path / "x.mat"), "gaze", "image")
 
 
-def test_damaged_mat_files_are_always_our_error(tmp_path):
-    path = save_osie(tmp_path, {"1.jpg": [([1.0], [1.0], [1])] * 5})
-    rng, content = np.random.default_rng(0), path.read_bytes()
-    for trial in range(60):
-        damaged = bytearray(content)
-        if trial % 2:
-            damaged = damaged[: rng.integers(len(damaged))]
-        else:
-            damaged[rng.integers(128, len(damaged))] ^= int(rng.integers(1, 256))
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"fixations.mat"):
-            load_mat(path, "fixations")
-
-
 # ---- fixation maps -----------------------------------------------------------------------------
 SIZE = (200, 100)
 POINTS = [(0, 0), (199, 99), (50, 40), (51, 40), (120, 3)]
@@ -110,11 +94,8 @@ def test_maps_give_their_points_back(tmp_path, suffix):
 def test_maps_that_count(tmp_path, suffix):
     values = fixation_map(POINTS) // 255
     values[50, 60:63] = 9, 4, 2  # half of the maximum would leave one pixel of these
-    scale = 255 if suffix == ".mat" else 1
-    points = fixated_pixels(
-        save_map(tmp_path / f"map{suffix}", values.astype(int) * scale if scale > 1 else values),
-        SIZE,
-    )
+    values = values.astype(int) * 255 if suffix == ".mat" else values  # which is divided
+    points = fixated_pixels(save_map(tmp_path / f"map{suffix}", values), SIZE)
     assert len(points) == len(POINTS) + 15
     assert (points == (61, 50)).all(axis=1).sum() == 4
 

@@ -23,8 +23,6 @@ SIZES = [(600, 800), (480, 640), (100, 800), (800, 100), (333, 501), (501, 333),
 
 
 # ---- letterbox ---------------------------------------------------------------------------------
-
-
 @given(st.integers(1, 3000), st.integers(1, 3000), st.integers(4, 80), st.integers(4, 80))
 @settings(max_examples=200, deadline=None)
 def test_the_content_fits_and_touches_two_sides(height, width, rows, columns):
@@ -80,12 +78,7 @@ def test_unletterbox_is_the_exact_inverse(height, width, stride):
     """
     box = Letterbox(height, width, 480, 640)
     x, y = grid_coordinates(box, stride)
-    maps = torch.stack(
-        [
-            torch.from_numpy(x).expand(len(y), -1),
-            torch.from_numpy(y)[:, None].expand(-1, len(x)),
-        ]
-    )
+    maps = torch.from_numpy(np.stack(np.meshgrid(x, y)))
     back = unletterbox(maps, box)
     assert back.shape == (2, height, width)
     # Beside the photo's edge there is no cell centre further out to interpolate with.
@@ -93,10 +86,9 @@ def test_unletterbox_is_the_exact_inverse(height, width, stride):
     edge = int(np.ceil(stride / 2 * scale)) + 1
     assert min(height, width) > 2 * edge
     rows, columns = slice(edge, height - edge), slice(edge, width - edge)
-    expected_x = torch.arange(width, dtype=torch.float64).expand(height, -1)
-    expected_y = torch.arange(height, dtype=torch.float64)[:, None].expand(-1, width)
-    torch.testing.assert_close(back[0, rows, columns], expected_x[rows, columns])
-    torch.testing.assert_close(back[1, rows, columns], expected_y[rows, columns])
+    expected = np.stack(np.meshgrid(np.arange(width), np.arange(height))).astype(float)
+    expected = torch.from_numpy(expected[:, rows, columns])
+    torch.testing.assert_close(back[:, rows, columns], expected)
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -110,14 +102,6 @@ def test_unletterbox_never_reads_the_padding(height, width):
     torch.testing.assert_close(weights, torch.ones(1, height, width))
 
 
-def test_unletterbox_stays_inside_the_range_of_the_map():
-    maps = torch.rand(2, 4, 5)
-    back = unletterbox(maps, Letterbox(75, 61, 32, 40))
-    assert (back.shape, back.dtype) == ((2, 75, 61), maps.dtype)
-    assert back.min() >= maps.min()
-    assert back.max() <= maps.max()
-
-
 # ---- fixations ---------------------------------------------------------------------------------
 def test_pixels_are_those_whose_centre_is_nearest():
     points = np.array([[0.0, 0.49], [-0.5, 0.5], [2.499, 1.5], [7.4, 2.6]])
@@ -125,10 +109,9 @@ def test_pixels_are_those_whose_centre_is_nearest():
 
 
 def test_inside_uses_pixels_and_survives_odd_values():
-    points = np.array(
-        [[-0.5, 0], [-0.51, 0], [7.49, 3], [7.5, 3], [np.nan, 1], [np.inf, 1], [1e30, 0]]
-    )
-    assert inside(points, 4, 8).tolist() == [True, False, True, False, False, False, False]
+    assert inside([[-0.5, 0], [7.49, 3]], 4, 8).all()
+    outside = [[-0.51, 0], [7.5, 3], [np.nan, 1], [np.inf, 1], [1e30, 0]]
+    assert not inside(outside, 4, 8).any()
     assert inside(np.zeros((0, 2)), 4, 8).tolist() == []
 
 

@@ -1,7 +1,6 @@
 """Decoding: every kind of photo that people have, and every kind of broken file."""
 
 import os
-import random
 import struct
 import sys
 from pathlib import Path
@@ -175,21 +174,21 @@ def test_an_exif_that_cannot_be_written_again_still_turns_the_photo(tmp_path):
     assert read_image(tmp_path / "x.jpg").shape == (3, 50, 40)
 
 
-def test_whatever_a_reader_raises_names_the_file(tmp_path, monkeypatch):
-    def fails(*_, **options):
-        raise struct.error("required argument is not an integer")
+@pytest.mark.parametrize("error", [struct.error("not an integer"), MemoryError()])
+def test_whatever_a_reader_raises_names_the_file(tmp_path, monkeypatch, error):
+    def fails(*_):
+        raise error
 
-    saved(tmp_path, colourful(), "x.png")
-    monkeypatch.setattr(Image, "open", fails)
-    with pytest.raises(ValueError, match=r"x.png' .*required argument"):
+    assert not ImageFile.LOAD_TRUNCATED_IMAGES
+    colourful().save(tmp_path / "x.png")
+    monkeypatch.setattr(Image.Image, "load", fails)
+    with pytest.raises(ValueError, match=rf"x\.png' cannot be read \({type(error).__name__}"):
         read_image(tmp_path / "x.png")
 
 
 def test_first_frame_of_an_animation(tmp_path):
-    frames = [Image.new("RGB", (40, 40), "black")] * 2
-    pixels = saved(
-        tmp_path, Image.new("RGB", (40, 40), "white"), "x.webp", save_all=True, append_images=frames
-    )
+    white, black = (Image.new("RGB", (40, 40), colour) for colour in ("white", "black"))
+    pixels = saved(tmp_path, white, "x.webp", save_all=True, append_images=[black] * 2)
     assert pixels.shape == (3, 40, 40)
     assert pixels.min() > 240
 
@@ -205,46 +204,9 @@ def test_a_bomb_is_refused(tmp_path, monkeypatch):
         read_image(tmp_path / "x.png")
 
 
-@pytest.mark.parametrize("content", [b"", b"text", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n"])
-def test_files_that_are_no_photos(tmp_path, content):
+def test_a_folder_is_no_photo(tmp_path):
     with pytest.raises(ValueError, match="folder"):
         read_image(tmp_path)
-
-    (tmp_path / "x.jpg").write_bytes(content)
-    with pytest.raises(ValueError, match=r"x.jpg' cannot be read"):
-        read_image(tmp_path / "x.jpg")
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(
-    ("name", "mode"),
-    [("x.jpg", "RGB"), ("x.jpg", "CMYK"), ("x.png", "RGB"), ("x.png", "P"), ("x.webp", "RGBA"),
-     ("x.tif", "RGB"), ("x.gif", "P"), ("x.bmp", "RGB")],
-)  # fmt: skip
-def test_damage_anywhere_is_a_photo_or_a_value_error(tmp_path, name, mode):
-    assert not ImageFile.LOAD_TRUNCATED_IMAGES
-    exif = Image.Exif()
-    exif[ROTATION] = 6
-    options = {"exif": exif} if name.endswith(("jpg", "png", "webp")) else {}
-    colourful().convert(mode).save(tmp_path / name, **options)
-    whole = (tmp_path / name).read_bytes()
-    rng = random.Random(0)
-    broken = tmp_path / f"broken_{name}"
-    messages = []
-    for attempt in range(60):
-        content = bytearray(whole)
-        for _ in range(rng.randrange(1, 12)):  # mostly in the header, where it hurts most
-            end = len(content) if attempt % 3 else min(200, len(content))
-            content[rng.randrange(end)] = rng.randrange(256)
-        if attempt % 4 == 0:
-            del content[rng.randrange(1, len(content)) :]
-        broken.write_bytes(content)
-        try:
-            assert read_image(broken).shape[0] == 3
-        except ValueError as error:
-            messages.append(str(error))
-    assert len(messages) > 5
-    assert all(broken.name in message for message in messages)
 
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
@@ -280,16 +242,6 @@ def test_what_is_no_file_is_an_error_and_not_a_wait(tmp_path):
             with pytest.raises((FileNotFoundError, ValueError), match=f"{path.name}' "):
                 read(path)
     assert len(visible_files(tmp_path)) == 3
-
-
-def test_too_little_memory_is_an_error_that_names_the_photo(tmp_path, monkeypatch):
-    def fails(*_):
-        raise MemoryError
-
-    colourful().save(tmp_path / "x.png")
-    monkeypatch.setattr(Image.Image, "load", fails)
-    with pytest.raises(ValueError, match=r"x\.png' cannot be read \(MemoryError"):
-        read_image(tmp_path / "x.png")
 
 
 def test_linked_folders_are_followed_once(tmp_path):

@@ -63,7 +63,7 @@ def test_augmentation_depends_on_seed_epoch_and_photo_only(tiny_photos):
 def test_the_cache_changes_nothing(tiny_photos):
     dataset = make_dataset(tiny_photos, cache=True, augment=True, flip=0.5)
     before = [dataset[(0, i)] for i in range(10)]
-    assert len(dataset.images) == 10
+    assert len(dataset.images) == len(dataset.truths) == 10
     assert all(same(dataset[(0, i)], before[i]) for i in range(10))
 
 

@@ -12,12 +12,7 @@ from miniatures import cells, save_mat, save_osie, save_photo, truncate
 from scipy.io import loadmat
 from scipy.ndimage import gaussian_filter
 
-from mlnet_utils.data.geometry import (
-    Letterbox,
-    density_from_points,
-    density_on_grid,
-    pixel_indices,
-)
+from mlnet_utils.data.geometry import Letterbox, density_from_points, density_on_grid
 from mlnet_utils.data.preparation import prepare, split_photos
 from mlnet_utils.data.readers import DATASETS, dataset_spec
 from mlnet_utils.data.readers.osie import read_osie
@@ -41,7 +36,7 @@ def test_osie_is_read_as_published(osie):
     assert (first.stem, first.image) == ("1001", "data/stimuli/1001.jpg")
     assert (first.width, first.height, first.split) == (800, 600, "")
     # The authors' 1-based pixel is round(x): 0-based, that is the nearest pixel of x - 1.
-    assert pixel_indices(first.fixations).tolist() == [[0, 0], [799, 599], [400, 299]]
+    assert np.floor(first.fixations + 0.5).tolist() == [[0, 0], [799, 599], [400, 299]]
     assert first.observers.tolist() == [0, 0, 1]
     assert first.durations.tolist() == [200, 300, 150]
     assert first.fixations.dtype == np.float32

@@ -61,12 +61,9 @@ def test_folds_test_every_photo_once():
 
 
 def test_impossible_splits_are_errors():
-    with pytest.raises(ValueError, match=r"5 validation and 5 test photos out of 10"):
-        hash_split(OSIE_LIKE[:10], 5, 5)
-    with pytest.raises(ValueError, match=r"fold=3 of 4 photos"):
-        fold_split(OSIE_LIKE[:4], 3)
-    with pytest.raises(ValueError, match=r"fold=5 of 700 photos"):
-        fold_split(OSIE_LIKE, 5)
+    for photos, fold in ((OSIE_LIKE[:4], 3), (OSIE_LIKE, 5)):
+        with pytest.raises(ValueError, match=rf"fold={fold} of {len(photos)} photos"):
+            fold_split(photos, fold)
     with pytest.raises(ValueError, match=r"unknown dataset 'ossie': use one of .*osie"):
         dataset_spec("ossie")
 
@@ -75,9 +72,10 @@ def split_of(photos, n_val=0.1, n_test=0.2, fold=-1):
     return split_photos(photos, "folder", n_val, n_test, fold)
 
 
-def test_every_split_of_few_photos_has_one():
-    assert Counter(p.split for p in split_of(OSIE_LIKE[:4])) == {"train": 2, "val": 1, "test": 1}
-    assert Counter(p.split for p in split_of(OSIE_LIKE[:3])) == {"train": 1, "val": 1, "test": 1}
+@pytest.mark.parametrize("n", [3, 4])
+def test_every_split_of_few_photos_has_one(n):
+    counts = Counter(photo.split for photo in split_of(OSIE_LIKE[:n]))
+    assert counts == {"train": n - 2, "val": 1, "test": 1}
     with pytest.raises(ValueError, match="cannot take 1 validation and 1 test photos out of 2"):
         split_of(OSIE_LIKE[:2])
 
@@ -162,14 +160,6 @@ def test_changed_sources_are_prepared_again_unless_something_was_trained_on_them
         ensure(config, root, data)
 
 
-def test_a_split_of_the_files_own_is_kept(tmp_path):
-    for split in SPLITS:
-        save_photo(tmp_path / f"folder/images/{split}/{split}.png")
-    (tmp_path / "folder/fixations.csv").write_text("image,x,y\ntrain,1,1\nval,1,1\ntest,1,1\n")
-    meta = prepare(tiny_config(dataset="folder", sigma=5.0), tmp_path, tmp_path / "run").meta
-    assert meta["photos"] == {"train": 1, "val": 1, "test": 1}
-
-
 def test_maps_alone_serve_losses_that_need_no_points(tmp_path):
     save_photo(tmp_path / "folder/images/train/a.png")
     save_map(tmp_path / "folder/density_maps/a.png")
@@ -178,9 +168,7 @@ def test_maps_alone_serve_losses_that_need_no_points(tmp_path):
     (photo,) = prepared.photos
     assert (photo.density, prepared.meta["fixations"]) == ("density_maps/a.png", 0)
     for loss in ("kl + 0.1*nss", "ce"):
-        with pytest.raises(
-            ValueError, match=r"1 photos .* e.g. a, and loss=.* needs fixations; use"
-        ):
+        with pytest.raises(ValueError, match=r"1 photos .* e.g. a, and loss=.* needs fixations"):
             prepare(replace(config, loss=loss), tmp_path, tmp_path / "run")
 
 
@@ -212,10 +200,7 @@ def test_the_sample_has_no_folds_and_its_maps_are_checked(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"dataset": "osie"},
-            r"dataset=osie \(prepared: synthetic\), sigma=24.0 \(prepared: 8.0\)",
-        ),
+        ({"dataset": "osie"}, r"dataset=osie \(prepared: synthetic\), sigma=24.0 \(prepared: 8"),
         ({"fold": 2}, r"fold=2 \(prepared: -1\)"),
         ({"limit": 5}, r"limit=5 \(prepared: 12\)"),
         ({"train_limit": 5}, r"train_limit=5 \(prepared: 0\)"),
@@ -238,16 +223,6 @@ def test_a_dataset_that_is_absent_says_how_to_get_it(name, tmp_path):
     first = name.partition("+")[0]
     with pytest.raises(FileNotFoundError, match=rf"download {first}|own photos: .*does not exist"):
         prepare(tiny_config(dataset=name, sigma=5.0), tmp_path, tmp_path / "run")
-
-
-@pytest.mark.realdata
-def test_osie_is_what_was_counted(real_data, tmp_path):
-    prepared = prepare(tiny_config(dataset="osie", limit=0), real_data, tmp_path)
-    photos, meta = prepared.photos, prepared.meta
-    assert meta["photos"] == {"train": 500, "val": 50, "test": 150}
-    assert meta["fixations"] + meta["dropped_outside"] == 98321
-    assert sorted(len(photo.fixations) for photo in photos)[350] in range(135, 146)
-    assert {(photo.width, photo.height) for photo in photos} == {(800, 600)}
 
 
 def test_two_processes_prepare_a_folder_once(tmp_path, monkeypatch):

@@ -51,15 +51,6 @@ def test_the_mean_log_likelihood_is_the_negative_entropy():
     assert -np.log(scene.density[y, x]).mean() == pytest.approx(entropy, rel=0.01)
 
 
-def test_odd_items_attract_more_than_the_others():
-    scene = stimulus(7)
-    odd, others = scene.salience[: scene.n_odd], scene.salience[scene.n_odd :]
-    assert odd.min() > 3 * others.max()
-    x, y = pixel_indices(scene.centres).clip(0).T
-    at_items = scene.density[y.clip(max=239), x.clip(max=319)]
-    assert at_items[: scene.n_odd].mean() > 2 * at_items[scene.n_odd :].mean()
-
-
 @pytest.fixture(scope="module")
 def gaze():
     """Observers of many fixations on a scene, and the distances (N, 2) to the nearest odd item."""
