@@ -79,7 +79,7 @@ def run_dir(value: str | Path = "", preset: str = "sample") -> Path:
     """
     if str(value):
         return chosen_folder(value)
-    folder = default_run_dir(preset)
+    folder = runs_root() / Path(preset).stem
     note, path = folder / "preset.txt", Path(preset).resolve()
     content = path.read_bytes() if path.suffix in (".yaml", ".yml") and path.is_file() else b""
     before = Path(note.read_text(encoding="utf-8").strip()) if note.is_file() else path
@@ -91,17 +91,8 @@ def run_dir(value: str | Path = "", preset: str = "sample") -> Path:
     return folder
 
 
-def default_run_dir(preset: str | Path) -> Path:
-    """The folder of a preset's run where none is chosen."""
-    return _runs() / Path(preset).stem
-
-
-def feature_root() -> Path:
-    """Folder of cached features, shared by all runs: ``$MLNET_RUNS/features``, else ``runs/``."""
-    return _runs() / "features"
-
-
-def _runs() -> Path:
+def runs_root() -> Path:
+    """Folder of the runs and of the ``features`` that they share: ``$MLNET_RUNS`` or ``runs/``."""
     base = os.environ.get("MLNET_RUNS", "")
     return Path(base).expanduser() if base else (checkout_root() or Path.cwd()) / "runs"
 

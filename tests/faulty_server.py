@@ -2,8 +2,6 @@
 
 import contextlib
 import re
-import socket
-import struct
 import sys
 import threading
 from dataclasses import dataclass, field
@@ -21,12 +19,8 @@ class Served:
     ranges: bool = True  # answer Range with 206
     etag: str = '"1"'
     cuts: list[int] = field(default_factory=list)  # bytes after which each request is cut off
-    reset: bool = False  # cut off with a reset instead of an end
     stalls: int = 0  # requests that hang first
-    announce: int | None = None  # a false Content-Length
     chunked: bool = False  # no Content-Length at all
-    errors: list[int] = field(default_factory=list)  # status codes answered first
-    span: str = ""  # a false Content-Range
     requests: list[dict] = field(default_factory=list)  # headers of every request
 
 
@@ -42,9 +36,6 @@ class _Handler(BaseHTTPRequestHandler):
         if served.stalls:
             served.stalls -= 1
             self.server.closing.wait(STALL)
-        if served.errors:
-            self.send_error(served.errors.pop(0))
-            return
         start = self._start(served)
         if start > len(served.content) or (start and start == len(served.content)):
             self.send_error(416)
@@ -53,25 +44,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         if start:
             whole = f"bytes {start}-{len(served.content) - 1}/{len(served.content)}"
-            self.send_header("Content-Range", served.span or whole)
+            self.send_header("Content-Range", whole)
         self.send_header("Content-Type", "application/octet-stream")
         self.send_header("ETag", served.etag)
         if served.chunked:
             self.send_header("Connection", "close")
         else:
-            length = len(body) if served.announce is None else served.announce - start
-            self.send_header("Content-Length", str(length))
+            self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         cut = served.cuts.pop(0) if served.cuts else None
         with contextlib.suppress(ConnectionError):  # clients may refuse a file by its headers
             self.wfile.write(body if cut is None else body[:cut])
-        if cut is not None or served.announce is not None or served.chunked:
+        if cut is not None or served.chunked:
             self.close_connection = True
-            self.wfile.flush()
-            if served.reset:  # linger 0: the kernel answers with RST
-                linger = struct.pack("ii", 1, 0)
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
-                self.connection.close()
 
     def _start(self, served) -> int:
         asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -209,9 +210,7 @@ def test_determinism_switch_works_both_ways(monkeypatch):
 
 
 def test_versions_name_what_decides_the_numbers():
-    found = runtime.versions()
-    assert {"python", "torch", "timm", "numpy", "device"} <= set(found)
-    assert found["torch"] == torch.__version__.split("+")[0] or found["torch"] == torch.__version__
+    assert {"python", "torch", "timm", "numpy", "device"} <= set(runtime.versions())
 
 
 def test_cpu_count_respects_the_affinity(monkeypatch):
@@ -241,17 +240,12 @@ def test_a_second_ctrl_c_acts_at_once_but_a_second_sigterm_does_not():
 
 
 def test_outside_the_main_thread_signals_are_left_alone():
-    before = signal.getsignal(signal.SIGINT)
-
-    def enter(found):
+    def handler():
         with runtime.StopSignals():
-            found.append(signal.getsignal(signal.SIGINT))
+            return signal.getsignal(signal.SIGINT)
 
-    found = []
-    thread = threading.Thread(target=enter, args=(found,))
-    thread.start()
-    thread.join()
-    assert found == [before]
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(handler).result() is signal.getsignal(signal.SIGINT)
 
 
 # ---- progress ----------------------------------------------------------------------------------

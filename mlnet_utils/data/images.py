@@ -131,8 +131,7 @@ def orientation(image: Image.Image) -> int:
 def to_upright(image: Image.Image) -> Image.Transpose | None:
     """Decode a photo; the turn that makes it upright, None = it is.
 
-    Pillow's ``exif_transpose`` would also write the EXIF anew, which fails where any other of its
-    entries is damaged.
+    Pillow's ``exif_transpose`` would write the EXIF anew, and fail for damage anywhere in it.
     """
     image.load()  # which turns a TIFF, and then there is no orientation any more
     return _UPRIGHT.get(orientation(image))
@@ -142,11 +141,8 @@ def read_image(path: str | Path, upright: bool = True) -> Tensor:
     """Decode a photo: (3, H, W) uint8 RGB, alpha over white.
 
     ``upright`` applies the rotation that the camera noted (EXIF); False keeps the pixels as they
-    are stored, as the evaluators of benchmarks read them.
-
-    Raises:
-        ValueError: the file is not a readable image.
-        FileNotFoundError: there is no such file.
+    are stored, as the evaluators of benchmarks read them. A FileNotFoundError, or a ValueError for
+    a file that is not a readable image.
     """
     with reading(path, "a photo"), open_image(path) as image:
         return decode(image, upright)

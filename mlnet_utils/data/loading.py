@@ -37,13 +37,10 @@ class SaliencyDataset(Dataset):
     def __getitem__(self, key: tuple[int, int] | int) -> dict[str, Tensor]:
         """A photo with its ground truth on the grid of (h, w) cells.
 
-        Returns:
-            ``image`` (3, height, width) uint8, or ``features`` (C, h, w) where these are cached;
-            ``density`` (1, h, w) float32 that sums to 1; ``fixations`` (1, h, w) float32, counts;
-            ``index``, the photo's place in ``photos``.
-
-        Raises:
-            FileNotFoundError, ValueError: a file is missing, damaged, or has changed its size.
+        ``image`` (3, height, width) uint8, or ``features`` (C, h, w) where these are cached;
+        ``density`` (1, h, w) float32 that sums to 1; ``fixations`` (1, h, w) float32, counts;
+        ``index``, the photo's place in ``photos``. Raises a FileNotFoundError or ValueError for a
+        file that is missing, damaged, or has changed its size.
         """
         epoch, index = key if isinstance(key, tuple) else (0, key)
         rng = np.random.default_rng([self.config.seed, epoch, index])

@@ -137,9 +137,8 @@ class Photo:
     def read_density(self, root: str | Path) -> Tensor:
         """(H, W) float64 that sums to 1: the photo's density map, which lies below ``root``.
 
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the map is damaged, no density, or of another size than the photo.
+        Raises a FileNotFoundError, or a ValueError where it is damaged, no density, or of another
+        size than the photo.
         """
         path = Path(root) / self.density
         density = read_density(path)
@@ -245,8 +244,7 @@ class Prepared:
     def write(self) -> None:
         """Write the folder; ``meta.json`` last, so that its presence means complete.
 
-        Raises:
-            ValueError: there are no photos, or two share a stem.
+        A ValueError where there are no photos, or two share a stem.
         """
         if not self.photos:
             raise ValueError(f"there are no photos to write into {self.folder}: add some")

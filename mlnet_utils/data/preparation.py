@@ -13,6 +13,7 @@ from mlnet_utils.config import Config
 from mlnet_utils.data import synthetic
 from mlnet_utils.data.photos import MADE_BY, SPLITS, Photo, Prepared, StaleError, fingerprints
 from mlnet_utils.data.readers import DATASETS, dataset_spec
+from mlnet_utils.data.readers.spec import DatasetSpec
 from mlnet_utils.runtime import locked, read_json, versions
 
 NEEDS_POINTS = re.compile(r"\b(ce|nss)\b")  # losses that a density map cannot serve
@@ -61,7 +62,7 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
         sources = fingerprints(source, parts)  # before they are read: a change meanwhile shows
         more = {"coordinates": config.coordinates} if spec.own else {}
         photos = _joined(spec.joins, source) if spec.joins else spec.read(source, **more)
-        photos = split_photos(photos, spec.name, spec.val, spec.test, config.fold)
+        photos = split_photos(photos, spec, config.fold)
         if config.limit:
             photos = first(photos, config.limit, SPLITS)
         unseen = [p.stem for p in photos if p.split != "test" and not len(p.fixations)]
@@ -109,11 +110,8 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
 def ensure(config: Config, data_root: Path, folder: Path) -> Prepared:
     """The prepared folder, made where it is missing or its sources have changed since.
 
-    It is not made again where something was trained on it, in ``checkpoints`` beside it.
-
-    Raises:
-        FileNotFoundError, ValueError: see :func:`prepare` and :func:`check_same_data`.
-        StaleError: the sources have changed, and something was trained on them.
+    Raises the errors of :func:`prepare` and :func:`check_same_data`, and a StaleError where the
+    sources have changed and something was trained on them, in ``checkpoints`` beside the folder.
     """
     with locked(folder):
         if (folder / "meta.json").is_file():
@@ -131,7 +129,7 @@ def _joined(names: Iterable[str], root: Path) -> list[Photo]:
     """All photos of the first dataset, and the others' training photos with their own sigma."""
     photos = []
     for spec in map(dataset_spec, names):
-        read = split_photos(spec.read(root / spec.folder), spec.name, spec.val, spec.test, -1)
+        read = split_photos(spec.read(root / spec.folder), spec)
         sigma = spec.sigma if photos else 0.0
         photos += [
             replace(photo, image=f"{spec.folder}/{photo.image}", sigma=sigma)
@@ -192,28 +190,25 @@ def fold_split(photos: list[Photo], fold: int) -> list[Photo]:
     return [replace(photo, split=names.get(place[photo.stem], "train")) for photo in photos]
 
 
-def split_photos(
-    photos: list[Photo], name: str, n_val: float, n_test: float, fold: int
-) -> list[Photo]:
+def split_photos(photos: list[Photo], spec: DatasetSpec, fold: int = -1) -> list[Photo]:
     """Give every photo of a dataset its split: its own, that of the published rule, or a fold's.
 
-    ``n_val`` and ``n_test`` are photos of the rule, below 1 a share of all; ``n_test`` is 0 for
-    datasets with a split of their own. ``fold`` is 0 to 4, or -1 for the split or the rule.
-
-    Raises:
-        ValueError: some photos have a split and others none, a fold is asked of photos that have
-            their split, or there are too few photos for the rule.
+    ``fold`` is 0 to 4, or -1 for the split or the rule. A ValueError where some photos have a split
+    and others none, where a fold is asked of photos that have theirs, or for too few photos.
     """
     unsplit = [photo.stem for photo in photos if not photo.split]
-    if not n_test or len(unsplit) < len(photos):
-        _refuse_fold(fold, name)
-        if n_test and unsplit:
+    if not spec.test or len(unsplit) < len(photos):
+        _refuse_fold(fold, spec.name)
+        if spec.test and unsplit:
             lone = f"{len(unsplit)} photos are in none of the folders {', '.join(SPLITS)}"
-            raise ValueError(f"{name}: {lone}, e.g. {unsplit[0]}, while others are: move them in")
+            raise ValueError(
+                f"{spec.name}: {lone}, e.g. {unsplit[0]}, while others are: move them in"
+            )
         return photos
     if fold >= 0:
         return fold_split(photos, fold)
-    counts = (max(1, round(n * len(photos))) if n < 1 else int(n) for n in (n_val, n_test))
+    shares = (spec.val, spec.test)
+    counts = (max(1, round(n * len(photos))) if n < 1 else int(n) for n in shares)
     return hash_split(photos, *counts)
 
 

@@ -1,15 +1,14 @@
 """Stimuli made from a seed whose fixation density is KNOWN: the embedded sample.
 
-A scene is a textured ground with many similar items. A few differ from the rest in colour,
-orientation, size or luminance, and therefore "pop out" (Treisman & Gelade 1980, feature integration
-theory; Itti, Koch & Niebur 1998 model saliency by the same contrasts). The density is a mixture of
-Gaussians: on every odd item, weighted by its difference, weak ones on the other items, a centre
-bias, and a uniform floor.
+A scene is a textured ground with many similar items. A few differ in colour, orientation, size or
+luminance, and "pop out" (Treisman & Gelade 1980; Itti, Koch & Niebur 1998). The density is a
+mixture of Gaussians: on every odd item, weighted by its difference, weak ones on the other items, a
+centre bias, and a uniform floor.
 
 Simulated observers differ in their mixture weights, drawn around the common ones, and in a constant
 offset of their gaze, to which scatter is added. Both deviations have the population values as their
-mean, and points that leave the photo are folded back at its border. The density is therefore the
-*exact* expected distribution of fixations, and the best attainable value of every metric is known.
+mean, and points that leave the photo are folded back. The density is therefore the *exact* expected
+distribution of fixations, and the best attainable value of every metric is known.
 """
 
 from dataclasses import dataclass
@@ -102,11 +101,7 @@ def make_stimulus(rng: np.random.Generator) -> Stimulus:
 def draw_fixations(
     stimulus: Stimulus, rng: np.random.Generator, observers: int = OBSERVERS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Let simulated observers look at a scene.
-
-    Returns:
-        (N, 2) float32 x, y inside the photo, and (N,) int16 observers.
-    """
+    """Let simulated observers look: (N, 2) float32 x, y inside the photo, (N,) int16 observers."""
     size = np.array([WIDTH, HEIGHT])
     item_share = stimulus.salience / stimulus.salience.sum()
     weights = np.where(np.arange(len(item_share)) < stimulus.n_odd, item_share, 0)
@@ -136,16 +131,9 @@ def draw_fixations(
 def write_sample(folder: str | Path, counts: dict[str, int], seed: int = 2016) -> list[Photo]:
     """Make the sample: ``folder/images/*.png`` and the true ``folder/densities/*.npz``.
 
-    The scene with a given split and number is the same whatever else is made. Existing files are
-    replaced.
-
-    Args:
-        folder: written to.
-        counts: photos per split, e.g. ``{"train": 480, "val": 60, "test": 100}``.
-        seed: of the whole sample.
-
-    Returns:
-        One record per photo, with fixations, observers and the path of the true density.
+    ``counts`` are photos per split, each with its record in the result: fixations, observers, the
+    path of the true density. The scene with a given seed, split and number is the same whatever
+    else is made. Existing files are replaced.
     """
     folder = Path(folder)
     for name in ("images", "densities"):

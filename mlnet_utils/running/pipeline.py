@@ -86,12 +86,10 @@ def reproduce(
     ended: it is not repeated because a notebook or the package changed, only with ``force`` or
     other backbone weights. A second call for the same folder waits for the first.
 
-    Args:
-        preset, run_dir, data_root: as the notebooks' ``PRESET``, ``RUN_DIR`` and ``DATA_ROOT``.
-        parameters: further notebook parameters; text is converted to the type of the notebook's
-            own value, so that values from a command line need no quoting.
-        force: run unchanged stages too, from their beginning: the folder they would go on with
-            is kept beside itself, as ``checkpoints.before``, ``checkpoints.before1`` and so on.
+    ``preset``, ``run_dir`` and ``data_root`` are the notebooks' parameters of these names;
+    ``parameters`` further ones, text in the type of the notebook's own value, so that a command
+    line needs no quoting. ``force`` runs unchanged stages too, from their beginning: the folder
+    they would go on with is kept beside itself, as ``checkpoints.before``, ``.before1`` and so on.
 
     Raises:
         ValueError: unknown preset or parameter, or a value of the wrong type (nothing has run).
@@ -108,7 +106,7 @@ def reproduce(
     # Folders that a notebook finds by itself are not injected: they would only put this machine's
     # paths into the executed copies.
     own = {"PRESET": str(preset)}
-    if folder.resolve() != runtime.default_run_dir(preset).resolve():
+    if folder.resolve() != (runtime.runs_root() / Path(preset).stem).resolve():
         own["RUN_DIR"] = str(folder.resolve())
     if raw != runtime.data_root().resolve():
         own["DATA_ROOT"] = str(raw)
@@ -217,10 +215,7 @@ def _sources(stages: Sequence[Stage]) -> dict[str, Path]:
 def _injections(
     sources: Mapping[str, Path], own: Mapping[str, str], extra: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
-    """Per notebook, the parameters that differ from the notebook's own values.
-
-    papermill itself only warns about unknown parameters and goes on with the defaults.
-    """
+    """Per notebook, the parameters that differ from its own; papermill would ignore new names."""
     defaults = {name: notebooks.parameters_of(path) for name, path in sources.items()}
     for name, known in defaults.items():
         if missing := set(OWN_PARAMETERS) - set(known):

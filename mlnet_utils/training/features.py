@@ -24,11 +24,11 @@ from mlnet_utils.data.photos import Photo
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.runtime import (
     atomic_path,
-    feature_root,
     locked,
     progress,
     reading,
     remove_temporaries,
+    runs_root,
 )
 
 BATCH = 8
@@ -87,7 +87,7 @@ class FeatureCache:
 
     def __init__(self, model: MLNet, config: Config, precision: str):
         channels = model.backbone.channels
-        self.folder = feature_root() / backbone_key(model, config, precision)
+        self.folder = runs_root() / "features" / backbone_key(model, config, precision)
         self.shape = (sum(channels), *config.grid)
         self.first_used = sum(channels[: -config.levels])  # the deepest levels, which come last
 

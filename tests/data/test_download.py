@@ -3,7 +3,6 @@
 import hashlib
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,9 +49,8 @@ def server(monkeypatch):
 def sources(server, monkeypatch):
     """Two editions of a dataset ``tiny``: points over HTTP, photos of both from a "Drive"."""
     photos = Archive("photos.zip", "images", BOTH, drive="photos", md5=md5(PHOTOS))
-    points = Archive(
-        "points-1.zip", "points", BOTH, url=server.url("points.zip"), published="points.zip"
-    )
+    place = {"url": server.url("points.zip"), "published": "points.zip"}
+    points = Archive("points-1.zip", "points", BOTH, **place)
     made = {
         "tiny": spec("tiny", points, photos),
         "other": spec("other", Archive("p.zip", "p", ("train",), md5=md5(b"other")), photos),
@@ -158,7 +156,7 @@ def test_a_second_run_goes_on_where_the_first_gave_up(server, sources, tmp_path,
     assert served.requests[-1]["Range"] > "bytes=1"
 
 
-@pytest.mark.parametrize("fault", ["no ranges", "shorter", "garbled", "changed"])
+@pytest.mark.parametrize("fault", ["no ranges", "shorter", "changed"])
 def test_a_server_that_cannot_go_on_starts_anew(server, sources, tmp_path, monkeypatch, fault):
     served = server.files["photos"]
     served.cuts = [2_000_000]
@@ -168,9 +166,7 @@ def test_a_server_that_cannot_go_on_starts_anew(server, sources, tmp_path, monke
         monkeypatch.setattr(download, "RETRIES", 0)
         with pytest.raises(TransferError):
             acquire("tiny", tmp_path)
-    if fault == "garbled":
-        served.span = "bytes 0-9/10"
-    elif fault == "shorter":  # the part is longer than the file now
+    if fault == "shorter":  # the part is longer than the file now
         server.files["photos"] = Served(POINTS, etag='"2"')
         change(sources, 1, md5="")
     elif fault == "changed":  # what came is not spliced with what comes
@@ -185,12 +181,9 @@ def test_a_server_that_cannot_go_on_starts_anew(server, sources, tmp_path, monke
 
 # ---- faults: an error that names the file and the remedy, and nothing looks complete -------------
 FAULTS = {
-    "404": ({"errors": [404]}, "404"),
-    "503": ({"errors": [503]}, "503"),
+    "404": (None, "404"),
     "cut": ({"cuts": [10, 0, 0, 0]}, "received"),
-    "reset": ({"cuts": [10] * 4, "reset": True}, ""),
     "stalls": ({"stalls": 4}, "timed out"),
-    "wrong length": ({"announce": len(POINTS) + 5}, "announced"),
     "web page": ({"content": PAGE}, "web page"),
     "damaged": ({"content": POINTS[:100]}, "points-1.zip"),
 }
@@ -200,7 +193,7 @@ FAULTS = {
 def test_faults(server, sources, tmp_path, monkeypatch, fault):
     monkeypatch.setattr(download, "TIMEOUT", 0.1)
     spoiled, said = FAULTS[fault]
-    server.files["points.zip"] = Served(**{"content": POINTS, **spoiled})
+    server.files["points.zip"] = spoiled and Served(**{"content": POINTS, **spoiled})
     with pytest.raises((TransferError, ArchiveError)) as caught:
         acquire("tiny", tmp_path)
     for words in (said, "points.zip in", "archives/points-1.zip", "tiny --from points.zip"):
@@ -238,7 +231,6 @@ def test_the_transfer_is_reported(server, sources, tmp_path, monkeypatch, capsys
     monkeypatch.setattr("mlnet_utils.runtime.time.monotonic", lambda: next(clock))
     acquire("tiny", tmp_path)
     assert "downloading photos.zip: 2 blocks of 0.5 MB" in capsys.readouterr().out
-    assert not sys.stderr.isatty()
 
 
 # ---- the table of sources ----------------------------------------------------------------------

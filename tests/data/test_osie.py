@@ -169,7 +169,7 @@ def test_osie_is_what_was_counted(photos):
 @pytest.mark.realdata
 def test_eyecrowd_is_what_was_counted(real_data):
     spec = dataset_spec("eyecrowd")
-    photos = split_photos(spec.read(real_data / "eyecrowd"), spec.name, spec.val, spec.test, -1)
+    photos = split_photos(spec.read(real_data / "eyecrowd"), spec)
     counts = [len(photo.fixations) for photo in photos]
     assert (len(photos), sum(counts), min(counts), max(counts)) == (500, 126348, 206, 301)
     assert sum(photo.dropped for photo in photos) == 0

@@ -161,13 +161,6 @@ def test_photos_without_fixations_durations_or_observers(tmp_path):
     assert [(row["fixations"], row["observers"]) for row in rows] == [(0, 0), (1, 0)]
 
 
-def test_splits(run_folder):
-    prepared = Prepared.read(run_folder / "data")
-    assert [photo.stem for photo in prepared.split("val")] == [f"val{i}" for i in range(5)]
-    with pytest.raises(ValueError, match=r"no dev photos"):
-        prepared.split("dev")
-
-
 def test_stems_must_be_unique_and_photos_there(tmp_path):
     twins = [Photo("same", "a/same.png", 9, 7), Photo("same", "b/same.png", 9, 7)]
     with pytest.raises(ValueError, match=r"same"):
@@ -266,6 +259,8 @@ def test_a_split_without_truth_is_not_scored(tmp_path):
     ]
     prepared = Prepared(tmp_path, photos, {})
     assert prepared.scored_split == "val"
+    with pytest.raises(ValueError, match=r"no dev photos"):
+        prepared.split("dev")
     assert [photo.stem for photo in prepared.with_truth("val")] == ["a"]
     with pytest.raises(ValueError, match=r"1 of the 1 test photos .* evaluate the split 'val'"):
         prepared.with_truth("test")

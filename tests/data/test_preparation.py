@@ -69,7 +69,7 @@ def test_impossible_splits_are_errors():
 
 
 def split_of(photos, n_val=0.1, n_test=0.2, fold=-1):
-    return split_photos(photos, "folder", n_val, n_test, fold)
+    return split_photos(photos, DatasetSpec("folder", "", "", val=n_val, test=n_test), fold)
 
 
 @pytest.mark.parametrize("n", [3, 4])

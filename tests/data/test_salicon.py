@@ -233,15 +233,15 @@ def test_json_that_does_not_cover_the_photos(example):
 
 
 # ---- the real example --------------------------------------------------------------------------
-@pytest.fixture(scope="module")
-def real(real_data):
-    root = real_data / "salicon_examples"
-    return read_salicon_json(root), root
-
-
 @pytest.mark.realdata
-def test_the_real_example_is_what_was_counted(real):
-    photos, _ = real
+def test_the_real_example_is_what_was_counted(real_data):
+    """Coordinates that were swapped, flipped or shifted would not find contrast.
+
+    The local contrast under the fixations is compared with that under the same fixations mirrored:
+    on all but a few photos the true ones win.
+    """
+    root = real_data / "salicon_examples"
+    photos = read_salicon_json(root)
     assert len(photos) == 10
     assert {photo.split for photo in photos} == {"train"}
     assert {(photo.width, photo.height) for photo in photos} == {(640, 480)}
@@ -253,16 +253,6 @@ def test_the_real_example_is_what_was_counted(real):
     # 1-based rows 1..480 and columns 1..640: as 0-based x, y they span the photo exactly.
     assert points.min(0).tolist() == [0, 0]
     assert points.max(0).tolist() == [639, 479]
-
-
-@pytest.mark.realdata
-def test_people_look_at_what_differs_from_its_surround(real):
-    """Coordinates that were swapped, flipped or shifted would not find contrast.
-
-    The share of local contrast under the fixations is compared with that under the same
-    fixations mirrored: on all but a few photos the true ones win.
-    """
-    photos, root = real
     wins = 0
     for photo in photos:
         with Image.open(root / photo.image) as image:

@@ -32,13 +32,10 @@ def test_notebook(path, check):
 
 
 # ---- every check fires -------------------------------------------------------------------------
-def text_output(text):
-    return nbformat.v4.new_output("stream", name="stdout", text=text)
-
-
-def code(source, count, outputs=(), **metadata):
+def code(source, count, printed=None, **metadata):
+    outputs = [nbformat.v4.new_output("stream", name="stdout", text=printed)] if printed else []
     return nbformat.v4.new_code_cell(
-        source, execution_count=count, outputs=list(outputs), metadata=metadata
+        source, execution_count=count, outputs=outputs, metadata=metadata
     )
 
 
@@ -63,8 +60,8 @@ def good(tmp_path):
             title,
             code(COLAB_CELL, 1),
             code(PARAMETERS, 2, tags=["parameters"]),
-            code("def double(x):\n    return 2 * x", 3, [text_output("runs/sample/metrics.json")]),
-            code("double(2)", 4, [text_output("4")]),
+            code("def double(x):\n    return 2 * x", 3, "runs/sample/metrics.json"),
+            code("double(2)", 4, "4"),
             end,
         ],
         metadata={"kernelspec": KERNEL, "language_info": {"name": "python"}},

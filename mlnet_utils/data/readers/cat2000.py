@@ -22,10 +22,8 @@ def read_cat2000(root: str | Path) -> list[Photo]:
 
     Numbers repeat across categories, so the stem is ``<category>_<number>``. ``fixLocs`` marks
     fixated pixels; observers are only in ``allFixData.mat``, an object that only MATLAB reads.
-
-    Raises:
-        FileNotFoundError: a part of the layout is missing.
-        ValueError: photos and maps that do not pair, damaged files, maps of another size.
+    A FileNotFoundError where a part of the layout is missing; a ValueError where photos and maps do
+    not pair, or are damaged or of another size.
     """
     root = Path(root)
     stimuli = files.need(root / "trainSet" / "Stimuli", "cat2000")

@@ -117,13 +117,10 @@ def fixated_pixels(path: Path, size: tuple[int, int], variable: str = "") -> np.
     to single white pixels. Other files are exact: they hold 0 and one other value, or counts, and
     then a pixel is returned as often as it was fixated.
 
-    Args:
-        path: a picture, ``.npy`` or ``.mat``; in the last, ``variable`` or the only matrix.
-        size: width and height of the photo.
-
-    Raises:
-        ValueError: the map is unreadable, not one matrix, of another size, not finite, or blurred,
-            which would make every metric that needs fixations wrong without a sign.
+    ``path`` is a picture, ``.npy`` or ``.mat`` (``variable`` in it, or the only matrix), ``size``
+    the width and height of the photo. Raises a ValueError where the map is unreadable, not one
+    matrix, of another size, not finite, or blurred, which would make every metric that needs
+    fixations wrong without a sign.
     """
     with reading(path, "a map of fixated pixels, one matrix"):
         if path.suffix.lower() == ".npy":

@@ -30,10 +30,8 @@ def read_mit1003(root: str | Path) -> list[Photo]:
     1003 photos with a longest side of 1024, 15 observers, 3 s. With ``DATA`` the fixations come
     with observers, order and durations, and the first of each, which the fixation cross caused,
     is left out as the authors do; otherwise the pixels marked in ``*_fixPts.jpg`` are taken.
-
-    Raises:
-        FileNotFoundError: a part of the layout is missing.
-        ValueError: files that do not pair, are damaged, or have another structure or size.
+    A FileNotFoundError where a part of the layout is missing; a ValueError where files do not pair,
+    are damaged, or have another structure or size.
     """
     root, recorded = Path(root), (Path(root) / "DATA").is_dir()
     paths = files.by_stem(files.need(root / "ALLSTIMULI", "mit1003").glob("*.jpeg"), "mit1003")

@@ -21,12 +21,8 @@ def read_osie(root: str | Path, dataset: str = "osie", size: tuple[int, int] = S
 
     The MATLAB coordinates are 1-based floats; the authors' pixel is ``round(x)``, so the 0-based
     coordinate is ``x - 1`` with pixel centres at integers. All photos have the ``size``, width and
-    height.
-
-    Raises:
-        FileNotFoundError: a part of the layout is missing.
-        ValueError: photos and fixation records that do not pair by name, another structure, or
-            a photo that is damaged or of another size.
+    height. A FileNotFoundError where a part of the layout is missing; a ValueError where photos and
+    records do not pair by name, have another structure or size, or are damaged.
     """
     root = Path(root)
     path = files.need(root / "data" / "eye" / "fixations.mat", dataset)

@@ -23,13 +23,10 @@ def read_salicon_mat(root: str | Path, edition: str, points: str = "fixations") 
     """SALICON's MATLAB files: ``images/<split>``, ``fixations-<edition>/<split>``.
 
     10,000 training and 5,000 validation photos of 640x480 with about 60 workers each, who looked
-    with the mouse, and 5,000 test photos with secret fixations. Density maps in
-    ``maps-<edition>/<split>``, where there are any, become the photos' ``density``. Coordinates
-    in the files are 1-based x, y.
-
-    Args:
-        edition: ``"2015"`` or ``"2017"``.
-        points: ``"fixations"``, which were detected, or ``"location"``, all mouse samples.
+    with the mouse, and 5,000 test photos with secret fixations; 1-based x, y. Density maps in
+    ``maps-<edition>/<split>``, where there are any, become the photos' ``density``. The
+    ``edition`` is ``"2015"`` or ``"2017"``; ``points`` are ``"fixations"``, which were detected, or
+    ``"location"``, all mouse samples.
 
     Raises:
         FileNotFoundError: a part of the layout is missing.
