@@ -127,9 +127,16 @@ def nothing_runs(monkeypatch):
     monkeypatch.setattr(pipeline.notebooks, "run_notebook", stop)
 
 
-def would_run(*arguments, **named):
-    with pytest.raises(NotebookError, match="would run"):
-        run(*arguments, **named)
+@pytest.fixture
+def would_run(finished, nothing_runs, capsys):
+    """Runs the finished project as far as a kernel would start; returns what it printed."""
+
+    def run_again(**named):
+        with pytest.raises(NotebookError, match="would run"):
+            run(finished, **named)
+        return capsys.readouterr().out
+
+    return run_again
 
 
 def configure(monkeypatch, **changes):
@@ -221,16 +228,15 @@ def lose(name):
     ],
 )
 def test_a_change_reruns_from_the_first_stage_it_concerns(
-    finished, nothing_runs, monkeypatch, capsys, change, reason
+    finished, would_run, monkeypatch, change, reason
 ):
     change(finished, monkeypatch)
-    would_run(finished)
-    assert reason in capsys.readouterr().out
+    assert reason in would_run()
 
 
 @pytest.mark.parametrize("room", ["data/geometry.py", "model/network.py", "config.py"])
 def test_a_changed_line_in_any_room_reruns_the_stages(
-    finished, nothing_runs, monkeypatch, tmp_path, capsys, room
+    finished, would_run, monkeypatch, tmp_path, capsys, room
 ):
     package = Path(pipeline.__file__).parents[1]
     other = shutil.copytree(package, tmp_path / "copy", ignore=shutil.ignore_patterns("weights"))
@@ -241,19 +247,18 @@ def test_a_changed_line_in_any_room_reruns_the_stages(
     assert "02_second: unchanged, skipped" in capsys.readouterr().out
     with open(other / room, "a", encoding="utf-8") as file:
         file.write("changed = True\n")
-    would_run(finished)
-    assert "01_first: running (changed: package)" in capsys.readouterr().out
+    assert "01_first: running (changed: package)" in would_run()
 
 
-def test_changed_sources_outside_the_run_folder_rerun_the_stage(finished, nothing_runs, capsys):
+def test_changed_sources_outside_the_run_folder_rerun_the_stage(would_run):
     stale = replace(FIRST, stale=lambda folder: f"{folder.name}.csv has changed")
-    would_run(finished, stages=(stale, SECOND))
-    assert "01_first: running (tiny.csv has changed)" in capsys.readouterr().out
+    said = would_run(stages=(stale, SECOND))
+    assert "01_first: running (tiny.csv has changed)" in said
 
 
-def test_other_parameters_rerun_the_stages(finished, nothing_runs, capsys):
-    would_run(finished, parameters={"EPOCHS": 1})
-    assert "01_first: running (changed: parameters)" in capsys.readouterr().out
+def test_other_parameters_rerun_the_stages(would_run):
+    said = would_run(parameters={"EPOCHS": 1})
+    assert "01_first: running (changed: parameters)" in said
 
 
 @pytest.mark.slow
@@ -270,17 +275,16 @@ def test_a_new_record_reruns_what_follows(finished, capfd):
 RESUMING = (Stage(FIRST.name, FIRST.outputs, resumes="data"),)
 
 
-def test_force_sets_aside_what_a_stage_would_go_on_with(finished, nothing_runs, capsys):
+def test_force_sets_aside_what_a_stage_would_go_on_with(finished, would_run):
     folder = finished / "runs/tiny"
     (folder / "data/half.txt").write_text("first")
-    would_run(finished, stages=RESUMING, force=True)
+    assert "01_first: running (forced)" in would_run(stages=RESUMING, force=True)
     assert (folder / "data.before/half.txt").read_text() == "first"
     assert not (folder / "data").exists()
-    assert "01_first: running (forced)" in capsys.readouterr().out
     for number in ("1", "2"):  # interrupted, and repeated
         (folder / "data").mkdir()
-        would_run(finished, stages=RESUMING)
-        would_run(finished, stages=RESUMING, force=True)
+        would_run(stages=RESUMING)
+        would_run(stages=RESUMING, force=True)
         assert (folder / "data.before/half.txt").read_text() == "first"
         assert not list((folder / f"data.before{number}").iterdir())
 
@@ -323,7 +327,7 @@ def test_a_killed_run_leaves_nothing_for_long(finished, monkeypatch):
     assert sorted(os.listdir(root)) == ["01_first.ipynb", "02_second.ipynb"]
 
 
-def test_other_backbone_weights_train_anew(finished, nothing_runs, monkeypatch, tmp_path, capsys):
+def test_other_backbone_weights_train_anew(finished, would_run, monkeypatch, tmp_path):
     folder, weights = finished / "runs/tiny", tmp_path / "weights.pth"
     configure(monkeypatch, backbone_weights="imagenet")
     monkeypatch.setenv("BACKBONE_WEIGHTS", str(weights))
@@ -333,8 +337,7 @@ def test_other_backbone_weights_train_anew(finished, nothing_runs, monkeypatch, 
     del unknown["01_first"]["inputs"]["backbone weights"]
     for noted, aside in ((unknown, False), (state, True)):
         (folder / "pipeline.json").write_text(json.dumps(noted))
-        would_run(finished, stages=RESUMING)
-        assert "(changed: preset, backbone weights)" in capsys.readouterr().out
+        assert "(changed: preset, backbone weights)" in would_run(stages=RESUMING)
         assert (folder / "data.before").exists() is aside
 
 
@@ -344,9 +347,9 @@ def test_a_missing_start_is_reported_before_anything_runs(finished, nothing_runs
         run(finished, stages=RESUMING)
 
 
-def test_a_changed_package_does_not_set_anything_aside(finished, nothing_runs, monkeypatch):
+def test_a_changed_package_does_not_set_anything_aside(finished, would_run, monkeypatch):
     change_version(finished, monkeypatch)
-    would_run(finished, stages=RESUMING)
+    would_run(stages=RESUMING)
     assert (finished / "runs/tiny/data/meta.json").is_file()
 
 

@@ -13,20 +13,13 @@ nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted([*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("results/*/notebooks/*.ipynb")])
-CHROMIUM = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), ""
-)
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+CHROMIUM = next(filter(None, map(shutil.which, BROWSERS)), "")
 WIDTHS = (390, 1280)  # a phone, a desktop
 FLAGS = (
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--virtual-time-budget=5000",
+    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+    *("--virtual-time-budget=5000", "--dump-dom"),
 )
 # Chromium's window is never narrower than 500 pixels; a frame is what it is told to be.
 FRAMES = """\
@@ -73,13 +66,7 @@ def measure(folder):
     pages = [(path.name, width) for path in sorted(folder.glob("*.html")) for width in WIDTHS]
     frames = folder / "frames.htm"
     frames.write_text(FRAMES.replace("PAGES", json.dumps(pages)), "utf-8")
-    command = [
-        CHROMIUM,
-        *FLAGS,
-        f"--user-data-dir={folder / 'profile'}",
-        "--dump-dom",
-        frames.as_uri(),
-    ]
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", frames.as_uri()]
     dom = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True).stdout
     measured = json.loads(re.search(r'<pre id="measured">(.*?)</pre>', dom, re.DOTALL)[1])
     assert len(measured) == len(pages)
