@@ -76,29 +76,24 @@ def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) ->
             raise ValueError(f"{path.name} is none of {name}'s archives: {expected}")
         given[names[path.name]] = path
     for archive in spec.archives:
-        with locked(folder / archive.into):
-            _acquire_archive(name, archive, folder, given.get(archive.name))
+        target, fetched = folder / archive.into, None
+        path = given.get(archive.name, folder / ARCHIVES / archive.name)
+        with locked(target):
+            if target.exists():
+                check_unpacked(target)
+                continue
+            try:
+                fetched = None if path.is_file() else _fetch(name, archive, path)
+                _check_archive(fetched or path, archive)
+                unpack(fetched or path, target, archive.holds, archive.known)
+            except ArchiveError as error:
+                if fetched is None:  # it is the user's
+                    raise
+                fetched.unlink()
+                raise ArchiveError(f"{error}; deleted. {_by_hand(name, archive, path)}") from error
+            if fetched:
+                fetched.replace(path)
     return folder
-
-
-def _acquire_archive(name: str, archive: Archive, folder: Path, given: Path | None) -> None:
-    """Fetch and unpack an archive, or compare with its record what was unpacked before."""
-    target = folder / archive.into
-    if target.exists():
-        check_unpacked(target)
-        return
-    path = given or folder / ARCHIVES / archive.name
-    fetched = None if path.is_file() else _fetch(name, archive, path)
-    try:
-        _check_archive(fetched or path, archive)
-        unpack(fetched or path, target, archive.holds, archive.known)
-    except ArchiveError as error:
-        if fetched is None:  # it is the user's
-            raise
-        fetched.unlink()
-        raise ArchiveError(f"{error}; deleted. {_by_hand(name, archive, path)}") from error
-    if fetched:
-        fetched.replace(path)
 
 
 # ---- fetching ----------------------------------------------------------------------------------

@@ -361,9 +361,8 @@ class Prepared:
 
 def fingerprints(root: Path, parts: Iterable[str]) -> dict[str, list]:
     """SHA-256, size and times of files, by path relative to ``root``, as are the ``parts`` read."""
-    names = sorted(_listed(root, parts))
     found = {}
-    for name in progress(names, "hashing files", unit="file"):
+    for name in progress(sorted(_listed(root, parts)), "hashing files", unit="file"):
         state = _state(root / name)  # first: a change while it is read shows in the next one
         found[name] = [sha256_file(root / name), *state]
     return found
@@ -371,10 +370,8 @@ def fingerprints(root: Path, parts: Iterable[str]) -> dict[str, list]:
 
 def _listed(root: Path, parts: Iterable[str]) -> set[str]:
     """Paths below ``root`` of the files of the parts that are there."""
-    paths = []
-    for part in parts:
-        below = visible_files(root / part, SOURCE_SUFFIXES)
-        paths += below if (root / part).is_dir() else [root / part]
+    there = [root / part for part in parts]
+    paths = [path for part in there for path in (part, *visible_files(part, SOURCE_SUFFIXES))]
     return {path.relative_to(root).as_posix() for path in paths if path.is_file()}
 
 

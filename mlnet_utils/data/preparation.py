@@ -82,14 +82,9 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
             warnings.warn(f"{spec.name}: no {split} photos; {needed}", stacklevel=3)
     used = {name for photo in photos for name in (photo.image, photo.density) if name}
     sources |= fingerprints(source, used - sources.keys())
-    photos = [
-        replace(
-            photo,
-            sha256=sources[photo.image][0],
-            density_sha256=sources[photo.density][0] if photo.density else "",
-        )
-        for photo in photos
-    ]
+    for photo in photos:
+        photo.sha256 = sources[photo.image][0]
+        photo.density_sha256 = sources[photo.density][0] if photo.density else ""
     meta = {
         "dataset": spec.name,
         "title": spec.title,

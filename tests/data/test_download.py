@@ -260,17 +260,6 @@ def test_the_fixations_are_those_published(real_data, name):
 README = (Path(__file__).parents[2] / "data/README.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize("archive", {a.name: a for _, a in ALL}.values(), ids=lambda a: a.name)
-def test_sources_are_documented(archive):
-    described = [line for line in README.splitlines() if f"`{archive.name}`" in line]
-    if archive.known or archive.name == "BenchmarkIMAGES.zip":  # described by their content
-        described = [README]
-    text = "\n".join(described)
-    assert archive.md5 in text
-    assert archive.drive in text
-    assert f"{archive.into}/" in README
-
-
 @pytest.mark.parametrize("name", SOURCES)
 def test_datasets_are_documented(name):
     assert f"`{name}`" in README

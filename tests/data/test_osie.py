@@ -6,13 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 from conftest import tiny_config
 from miniatures import cells, save_mat, save_osie, save_photo, truncate
 from scipy.io import loadmat
 from scipy.ndimage import gaussian_filter
 
-from mlnet_utils.data.geometry import Letterbox, density_from_points, density_on_grid
+from mlnet_utils.data.geometry import density_from_points
 from mlnet_utils.data.preparation import prepare, split_photos
 from mlnet_utils.data.readers import DATASETS, dataset_spec
 from mlnet_utils.data.readers.osie import read_osie
@@ -125,6 +124,8 @@ def test_two_datasets_are_trained_on_together(both):
         for name in ("osie+eyecrowd", "osie", "eyecrowd")
     )
     assert prepared.meta["photos"] == {"train": 14, "val": 1, "test": 2}
+    sigmas = {(photo.width, photo.sigma) for photo in prepared.photos}
+    assert (prepared.sigma, sigmas) == (24, {(800, 0), (1024, 26)})
     assert prepared.check() == []
     for split in ("val", "test"):
         stems, wanted = ([p.stem for p in data.split(split)] for data in (prepared, alone))
@@ -133,18 +134,6 @@ def test_two_datasets_are_trained_on_together(both):
     assert added == [photo.stem for photo in crowd.split("train")]
     with pytest.raises(ValueError, match=r"fold=0, but osie\+eyecrowd has its own split"):
         prepare(tiny_config(dataset="osie+eyecrowd", fold=0), both, both / "run")
-
-
-def test_each_dataset_keeps_its_sigma(both):
-    prepared = prepare(tiny_config(dataset="osie+eyecrowd"), both, both / "run")
-    assert prepared.sigma == 24
-    for photo in prepared.photos:
-        size, sigma = (photo.height, photo.width), 26.0 if photo.width == 1024 else 24.0
-        wanted = density_from_points(photo.fixations, *size, sigma)
-        assert torch.equal(prepared.density(photo), wanted)
-        box = Letterbox(*size, 48, 64)
-        wanted = density_on_grid(photo.fixations, box, (6, 8), sigma)
-        assert torch.equal(prepared.grid_density(photo, box, (6, 8)), wanted)
 
 
 # ---- the real data -----------------------------------------------------------------------------

@@ -95,12 +95,6 @@ def test_percent_of_photos():
     check_coordinates("list", {"a": (160, 120)}, points)
 
 
-def test_more_observers_than_can_be_told_apart(listed):
-    rows = [f"{stem},1,1,{n}" for stem in ("a", "b", "c.v2") for n in range(32_769)]
-    with pytest.raises(ValueError, match=r"photo a: 32,769 .* 32,768"):
-        listed("\n".join(["image,x,y,observer", *rows]))
-
-
 def test_fixation_maps(images, tmp_path):
     photos = read_folder(images, fixation_maps=make_maps(tmp_path / "maps"))
     assert [photo.fixations.tolist() for photo in photos] == [

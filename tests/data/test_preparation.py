@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 from conftest import SIGMA, tiny_config
-from miniatures import save_map, save_photo, save_salicon_mat
+from miniatures import save_map, save_photo
 
 from mlnet_utils.config import load_config
 from mlnet_utils.data import synthetic
-from mlnet_utils.data.photos import SPLITS, Photo, Prepared, StaleError
+from mlnet_utils.data.photos import Photo, Prepared, StaleError
 from mlnet_utils.data.preparation import (
     check_same_data,
     ensure,
@@ -170,21 +170,6 @@ def test_maps_alone_serve_losses_that_need_no_points(tmp_path):
     for loss in ("kl + 0.1*nss", "ce"):
         with pytest.raises(ValueError, match=r"1 photos .* e.g. a, and loss=.* needs fixations"):
             prepare(replace(config, loss=loss), tmp_path, tmp_path / "run")
-
-
-@pytest.mark.parametrize("edition", ["2015", "2017"])
-def test_the_edition_is_in_the_record(tmp_path, edition):
-    for split in SPLITS:
-        save_photo(tmp_path / f"salicon/images/{split}/{split}.jpg", 640, 480)
-        path = tmp_path / f"salicon/fixations-{edition}/{split}/{split}.mat"
-        if split != "test":
-            save_salicon_mat(path, [[(1, 1)], [(640, 480)]], edition)
-    config = tiny_config(dataset=f"salicon-{edition}")
-    meta = prepare(config, tmp_path, tmp_path / "run").meta
-    assert (meta["dataset"], meta["title"]) == (f"salicon-{edition}", f"SALICON {edition}")
-    assert (meta["photos"], meta["fixations"]) == ({"train": 1, "val": 1, "test": 1}, 4)
-    with pytest.raises(ValueError, match=rf"fold=0, but salicon-{edition} has its own split"):
-        prepare(replace(config, fold=0), tmp_path, tmp_path / "run")
 
 
 def test_the_sample_has_no_folds_and_its_maps_are_checked(tmp_path):

@@ -292,8 +292,10 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             row = dict(zip(columns, values, strict=False))
             if lacking := [name for name in COLUMNS if name not in row]:
                 raise ValueError(f"{', '.join(lacking)} missing: complete or remove the row")
-            for name in ("x", "y", "duration"):
-                row[name] = _number(row.get(name, ""), separator)
+            for name in ("x", "y", "duration"):  # with another separator a comma may be its point
+                text = row.get(name, "")
+                number = text if separator == "," else text.replace(",", ".")
+                row[name] = math.nan if text.lower() in LOST else float(number)
             if row["x"] == row["y"] == -1:  # lost gaze
                 row["x"] = row["y"] = math.nan
             yield row
@@ -308,13 +310,6 @@ def _decoded(content: bytes) -> str:
     with contextlib.suppress(UnicodeDecodeError):
         return content.decode("utf-16" if wide else "utf-8-sig")
     return content.decode("cp1252", errors="replace")
-
-
-def _number(text: str, separator: str) -> float:
-    """A number, NaN for all spellings of none; with another separator a comma may be its point."""
-    if text.lower() in LOST:
-        return math.nan
-    return float(text if separator == "," else text.replace(",", "."))
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:
