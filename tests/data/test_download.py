@@ -136,15 +136,6 @@ def test_wrong_arguments(sources, tmp_path):
 
 
 # ---- transfers that go on ----------------------------------------------------------------------
-def test_a_cut_transfer_goes_on_where_it_was_cut(server, sources, tmp_path):
-    served = server.files["photos"]
-    served.cuts = [2_000_000]
-    folder = acquire("tiny", tmp_path)
-    assert (folder / "archives/photos.zip").read_bytes() == PHOTOS
-    assert [request.get("Range", "") > "bytes=1" for request in served.requests] == [False, True]
-    assert names(folder / "archives") == ["photos.zip", "points-1.zip"]
-
-
 def test_a_second_run_goes_on_where_the_first_gave_up(server, sources, tmp_path, monkeypatch):
     served = server.files["photos"]
     served.cuts = [2_000_000]

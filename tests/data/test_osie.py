@@ -87,15 +87,11 @@ def subject(x, y, durations):
 
 
 STRUCTURES = {
-    "numbers": np.zeros((1, 3)),
-    "no subjects": cells([{"img": "1001.jpg"}]),
     "no durations": cells([record({"fix_x": np.ones(2), "fix_y": np.ones(2)})]),
-    "text": cells([record({"fix_x": "a", "fix_y": "b", "fix_duration": "c"})]),
     "lengths": cells([record(subject(3, 2, 2))]),
     # As many x as y in all, which must not pair across the subjects.
     "lengths that add up": cells([record(subject(3, 2, 2), subject(2, 3, 3))]),
     "two records": cells([record(subject(1, 1, 1))] * 2),
-    "no name": cells([{"img": "", "subjects": cells([])}]),
 }
 
 
