@@ -273,8 +273,8 @@ def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str,
     safetensors.torch.save_file(tensors, path, {**metadata, "digest": digest})
 
 
-def read_safetensors(path: Path, digest: str = "") -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and texts of a file; ``digest`` is that of a file that does not hold its own.
+def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and texts of a file, compared with the digest that :func:`save_safetensors` wrote.
 
     Raises:
         SafetensorError, ...: whatever safetensors raises; see :func:`reading`.
@@ -283,7 +283,7 @@ def read_safetensors(path: Path, digest: str = "") -> tuple[dict[str, Tensor], d
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    digest = metadata.pop("digest", digest)
+    digest = metadata.pop("digest", "")
     if digest and digest != content_digest({**metadata, "tensors": tensors}):
         raise ValueError("its content is not what was written")
     return tensors, metadata

@@ -40,8 +40,6 @@ ARCHITECTURE = (
 # Taken from the start unless they are set: the network works at any size.
 USUAL = ("height", "width", "channels_last")
 
-# Of the network that comes with the package, which was published before files held their digest.
-SHIPPED_DIGEST = "753662725af236fcbf58126e893ffe4142681383b24395c5a5abb9d59f400824"
 REMEDY = "get it again, or train again (notebook 02_training, `reproduce --force` if it ran before)"
 OTHER_RUN = "choose another run folder, or train anew with `reproduce --force`"
 
@@ -91,7 +89,7 @@ def save_published(path: str | Path, checkpoint: str | Path, card: dict[str, Any
 
 
 def _load_published(path: Path) -> dict[str, Any]:
-    weights, metadata = read_safetensors(path, SHIPPED_DIGEST if path == SHIPPED else "")
+    weights, metadata = read_safetensors(path)
     if metadata.get("format") != FORMAT:
         return {}
     weights = {k: v.float() if v.dtype == torch.half else v for k, v in weights.items()}
