@@ -17,12 +17,11 @@ from typing import Any
 from mlnet_utils import __version__, runtime
 from mlnet_utils.config import choices, load_config, preset_names
 
+Outcome = tuple[str, int]  # the report, which one process of a launch prints, and the exit code
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one verb; returns the exit code (0 done, 1 a reported failure, 2 wrong usage).
-
-    A verb returns its report, which one process of a launch prints, and the exit code.
-    """
+    """Run one verb; returns the exit code (0 done, 1 a reported failure, 2 wrong usage)."""
     options = parser().parse_args(arguments)
     words = sys.argv[1:] if arguments is None else arguments
     if isinstance(sys.stdout, io.TextIOWrapper):  # names on the disk may be no text
@@ -57,28 +56,30 @@ def parser() -> argparse.ArgumentParser:
     verbs = top.add_subparsers(required=True, metavar="VERB")
 
     # Options that several verbs share.
-    groups = [argparse.ArgumentParser(add_help=False) for _ in range(5)]
-    raw, run, study, network, benchmark = groups
-    raw.add_argument(
-        "--data-root", "--root", default="", help="raw datasets (default: $MLNET_DATA, data/)"
-    )
+    groups = [argparse.ArgumentParser(add_help=False) for _ in range(6)]
+    raw, run, stages, network, benchmark, changes = groups
+    text = "raw datasets (default: $MLNET_DATA, data/)"
+    raw.add_argument("--data-root", "--root", default="", help=text)
     presets = f"{', '.join(preset_names())}, or a YAML file"
     run.add_argument("--preset", default="sample", help=presets)
     run.add_argument("--run-dir", default="", help="default: runs/<preset>")
-    study.add_argument("--study", action="store_true", help="notebook 05, the ablation, too")
+    stages.add_argument("--study", action="store_true", help="notebook 05, the ablation, too")
     text = "a trained, imported or exported network (default: the one in the package)"
     network.add_argument("--checkpoint", type=Path, default=runtime.SHIPPED, help=text)
     benchmark.add_argument("--dataset", required=True, help="an unknown name lists the benchmarks")
     benchmark.add_argument("--split", default="test", help="test (default), or val where taken")
     benchmark.add_argument("--photos", default="", help="its photos, if not in the raw data")
-    pairs = {"action": "append", "default": [], "type": override, "metavar": "KEY=VALUE"}
+    several = {"action": "append", "default": []}
+    pairs = {**several, "type": override, "metavar": "KEY=VALUE"}
+    text = "change one key of the preset (repeatable)"
+    changes.add_argument("--set", dest="overrides", help=text, **pairs)
 
-    option = _verb(verbs, reproduce, run, raw, study)
+    option = _verb(verbs, reproduce, run, raw, stages)
     option("--force", action="store_true", help="rerun stages that are up to date")
-    two = {"action": "append", "default": [], "nargs": 2, "metavar": ("NAME", "VALUE")}
-    option("-p", dest="parameters", help="set a parameter of the notebooks (repeatable)", **two)
+    text = "set a parameter of the notebooks (repeatable)"
+    option("-p", dest="parameters", help=text, nargs=2, metavar=("NAME", "VALUE"), **several)
 
-    _verb(verbs, publish, run, raw, study)
+    _verb(verbs, publish, run, raw, stages)
 
     option = _verb(verbs, download, raw)
     option("name", help="a dataset; an unknown name lists them all")
@@ -87,14 +88,12 @@ def parser() -> argparse.ArgumentParser:
     option = _verb(verbs, prepare, run, raw)
     option("--check", action="store_true", help="re-verify prepared data instead")
 
-    option = _verb(verbs, train, run, raw)
-    option("--set", dest="overrides", help="change one key of the preset (repeatable)", **pairs)
+    _verb(verbs, train, run, raw, changes)
 
-    option = _verb(verbs, evaluate, run, raw)
+    option = _verb(verbs, evaluate, run, raw, changes)
     option("--checkpoint", type=Path, help="default: the run's checkpoints/best.pt")
     option("--split", choices=("val", "test"), default="", help="default: test, or val if secret")
     option("--protocol", choices=choices("protocol"), help="default: the preset's")
-    option("--set", dest="overrides", help="change one key of the preset (repeatable)", **pairs)
 
     option = _verb(verbs, sweep, raw)
     option("grid", type=Path, help="YAML: preset, seeds, split, common, cells")
@@ -133,12 +132,14 @@ def parser() -> argparse.ArgumentParser:
 
 def _verb(verbs, function: Callable, *shared: argparse.ArgumentParser) -> Callable:
     """Add a verb, described by its docstring; returns the method that adds its options."""
-    text = inspect.cleandoc(function.__doc__)
+    name = function.__name__.replace("_", "-")
+    summary, _, examples = inspect.cleandoc(function.__doc__).partition("\n\n")
+    examples = "".join(f"\n  %(prog)s {line}" for line in examples.splitlines())
     verb = verbs.add_parser(
-        function.__name__.replace("_", "-"),
+        name,
         parents=shared,
-        help=text.splitlines()[0].rstrip("."),
-        description=text,
+        help=summary.rstrip("."),
+        description=f"{summary}\n\nExamples:{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     verb.set_defaults(function=function)
@@ -156,14 +157,12 @@ def override(pair: str) -> tuple[str, Any]:
         return key, text
 
 
-# ---- verbs -------------------------------------------------------------------------------------
-def reproduce(options: argparse.Namespace) -> tuple[str, int]:
+# ---- verbs: the summary, then examples of what follows the verb ---------------------------------
+def reproduce(options: argparse.Namespace) -> Outcome:
     """Run all notebooks, data to figures.
 
-    Examples:
-        %(prog)s
-        %(prog)s --preset osie --data-root ~/data
-        %(prog)s --preset my.yaml --force
+    --preset osie --data-root ~/data
+    --preset my.yaml --force
     """
     from mlnet_utils.running import pipeline
 
@@ -173,34 +172,39 @@ def reproduce(options: argparse.Namespace) -> tuple[str, int]:
         data_root=options.data_root,
         parameters=dict(options.parameters),
         force=options.force,
-        stages=(*pipeline.STAGES, pipeline.STUDY) if options.study else pipeline.STAGES,
+        stages=_stages(options),
     )
-    from mlnet_utils.metrics.summary import score_table  # after the run: it imports torch
-
-    report = runtime.read_json(options.run_dir / "metrics.json", "notebook 03_evaluation")
-    return score_table(report), 0
+    return _scores(runtime.read_json(options.run_dir / "metrics.json", "notebook 03_evaluation"))
 
 
-def publish(options: argparse.Namespace) -> tuple[str, int]:
+def publish(options: argparse.Namespace) -> Outcome:
     """Copy a finished run's notebooks and figures here.
 
-    Examples:
-        %(prog)s --preset sample
-        %(prog)s --preset sample --study
+    --preset sample --study
     """
     from mlnet_utils.running import pipeline
 
-    stages = (*pipeline.STAGES, pipeline.STUDY) if options.study else pipeline.STAGES
-    files = pipeline.publish(options.run_dir, stages=stages)
+    files = pipeline.publish(options.run_dir, stages=_stages(options))
     return "\n".join(map(runtime.display_path, files)), 0
 
 
-def download(options: argparse.Namespace) -> tuple[str, int]:
+def _stages(options: argparse.Namespace) -> tuple[str, ...]:
+    from mlnet_utils.running import pipeline
+
+    return (*pipeline.STAGES, pipeline.STUDY) if options.study else pipeline.STAGES
+
+
+def _scores(report: dict) -> Outcome:
+    from mlnet_utils.metrics.summary import score_table  # it imports torch
+
+    return score_table(report), 0
+
+
+def download(options: argparse.Namespace) -> Outcome:
     """Fetch, verify and unpack a dataset.
 
-    Examples:
-        %(prog)s osie
-        %(prog)s salicon-2017 --root ~/data --from images.zip maps.zip
+    osie
+    salicon-2017 --root ~/data --from images.zip maps.zip
     """
     from mlnet_utils.data.download import acquire
 
@@ -208,12 +212,11 @@ def download(options: argparse.Namespace) -> tuple[str, int]:
     return f"{options.name} is complete in {runtime.display_path(folder)}", 0
 
 
-def prepare(options: argparse.Namespace) -> tuple[str, int]:
+def prepare(options: argparse.Namespace) -> Outcome:
     """Index a dataset (notebook 01 without the pictures).
 
-    Examples:
-        %(prog)s --preset osie
-        %(prog)s --preset osie --check
+    --preset osie
+    --preset osie --check
     """
     from mlnet_utils.data import photos, preparation
 
@@ -227,12 +230,10 @@ def prepare(options: argparse.Namespace) -> tuple[str, int]:
     return f"{prepared.describe()}, in {folder}", 0
 
 
-def train(options: argparse.Namespace) -> tuple[str, int]:
+def train(options: argparse.Namespace) -> Outcome:
     """Train, or continue a training, on prepared data.
 
-    Examples:
-        %(prog)s --preset sample
-        %(prog)s --preset osie --set epochs=4 --set lr=0.002
+    --preset osie --set epochs=4 --set lr=0.002
     """
     from mlnet_utils.data import preparation
     from mlnet_utils.training import trainer
@@ -246,30 +247,23 @@ def train(options: argparse.Namespace) -> tuple[str, int]:
     return f"{data.describe()}\ntrained {epochs} epochs; best checkpoint: {best}", 0
 
 
-def evaluate(options: argparse.Namespace) -> tuple[str, int]:
+def evaluate(options: argparse.Namespace) -> Outcome:
     """Score a trained network and the baselines.
 
-    Examples:
-        %(prog)s --preset sample
-        %(prog)s --preset osie --split val
+    --preset osie --split val
     """
-    from mlnet_utils.experiments.evaluation import evaluate as score
-    from mlnet_utils.metrics.summary import score_table
+    from mlnet_utils.experiments import evaluation
 
     config = load_config(options.preset, **dict(options.overrides))
-    report = score(
-        options.run_dir, options.checkpoint, options.split, options.protocol, config=config
-    )
-    return score_table(report), 0
+    what = (options.run_dir, options.checkpoint, options.split, options.protocol)
+    return _scores(evaluation.evaluate(*what, config=config))
 
 
-def sweep(options: argparse.Namespace) -> tuple[str, int]:
+def sweep(options: argparse.Namespace) -> Outcome:
     """Train a grid of configurations and seeds, in one table.
 
-    Examples:
-        %(prog)s grid.yaml
-        %(prog)s grid.yaml --workers 2 --plain
-        %(prog)s grid.yaml --cluster slurm --option slurm_partition=gpu
+    grid.yaml --workers 2 --plain
+    grid.yaml --cluster slurm --option slurm_partition=gpu
     """
     from mlnet_utils.experiments import sweep as sweeps
 
@@ -286,13 +280,12 @@ def sweep(options: argparse.Namespace) -> tuple[str, int]:
     return sweeps.summary(folder), 1 if failed else 0
 
 
-def predict(options: argparse.Namespace) -> tuple[str, int]:
+def predict(options: argparse.Namespace) -> Outcome:
     """Saliency maps for photos and folders of photos.
 
-    Examples:
-        %(prog)s photo.jpg
-        %(prog)s --out maps --overlay holiday/
-        %(prog)s --checkpoint best.pt --out maps --overlay --video clip.mp4
+    photo.jpg
+    --out maps --overlay holiday/
+    --checkpoint best.pt --out maps --overlay --video clip.mp4
     """
     how = {"overlay": options.overlay, "force": options.force}
     if options.video:
@@ -310,13 +303,11 @@ def predict(options: argparse.Namespace) -> tuple[str, int]:
     return result.summary(), 1 if result.failed else 0
 
 
-def export(options: argparse.Namespace) -> tuple[str, int]:
+def export(options: argparse.Namespace) -> Outcome:
     """Write a trained network for other runtimes.
 
-    Examples:
-        %(prog)s --checkpoint best.pt --out network.onnx
-        %(prog)s --checkpoint best.pt --out small.onnx --int8 holiday/
-        %(prog)s --checkpoint best.pt --out network.pt2 --format torch-export photo.jpg
+    --checkpoint best.pt --out small.onnx --int8 holiday/
+    --checkpoint best.pt --out network.pt2 --format torch-export photo.jpg
     """
     from mlnet_utils.predict.export import export as write
 
@@ -324,12 +315,11 @@ def export(options: argparse.Namespace) -> tuple[str, int]:
     return report.summary(), 0
 
 
-def submit(options: argparse.Namespace) -> tuple[str, int]:
+def submit(options: argparse.Namespace) -> Outcome:
     """Write the file that a public benchmark takes.
 
-    Examples:
-        %(prog)s --checkpoint best.pt --dataset salicon-2017 --split test --out maps.zip
-        %(prog)s --checkpoint best.pt --dataset mit300 --photos ~/mit300 --out maps.hdf5
+    --checkpoint best.pt --dataset salicon-2017 --split test --out maps.zip
+    --checkpoint best.pt --dataset mit300 --photos ~/mit300 --out maps.hdf5
     """
     from mlnet_utils.predict.submission import write_submission
 
@@ -339,12 +329,10 @@ def submit(options: argparse.Namespace) -> tuple[str, int]:
     return f"{where}: complete and valid for {options.dataset}, {options.split}", 0
 
 
-def check_submission(options: argparse.Namespace) -> tuple[str, int]:
+def check_submission(options: argparse.Namespace) -> Outcome:
     """Check anybody's benchmark file.
 
-    Examples:
-        %(prog)s maps.zip --dataset salicon-2017 --split test
-        %(prog)s maps.hdf5 --dataset mit300 --photos ~/mit300
+    maps.zip --dataset salicon-2017 --split test
     """
     from mlnet_utils.predict import submission
 
@@ -355,12 +343,11 @@ def check_submission(options: argparse.Namespace) -> tuple[str, int]:
     return report, 1 if problems else 0
 
 
-def import_weights(options: argparse.Namespace) -> tuple[str, int]:
+def import_weights(options: argparse.Namespace) -> Outcome:
     """Convert weights of earlier ML-Nets.
 
-    Examples:
-        %(prog)s mlnet_salicon_weights.pkl --out authors.pt
-        %(prog)s vgg16_weights.h5 --out vgg16.safetensors
+    mlnet_salicon_weights.pkl --out authors.pt
+    vgg16_weights.h5 --out vgg16.safetensors
     """
     from mlnet_utils.model import legacy
 

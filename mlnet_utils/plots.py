@@ -54,19 +54,13 @@ def plot_panels(rows: Sequence[Mapping[str, object]], width: float = 9.0) -> Fig
     """Rows of pictures: each row maps a title to a photo (H, W, 3), a map (H, W) or
     ``(photo, points)`` for fixations on a photo. A key ``"label"`` names the row."""
     titles = [title for title in rows[0] if title != "label"]
-    shapes = []  # rows may hold photos of different shapes
-    for row in rows:
-        first = row[titles[0]]
-        shapes.append(np.shape(first[0] if isinstance(first, tuple) else first))
+    firsts = [row[titles[0]] for row in rows]  # rows may hold photos of different shapes
+    shapes = [np.shape(first[0] if isinstance(first, tuple) else first) for first in firsts]
     heights = [width / len(titles) * shape[0] / shape[1] for shape in shapes]
-    figure, axes = plt.subplots(
-        len(rows),
-        len(titles),
-        figsize=(width, sum(heights) + TITLE_INCHES),
-        squeeze=False,
-        height_ratios=heights,
-        layout="compressed",  # pictures have shapes of their own: no gaps between them
-    )
+    options = {"figsize": (width, sum(heights) + TITLE_INCHES), "height_ratios": heights}
+    # Pictures have shapes of their own: no gaps between them.
+    options |= {"squeeze": False, "layout": "compressed"}
+    figure, axes = plt.subplots(len(rows), len(titles), **options)
     for line, row in zip(axes, rows, strict=True):
         for axis, title in zip(line, titles, strict=True):
             _draw(axis, row[title])
@@ -128,28 +122,28 @@ def plot_looks(
 ) -> Figure:
     """A photo four times: as it is, under its saliency map, with likely first looks, and cropped.
 
-    Args:
-        photo: (H, W, 3) uint8.
-        density: (H, W), non-negative.
-        looks: x, y, share and radius of each place, in pixels of the photo.
-        crop: left, top, right, bottom; the last two exclusive.
+    ``photo`` is (H, W, 3) uint8, ``density`` (H, W). A look is x, y, share and radius in pixels of
+    the photo; the crop is left, top, right, bottom, the last two exclusive.
     """
     left, top, right, bottom = crop
-    shape = photo.shape[0] / photo.shape[1]
-    figure, axes = _grid(4, 2, 9.0, 4.5 * shape + TITLE_INCHES, layout="compressed")
-    _draw(axes[0], photo)
-    _draw(axes[1], overlay(photo, density))
-    _draw(axes[2], photo)
+    kept = density[top:bottom, left:right].sum() / density.sum()
+    pictures = {
+        "photo": photo,
+        "saliency map": overlay(photo, density),
+        "likely first looks": photo,
+        f"crop with {kept:.0%} of the looks": photo[top:bottom, left:right],
+    }
+    height = 4.5 * photo.shape[0] / photo.shape[1] + TITLE_INCHES
+    figure, axes = _grid(4, 2, 9.0, height, layout="compressed")
+    for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
+        _draw(axis, picture)
+        axis.set_title(title)
     for x, y, share, radius in looks:
-        axes[2].add_patch(plt.Circle((x, y), radius, fill=False, color="black", linewidth=3))
-        axes[2].add_patch(plt.Circle((x, y), radius, fill=False, color="#ffd54a", linewidth=1.5))
+        for colour, width in (("black", 3), ("#ffd54a", 1.5)):
+            circle = plt.Circle((x, y), radius, fill=False, color=colour, linewidth=width)
+            axes[2].add_patch(circle)
         label = axes[2].text(x, y, f"{share:.0%}", ha="center", va="center", color="white")
         label.set_bbox({"facecolor": "black", "alpha": 0.6, "pad": 1.5, "linewidth": 0})
-    _draw(axes[3], photo[top:bottom, left:right])
-    kept = density[top:bottom, left:right].sum() / density.sum()
-    titles = ("photo", "saliency map", "likely first looks", f"crop with {kept:.0%} of the looks")
-    for axis, title in zip(axes, titles, strict=True):
-        axis.set_title(title)
     return figure
 
 
@@ -157,22 +151,22 @@ def plot_history(log: pd.DataFrame) -> Figure:
     """Learning curves: losses with the best epoch marked, validation scores, learning rate."""
     figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="tight")
     best = log.loc[log["val_loss"].idxmin(), "epoch"]
-    axes[0].plot(log["epoch"], log["train_loss"], marker="o", ms=3, label="train")
-    axes[0].plot(log["epoch"], log["val_loss"], marker="o", ms=3, label="validation")
+    twin, dots = axes[1].twinx(), {"marker": "o", "ms": 3}
+    axes[0].plot(log["epoch"], log["train_loss"], **dots, label="train")
+    axes[0].plot(log["epoch"], log["val_loss"], **dots, label="validation")
     axes[0].axvline(best, color="grey", lw=1, ls=":", label=f"best: epoch {best:.0f}")
-    axes[0].set(title="Loss", xlabel="epoch")
+    axes[0].set(title="Loss")
     axes[0].legend(fontsize="small")
-    axes[1].plot(log["epoch"], log["val_cc"], marker="o", ms=3, color="C2", label="CC")
-    axes[1].set(title="Validation scores", xlabel="epoch", ylabel="CC")
-    twin = axes[1].twinx()
-    twin.plot(log["epoch"], log["val_nss"], marker="s", ms=3, color="C3", label="NSS")
+    lines = axes[1].plot(log["epoch"], log["val_cc"], **dots, color="C2", label="CC")
+    lines += twin.plot(log["epoch"], log["val_nss"], marker="s", ms=3, color="C3", label="NSS")
+    axes[1].set(title="Validation scores", ylabel="CC")
+    axes[1].legend(handles=lines, fontsize="small", loc="lower right")
     twin.set_ylabel("NSS")
     twin.grid(False)
-    lines = axes[1].get_lines() + twin.get_lines()
-    axes[1].legend(lines, [line.get_label() for line in lines], fontsize="small", loc="lower right")
     axes[2].plot(log["epoch"], log["lr"], color="C4")
-    axes[2].set(title="Learning rate", xlabel="epoch", yscale="log")
+    axes[2].set(title="Learning rate", yscale="log")
     for axis in axes:
+        axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     return figure
 
@@ -229,8 +223,7 @@ def plot_distributions(scores: pd.DataFrame, metrics: Sequence[str], columns: in
 def plot_amounts(table: pd.DataFrame, metrics: Sequence[str], amount: str) -> Figure:
     """Scores against an amount of data: every seed as a point, their mean as a line.
 
-    ``table`` has a row per training, with a column per metric and the column ``amount``, which
-    the horizontal axis shows on a logarithmic scale.
+    ``table`` has a row per training, with a column per metric and the column ``amount``.
     """
     figure, axes = plt.subplots(1, len(metrics), figsize=(11, 2.8), squeeze=False, layout="tight")
     for axis, metric in zip(axes.flat, metrics, strict=True):
@@ -251,10 +244,9 @@ def _title(metric: str) -> str:
 def plot_fixation_statistics(
     per_photo: Sequence[int], per_observer: Sequence[float], saccades: Sequence[float], unit: str
 ) -> Figure:
-    """Histograms: fixations per photo, per observer and photo, and saccade amplitude.
+    """Histograms: fixations per photo, per observer and photo, and saccade amplitude in ``unit``.
 
-    Saccades are distances between consecutive fixations of an observer, in ``unit``, such as
-    ``"degrees"`` or ``"pixels"``. What is unknown is empty.
+    Saccades are distances between consecutive fixations of an observer. What is unknown is empty.
     """
     figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), layout="tight")
     panels = (
@@ -278,12 +270,10 @@ def plot_fixation_statistics(
 def plot_changes(table: pd.DataFrame, reference: str, infinite: str) -> Figure:
     """A heat map of the relative change of each metric when a prediction is changed.
 
-    Args:
-        table: index = variant of the prediction, columns = metrics, larger is better; -inf counts
-            as the worst change.
-        reference: the row that the others are compared with.
-        infinite: column with the number of photos with an infinite score; the number stands in
-            brackets under every infinite mean, and the column's name explains it.
+    ``table`` has a row per variant of the prediction, of which ``reference`` is the unchanged one,
+    and a column per metric, larger is better; -inf counts as the worst change. The column
+    ``infinite`` holds the number of photos with an infinite score: it stands in brackets under
+    every infinite mean, and the column's name explains it.
     """
     photos, table = table[infinite], table.drop(columns=infinite)
     change = 100 * (table - table.loc[reference]) / table.loc[reference].abs()

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from accelerate.utils import gather_object
 from scipy.ndimage import gaussian_filter, shift
 from torch import Tensor
 
+from mlnet_utils import runtime
 from mlnet_utils.config import Config
 from mlnet_utils.data.geometry import fixation_counts, pixel_indices
 from mlnet_utils.data.images import read_image
@@ -24,16 +26,6 @@ from mlnet_utils.metrics import METRICS, PROTOCOLS, baselines, score_all
 from mlnet_utils.metrics.summary import score_table as format_table  # noqa: F401 (notebook 03)
 from mlnet_utils.metrics.summary import summarise
 from mlnet_utils.predict.predictor import MODEL, load
-from mlnet_utils.runtime import (
-    display_path,
-    given_command,
-    pick_device,
-    progress,
-    sha256_file,
-    versions,
-    write_json,
-    write_text,
-)
 
 UNIFORM, CENTRE = "uniform", "centre bias"
 OBSERVERS, GOLD = "inter-observer", "gold standard"
@@ -65,14 +57,12 @@ class TestSet:
         self.photos = self.prepared.with_truth(split or self.prepared.scored_split)
         train = self.prepared.split("train")
         if any(len(photo.fixations) for photo in train):
-            self.centre_bias = baselines.CentreBias.fit(train)
+            bias = baselines.CentreBias.fit(train)
         else:
-            self.centre_bias = baselines.CentreBias.fit_densities(map(self.prepared.density, train))
-        self.negatives = baselines.LeaveOneOut(self.photos)
+            bias = baselines.CentreBias.fit_densities(map(self.prepared.density, train))
+        self.centre_bias, self.negatives = bias, baselines.LeaveOneOut(self.photos)
         several = [photo for photo in train if len(photo.known_observers) > 1][:PHOTOS_FOR_GOLD]
-        self.gold_standard = None
-        if several:
-            self.gold_standard = baselines.GoldStandard.fit(several, self.centre_bias)
+        self.gold_standard = baselines.GoldStandard.fit(several, bias) if several else None
 
     def image(self, photo: Photo) -> Tensor:
         """(3, H, W) uint8."""
@@ -127,12 +117,10 @@ class TestSet:
         blur = (gold.sigma_share * photo.width, truth["baseline"][0], gold.prior_share)
         for _, density, own in baselines.inter_observer(photo, *blur):
             truth["fixations"] = fixation_counts(own, photo.height, photo.width)[None]
-            every.append(score_all(density[None], **truth, protocol=protocol))
-        return {
-            metric: float(np.nanmean([float(found[metric]) for found in every]))
-            if metric in every[0]
-            else math.nan
-            for metric in METRICS
+            found = score_all(density[None], **truth, protocol=protocol)
+            every.append({metric: float(value) for metric, value in found.items()})
+        return dict.fromkeys(METRICS, math.nan) | {
+            metric: float(np.nanmean([found[metric] for found in every])) for metric in every[0]
         }
 
 
@@ -142,12 +130,8 @@ def protocol_truth(
     """A photo's ground truth by a protocol's own definition (docs/metrics.md).
 
     ``others`` are the photos of the split; salicon2015 has its own blur, :data:`SIGMA_2015`.
-
-    Returns:
-        (1, H, W) ``fixations``, ``density`` and ``negatives``, see ``metrics.score_all``.
-
-    Raises:
-        ValueError, FileNotFoundError: see ``Prepared.density`` and ``baselines.LeaveOneOut``.
+    Returns (1, H, W) ``fixations``, ``density`` and ``negatives``; errors as those of
+    ``Prepared.density`` and ``baselines.LeaveOneOut``.
     """
     blurred, sigma = photo, None  # its own or the dataset's
     if protocol == "salicon2015":
@@ -177,15 +161,11 @@ def evaluate(
     the first writes the files, and all return the same report, equal to the bit to a single
     process's.
 
-    Args:
-        run_dir: the run; its ``data/`` is read.
-        checkpoint: default ``checkpoints/best.pt`` of the run.
-        split: ``"test"``, or ``"val"`` while choosing; default: test, or val where the test
-            photos' fixations are secret.
-        protocol: metric definitions, see docs/metrics.md; default: the configuration's.
-        models: some of ``MODELS``.
-        config: the run's present one: where it is of the same preset, its keys of evaluation count,
-            which may have changed since the training. Default: the checkpoint's.
+    ``checkpoint`` is by default the run's ``checkpoints/best.pt``. ``split`` is ``"test"``, or
+    ``"val"`` while choosing; default: test, or val where the test photos' fixations are secret.
+    ``protocol``: see docs/metrics.md; default: the configuration's. ``models``: some of ``MODELS``.
+    ``config`` is the run's present one: where it is of the checkpoint's preset, its keys of
+    evaluation count, which may have changed since the training.
 
     Returns:
         The contents of ``metrics.json``: data, ground truth and checkpoint; per model and metric
@@ -199,22 +179,19 @@ def evaluate(
     run_dir = Path(run_dir)
     own = run_dir / "checkpoints" / "best.pt"
     checkpoint = Path(checkpoint or own)
-    processes = PartialState(cpu=pick_device() == "cpu", timeout=timedelta(days=7))
+    processes = PartialState(cpu=runtime.pick_device() == "cpu", timeout=timedelta(days=7))
     data = TestSet(run_dir, split)  # first: of missing inputs, the earliest is named
     predictor = load(checkpoint, str(processes.device))
     if checkpoint.resolve() == own.resolve() and predictor.data not in ("", data.prepared.digest):
-        raise ValueError(
-            f"{checkpoint} was trained on other prepared data than {data.prepared.folder} holds "
-            "now: train anew in another run folder or with `reproduce --force`, or name the "
-            "checkpoint of another run"
-        )
+        other = f"was trained on other prepared data than {data.prepared.folder} holds now"
+        raise ValueError(f"{checkpoint} {other}: train anew (`reproduce --force` does)")
     predictor.config = config = as_asked(predictor.config, config)
     if protocol:
         config = replace(config, protocol=protocol)
     protocol, split = config.protocol, data.photos[0].split
     share: Iterable[Photo] = data.photos[processes.process_index :: processes.num_processes]
     if processes.is_main_process:
-        share = progress(share, f"scoring {split}", len(share), unit="photo")
+        share = runtime.progress(share, f"scoring {split}", len(share), unit="photo")
     rows: list[dict] = []
     for photo in share:
         size, several = (photo.height, photo.width), len(photo.known_observers) > 1
@@ -244,18 +221,18 @@ def evaluate(
         **inputs_of(data.prepared, checkpoint, config),
         **data.describe_truth(protocol),
         "ig_baseline": data.centre_bias.description,
-        "checkpoint": display_path(checkpoint),
+        "checkpoint": runtime.display_path(checkpoint),
         "preset": config.preset,
         "seed": config.seed,
-        "command": given_command(),
+        "command": runtime.given_command(),
         "rows": summarise(rows, config.bootstrap),
-        "versions": versions(),
+        "versions": runtime.versions(),
     }
     if processes.is_main_process:
         table = pd.DataFrame(rows, columns=["model", "stem", *METRICS])
         table.insert(0, "dataset", report["dataset"])
-        write_text(run_dir / "per_image.csv", table.to_csv(index=False, na_rep="nan"))
-        write_json(run_dir / "metrics.json", report)
+        runtime.write_text(run_dir / "per_image.csv", table.to_csv(index=False, na_rep="nan"))
+        runtime.write_json(run_dir / "metrics.json", report)
     processes.wait_for_everyone()  # whoever returns finds the files
     return report
 
@@ -267,7 +244,7 @@ def inputs_of(prepared: Prepared, checkpoint: Path, config: Config) -> dict:
     """
     return {
         **{key: config.to_dict()[key] for key in EVALUATION_KEYS},
-        "checkpoint_sha256": sha256_file(checkpoint),
+        "checkpoint_sha256": runtime.sha256_file(checkpoint),
         "data": prepared.digest,
     }
 
@@ -286,11 +263,9 @@ def as_asked(trained: Config, now: Config | None) -> Config:
 # ---- tables ------------------------------------------------------------------------------------
 def long_table(report: dict) -> pd.DataFrame:
     """``metrics.json`` as a table with columns model, metric, mean, low, high, n."""
-    return pd.DataFrame(
-        {"model": row["model"], "metric": metric, **values}
-        for row in report["rows"]
-        for metric, values in row["metrics"].items()
-    ).astype({"mean": float, "low": float, "high": float})
+    rows = [(row["model"], *item) for row in report["rows"] for item in row["metrics"].items()]
+    table = pd.DataFrame({"model": m, "metric": metric, **values} for m, metric, values in rows)
+    return table.astype({"mean": float, "low": float, "high": float})
 
 
 def explained_information(report: dict) -> dict[str, float]:
@@ -303,37 +278,25 @@ def explained_information(report: dict) -> dict[str, float]:
 
 
 # ---- demonstrations of notebook 03 -------------------------------------------------------------
-def compare_protocols(
-    run_dir: str | Path,
-    checkpoint: str | Path | None = None,
-    split: str = "",
-    config: Config | None = None,
-) -> pd.DataFrame:
+def compare_protocols(run_dir: str | Path, **which: Any) -> pd.DataFrame:
     """Mean scores of the same predictions: a row per protocol, with its own ground truth.
 
-    Arguments as those of :func:`evaluate`.
-
-    Infinite information gains stay in the mean, and the column :data:`INFINITE` counts them.
+    ``checkpoint``, ``split`` and ``config`` as those of :func:`evaluate`. Infinite information
+    gains stay in the mean, and the column :data:`INFINITE` counts them.
     """
     variants = {protocol: (CHANGES["unchanged"], protocol) for protocol in PROTOCOLS}
-    return _mean_scores(run_dir, checkpoint, split, variants, config).rename_axis("protocol")
+    return _mean_scores(variants, run_dir, **which).rename_axis("protocol")
 
 
-def compare_changes(
-    run_dir: str | Path,
-    checkpoint: str | Path | None = None,
-    split: str = "",
-    config: Config | None = None,
-) -> pd.DataFrame:
+def compare_changes(run_dir: str | Path, **which: Any) -> pd.DataFrame:
     """Mean scores (mit300) of the prediction and of changed copies of it.
 
-    KL is negated, so that larger is better everywhere. Infinite information gains stay in the
-    mean, and the column :data:`INFINITE` counts them.
+    As :func:`compare_protocols`; KL is negated, so that larger is better everywhere.
     """
     changes = {name: (change, "mit300") for name, change in CHANGES.items()}
     with warnings.catch_warnings():  # one of the changes is the rounding that is warned of
         warnings.filterwarnings("ignore", "image .* 8-bit", UserWarning)
-        means = _mean_scores(run_dir, checkpoint, split, changes, config)
+        means = _mean_scores(changes, run_dir, **which)
     means["KL"] *= -1
     return means.rename(columns={"KL": "-KL"}).rename_axis("prediction")
 
@@ -354,11 +317,11 @@ CHANGES: dict[str, Change] = {
 
 
 def _mean_scores(
-    run_dir: str | Path,
-    checkpoint: str | Path | None,
-    split: str,
     variants: dict[str, tuple[Change, str]],
-    config: Config | None,
+    run_dir: str | Path,
+    checkpoint: str | Path | None = None,
+    split: str = "",
+    config: Config | None = None,
 ) -> pd.DataFrame:
     """Mean over photos of every variant's defined scores, in the order of ``variants``."""
     run_dir = Path(run_dir)
@@ -366,7 +329,7 @@ def _mean_scores(
     predictor.config = as_asked(predictor.config, config)
     data = TestSet(run_dir, split)
     rows = []
-    for photo in progress(data.photos, "comparing", unit="photo"):
+    for photo in runtime.progress(data.photos, "comparing", unit="photo"):
         prediction = predictor.predict(data.image(photo)).astype(np.float64)
         centre = data.centre_bias(photo.height, photo.width).numpy()
         for name, (change, protocol) in variants.items():

@@ -137,12 +137,8 @@ def compare(
 ) -> pd.DataFrame:
     """Paired differences of cells to the reference, with 95 % bootstrap intervals over photos.
 
-    Args:
-        scores: columns ``cell``, ``seed``, ``stem`` and a column per metric, as the sweep's
-            ``per_image.csv``.
-        cells: names of the cells to compare; cells without any score are left out.
-        reference: the cell that is subtracted.
-        resamples: of the bootstrap.
+    ``scores`` has columns ``cell``, ``seed``, ``stem`` and a column per metric, as the sweep's
+    ``per_image.csv``; cells without any score are left out.
 
     Returns:
         Columns ``model`` (the cell), ``reference``, ``metric``, ``mean``, ``low``, ``high`` of the
@@ -222,9 +218,9 @@ def photos_of(grid: Grid) -> pd.DataFrame:
 
 
 def amount_sentence(amounts: pd.DataFrame) -> str:
-    """The gain from ten times the photos, as a Markdown line.
+    """The gain from ten times the photos, in Markdown, from a row per training of a sweep.
 
-    ``amounts`` has a row per training, with ``training photos`` and a column per metric.
+    The columns are ``training photos`` and the metrics.
     """
     if amounts.empty:
         return "*The study of this preset does not vary the number of photos.*"
@@ -237,10 +233,8 @@ def amount_sentence(amounts: pd.DataFrame) -> str:
 def low_level(run_dir: str | Path, split: str = "test", protocol: str = "mit300") -> dict:
     """Scores of a training-free model: spectral residual (Hou & Zhang, CVPR 2007), by OpenCV.
 
-    Its map is blurred with the dataset's sigma, and mixed with 1 % of a uniform density.
-
-    Returns:
-        A row as those of ``metrics.json``: ``model`` and ``metrics``.
+    Its map is blurred with the dataset's sigma, and mixed with 1 % of a uniform density. Returns a
+    row as those of ``metrics.json``: ``model`` and ``metrics``.
 
     Raises:
         ImportError: the extra ``study`` is not installed.
@@ -259,14 +253,11 @@ def low_level(run_dir: str | Path, split: str = "test", protocol: str = "mit300"
 def reachable_cc(run_dir: str | Path, split: str = "test", draws: int = 5) -> dict[str, float]:
     """The CC that a perfect model could be expected to have: the ground truth is a sample too.
 
-    Observers are divided at random into halves; the halves' densities correlate with r.
-    Averaging both halves makes a density of reliability R = 2r / (1 + r) (Spearman 1910, Brown
-    1910), and a perfect prediction correlates with a measurement of reliability R as sqrt(R).
-
-    Each photo of the split with at least two known observers is divided ``draws`` times.
-
-    Returns:
-        ``halves``, the mean over photos of r, and ``reachable``, that of sqrt(R).
+    Each photo's observers are divided at random into halves, ``draws`` times; the halves' densities
+    correlate with r. Averaging both halves makes a density of reliability R = 2r / (1 + r)
+    (Spearman 1910, Brown 1910), and a perfect prediction correlates with a measurement of
+    reliability R as sqrt(R). Returns the means over photos: ``halves`` of r, ``reachable`` of
+    sqrt(R).
 
     Raises:
         ValueError: the split is empty, or no photo has two known observers.

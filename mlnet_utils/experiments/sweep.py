@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mlnet_utils import runtime
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.data import preparation
 from mlnet_utils.data.photos import Prepared
@@ -30,16 +31,6 @@ from mlnet_utils.experiments import evaluation
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.metrics.summary import format_table
 from mlnet_utils.model import checkpoints
-from mlnet_utils.runtime import (
-    cpu_count,
-    display_path,
-    locked,
-    read_json,
-    read_yaml,
-    reading,
-    require,
-    write_text,
-)
 from mlnet_utils.training import trainer
 from mlnet_utils.training.trainer import TrainingDied
 
@@ -72,26 +63,25 @@ class Grid:
     def __post_init__(self):
         slugs = [slug(cell) for cell in self.cells]
         named = all(name.strip(".") for name in slugs)  # "..", say, would be another folder
+        problem, seeds = "", list(self.seeds)
         if not (self.cells and named and len(set(slugs)) == len(slugs)):
-            names = f"cells={list(self.cells)}"
-            raise ValueError(f"grid {self.name}: {names} must differ in their letters and digits")
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            seeds = f"seeds={list(self.seeds)}"
-            raise ValueError(f"grid {self.name}: {seeds} must be numbers, each once")
+            problem = f"cells={list(self.cells)} must differ in their letters and digits"
+        if not seeds or len(set(seeds)) != len(seeds):
+            problem = f"{seeds=} must be numbers, each once"
         if self.split not in ("val", "test"):
-            raise ValueError(f"grid {self.name}: split={self.split!r} is not val or test")
+            problem = f"split={self.split!r} is not val or test"
         start = {cell: {**self.common, **self.cells[cell]}.get("start_from") for cell in self.cells}
         for cell, parent in start.items():
             if start.get(parent) in self.cells:
-                raise ValueError(
-                    f"grid {self.name}: {cell} starts from {parent}, which starts from another "
-                    f"cell: set start_from: '' in {parent} if it comes from `common`"
-                )
+                problem = f"{cell} starts from {parent}, which starts from another cell: set "
+                problem += f"start_from: '' in {parent} if it comes from `common`"
+        if problem:
+            raise ValueError(f"grid {self.name}: {problem}")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One training of a sweep: everything that a worker process needs to know."""
+    """One training of a sweep, with all that a worker process needs to know."""
 
     cell: str
     config: Config  # with the cell's seed; the checkpoint it starts from may not exist yet
@@ -123,8 +113,8 @@ def read_grid(path: str | Path) -> Grid:
         FileNotFoundError: there is no such file.
         ValueError: not a grid, an unknown key, or a key that is there twice.
     """
-    path, values = Path(path), read_yaml(path)
-    with reading(path, f"{', '.join(GRID_KEYS)}; `cells`: name -> changed keys", "mend it"):
+    path, values = Path(path), runtime.read_yaml(path)
+    with runtime.reading(path, f"{', '.join(GRID_KEYS)}; `cells`: name -> changed keys", "mend it"):
         if unknown := set(values) - set(GRID_KEYS):
             raise ValueError(f"unknown key {', '.join(sorted(unknown))}")
         cells = {str(name): dict(changes or {}) for name, changes in values.pop("cells").items()}
@@ -132,15 +122,11 @@ def read_grid(path: str | Path) -> Grid:
 
 
 def jobs_of(grid: Grid, folder: Path, data_root: Path, train: Train = trainer.fit) -> list[Job]:
-    """All trainings of a grid.
-
-    Raises:
-        ValueError: a cell is no valid configuration; nothing has run.
-    """
+    """All trainings of a grid; a ValueError where a cell is no valid configuration."""
     jobs = []
     for cell, seed in itertools.product(grid.cells, grid.seeds):
-        values = {**grid.common, **grid.cells[cell]}
-        parent, waits = values.get("start_from"), ""
+        values, waits = {**grid.common, **grid.cells[cell]}, ""
+        parent = values.get("start_from")
         if parent in grid.cells:
             waits = f"{parent}, seed {seed}"
             best = folder / slug(parent) / str(seed) / "checkpoints" / "best.pt"
@@ -169,7 +155,7 @@ def run_job(job: Job) -> None:
     """
     job.folder.mkdir(parents=True, exist_ok=True)
     with (
-        locked(job.folder),
+        runtime.locked(job.folder),
         open(job.folder / "output.txt", "a", encoding="utf-8") as output,
         contextlib.redirect_stdout(output),
     ):
@@ -179,7 +165,7 @@ def run_job(job: Job) -> None:
         except Exception as error:
             in_notebook = getattr(error.__cause__, "ename", "")  # where only its name is left
             if isinstance(error, TrainingDied) or in_notebook == TrainingDied.__name__:
-                write_text(job.folder / DIED, f"{_identity(job)}\n{error}\n")
+                runtime.write_text(job.folder / DIED, f"{_identity(job)}\n{error}\n")
             raise
         if not _scored(job):
             models = (evaluation.MODEL,)
@@ -191,17 +177,14 @@ def _scored(job: Job) -> bool:
     path, best = job.folder / "metrics.json", job.folder / "checkpoints" / "best.pt"
     if not path.is_file():
         return False
-    report = read_json(path, "the sweep")
+    report = runtime.read_json(path, "the sweep")
     wanted = evaluation.inputs_of(Prepared.read(job.data), best, job.config)
     wanted["split"] = job.split
     return all(report.get(key) == value for key, value in wanted.items())
 
 
 def _link_data(job: Job) -> None:
-    """Point the run's ``data`` to the photos of its configuration, which may have changed.
-
-    The link is relative: a sweep's folder may be moved and copied.
-    """
+    """Point the run's ``data`` to its photos, which may have changed, by a relative link."""
     link = job.folder / "data"
     target = os.path.relpath(job.data.resolve(), job.folder.resolve())
     if link.exists() and not link.is_symlink():
@@ -228,18 +211,14 @@ def run_sweep(
 ) -> dict[str, str]:
     """Run the missing trainings of a grid and gather the table.
 
-    Args:
-        grid: the cells and seeds to train.
-        folder: each training gets ``<folder>/<cell>/<seed>/``; the tables go beside them.
-        data_root: folder of the raw datasets.
-        workers: trainings at a time on this machine; they share its cores.
-        train: called with a configuration and its prepared run folder;
-            ``running.pipeline.train`` executes notebook 02 and leaves the executed copy there.
-        cluster: ``""`` for this machine, or an executor of submitit: ``"slurm"``, ``"local"``.
-        options: submitit's parameters, e.g. ``{"slurm_partition": "gpu", "timeout_min": 60}``.
+    Each training gets ``<folder>/<cell>/<seed>/``; the tables go beside them. ``data_root`` holds
+    the raw datasets; ``workers`` trainings at a time share this machine's cores. ``train`` is
+    called with a configuration and its prepared run folder; ``running.pipeline.train`` executes
+    notebook 02 and leaves the executed copy there. ``cluster`` is ``""`` for this machine, or an
+    executor of submitit (``"slurm"``, ``"local"``) with its ``options``, e.g.
+    ``{"slurm_partition": "gpu", "timeout_min": 60}``.
 
-    Returns:
-        ``"cell, seed n"`` -> error, of the trainings that failed.
+    Returns ``"cell, seed n"`` -> error, of the trainings that failed.
 
     Raises:
         ValueError: a cell is no valid configuration, ``workers`` is below 1, or the split has no
@@ -253,12 +232,9 @@ def run_sweep(
     jobs = jobs_of(grid, folder, data_root, train)
     for job in jobs:
         preparation.ensure(job.config, data_root, job.data).with_truth(job.split)
-    dispatch = one_by_one
-    if cluster:
-        place = {"folder": folder / "jobs", "cluster": cluster, "options": options or {}}
-        dispatch = functools.partial(on_cluster, **place)
-    elif workers > 1:
-        dispatch = functools.partial(in_processes, workers=workers)
+    place = {"folder": folder / "jobs", "cluster": cluster, "options": options or {}}
+    several = functools.partial(in_processes, workers=workers) if workers > 1 else one_by_one
+    dispatch = functools.partial(on_cluster, **place) if cluster else several
     try:
         for late in (False, True):
             wave = [(job, _hopeless(job, ended)) for job in jobs if bool(job.waits) is late]
@@ -288,7 +264,7 @@ def _check_alive(job: Job) -> None:
     if note.is_file():
         identity, _, message = note.read_text(encoding="utf-8").partition("\n")
         if identity == _identity(job):
-            again = f"so it was before; to try again, delete {display_path(note)}"
+            again = f"so it was before; to try again, delete {runtime.display_path(note)}"
             raise TrainingDied(f"{message.strip()} ({again})")
         note.unlink()
 
@@ -319,7 +295,7 @@ def in_processes(
     Closed before its end, it lets the running jobs save and stop.
     """
     # Inherited by the processes, which start afresh, and by their notebooks' kernels.
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpu_count() // workers)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, runtime.cpu_count() // workers)))
     context = multiprocessing.get_context("spawn")
     waiting, running = iter(jobs), {}
     try:
@@ -352,21 +328,16 @@ def in_processes(
 def _report(run: Callable[[Job], Any], job: Job, answer: connection.Connection) -> None:
     """Run the job in a process of its own and answer with its error."""
     try:
-        error = attempt(run, job)
+        answer.send(attempt(run, job))
     except KeyboardInterrupt as stop:
-        error = str(stop) or "it was interrupted"
-    answer.send(error)
+        answer.send(str(stop) or "it was interrupted")
 
 
 def on_cluster(
-    run: Callable[[Job], Any],
-    jobs: Sequence[Job],
-    folder: Path,
-    cluster: str,
-    options: Mapping[str, Any],
+    run: Callable[[Job], Any], jobs: Sequence[Job], folder: Path, cluster: str, options: Mapping
 ) -> Iterator[tuple[Job, str]]:
     """Submit jobs through submitit, as one array; closed before its end, they stay in the queue."""
-    executor = require("submitit", "cluster").AutoExecutor(folder, cluster=cluster)
+    executor = runtime.require("submitit", "cluster").AutoExecutor(folder, cluster=cluster)
     executor.update_parameters(name="mlnet-sweep", **options)
     submitted = executor.map_array(run, jobs) if jobs else []
     for job, sent in zip(jobs, submitted, strict=True):
@@ -377,13 +348,12 @@ def on_cluster(
 def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
     """Write ``sweep.csv`` (a row per training) and ``per_image.csv`` (a row per photo too).
 
-    Returns:
-        The first table: cell, seed, dataset, split, epochs, seconds, the mean of every metric's
-        finite scores, and, where there are any, the number of photos with an infinite score.
+    Returns the first table: cell, seed, dataset, split, epochs, seconds, the mean of every metric's
+    finite scores, and, where there are any, the number of photos with an infinite score.
     """
     rows, photos = [], []
     for job in jobs:
-        report = read_json(job.folder / "metrics.json", "the sweep")
+        report = runtime.read_json(job.folder / "metrics.json", "the sweep")
         name = {"cell": job.cell, "seed": job.config.seed, "dataset": report["dataset"]}
         times = job.folder / "times.csv"  # missing where training was killed before its last act
         seconds = pd.read_csv(times)["train_seconds"].sum() if times.is_file() else math.nan
@@ -396,10 +366,10 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
         photos.append(pd.read_csv(job.folder / "per_image.csv", dtype={"stem": str}).assign(**name))
     table = pd.DataFrame(rows, columns=[*COLUMNS, *METRICS, *INFINITE])
     table = table.drop(columns=[name for name in INFINITE if not table[name].any()])
-    write_text(folder / TABLE, table.to_csv(index=False))
+    runtime.write_text(folder / TABLE, table.to_csv(index=False))
     if photos:
         columns = ["cell", "seed", "dataset", "stem", *METRICS]
-        write_text(folder / PER_IMAGE, pd.concat(photos)[columns].to_csv(index=False))
+        runtime.write_text(folder / PER_IMAGE, pd.concat(photos)[columns].to_csv(index=False))
     else:  # nor the photos of an earlier call
         (folder / PER_IMAGE).unlink(missing_ok=True)
     return table
@@ -417,4 +387,4 @@ def summary(folder: str | Path) -> str:
     counts = endless.groupby("cell").sum().add_suffix(" infinite")  # with any seed, as in `study`
     means = means.join(counts.loc[:, counts.any()])
     title = ", ".join(table[["dataset", "split"]].iloc[0])
-    return f"{title}\n{format_table(means)}\n\n{display_path(Path(folder) / TABLE)}"
+    return f"{title}\n{format_table(means)}\n\n{runtime.display_path(Path(folder) / TABLE)}"

@@ -1,20 +1,13 @@
 """Baseline models that put a score in context.
 
-* :func:`uniform`: every pixel alike; the floor.
-* :class:`CentreBias`: where people look whatever the photo, fitted on *training* fixations; a
-  model must beat it.
-* :class:`LeaveOneOut`: where people look on the other photos of a split; the negatives of shuffled
-  AUC.
-* :func:`inter_observer`: each observer predicted by the others; the agreement of people.
-* :class:`GoldStandard`: the density of the fixations that are scored; an upper bound.
-
-All but :class:`LeaveOneOut`, which counts, give (H, W) float64 densities that sum to 1. They take
-``photos.Photo`` records (or anything with the same ``stem``, ``fixations``, ``observers``,
-``height`` and ``width``).
+:func:`uniform`, the floor; :class:`CentreBias`, fitted on *training* fixations, which a model must
+beat; :class:`LeaveOneOut`, the negatives of shuffled AUC; :func:`inter_observer`, the agreement of
+people; :class:`GoldStandard`, an upper bound. All but :class:`LeaveOneOut`, which counts, give
+(H, W) float64 densities that sum to 1. They take ``photos.Photo`` records.
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +23,7 @@ from mlnet_utils.data.geometry import (
 )
 from mlnet_utils.data.photos import Photo
 
+FOLDS = 5
 CELLS = 256  # the unit square's grid on which kernel densities are fitted
 BANDWIDTHS = tuple(float(b) for b in np.geomspace(0.01, 0.2, 14))  # shares of the photo's sides
 UNIFORM_SHARES = (1e-4, 1e-3, 1e-2, 5e-2)
@@ -49,51 +43,44 @@ class CentreBias:
 
     The kernel is a Gaussian on the unit square, reflected at its edges; a share of the uniform
     density keeps the result positive everywhere, so that gains over it are finite.
-
-    Attributes:
-        counts: (256, 256) training fixations per cell of the unit square.
-        bandwidth: the kernel's deviation, as a share of the photo's sides.
-        uniform_share: weight of the uniform density.
-        source: the data that it was fitted on, in words.
     """
 
-    counts: Tensor
-    bandwidth: float
+    counts: Tensor  # (256, 256) training fixations per cell of the unit square
+    bandwidth: float  # deviation of the kernel, as a share of the photo's sides
     uniform_share: float
-    source: str
+    source: str  # the data that it was fitted on, in words
 
     @classmethod
-    def fit(cls, photos: Sequence[Photo], folds: int = 5) -> "CentreBias":
+    def fit(cls, photos: Sequence[Photo]) -> "CentreBias":
         """Choose bandwidth and uniform share by the likelihood of held-out photos.
 
-        Fold k holds out every training photo with index % folds == k.
+        Fold k of 5 holds out every training photo with index % 5 == k.
 
         Raises:
             ValueError: fewer than two photos have fixations.
         """
         seen = [photo for photo in photos if len(photo.fixations)]
         source = f"{sum(len(photo.fixations) for photo in seen)} training fixations"
-        return cls._fit(map(_cell_counts, seen), source, folds)
+        return cls._fit(map(_cell_counts, seen), source)
 
     @classmethod
-    def fit_densities(cls, densities: Iterable[Tensor], folds: int = 5) -> "CentreBias":
+    def fit_densities(cls, densities: Iterable[Tensor]) -> "CentreBias":
         """The same from the training photos' (H, W) densities; zero ones are left out."""
         cells = (adaptive_avg_pool2d(each.double()[None], CELLS)[0] for each in densities)
         shares = (each / each.sum() for each in cells if each.any())
-        return cls._fit(shares, "the training density maps", folds)
+        return cls._fit(shares, "the training density maps")
 
     @classmethod
-    def _fit(cls, cells: Iterable[Tensor], source: str, folds: int) -> "CentreBias":
+    def _fit(cls, cells: Iterable[Tensor], source: str) -> "CentreBias":
         held_out: list[Tensor] = []  # one sum per fold: thousands of maps would not fit in memory
         for index, counts in enumerate(cells):
-            if index < folds:
+            if index < FOLDS:
                 held_out.append(counts)
             else:
-                held_out[index % folds] = held_out[index % folds] + counts
+                held_out[index % FOLDS] = held_out[index % FOLDS] + counts
         if len(held_out) < 2:
             raise ValueError("a centre bias needs at least two training photos with fixations")
-        total = sum(held_out)
-        best = (-np.inf, 0.0, 0.0)
+        total, best = sum(held_out), (-np.inf, 0.0, 0.0)
         for bandwidth in BANDWIDTHS:
             kernel = _reflected_kernel(_centres(CELLS), bandwidth)
             blurred = [kernel @ (total - part) @ kernel.T for part in held_out]
@@ -108,11 +95,8 @@ class CentreBias:
     @property
     def description(self) -> str:
         """One line for reports."""
-        return (
-            f"centre bias: kernel density of {self.source}, bandwidth"
-            f" {self.bandwidth:.3f} of the sides, {self.uniform_share:.2g} uniform "
-            "(both cross-validated)"
-        )
+        chosen = f"bandwidth {self.bandwidth:.3f} of the sides, {self.uniform_share:.2g} uniform"
+        return f"centre bias: kernel density of {self.source}, {chosen} (both cross-validated)"
 
     def __call__(self, height: int, width: int) -> Tensor:
         """(H, W) float64 density."""
@@ -153,9 +137,8 @@ def _cell_counts(photo: Photo) -> Tensor:
 class LeaveOneOut:
     """Where people looked on all the other photos of a split.
 
-    One total per photo size is kept, and a photo's own fixations are subtracted from it. Fixations
-    of photos of another size are scaled: pixel x becomes floor(x * width / their width), as in
-    pysaliency.
+    Fixations of photos of another size are scaled: pixel x becomes floor(x * width / their width),
+    as in pysaliency.
 
     Raises:
         ValueError: two photos have one stem, or, when called, the photo is not one of the split.
@@ -203,14 +186,9 @@ def inter_observer(
 ) -> Iterator[tuple[int, Tensor, np.ndarray]]:
     """Each observer predicted by the blurred fixations of all the others.
 
-    Args:
-        photo: with at least two observers.
-        sigma: of the Gaussian blur, in pixels of the photo.
-        prior: (H, W) density to mix in, such as a centre bias; default uniform.
-        prior_share: weight of the prior; above 0 it keeps information gain finite.
-
-    Yields:
-        (observer, (H, W) float64 density that predicts them, their own (N, 2) fixations).
+    ``sigma`` is that of the Gaussian, in pixels of the photo; ``prior``, a (H, W) density such as
+    a centre bias (default: uniform), is mixed in by ``prior_share``. Yields (observer, (H, W)
+    float64 density that predicts them, their own (N, 2) fixations).
 
     Raises:
         ValueError: the photo has fewer than two observers.
@@ -230,19 +208,14 @@ class GoldStandard:
 
     Blur and share of the prior are those that predict left-out observers best, so the density is
     as sharp as the agreement of people; scored on its own fixations it is still optimistic.
-
-    Attributes:
-        sigma_share: of the Gaussian blur, as a share of the photo's width.
-        prior_share: weight of the prior.
-        prior: height, width -> (H, W) density, such as a :class:`CentreBias`; None = uniform.
     """
 
-    sigma_share: float
+    sigma_share: float  # of the Gaussian blur, as a share of the photo's width
     prior_share: float
-    prior: CentreBias | None = None
+    prior: Callable[[int, int], Tensor] = uniform  # height, width -> (H, W) density
 
     @classmethod
-    def fit(cls, photos: Sequence[Photo], prior: CentreBias | None = None) -> "GoldStandard":
+    def fit(cls, photos: Sequence[Photo], prior: Callable = uniform) -> "GoldStandard":
         """Choose both values by the likelihood of each observer given the others.
 
         Raises:
@@ -262,19 +235,9 @@ class GoldStandard:
             best = max(best, (likelihood[k], sigma_share, PRIOR_SHARES[k]))
         return cls(best[1], best[2], prior)
 
-    @property
-    def description(self) -> str:
-        """One line for reports."""
-        return (
-            f"gold standard: fixations blurred with sigma {self.sigma_share:.3f} of the width, "
-            f"{self.prior_share:.2g} {'uniform' if self.prior is None else 'centre bias'} "
-            "(both chosen by leaving one observer out)"
-        )
-
     def __call__(self, photo: Photo) -> Tensor:
         """(H, W) float64 density of the photo's fixations; the prior alone without any."""
-        prior = None if self.prior is None else self.prior(photo.height, photo.width)
-        sigma = self.sigma_share * photo.width
+        prior, sigma = self.prior(photo.height, photo.width), self.sigma_share * photo.width
         return _mixed(photo, photo.fixations, sigma, prior, self.prior_share)
 
 
@@ -288,9 +251,7 @@ def _mixed(
     return (1 - share) * blurred + share * prior
 
 
-def _left_out(
-    photo: Photo, sigma: float, prior: CentreBias | None
-) -> tuple[np.ndarray, np.ndarray]:
+def _left_out(photo: Photo, sigma: float, prior: Callable) -> tuple[np.ndarray, np.ndarray]:
     """At each fixation: density of the other observers' fixations, and of the prior.
 
     The blurred map is a sum of outer products, so its value at a pixel is a sum over fixations,
@@ -300,5 +261,4 @@ def _left_out(
     rows, columns = blur_matrix(photo.height, sigma), blur_matrix(photo.width, sigma)
     kernel = (rows[y][:, y] * columns[x][:, x]).numpy()  # (N, N)
     others = photo.observers[:, None] != photo.observers
-    prior_map = (uniform if prior is None else prior)(photo.height, photo.width)
-    return (kernel * others).sum(1) / others.sum(1), prior_map[y, x].numpy()
+    return (kernel * others).sum(1) / others.sum(1), prior(photo.height, photo.width)[y, x].numpy()

@@ -1,8 +1,8 @@
 """The metrics, each a function to be read beside its paper: every score exact and named.
 
-Every metric takes (B, H, W) tensors on any device, works on the CPU, and returns (B,) float64,
-NaN where a value is undefined: without fixations, without negatives, or where the density is zero
-everywhere. Nothing is averaged, resized, blurred or sampled. The arguments are:
+Every metric takes (B, H, W) tensors on any device and returns (B,) float64, NaN where a value is
+undefined: without fixations, without negatives, or where the density is zero everywhere. Nothing is
+averaged, resized, blurred or sampled. The arguments are:
 
 * ``prediction``: any number type, any range and scale.
 * ``fixations``: counts of fixations per pixel, never a blurred map.
@@ -10,19 +10,16 @@ everywhere. Nothing is averaged, resized, blurred or sampled. The arguments are:
 * ``negatives``: counts of other images' fixations (``baselines.LeaveOneOut``).
 * ``baseline``: density of a baseline, any scale, such as a centre bias of training data.
 * ``names``: B image names for error messages, which else name the index in the batch.
-* ``protocol``: the definition in use (docs/metrics.md compares them). ``"mit300"``: today's
-  MIT/Tuebingen benchmark and pysaliency. ``"salicon"``: the LSUN'17 SALICON server, which used
-  MIT's MATLAB code (cvzoya/saliency). ``"salicon2015"``: the first SALICON evaluator
-  (github.com/NUS-VIP/salicon-evaluation).
+* ``protocol``: the definition in use (docs/metrics.md). ``"mit300"``: today's MIT/Tuebingen
+  benchmark and pysaliency. ``"salicon"``: the LSUN'17 SALICON server, which used MIT's MATLAB code
+  (cvzoya/saliency). ``"salicon2015"``: the first evaluator (NUS-VIP/salicon-evaluation).
 
-Every metric raises a ValueError that names the image where a map holds NaN or infinity, has another
-shape than the prediction, or is no density or no count map, and where the protocol does not define
-the metric.
+A ValueError names the image where a map holds NaN or infinity, has another shape than the
+prediction, or is no density or no count map, and where the protocol does not define the metric.
 
 The decorator :func:`protocols.metric` does the checks, so the bodies see one image: flat maps
-(``inputs.Map``) and flat indices of pixels (``inputs.Points``). Published code estimates some of
-the areas by random draws or jitter; the functions return the exact expectations, so pairs that tie
-count one half.
+(``inputs.Map``) and flat indices of pixels (``inputs.Points``). Published code estimates some areas
+by random draws or jitter; here are the exact expectations: pairs that tie count one half.
 """
 
 import functools
@@ -118,10 +115,8 @@ def auc_judd(prediction: Map, fixations: Points) -> float:
     """AUC + FPR(lowest positive) / 2N of Judd et al. (2012; MIT's ``AUC_Judd.m``), 0..1.
 
     Fixated pixels, each once, against all unfixated ones; NaN where there are none. The published
-    code puts points on the curve at the N positives only, and the sloped lines between them add
-    the second term: the bias is kept, so that published numbers are comparable. Where m positives
-    and q negatives tie at the lowest value, its jitter lifts q m / (m + 1) of the q above the
-    lowest of the m.
+    curve has points at the N positives only, which adds the second term: that bias is kept. Where m
+    positives and q negatives tie at the lowest value, its jitter lifts q m / (m + 1) of the q.
     """
     positives, negatives = prediction.values[fixations.pixels], unfixated(prediction, fixations)
     if not len(negatives):
@@ -144,13 +139,10 @@ def auc_shuffled(
     """AUC of fixated pixels against places fixated on other images (Tatler et al. 2005), 0..1.
 
     :func:`exact_area`, each negative as often as it was fixated: all fixations (mit300) or each
-    fixated pixel once (salicon). ``grid=True`` with salicon takes the thresholds 0, 0.1 .. 1 of
-    MIT's ``AUC_shuffled.m``, where each negative pixel counts once: pass ``negatives > 0``; a
-    constant map gives NaN. salicon2015: thresholds 0, 0.01 .. 0.99, all fixations, negatives
-    weighted by the number of images and not on this image's fixated pixels.
-
-    Raises:
-        ValueError: ``grid`` with another protocol than salicon; see the module for the others.
+    fixated pixel once (salicon). ``grid=True`` (with salicon, else a ValueError) takes thresholds
+    0, 0.1 .. 1 of MIT's ``AUC_shuffled.m``, where each negative pixel counts once: pass
+    ``negatives > 0``; a constant map gives NaN. salicon2015: thresholds 0, 0.01 .. 0.99, all
+    fixations, negatives weighted by the number of images and not on this image's fixated pixels.
     """
     positives = fixations.pixels if protocol == "salicon" else fixations.each
     others = negatives.each
@@ -194,12 +186,9 @@ def information_gain(
     """IG = mean over fixations f of log2 p(f) - log2 b(f), in bits (Kuemmerer et al., PNAS 2015).
 
     mit300: all fixations; both maps divided by their sums (a prediction with negative values is
-    shifted first, an all-zero one is uniform); -inf where the prediction is zero at a fixation.
-    salicon: each fixated pixel once; both maps scaled to 0..1, then divided by their sums, eps =
-    2^-52; NaN where a map is constant. Warns where a prediction looks read back from 8 bits.
-
-    Raises:
-        ValueError: the baseline is zero at a fixation (mit300); see the module for the others.
+    shifted first, an all-zero one is uniform); -inf where the prediction, a ValueError where the
+    baseline is zero at a fixation. salicon: each fixated pixel once; both maps scaled to 0..1, then
+    divided by their sums, eps = 2^-52; NaN where a map is constant. Warns of 8-bit predictions.
     """
     if protocol == "salicon":
         f, eps = fixations.pixels, EPS[protocol]
@@ -208,10 +197,8 @@ def information_gain(
         f = fixations.each
         p, b = prediction.density[f], baseline.share[f]
         if not (b > 0).all():
-            raise ValueError(
-                f"{prediction.image}: the baseline is zero at a fixation, where no gain is "
-                "defined; mix it with a little of the uniform density"
-            )
+            undefined = "the baseline is zero at a fixation; mix it with a uniform density"
+            raise ValueError(f"{prediction.image}: {undefined}")
     warn_of_8_bits(prediction, "IG")
     return (p.log2() - b.log2()).mean()
 
@@ -235,8 +222,7 @@ def kl_divergence(prediction: Map, density: Map, *, protocol: str = "mit300") ->
 
     Both maps are divided by their sums. mit300: eps = 2.2204e-16; a prediction with negative
     values is shifted by its minimum, an all-zero one is uniform. salicon: eps = 2^-52, no shift,
-    an all-zero prediction stays zero; NaN for values of both signs. Warns where a prediction looks
-    read back from 8 bits.
+    an all-zero prediction stays zero; NaN for values of both signs. Warns of 8-bit predictions.
     """
     warn_of_8_bits(prediction, "KL")
     p, g, eps = prediction.density, density.share, EPS[protocol]
@@ -250,11 +236,9 @@ def kl_divergence(prediction: Map, density: Map, *, protocol: str = "mit300") ->
 def warn_of_8_bits(prediction: Map, name: str) -> None:
     """Warn where small values of the prediction became zeros."""
     if prediction.looks_8bit:
-        warnings.warn(
-            f"{prediction.image}: the prediction looks read back from an 8-bit file, which makes "
-            f"{name} meaningless (small values became zeros); score the float map instead",
-            stacklevel=2,
-        )
+        problem = f"read back from an 8-bit file, which makes {name} meaningless"
+        advice = "score the float map instead"
+        warnings.warn(f"{prediction.image}: the prediction looks {problem}; {advice}", stacklevel=2)
 
 
 @metric("SIM", *MIT)
@@ -275,25 +259,17 @@ def emd(prediction: Map, density: Map, *, downsize: int = 32) -> float:
 
     The old MIT benchmark's ``EMD.m``, in pixels of small maps, 0 = equal: slow. Both maps are
     shrunk by the factor ``downsize`` with MATLAB's ``imresize`` and divided by their sums. NaN for
-    an all-zero prediction.
-
-    Raises:
-        ImportError: the package POT (extra ``emd``) is not installed.
-        ValueError: a prediction has positive and negative values; see the module for the others.
+    an all-zero prediction, a ValueError for one of both signs; needs POT (extra ``emd``).
     """
     ot = require("ot", "emd")
     if prediction.empty:
         return math.nan
     if prediction.low < 0 < prediction.high:
-        raise ValueError(
-            f"{prediction.image}: the prediction has values of both signs, so that dividing it by "
-            "its sum makes no density; for the earth mover's distance subtract its minimum first"
-        )
+        problem = "the prediction has values of both signs; subtract its minimum first"
+        raise ValueError(f"{prediction.image}: {problem}")
     size = [math.ceil(side / downsize) for side in prediction.shape]
-    p, g = (
-        resize(one.values.reshape(1, *one.shape), *size, protocol="salicon").flatten()
-        for one in (prediction, density)
-    )
+    shapes = ((one.values.reshape(1, *one.shape)) for one in (prediction, density))
+    p, g = (resize(one, *size, protocol="salicon").flatten() for one in shapes)
     # Mass that both have in a place need not move, so only the differences do. They make sense of
     # the slightly negative values that bicubic resizing gives, too.
     difference = p / p.sum() - g / g.sum()
@@ -302,16 +278,10 @@ def emd(prediction: Map, density: Map, *, downsize: int = 32) -> float:
     moved = difference[surplus].sum()
     if moved <= 0:
         return 0.0
-    distances = torch.cdist(
-        places[surplus], places[lack], compute_mode="donot_use_mm_for_euclid_dist"
-    )
-    work = ot.emd2(
-        (difference[surplus] / moved).numpy(),
-        (difference[lack] / difference[lack].sum()).numpy(),
-        distances.numpy(),
-        numItermax=1_000_000,
-    )
-    return work * moved
+    exact = "donot_use_mm_for_euclid_dist"
+    distances = torch.cdist(places[surplus], places[lack], compute_mode=exact).numpy()
+    p, g = (difference[surplus] / moved).numpy(), difference[lack]
+    return ot.emd2(p, (g / g.sum()).numpy(), distances, numItermax=1_000_000) * moved
 
 
 # ---- all at once -------------------------------------------------------------------------------
@@ -330,10 +300,8 @@ def score_all(
 
     Args as in the module; CC, KL, SIM and EMD need ``density``, sAUC ``negatives``, IG
     ``baseline``. ``metrics`` are keys of ``DEFINITIONS[protocol]``; None = those of :data:`METRICS`
-    that the protocol defines and that have their inputs.
-
-    Returns:
-        {metric: (B,) float64}, equal to the single functions' results.
+    that the protocol defines and that have their inputs. Returns {metric: (B,) float64}, equal to
+    the single functions' results.
 
     Raises:
         ValueError: a metric is unknown or lacks its input; see the module for the others.

@@ -1,8 +1,4 @@
-"""The maps of one image as the formulas take them: checked, flat, in float64, on the CPU.
-
-A :class:`ValueError` names the image where a map holds NaN or infinity, a density is negative, or
-counts are not whole numbers.
-"""
+"""The maps of one image as the formulas take them: checked, flat, in float64, on the CPU."""
 
 import functools
 import math
@@ -15,14 +11,11 @@ MOST = 1 << 30  # fixations: each takes 8 bytes
 
 
 class Map:
-    """A prediction, a density or a baseline, and its normalisations.
+    """A prediction, a density or a baseline: (P,) float64 ``values``, and its normalisations.
 
-    Attributes:
-        values: (P,) float64.
-        low: lowest value; ``high``: highest value.
-        constant: the range is at most 8 eps times the largest magnitude, eps being that of the
-            number type, of shorter ones than float32 that of float32. A standard deviation of 0
-            would miss maps that are 0.1 everywhere: their mean is inexact.
+    ``constant``: the range is at most 8 eps times the largest magnitude, eps being that of the
+    number type, of shorter ones than float32 that of float32. A standard deviation of 0 would miss
+    maps that are 0.1 everywhere: their mean is inexact.
     """
 
     def __init__(self, values: Tensor, kind: str, image: str):
@@ -88,10 +81,10 @@ class Map:
 
     @functools.cached_property
     def looks_8bit(self) -> bool:
-        """True where the map was visibly stored with 8 bits.
+        """True where the map was visibly stored with 8 bits: uint8, or multiples of one step.
 
-        Its values are more than two, none negative, and uint8 or multiples of one step: max/255,
-        or 1/255 (maximum between 1/255 and 1), or 1 (maximum between 1 and 255).
+        The step is max/255, 1/255 (maximum between 1/255 and 1) or 1 (maximum between 1 and 255);
+        the values are more than two and none is negative.
         """
         if self.constant or self.low < 0:
             return False
@@ -106,12 +99,7 @@ class Map:
 
 
 class Points:
-    """Fixations of the image, or of the others, from counts per pixel.
-
-    Attributes:
-        pixels: (U,) flat indices of the fixated pixels, each once.
-        counts: (U,) fixations of each.
-    """
+    """Counts per pixel: flat indices ``pixels`` (U,), each once, and ``counts`` (U,) of each."""
 
     def __init__(self, values: Tensor, kind: str, image: str):
         flat = _flat(values)
@@ -122,15 +110,11 @@ class Points:
         found = flat[self.pixels]
         self.counts = found.to(torch.int64)
         if (self.counts != found).any() or (self.counts < 0).any():
-            raise ValueError(
-                f"{image}: {kind} must be whole counts per pixel, not negative; a blurred map is a "
-                "density, and metrics at fixations are wrong on it"
-            )
+            problem = "must be whole counts per pixel, not negative; a blurred map is a density"
+            raise ValueError(f"{image}: {kind} {problem}")
         if (total := self.counts.double().sum().item()) > MOST:
-            raise ValueError(
-                f"{image}: {kind} sums to {total:,.0f} fixations, more than {MOST:,}: give counts "
-                "per pixel"
-            )
+            problem = f"sums to {total:,.0f} fixations, more than {MOST:,}: give counts per pixel"
+            raise ValueError(f"{image}: {kind} {problem}")
 
     @property
     def empty(self) -> bool:

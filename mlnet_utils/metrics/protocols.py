@@ -23,8 +23,8 @@ def metric(name: str, *protocols: str) -> Callable[[Callable], Callable[..., Ten
     """Make the formula of one image a metric of batches, defined in these protocols.
 
     The formula's parameters name the maps that it takes (:data:`MAPS`), and options. The batch
-    function takes the same, with (B, H, W) tensors for the maps, and ``names``. The formula stays
-    its ``__wrapped__``, and becomes ``DEFINITIONS[protocol][name]``.
+    function takes (B, H, W) tensors for the maps, and ``names``; the formula stays its
+    ``__wrapped__``, and becomes ``DEFINITIONS[protocol][name]``.
     """
 
     def decorate(formula: Callable[..., float]) -> Callable[..., Tensor]:
@@ -64,10 +64,8 @@ def score(
     """Check the batch; apply formulas to its images, as many at a time as torch has threads.
 
     Each image has one thread, so the number of threads does not change a bit of the sums.
-
     ``metrics`` are keys of ``DEFINITIONS[protocol]``, ``maps`` (B, H, W) tensors under keys of
-    :data:`MAPS`, ``names`` B image names for messages, ``options`` those of the formulas. Returns
-    {metric: (B,) float64}.
+    :data:`MAPS`, ``options`` those of the formulas. Returns {metric: (B,) float64}.
 
     Raises:
         ValueError: a metric or protocol is unknown, an input is missing or refused.
@@ -79,9 +77,8 @@ def score(
         if name not in defined:
             known = ", ".join(defined)
             raise ValueError(f"{name} is not defined in protocol {protocol!r}, only {known}")
-        for kind in needs(defined[name]):
-            if kind not in maps:
-                raise ValueError(f"{name} needs {kind} (B, H, W), got None")
+        if missing := set(needs(defined[name])) - maps.keys():
+            raise ValueError(f"{name} needs {', '.join(missing)} (B, H, W), got None")
     _check_shapes(maps, names)
     count, baseline, shared = len(maps["prediction"]), maps.get("baseline"), {}
     if baseline is not None and count > 1 and baseline.stride(0) == 0:
@@ -90,24 +87,17 @@ def score(
 
     def values(index: int) -> list[float]:
         image = f"image {index} of the batch" if names is None else f"image {names[index]}"
-        given = {
-            kind: MAPS[kind](m[index], kind, image)
-            for kind, m in maps.items()
-            if kind not in shared
-        }
+        own = maps.keys() - shared.keys()
+        given = {kind: MAPS[kind](m[index], kind, image) for kind, m in maps.items() if kind in own}
         given |= shared | options | {"protocol": protocol}
         return [_value(defined[name], given) for name in metrics]
 
     threads = torch.get_num_threads()
-    if threads == 1:
-        rows = [values(index) for index in range(count)]
-    else:
-        one_thread = functools.partial(torch.set_num_threads, 1)
-        try:
-            with ThreadPoolExecutor(threads, initializer=one_thread) as pool:
-                rows = list(pool.map(values, range(count)))
-        finally:
-            torch.set_num_threads(threads)  # the workers' setting is also that of threads to come
+    try:
+        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
+            rows = list(pool.map(values, range(count)))
+    finally:
+        torch.set_num_threads(threads)  # the workers' setting is also that of threads to come
     table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(metrics))
     if maps["prediction"].device.type != "mps":  # which has no float64
         table = table.to(maps["prediction"].device)
@@ -135,9 +125,7 @@ def _check_shapes(maps: dict[str, Tensor], names: Sequence[str] | None) -> None:
         if len(shape) != 3 or 0 in shape[1:]:
             raise ValueError(f"prediction must be a (B, H, W) tensor, got {got}")
         if got != f"shape {shape}":
-            raise ValueError(
-                f"{kind} must have the prediction's shape {shape}, got {got}; nothing is resized "
-                "silently (see mlnet_utils.metrics.resize)"
-            )
+            wanted = f"must have the prediction's shape {shape}"
+            raise ValueError(f"{kind} {wanted}, got {got}: see mlnet_utils.metrics.resize")
     if names is not None and len(names) != shape[0]:
         raise ValueError(f"{len(names)} names for {shape[0]} images")

@@ -9,6 +9,7 @@ import functools
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import zoom
 from torch import Tensor
 
 
@@ -20,23 +21,22 @@ def resize(maps: Tensor, height: int, width: int, *, protocol: str = "mit300") -
     * ``"salicon"``: MATLAB's ``imresize``: bicubic (a = -0.5) with aligned pixel centres,
       antialiased when shrinking, borders mirrored. Can overshoot, below zero too.
     * ``"salicon2015"``: ``scipy.ndimage.zoom`` with cubic splines and aligned corners, on the CPU.
-      Can overshoot. Has no gradient: the result is detached from maps that require one.
+      Can overshoot. Has no gradient.
 
     Takes (B, h, w) of any number type; returns (B, height, width) float64 on the maps' device.
 
     Raises:
         ValueError: the maps are not (B, h, w), a size is not positive, or the protocol is unknown.
     """
-    if maps.ndim != 3:
-        raise ValueError(f"maps must be (B, H, W), got shape {tuple(maps.shape)}")
-    if height < 1 or width < 1:
-        raise ValueError(f"the new size must be positive, got {height} x {width}")
+    if maps.ndim != 3 or height < 1 or width < 1:
+        shape = tuple(maps.shape)
+        raise ValueError(f"maps (B, H, W) to a positive size: got {shape} to {height} x {width}")
     resizers = {"mit300": _bilinear, "salicon": _bicubic, "salicon2015": _spline}
     if protocol not in resizers:
         raise ValueError(f"protocol {protocol!r} is not one of {', '.join(resizers)}")
-    if tuple(maps.shape[1:]) == (height, width):
-        return maps.to(torch.float64)
-    return resizers[protocol](maps.to(torch.float64), height, width)
+    maps = maps.to(torch.float64)
+    same = tuple(maps.shape[1:]) == (height, width)
+    return maps if same else resizers[protocol](maps, height, width)
 
 
 def _bilinear(maps: Tensor, height: int, width: int) -> Tensor:
@@ -51,8 +51,6 @@ def _bicubic(maps: Tensor, height: int, width: int) -> Tensor:
 
 
 def _spline(maps: Tensor, height: int, width: int) -> Tensor:
-    from scipy.ndimage import zoom
-
     factors = (height / maps.shape[1], width / maps.shape[2])
     resized = np.empty((len(maps), height, width))
     for place, one in enumerate(maps.detach().cpu().numpy()):

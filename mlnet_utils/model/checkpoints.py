@@ -9,25 +9,10 @@ from typing import Any
 
 import torch
 
+from mlnet_utils import runtime
 from mlnet_utils.config import ENGINE_FIELDS, RETIRED, Config, from_dict
-from mlnet_utils.model.backbones import (
-    content_digest,
-    load_strictly,
-    named_tensors,
-    read_safetensors,
-    read_torch,
-    save_safetensors,
-)
+from mlnet_utils.model import backbones
 from mlnet_utils.model.network import MLNet
-from mlnet_utils.runtime import (
-    SHIPPED,
-    atomic_path,
-    checkout_root,
-    display_path,
-    reading,
-    sha256_file,
-    versions,
-)
 
 FORMAT = "mlnet-checkpoint-1"
 PIN = "#sha256="  # between a path and the checksum of the file that is meant
@@ -55,12 +40,12 @@ def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any)
     content = {
         "format": FORMAT,
         "config": config.to_dict(),
-        "versions": versions(),
+        "versions": runtime.versions(),
         "model": {key: value.detach().cpu() for key, value in model.items()},
         **state,
     }
-    content["digest"] = content_digest(content)
-    with atomic_path(path) as temporary:
+    content["digest"] = backbones.content_digest(content)
+    with runtime.atomic_path(path) as temporary:
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # as torch reports a full disk
@@ -68,33 +53,26 @@ def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any)
 
 
 def save_published(path: str | Path, checkpoint: str | Path, card: dict[str, Any]) -> None:
-    """Write a checkpoint's network for others to use: safetensors, matrices in float16.
+    """Write a checkpoint's network for others to use, ``.safetensors``, matrices in float16.
 
-    Vectors stay as they are: batch norm's statistics would leave float16's range.
-
-    Args:
-        path: the file to (re)place, ``.safetensors``.
-        checkpoint: what :func:`load_checkpoint` reads.
-        card: what readers should know, e.g. data, command and scores; plain values.
+    Vectors stay as they are: batch norm's statistics would leave float16's range. The ``card`` of
+    plain values is what readers should know, e.g. data, command and scores.
     """
     content = load_checkpoint(checkpoint)
     weights = {
         key: (value.half() if value.is_floating_point() and value.ndim > 1 else value).contiguous()
         for key, value in content["model"].items()
     }
-    texts = {"config": content["config"], "card": card}
-    metadata = {key: json.dumps(value) for key, value in texts.items()}
-    with atomic_path(path) as temporary:
-        save_safetensors(temporary, weights, {"format": FORMAT, **metadata})
+    texts = {"config": json.dumps(content["config"]), "card": json.dumps(card)}
+    with runtime.atomic_path(path) as temporary:
+        backbones.save_safetensors(temporary, weights, {"format": FORMAT, **texts})
 
 
 def _load_published(path: Path) -> dict[str, Any]:
-    weights, metadata = read_safetensors(path)
-    if metadata.get("format") != FORMAT:
-        return {}
+    weights, texts = backbones.read_safetensors(path)
     weights = {k: v.float() if v.dtype == torch.half else v for k, v in weights.items()}
-    texts = {key: json.loads(metadata[key]) for key in ("config", "card")}
-    return {"format": FORMAT, "model": weights, **texts}
+    texts = {k: json.loads(v) if k in ("config", "card") else v for k, v in texts.items()}
+    return {"model": weights, **texts}
 
 
 def load_checkpoint(path: str | Path = "") -> dict[str, Any]:
@@ -104,14 +82,14 @@ def load_checkpoint(path: str | Path = "") -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: unreadable, damaged, or not one of this project's checkpoints.
     """
-    path = Path(path).expanduser() if str(path) else SHIPPED
-    with reading(path, "a checkpoint of this project", REMEDY):
-        content = (_load_published if path.suffix == ".safetensors" else read_torch)(path)
+    path = Path(path).expanduser() if str(path) else runtime.SHIPPED
+    with runtime.reading(path, "a checkpoint of this project", REMEDY):
+        content = (_load_published if path.suffix == ".safetensors" else backbones.read_torch)(path)
         if content.get("format") != FORMAT:
             earlier = "`python -m mlnet_utils import-weights` converts weights of earlier ones"
             raise ValueError(f"it is none; {earlier}")
         from_dict(content["config"])
-        named_tensors(content["model"])
+        backbones.named_tensors(content["model"])
     return content
 
 
@@ -121,10 +99,10 @@ def load_model(path: str | Path = "") -> tuple[MLNet, Config, dict[str, Any]]:
     Nothing is downloaded: the checkpoint holds all the weights.
     """
     content = load_checkpoint(path)
-    path, config = path if str(path) else SHIPPED, from_dict(content["config"])
-    with reading(path, "a checkpoint of this project", REMEDY):
+    path, config = path if str(path) else runtime.SHIPPED, from_dict(content["config"])
+    with runtime.reading(path, "a checkpoint of this project", REMEDY):
         model = MLNet(from_dict({**content["config"], "backbone_weights": "none"}))
-        load_strictly(model, content["model"], "it")
+        backbones.load_strictly(model, content["model"], "it")
     return model.eval(), config, content
 
 
@@ -143,10 +121,7 @@ def rotate_and_save(folder: Path, config: Config, model: dict, **state: Any) -> 
 def load_latest(folder: Path, config: Config, data: str) -> dict[str, Any] | None:
     """The newest readable training checkpoint of this run, or None if there is none.
 
-    Args:
-        folder: the run's checkpoints.
-        config: of the run now.
-        data: digest of the prepared data, as stored by ``rotate_and_save(..., data=digest)``.
+    ``data`` is the digest of the prepared data, as stored by ``rotate_and_save(..., data=digest)``.
 
     Raises:
         ValueError: checkpoints exist but none is readable, or they come from another
@@ -206,12 +181,12 @@ def _complete(stored: dict[str, Any]) -> dict[str, Any]:
 
 # ---- starting from another training's weights --------------------------------------------------
 def with_start(config: Config, folder: Path | None = None) -> Config:
-    """The configuration with the architecture of the checkpoint that it starts from.
+    """The configuration with the architecture of the checkpoint that it starts from, if any.
 
     Call it where a run begins: ``load_config`` opens no file. The input size is the start's too,
     unless it is set; ``start_from`` becomes the path as readers should see it, with the file's
     SHA-256. A training that has begun does not need the file: the run's checkpoints in ``folder``
-    know the architecture. A configuration without ``start_from`` stays as it is.
+    know the architecture.
 
     Raises:
         FileNotFoundError: the file is missing, and the training has not begun.
@@ -230,11 +205,9 @@ def with_start(config: Config, folder: Path | None = None) -> Config:
         start_from = content.get("config", {}).get("start_from", "")
         # Without a checksum, the path has to do.
         known = start_from if digest else start_from.partition(PIN)[0] + PIN
-        if known != f"{display_path(path)}{PIN}{digest}":
-            problem = f"config: start_from={config.start_from} does not exist"
-            raise FileNotFoundError(
-                f"{problem}: name a checkpoint, e.g. checkpoints/best.pt of a run"
-            )
+        if known != f"{runtime.display_path(path)}{PIN}{digest}":
+            missing = f"config: start_from={config.start_from} does not exist"
+            raise FileNotFoundError(f"{missing}: name one, e.g. checkpoints/best.pt of a run")
     stored = _complete(content["config"])
     default, wanted = Config().to_dict(), config.to_dict()
     chosen = {key for key in wanted if key in config.given or wanted[key] != default[key]}
@@ -246,13 +219,9 @@ def with_start(config: Config, folder: Path | None = None) -> Config:
     if different:
         problem = f"{'; '.join(different)} (start_from={start_from.partition(PIN)[0]})"
         raise ValueError(f"config: {problem}; leave these keys out to take the checkpoint's")
-    taken = [*ARCHITECTURE, *(key for key in USUAL if key not in chosen)]
-    return dataclasses.replace(
-        config,
-        **{key: stored[key] for key in taken},
-        start_from=start_from,
-        given=config.given.union(ARCHITECTURE, USUAL),
-    )
+    taken = {key: stored[key] for key in (*ARCHITECTURE, *(k for k in USUAL if k not in chosen))}
+    given = config.given.union(ARCHITECTURE, USUAL)
+    return dataclasses.replace(config, **taken, start_from=start_from, given=given)
 
 
 def locate(start_from: str) -> tuple[Path, str]:
@@ -262,8 +231,8 @@ def locate(start_from: str) -> tuple[Path, str]:
     folder, if it is there, else one of the checkout.
     """
     name, _, digest = start_from.partition(PIN)
-    path = SHIPPED if name == "package" else Path(name).expanduser()
-    root = checkout_root()
+    path = runtime.SHIPPED if name == "package" else Path(name).expanduser()
+    root = runtime.checkout_root()
     if root and not path.is_file():
         path = root / path  # an absolute path stays as it is
     return path, digest
@@ -273,16 +242,16 @@ def read_start(start_from: str) -> tuple[dict[str, Any], str]:
     """The checkpoint to start from, and ``start_from`` with the file's checksum.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: no checkpoint of this project, or not the one that the checksum names.
+        FileNotFoundError, ValueError: see :func:`load_checkpoint`; or not the file that the
+            checksum names.
     """
     path, wanted = locate(start_from)
     content = load_checkpoint(path)
-    digest = sha256_file(path)
+    digest = runtime.sha256_file(path)
     if wanted not in ("", digest):
         problem = f"start_from asks for {path} with SHA-256 {wanted}, but the file has {digest}"
         raise ValueError(f"config: {problem}: leave {PIN}... out to start from this file")
-    return content, f"{display_path(path)}{PIN}{digest}"
+    return content, f"{runtime.display_path(path)}{PIN}{digest}"
 
 
 def load_start(model: MLNet, config: Config) -> None:
@@ -291,11 +260,13 @@ def load_start(model: MLNet, config: Config) -> None:
     The checksum of the backbone's ImageNet weights comes along.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it cannot be read, has changed since, or lacks weights of the network.
+        FileNotFoundError, ValueError: it is gone, cannot be read, has changed since, or lacks
+            weights of the network.
     """
     if not config.start_from:
         return
     content, start_from = read_start(config.start_from)
-    load_strictly(model, content["model"], f"config: start_from={start_from.partition(PIN)[0]}")
+    backbones.load_strictly(
+        model, content["model"], f"config: start_from={start_from.partition(PIN)[0]}"
+    )
     model.backbone.sha256 = content.get("backbone_sha256", "")

@@ -20,12 +20,7 @@ import torch
 from torch import Tensor
 
 from mlnet_utils.config import Config, load_config
-from mlnet_utils.model.backbones import (
-    VGG16Levels,
-    load_strictly,
-    read_weights,
-    save_safetensors,
-)
+from mlnet_utils.model import backbones
 from mlnet_utils.model.checkpoints import save_checkpoint
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.runtime import atomic_path, reading, require, sha256_file
@@ -46,9 +41,8 @@ def recognise(path: str | Path) -> str:
     """Tell which of ``KINDS`` a weights file is.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError, ValueError: no such file; or truncated, unreadable, none of the kinds.
         ImportError: the file is HDF5 and h5py is not installed.
-        ValueError: truncated, unreadable, or none of the kinds.
     """
     path = Path(path)
     with reading(path, WEIGHTS), open(path, "rb") as file:
@@ -62,7 +56,7 @@ def recognise(path: str | Path) -> str:
                 return "keras-vgg16"
             names = sorted(file)
     elif start.startswith(_TORCH):
-        names = sorted(read_weights(path))
+        names = sorted(backbones.read_weights(path))
         if "int_conv.weight" in names or "pre_final_conv.weight" in names:
             return "mlnet-pytorch"
     found = f"a file with {', '.join(names[:5])} in it" if names else "neither HDF5 nor PyTorch"
@@ -75,11 +69,8 @@ def import_weights(path: str | Path, out: str | Path) -> Config:
     """Convert a weights file of one of ``KINDS``.
 
     Writes a checkpoint for prediction and evaluation; of ``keras-vgg16`` a ``.safetensors`` file
-    for use as ``backbone_weights``.
-
-    Returns:
-        The configuration with which the result computes what the original computed. For a
-        backbone: the paper's preset on top of it.
+    for use as ``backbone_weights``. Returns the configuration with which the result computes what
+    the original computed; for a backbone, the paper's preset on top of it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -97,9 +88,9 @@ def import_weights(path: str | Path, out: str | Path) -> Config:
     source = {"kind": kind, "file": path.name, "sha256": sha256_file(path)}
     if kind == "keras-vgg16":
         weights = _keras_vgg16(path)
-        load_strictly(VGG16Levels(), weights, str(path))
+        backbones.load_strictly(backbones.VGG16Levels(), weights, str(path))
         with atomic_path(out) as temporary:
-            save_safetensors(temporary, weights, {**source, "normalisation": "caffe"})
+            backbones.save_safetensors(temporary, weights, {**source, "normalisation": "caffe"})
         return load_config("paper", backbone_weights=str(out), normalisation="caffe")
     if kind == "keras-mlnet":
         weights = _keras_mlnet(path)
@@ -111,7 +102,7 @@ def import_weights(path: str | Path, out: str | Path) -> Config:
     size = {"prior_cells": (rows, columns), "height": _CELL * rows, "width": _CELL * columns}
     config = load_config(preset, backbone_weights="none", **size, **options)
     model = MLNet(config)
-    load_strictly(model, {**dict(model.named_buffers()), **weights}, str(path))
+    backbones.load_strictly(model, {**dict(model.named_buffers()), **weights}, str(path))
     save_checkpoint(out, config, model.state_dict(), source=source)
     return config
 
@@ -131,14 +122,10 @@ def _keras_mlnet(path: Path) -> dict[str, Tensor]:
             group = root[layer]
             found = [_correlating(group[name]) for name in group.attrs["weight_names"]]
             if len(found) > 2:
-                raise ValueError(
-                    f"{path}: {group.name} holds {len(found)} weights, expected 0 to 2"
-                )
+                raise ValueError(f"{path}: {group.name} holds {len(found)} weights, not 0 to 2")
             (convolutions if len(found) == 2 else priors).extend(found)
-    if len(convolutions) != 2 * 15 or len(priors) != 1:
-        found = (
-            f"{len(convolutions) // 2} convolutions and {len(priors)} layers with a single weight"
-        )
+    if (counts := (len(convolutions) // 2, len(priors))) != (15, 1):
+        found = "{} convolutions and {} layers with a single weight".format(*counts)
         raise ValueError(f"{path} holds {found}; ML-Net has 15 and 1, the prior")
     layers = [*(f"backbone.features.{place}" for place in _PLACES), "encode", "to_map"]
     names = [f"{layer}.{part}" for layer in layers for part in ("weight", "bias")]
@@ -161,7 +148,7 @@ def _keras_vgg16(path: Path) -> dict[str, Tensor]:
 def _mlnet_pytorch(path: Path) -> dict[str, Tensor]:
     """Its state dict: the same layers under other names, and a prior around 1 instead of 0."""
     weights = {}
-    for label, value in read_weights(path).items():
+    for label, value in backbones.read_weights(path).items():
         module, dot, rest = label.partition(".")
         weights[f"{_RENAMED.get(module, module)}{dot}{rest}"] = _finite(path, label, value)
     if "prior" not in weights:

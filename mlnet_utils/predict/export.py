@@ -1,8 +1,7 @@
 """Trained networks for other runtimes: ONNX, ``torch.export``, and ONNX in 8 bits.
 
 The exported network takes the letterboxed photo as it is (uint8 RGB) and returns the map on its
-own grid: normalisation is inside; letterbox and postprocessing are not. The file's metadata hold
-the configuration, so that :func:`load_exported` predicts at any photo's size.
+own grid. The metadata hold the configuration, with which :func:`load_exported` does the rest.
 """
 
 import json
@@ -17,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mlnet_utils import runtime
 from mlnet_utils.config import from_dict
 from mlnet_utils.data.images import read_image, visible_files
 from mlnet_utils.data.photos import Prepared
@@ -25,16 +25,6 @@ from mlnet_utils.model.backbones import load_strictly
 from mlnet_utils.model.checkpoints import load_model
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.predict.predictor import EXPORTED, MODEL, Predictor
-from mlnet_utils.runtime import (
-    SHIPPED,
-    atomic_path,
-    display_path,
-    read_json,
-    reading,
-    require,
-    sha256_file,
-    versions,
-)
 
 FORMATS = dict(zip(("onnx", "torch-export"), EXPORTED, strict=True))
 TOLERANCE = 1e-4  # largest difference from PyTorch, as a share of the map's maximum
@@ -55,11 +45,10 @@ class ExportReport:
 
     def summary(self) -> str:
         """One sentence."""
-        size = self.path.stat().st_size / 1e6
-        return (
-            f"{display_path(self.path)}: {size:.1f} MB, {self.metadata['precision']}; against "
-            f"PyTorch: deviation {self.deviation:.1e} of the maximum, CC {self.correlation:.4f}"
-        )
+        size, precision = self.path.stat().st_size / 1e6, self.metadata["precision"]
+        against = f"deviation {self.deviation:.1e} of the maximum, CC {self.correlation:.4f}"
+        file = f"{runtime.display_path(self.path)}: {size:.1f} MB, {precision}"
+        return f"{file}; against PyTorch: {against}"
 
 
 def export(
@@ -69,15 +58,12 @@ def export(
     int8: bool = False,
     photos: Sequence[str | Path] = (),
 ) -> ExportReport:
-    """Write a trained network for another runtime, verified against PyTorch on photos.
+    """Write a trained or imported network for another runtime, verified against PyTorch on photos.
 
-    Args:
-        checkpoint: a trained or imported network.
-        out: the file to write, ``.onnx`` or ``.pt2``.
-        format: ``"onnx"`` or ``"torch-export"``; the batch is dynamic in both.
-        int8: weights and activations in 8 bits (ONNX only), calibrated on photos.
-        photos: photos and folders to verify and calibrate with; default: the training photos of
-            the checkpoint's run, or scikit-image's for the network that comes with the package.
+    The format is ``"onnx"`` or ``"torch-export"``, the file ``.onnx`` or ``.pt2``; the batch is
+    dynamic in both. ``int8`` (ONNX only) stores weights and activations in 8 bits, calibrated on
+    photos. ``photos`` are photos and folders; default: the training photos of the checkpoint's run,
+    or scikit-image's for the network that comes with the package.
 
     Raises:
         ImportError: the extra ``export`` is not installed.
@@ -93,23 +79,20 @@ def export(
     if int8 and format != "onnx":
         raise ValueError("8 bits are made by onnxruntime: use the format onnx")
     for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
-        require(name, "export")
+        runtime.require(name, "export")
     model, config, content = load_model(checkpoint)
     if config.dropout_at_test:
-        raise ValueError(
-            "dropout_at_test makes the network random, so that no export can be verified: import "
-            "or train it without that defect (preset mlnet-pytorch)"
-        )
+        raise ValueError("dropout_at_test makes the network random: import or train it without")
     config = replace(config, test_scales=(1.0,))  # exported networks take photos of one size
     predictor = Predictor(model, config)
     files = _photo_files(checkpoint, photos, int8)
     images = torch.stack([predictor.prepare(read_image(file))[0] for file in files])
+    scale = "probability density" if config.head == "density" else "non-negative, unnormalised"
     metadata = {
         "title": "ML-Net, a deep multi-level network for saliency prediction",
         "input": f"image: (batch, 3, {config.height}, {config.width}) uint8 RGB, the photo resized "
         "with its aspect ratio kept and centred on black",
-        "output": "saliency: (batch, 1, {}, {}) float32, ".format(*config.grid)
-        + ("probability density" if config.head == "density" else "non-negative, unnormalised"),
+        "output": "saliency: (batch, 1, {}, {}) float32, {}".format(*config.grid, scale),
         "input_height": str(config.height),
         "input_width": str(config.width),
         "backbone": config.backbone,
@@ -118,10 +101,10 @@ def export(
         "scores": json.dumps(_scores(checkpoint, content)),
         "scores_measured_with": "PyTorch, float32",
         "config": json.dumps(config.to_dict()),
-        "versions": json.dumps(versions()),
-        "checkpoint_sha256": sha256_file(checkpoint),
+        "versions": json.dumps(runtime.versions()),
+        "checkpoint_sha256": runtime.sha256_file(checkpoint),
     }
-    with atomic_path(out) as temporary:
+    with runtime.atomic_path(out) as temporary:
         _write_float(model, images, metadata, temporary)
         if int8:
             _compare(predictor, temporary, images[:CHECKED])
@@ -137,11 +120,10 @@ def load_exported(path: str | Path, threads: int = 0) -> Predictor:
 
     Raises:
         ImportError: the extra ``export`` is not installed.
-        FileNotFoundError: there is no such file.
-        ValueError: not a file that :func:`export` wrote.
+        FileNotFoundError, ValueError: there is no such file, or not one that :func:`export` wrote.
     """
     path = Path(path)
-    with reading(path, "a network that `python -m mlnet_utils export` wrote", "export it again"):
+    with runtime.reading(path, "a network that `mlnet_utils export` wrote", "export it again"):
         if path.suffix == ".onnx":
             network = OnnxNetwork(path, threads)
             metadata = network.metadata
@@ -179,10 +161,10 @@ class OnnxNetwork(nn.Module):
 
     def __init__(self, path: Path, threads: int = 0):
         super().__init__()
-        runtime = require("onnxruntime", "export")
-        options = runtime.SessionOptions()
+        engine = runtime.require("onnxruntime", "export")
+        options = engine.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.session = engine.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self.metadata = self.session.get_modelmeta().custom_metadata_map
 
     def forward(self, image: Tensor) -> Tensor:
@@ -200,14 +182,12 @@ def _photo_files(checkpoint: Path, photos: Sequence[str | Path], int8: bool) -> 
     elif (run / "data" / "meta.json").is_file():
         prepared = Prepared.read(run / "data")
         files = [prepared.root / photo.image for photo in hash_order(prepared.split("train"))]
-    elif checkpoint == SHIPPED:
-        folder = Path(require("skimage.data", "notebooks").__file__).parent
+    elif checkpoint == runtime.SHIPPED:
+        folder = Path(runtime.require("skimage.data", "notebooks").__file__).parent
         files = [folder / name for name in ("astronaut.png", "chelsea.png", "coffee.png")]
     else:
-        raise ValueError(
-            f"{checkpoint} does not lie in the checkpoints/ of a run with prepared data: name "
-            "photos, or a folder of them, on which the export is verified"
-        )
+        missing = "does not lie in the checkpoints/ of a run with prepared data"
+        raise ValueError(f"{checkpoint} {missing}: name photos to verify the export with")
     fewest = CHECKED + FEWEST_CALIBRATED if int8 else 1
     if len(files) < fewest:
         raise ValueError(f"found {len(files)} photos; this export needs at least {fewest}")
@@ -219,8 +199,8 @@ def _scores(checkpoint: Path, content: dict) -> dict:
     scores = {"validation": content.get("scores", {})}
     path = checkpoint.absolute().parent.parent / "metrics.json"
     if path.is_file():
-        report = read_json(path, "`evaluate`")
-        if report.get("checkpoint_sha256") == sha256_file(checkpoint):
+        report = runtime.read_json(path, "`evaluate`")
+        if report.get("checkpoint_sha256") == runtime.sha256_file(checkpoint):
             found = {key: report[key] for key in ("dataset", "split", "photos", "protocol")}
             for row in report["rows"]:
                 if row["model"] == MODEL:
@@ -243,19 +223,22 @@ def _write_float(model: nn.Module, images: Tensor, metadata: dict, path: Path) -
 
 
 def _save_onnx(proto, metadata: dict, path: Path) -> None:
-    onnx = require("onnx", "export")
+    import onnx
+
     onnx.helper.set_model_props(proto, metadata)
     onnx.save(proto, path)
 
 
 def _write_int8(path: Path, images: Tensor, metadata: dict) -> None:
     """Quantise a float ONNX file in place: 8-bit weights per channel, 8-bit activations."""
-    onnx, tools = require("onnx", "export"), require("onnxruntime.quantization", "export")
-    preparation = require("onnxruntime.quantization.shape_inference", "export")
+    import onnx
+    from onnxruntime import quantization as tools
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
     feed = ({"image": image[None].numpy()} for image in images)
     with tempfile.TemporaryDirectory() as folder:
         prepared, result = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
-        preparation.quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        quant_pre_process(path, prepared, skip_symbolic_shape=True)
         nodes = onnx.load(prepared).graph.node
         # In float: the last convolution, whose output is the map itself, and pools of -infinity.
         padded = {output for node in nodes if node.op_type == "Pad" for output in node.output}
@@ -295,10 +278,7 @@ def _compare(
         deviation = max(deviation, float(difference.max()))
         pairs = torch.stack([found, expected], dim=1)
         correlation = min(correlation, *(float(torch.corrcoef(pair)[0, 1]) for pair in pairs))
-    good = correlation >= LOWEST_CORRELATION if int8 else deviation <= TOLERANCE
-    if not good:
-        raise RuntimeError(
-            f"the exported network differs from PyTorch by {deviation:.1e} of the map's maximum "
-            f"(correlation {correlation:.3f}): nothing was written"
-        )
+    if not (correlation >= LOWEST_CORRELATION if int8 else deviation <= TOLERANCE):
+        found = f"{deviation:.1e} of the map's maximum (correlation {correlation:.3f})"
+        raise RuntimeError(f"the export differs from PyTorch by {found}: nothing was written")
     return deviation, correlation

@@ -3,9 +3,10 @@
 import itertools
 import os
 import threading
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,32 +19,11 @@ from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
 
+from mlnet_utils import runtime
+from mlnet_utils.data import images
 from mlnet_utils.data.geometry import Letterbox
-from mlnet_utils.data.images import (
-    MEGAPIXELS,
-    OTHER_PICTURES,
-    PHOTO_SUFFIXES,
-    output_stems,
-    photo_limit,
-    read_image,
-    stored_size,
-    visible_files,
-)
 from mlnet_utils.plots import overlay as paint_overlay
 from mlnet_utils.predict.predictor import Predictor, load, predict_maps, to_density
-from mlnet_utils.runtime import (
-    atomic_path,
-    cpu_count,
-    display_path,
-    locked,
-    pick_device,
-    progress,
-    read_json,
-    remove_temporaries,
-    sha256_file,
-    versions,
-    write_json,
-)
 
 LARGE = 16e6  # pixels of a photo that has the memory for itself
 RECORD = "prediction.json"  # in the output folder: the checkpoint that made the maps
@@ -77,27 +57,21 @@ def predict_folder(
     batch_size: int = 8,
     device: str | None = None,
     upright: bool = True,
-    megapixels: float = MEGAPIXELS,
+    megapixels: float = images.MEGAPIXELS,
 ) -> FolderResult:
-    """Write the saliency maps of photos and of folders of photos.
+    """Write the saliency maps of photos and of folders of photos, into the folder ``out``.
 
     Every photo gets ``<stem>.png`` (8 bits, its own size, maximum 255), with ``overlay`` also
     ``<stem>_overlay.png`` (the photo with its map on top), and with ``npy`` ``<stem>.npy``
     (float32 density that sums to 1). Where two photos differ in their suffix only, it is kept:
-    ``x.jpg.png``, ``x.png.png``. Photos inside a given folder keep their sub-folders. Photos
-    with all outputs in place are skipped, so that an interrupted call can be repeated. Under
-    ``accelerate launch`` every process takes its share on its own GPU; all return the same result.
+    ``x.jpg.png``. Photos inside a given folder keep their sub-folders. Photos with all outputs in
+    place are skipped, so that an interrupted call can be repeated; ``force`` redoes them, and first
+    removes files of another checkpoint that will be made again. Under ``accelerate launch`` every
+    process takes its share on its own GPU; all return the same result.
 
-    Args:
-        checkpoint: a trained, imported or exported network.
-        paths: photos and folders; ``out`` is the maps' folder.
-        force: redo what exists; files of another checkpoint that will be made again are removed
-            first, so that an interrupted call leaves none of them.
-        batch_size: photos per forward pass.
-        device: default: a GPU if there is one.
-        upright: turn photos as their EXIF data say; benchmarks want False.
-        megapixels: the largest photo; larger ones fail. Memory is 20 bytes per pixel of the
-            largest photo.
+    The checkpoint may be an exported one; ``batch_size`` photos pass at once; the device is a GPU
+    by default, if there is one. ``upright`` turns photos as their EXIF data say; benchmarks want
+    False. Photos of more ``megapixels`` fail; the largest takes 20 bytes of memory per pixel.
 
     Returns:
         The photos that were done, skipped, failed and why, or left out; a broken photo, or one
@@ -105,12 +79,11 @@ def predict_folder(
 
     Raises:
         FileNotFoundError: a path or the checkpoint does not exist.
-        ValueError: no photos, or ``out`` holds maps of another checkpoint and ``force`` is not
-            given.
+        ValueError: no photos, or ``out`` holds maps of another checkpoint without ``force``.
     """
-    endings = [*([".npy"] if npy else []), *(["_overlay.png"] if overlay else []), ".png"]
+    endings = [".npy"] * npy + ["_overlay.png"] * overlay + [".png"]
     call = (checkpoint, paths, Path(out), endings, force, batch_size, device)
-    with begin(*call) as (predictor, targets, result), photo_limit(megapixels):
+    with begin(*call) as (predictor, targets, result), images.photo_limit(megapixels):
         _predict_photos(predictor, targets, result, endings, batch_size, upright)
         return gather(result)
 
@@ -130,19 +103,19 @@ def _predict_photos(
         return one_at_a_time if width * height > LARGE else nullcontext()
 
     def decode(photo: Path) -> tuple[Tensor, Letterbox]:
-        with turn(*stored_size(photo)):
-            return predictor.prepare(read_image(photo, upright))
+        with turn(*images.stored_size(photo)):
+            return predictor.prepare(images.read_image(photo, upright))
 
     def write(photo: Path, box: Letterbox, single: Tensor) -> None:
         with turn(box.photo_width, box.photo_height):
             density = to_density(single, predictor.config, box).float().numpy()
             for path, ending in zip(targets[photo], endings, strict=True):
-                with atomic_path(path) as temporary:
+                with runtime.atomic_path(path) as temporary:
                     if ending == ".npy":
                         np.save(temporary, density)
                     elif ending == "_overlay.png":
                         # Read again: to keep the pixels of all photos would fill the memory.
-                        pixels = read_image(photo, upright).permute(1, 2, 0).numpy()
+                        pixels = images.read_image(photo, upright).permute(1, 2, 0).numpy()
                         Image.fromarray(paint_overlay(pixels, density)).save(temporary)
                     else:
                         Image.fromarray(to_8_bits(density)).save(temporary)
@@ -160,16 +133,16 @@ def _predict_photos(
     photos = list(targets)
     batches = [photos[start : start + batch_size] for start in range(0, len(photos), batch_size)]
     if PartialState().is_main_process:
-        batches = progress(batches, "predicting", unit="batch")
-    with ThreadPoolExecutor(min(8, cpu_count() + 1)) as pool:
+        batches = runtime.progress(batches, "predicting", unit="batch")
+    with ThreadPoolExecutor(min(8, runtime.cpu_count() + 1)) as pool:
         decoding, writing = {}, {}
         for batch in itertools.chain(batches, [[]]):  # decoded while the one before is predicted
             ready = finished(decoding)
             decoding = {photo: pool.submit(decode, photo) for photo in batch}
             maps = []
             if ready:
-                images = torch.stack([image for image, _ in ready.values()])
-                maps = predict_maps(predictor.model, predictor.config, images.to(predictor.device))
+                batched = torch.stack([image for image, _ in ready.values()]).to(predictor.device)
+                maps = predict_maps(predictor.model, predictor.config, batched)
             result.done += finished(writing, "its map cannot be written: ")
             writing = {
                 photo: pool.submit(write, photo, box, single)
@@ -195,7 +168,7 @@ def begin(
     force: bool,
     batch_size: int,
     device: str | None,
-    suffixes: Sequence[str] = PHOTO_SUFFIXES,
+    suffixes: Sequence[str] = images.PHOTO_SUFFIXES,
 ) -> Iterator[tuple[Predictor, Targets, FolderResult]]:
     """The network, this process's share of the work, and a result with what was done before.
 
@@ -205,46 +178,36 @@ def begin(
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     # One process may take hours longer than another, and then nobody should give up on it.
-    processes = PartialState(cpu=pick_device() == "cpu", timeout=timedelta(days=7))
+    processes = PartialState(cpu=runtime.pick_device() == "cpu", timeout=timedelta(days=7))
     predictor = load(checkpoint, device)  # PartialState has chosen this process's GPU
     targets, result = list_targets(paths, out, endings, suffixes)
-    record = {
-        "checkpoint": display_path(checkpoint),
-        "sha256": sha256_file(checkpoint),
-        "versions": versions(),
-    }
-    with locked(out):
+    record = {"checkpoint": runtime.display_path(checkpoint), "versions": runtime.versions()}
+    record["sha256"] = runtime.sha256_file(checkpoint)
+    with runtime.locked(out):
         processes.wait_for_everyone()
         before = {} if force else record  # of the network that made the maps in ``out``
         if (out / RECORD).exists():
-            try:
-                before = read_json(out / RECORD, "predict")
-            except ValueError:
-                if not force:
-                    raise
+            with suppress(ValueError) if force else nullcontext():
+                before = runtime.read_json(out / RECORD, "predict")
         other_maps = before.get("sha256") != record["sha256"]
         if other_maps and not force:
-            raise ValueError(
-                f"the maps in {out} were made by another checkpoint ({before.get('checkpoint')}); "
-                "choose another output folder, or force them to be made again"
-            )
+            other = f"were made by another checkpoint ({before.get('checkpoint')})"
+            raise ValueError(f"the maps in {out} {other}; choose another folder, or force new ones")
         done = {f for f, made in targets.items() if not force and all(p.is_file() for p in made)}
         todo = {file: made for file, made in targets.items() if file not in done}
         processes.wait_for_everyone()  # all have the same list before the first one writes
         if processes.is_main_process:
             wanted = [path for made in todo.values() for path in made]
-            remove_temporaries(wanted)
-            if other_maps:
-                # Before the record says otherwise: an interrupted call would leave maps of the
-                # other network, which the next one would take for done.
-                for path in filter(Path.is_file, wanted):
-                    path.unlink()
-            write_json(out / RECORD, record)
+            runtime.remove_temporaries(wanted)
+            # Before the record says otherwise: an interrupted call would leave maps of the other
+            # network, which the next one would take for done.
+            for path in filter(Path.is_file, wanted if other_maps else ()):
+                path.unlink()
+            runtime.write_json(out / RECORD, record)
         processes.wait_for_everyone()
         share = list(todo)[processes.process_index :: processes.num_processes]
-        work = {file: todo[file] for file in share}
         result.skipped = sorted(done)
-        yield predictor, work, result
+        yield predictor, {file: todo[file] for file in share}, result
 
 
 def gather(result: FolderResult) -> FolderResult:
@@ -256,16 +219,13 @@ def gather(result: FolderResult) -> FolderResult:
 
 
 def list_targets(
-    paths: Sequence[str | Path], out: Path, endings: Sequence[str], suffixes=PHOTO_SUFFIXES
+    paths: Sequence[str | Path], out: Path, endings: Sequence[str], suffixes=images.PHOTO_SUFFIXES
 ) -> tuple[Targets, FolderResult]:
     """Every photo with its output files, one for each ending (``.png``), the map's last.
 
     Photos of a folder keep their sub-folders. Hidden files, files without one of the suffixes, and
-    the files in ``out``, are not taken for photos.
-
-    Returns:
-        The files of each photo, and a result that names the other pictures in the folders, and
-        the photos that cannot be done: their files would overwrite another photo's, or a photo.
+    the files in ``out``, are not taken for photos. The result names the other pictures in the
+    folders, and photos that cannot be done: their files would overwrite another's, or a photo.
 
     Raises:
         FileNotFoundError: a path that does not exist.
@@ -276,10 +236,8 @@ def list_targets(
     for path in map(Path, paths):
         if path.is_dir():
             if path.resolve() == out.resolve():
-                raise ValueError(
-                    f"maps in {path} would be the next call's input; choose another out"
-                )
-            for file in visible_files(path, (*suffixes, *OTHER_PICTURES), out):
+                raise ValueError(f"maps in {path} would be the next call's input; choose another")
+            for file in images.visible_files(path, (*suffixes, *images.OTHER_PICTURES), out):
                 if file.suffix.lower() in suffixes:
                     places[file] = out / file.relative_to(path)
                 else:
@@ -294,22 +252,17 @@ def list_targets(
     def key(path: Path) -> str:  # macOS and Windows do not tell A.png from a.png
         return os.path.realpath(path).lower()
 
-    stems = output_stems(places, endings)
+    stems = images.output_stems(places, endings)
     # with_suffix() would cut a.b
     targets = {f: [stem.with_name(stem.name + e) for e in endings] for f, stem in stems.items()}
-    owners: dict[str, list[Path]] = {key(file): [file] for file in targets}
+    owners: dict[str, list[Path]] = defaultdict(list)
+    for file, made in targets.items():
+        for path in (file, *made):
+            owners[key(path)].append(file)
     for file, made in targets.items():
         for path in made:
-            owners.setdefault(key(path), []).append(file)
-    for file, made in targets.items():
-        for path in made:
-            if len(owners[key(path)]) > 1:
-                others = [
-                    f"a file of {str(other)!r}" for other in owners[key(path)] if other != file
-                ]
-                owner = others[0] if others else "the photo itself"
-                result.failed[file] = (
-                    f"{str(path)!r} would overwrite {owner}: rename it, or choose another out"
-                )
-    targets = {file: made for file, made in targets.items() if file not in result.failed}
-    return targets, result
+            if len(sharing := owners[key(path)]) > 1:
+                other = next((one for one in sharing if one != file), file)
+                problem = f"{str(path)!r} would overwrite {str(other)!r} or a file of it"
+                result.failed[file] = f"{problem}: rename it, or choose another out"
+    return {f: made for f, made in targets.items() if f not in result.failed}, result

@@ -27,12 +27,9 @@ class Look(NamedTuple):
 def chosen_photos(place: str = "") -> dict[str, np.ndarray]:
     """Photos to try the network on, (H, W, 3) uint8 each by its place in the folder.
 
-    The place is without suffix, unless two photos differ in nothing else. Of several photos those
-    that cannot be read are left out with a warning.
-
-    Args:
-        place: a photo, a folder of photos, ``"upload"`` for a button in Colab, or ``""`` for the
-            astronaut that comes with scikit-image.
+    ``place`` is a photo, a folder of photos, ``"upload"`` for a button in Colab, or ``""`` for the
+    astronaut that comes with scikit-image. The keys are without suffix, unless two photos differ in
+    nothing else. Of several photos those that cannot be read are left out with a warning.
 
     Raises:
         FileNotFoundError: there is no such photo, or no photo in the folder.
@@ -46,8 +43,7 @@ def chosen_photos(place: str = "") -> dict[str, np.ndarray]:
         try:
             from google.colab import files
         except ModuleNotFoundError:
-            text = "'upload' needs Google Colab; give the path of a photo or a folder"
-            raise ValueError(text) from None
+            raise ValueError("'upload' needs Google Colab; give a photo or a folder") from None
         places = {Path(name): Path(name) for name in files.upload()}
     else:
         path = Path(place).expanduser()
@@ -55,9 +51,7 @@ def chosen_photos(place: str = "") -> dict[str, np.ndarray]:
         if path.is_dir():
             places = {file: file.relative_to(path) for file in visible_files(path)}
     if not places:
-        raise FileNotFoundError(
-            f"no photo in {place!r}: {', '.join(PHOTO_SUFFIXES)} are looked for"
-        )
+        raise FileNotFoundError(f"no photo in {place!r}: looked for {', '.join(PHOTO_SUFFIXES)}")
     photos = {}
     for path, stem in output_stems(places).items():
         try:
@@ -72,12 +66,10 @@ def chosen_photos(place: str = "") -> dict[str, np.ndarray]:
 
 
 def first_looks(density: np.ndarray, count: int = 5, radius: float = RADIUS) -> list[Look]:
-    """The most likely places of a look, in falling order; no pixel is counted twice.
+    """The ``count`` most likely places of a look, in falling order; no pixel is counted twice.
 
-    Args:
-        density: (H, W), non-negative, as ``Predictor.predict`` gives it; scaled to sum to 1.
-        count: number of places.
-        radius: of a place, as a share of the photo's longer side.
+    ``density`` is (H, W), non-negative, as ``Predictor.predict`` gives it; ``radius`` that of a
+    place, as a share of the photo's longer side.
 
     Raises:
         ValueError: the density is not 2-D, is negative or not finite somewhere, or is all zero.
@@ -102,11 +94,8 @@ def crop_that_keeps(density: np.ndarray, share: float = 0.9) -> tuple[int, int, 
     """A small rectangle that keeps a share of the looks: left, top, right, bottom in pixels.
 
     Row by row and column by column, the side goes that holds the least probability per pixel.
-    Right and bottom are exclusive: ``photo[top:bottom, left:right]``.
-
-    Args:
-        density: (H, W), as for :func:`first_looks`.
-        share: what the crop keeps at least, above 0 and at most 1.
+    Right and bottom are exclusive: ``photo[top:bottom, left:right]``. ``density`` is (H, W), as for
+    :func:`first_looks`; ``share``, which the crop keeps at least, is above 0 and at most 1.
 
     Raises:
         ValueError: the share is outside that range, or the density as for :func:`first_looks`.

@@ -29,10 +29,9 @@ Photo = str | Path | Image.Image | np.ndarray | Tensor
 def load(checkpoint: str | Path = "", device: str | None = None) -> "Predictor":
     """A trained network, ready to predict.
 
-    Args:
-        checkpoint: ``checkpoints/best.pt`` of a run, an imported one, or an exported network;
-            default: the network that comes with the package, trained on OSIE and EyeCrowd.
-        device: e.g. ``"cuda"``; default: a GPU if there is one. Exported networks use the CPU only.
+    ``checkpoint`` is ``checkpoints/best.pt`` of a run, an imported or an exported network; by
+    default the network that comes with the package, trained on OSIE and EyeCrowd. ``device`` is a
+    GPU by default, if there is one; exported networks use the CPU only.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -64,15 +63,10 @@ class Predictor:
     data: str = ""  # digest of the prepared data that it was trained on, where it is known
 
     def predict(self, image: Photo) -> np.ndarray:
-        """The probability of a fixation at every pixel of one photo.
+        """The probability of a fixation at every pixel: (H, W) float32 at the photo's size, sum 1.
 
-        Args:
-            image: a path, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W) or
-                (H, W); arrays and tensors are uint8, or float in 0..1 or 0..255. Alpha channels
-                are put over white.
-
-        Returns:
-            (H, W) float32 density at the photo's size, sums to 1.
+        The photo is a path, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W) or
+        (H, W); arrays and tensors are uint8, or float in 0..1 or 0..255. Alpha goes over white.
 
         Raises:
             FileNotFoundError: a path that does not exist.
@@ -98,9 +92,7 @@ class Predictor:
         """
         (rows, columns), height, width = photo.shape[1:], self.config.height, self.config.width
         if min(rows, columns) < SMALLEST_SIDE:
-            raise ValueError(
-                f"the photo is {columns}x{rows} pixels; at least {SMALLEST_SIDE} a side"
-            )
+            raise ValueError(f"the photo is {columns}x{rows}: at least {SMALLEST_SIDE} a side")
         boxed = letterbox(photo, height, width, self.config.antialias)
         return boxed.round().clamp(0, 255).to(torch.uint8), Letterbox(rows, columns, height, width)
 
@@ -130,13 +122,8 @@ def predict_maps(model: nn.Module, config: Config, images: Tensor) -> Tensor:
     """The network's output, averaged over mirroring and sizes of the photo as ``config`` asks.
 
     Probabilities are averaged as logarithms, other maps as they are (``test_flip`` and
-    ``test_scales``). The model is in eval mode.
-
-    Args:
-        images: (B, 3, height, width) letterboxed, 0..255, on the model's device.
-
-    Returns:
-        (B, h, w) float64 on the CPU, on the network's grid.
+    ``test_scales``). The model is in eval mode. Takes (B, 3, height, width) letterboxed images,
+    0..255, on its device; returns (B, h, w) float64 on the CPU, on the network's grid.
     """
     geometric, found = config.head == "density", []
     for scale in config.test_scales:
@@ -158,18 +145,13 @@ def predict_maps(model: nn.Module, config: Config, images: Tensor) -> Tensor:
 
 
 def to_density(single: Tensor, config: Config, box: Letterbox) -> Tensor:
-    """A map on the network's grid as a probability density at the photo's size.
+    """A (h, w) float64 map on the network's grid as a probability density at the photo's size.
 
     A density head is interpolated as a log-density, which keeps peaks sharp: on OSIE's validation
     photos it scored higher than interpolating the density itself in every metric. Imported
     networks of the authors are postprocessed as theirs (``authors_postprocess``).
 
-    Args:
-        single: (h, w) float64, non-negative.
-        box: the photo's place in the network's input.
-
-    Returns:
-        (H, W) float64, not negative, sums to 1; uniform, with a warning, for a dead network's map.
+    Returns (H, W) float64, sum 1; uniform, with a warning, for a dead network's map.
     """
     maps = single[None]
     if config.head == "density":
@@ -219,10 +201,8 @@ def to_tensor(image: Photo) -> Tensor:
         pixels = np.asarray(image)
     channels = pixels.shape[-1] if pixels.ndim == 3 else 1
     if pixels.ndim not in (2, 3) or channels not in (1, 3, 4) or not pixels.size:
-        raise ValueError(
-            "a photo is a path, a PIL image, an array (H, W, 3) or (H, W), or a tensor (3, H, W); "
-            f"got {type(image).__name__} of shape {tuple(np.shape(image))}"
-        )
+        wanted = "a photo is a path, a PIL image, an array (H, W, 3) or (H, W), a tensor (3, H, W)"
+        raise ValueError(f"{wanted}; got {type(image).__name__} of shape {tuple(np.shape(image))}")
     if pixels.dtype.kind == "f":
         pixels = to_bytes(pixels)
     if pixels.dtype != np.uint8:

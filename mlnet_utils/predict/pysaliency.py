@@ -23,16 +23,11 @@ LOWEST = 1e-20  # density of a pixel that a model thinks impossible
 
 
 def from_pysaliency(stimuli: Any, fixations: Any, folder: str | Path) -> list[Photo]:
-    """A pysaliency dataset as photos.
+    """A pysaliency dataset as photos, one per stimulus, in their order, without a split.
 
-    Args:
-        stimuli: ``Stimuli`` (written as PNG) or ``FileStimuli`` (copied, so that the folder is
-            complete by itself).
-        fixations: ``Fixations`` or ``FixationTrains`` on them; a ``duration`` is in seconds.
-        folder: where ``images/`` is made; what the photos' paths are relative to.
-
-    Returns:
-        One photo per stimulus, in their order, without a split.
+    ``Stimuli`` are written as PNG, ``FileStimuli`` copied, into ``folder/images/``; the photos'
+    paths are relative to ``folder``. ``fixations`` are ``Fixations`` or ``FixationTrains``; a
+    ``duration`` is in seconds.
 
     Raises:
         ValueError: no stimuli, fixations on stimuli that do not exist, or stimuli without any.
@@ -43,10 +38,8 @@ def from_pysaliency(stimuli: Any, fixations: Any, folder: str | Path) -> list[Ph
         raise ValueError("pysaliency: there are no stimuli")
     owners = np.asarray(fixations.n)
     if len(owners) and not 0 <= owners.min() <= owners.max() < len(stimuli):
-        raise ValueError(
-            f"pysaliency: fixations are on stimuli {owners.min()} to {owners.max()}, but there "
-            f"are {len(stimuli)}; pass stimuli and fixations of one dataset"
-        )
+        found = f"fixations on stimuli {owners.min()} to {owners.max()} of {len(stimuli)}"
+        raise ValueError(f"pysaliency: {found}; pass stimuli and fixations of one dataset")
     if (folder / "images").exists():
         raise FileExistsError(f"{folder / 'images'} exists: choose an empty folder, or remove it")
     staging = folder / "images.part"
@@ -94,27 +87,22 @@ def to_pysaliency(photos: list[Photo], root: str | Path) -> tuple[Any, Any]:
     files = [str(Path(root) / photo.image) for photo in photos]
     turned = [path for path in files if not _is_upright(path)]
     if turned:
-        raise ValueError(
-            f"{len(turned)} photos are turned by EXIF that pysaliency ignores, e.g. {turned[0]}: "
-            "save them upright and prepare the dataset again"
-        )
+        found = f"{len(turned)} photos are turned by EXIF, which pysaliency ignores: {turned[0]}"
+        raise ValueError(f"{found}; save them upright and prepare the dataset again")
     return pysaliency.FileStimuli(files, cached=False), fixations
 
 
 def as_pysaliency_model(predict: Callable[[np.ndarray], np.ndarray]) -> Any:
-    """A predictor as a ``pysaliency.Model``.
+    """A predictor as a ``pysaliency.Model``, of natural logarithms of densities.
+
+    ``predict`` takes (H, W, 3) uint8 RGB and gives a (H, W) density, non-negative, of any sum.
+    Densities are at least :data:`LOWEST`, so that one fixation on a zero does not make a score
+    infinite.
 
     Example::
 
         model = as_pysaliency_model(mlnet_utils.load("best.pt").predict)
         model.information_gain(stimuli, fixations, baseline)
-
-    Args:
-        predict: (H, W, 3) uint8 RGB -> (H, W) density: non-negative, of any sum.
-
-    Returns:
-        A model whose log-densities are natural logarithms; densities are at least
-        :data:`LOWEST`, so that one fixation on a zero does not make a score infinite.
     """
 
     class Predicted(require("pysaliency", "parity").Model):

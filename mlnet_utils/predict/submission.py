@@ -60,16 +60,11 @@ BENCHMARKS = {
 def benchmark_photos(
     dataset: str, split: str = "test", photos: str | Path = "", root: str | Path = ""
 ) -> tuple[Path, dict[str, tuple[int, int]]]:
-    """The photos of a benchmark: their folder, and their names with their stored sizes.
+    """The photos of a benchmark: their folder, and path in it -> (width, height) as stored.
 
-    Args:
-        dataset: a name in ``BENCHMARKS``.
-        split: ``"test"``, or ``"val"`` where the benchmark takes it.
-        photos: their folder; default: the dataset's place in the raw data.
-        root: folder of the raw data, see :func:`~mlnet_utils.runtime.data_root`.
-
-    Returns:
-        The folder, and path relative to it -> (width, height), ignoring EXIF.
+    ``dataset`` is a name in ``BENCHMARKS``, ``split`` ``"test"``, or ``"val"`` where it is taken.
+    ``photos`` is their folder, by default the dataset's place in the raw data below ``root`` (see
+    :func:`~mlnet_utils.runtime.data_root`).
 
     Raises:
         ValueError: unknown dataset or split, or not the benchmark's number of photos.
@@ -80,14 +75,11 @@ def benchmark_photos(
     if split not in benchmark.splits:
         raise ValueError(f"{dataset} takes the split {' or '.join(benchmark.splits)}, not {split}")
     folder = Path(photos) if str(photos) else data_root(root) / benchmark.photos.format(split=split)
-    sizes = {}
-    for file in progress(visible_files(folder), "reading sizes", unit="photo"):
-        sizes[file.relative_to(folder).as_posix()] = stored_size(file)
+    files = progress(visible_files(folder), "reading sizes", unit="photo")
+    sizes = {file.relative_to(folder).as_posix(): stored_size(file) for file in files}
     if len(sizes) != benchmark.count:
-        raise ValueError(
-            f"{folder} holds {len(sizes)} photos, but {dataset} ({split}) has {benchmark.count}: "
-            "name the folder that holds them all"
-        )
+        wanted = f"{dataset} ({split}) has {benchmark.count}: name the folder that holds them all"
+        raise ValueError(f"{folder} holds {len(sizes)} photos, but {wanted}")
     return folder, sizes
 
 
@@ -99,16 +91,12 @@ def write_submission(
     photos: str | Path = "",
     root: str | Path = "",
 ) -> Path:
-    """Predict all photos of a benchmark and pack the maps as it wants them.
+    """Predict all photos of a benchmark and pack the maps as it wants them, into ``out``.
 
     The maps are collected in ``<out>_maps/`` until the file is complete, so that a call that was
-    interrupted can be repeated; under ``accelerate launch`` the processes share the work.
-
-    Args:
-        checkpoint: a trained or imported network.
-        dataset, split, photos, root: see :func:`benchmark_photos`.
-        out: the file to write: ``.zip``, ``.json`` or ``.hdf5``, as the benchmark wants. The 2015
-            edition wants ``fixations_<split>2014_<algorithm>_results.json``.
+    interrupted can be repeated; under ``accelerate launch`` the processes share the work. The 2015
+    edition wants the name ``fixations_<split>2014_<algorithm>_results.json``. The checkpoint is a
+    trained or imported one; the photos are those of :func:`benchmark_photos`.
 
     Raises:
         ValueError: see :func:`benchmark_photos`; or a wrong suffix of ``out``.
@@ -138,16 +126,12 @@ def write_submission(
 def validate_submission(path: str | Path, sizes: Sizes) -> list[str]:
     """Check a submission, ours or anybody's, against the photos it should cover.
 
-    Args:
-        path: ``.zip``, ``.json`` or ``.hdf5``.
-        sizes: photo -> (width, height), from :func:`benchmark_photos`.
-
-    Returns:
-        A sentence per kind of problem, with its number and the first names; empty if all is well.
+    ``path`` ends in ``.zip``, ``.json`` or ``.hdf5``; ``sizes`` are those of
+    :func:`benchmark_photos`. Returns a sentence per kind of problem, with its number and the first
+    names; nothing if all is well.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file of another kind.
+        FileNotFoundError, ValueError: there is no such file, or it is of another kind.
         ImportError: HDF5 and h5py is not installed.
     """
     path = Path(path)
@@ -164,8 +148,8 @@ def validate_submission(path: str | Path, sizes: Sizes) -> list[str]:
     ]
 
 
-def _png_name(photo: str) -> str:
-    return PurePosixPath(photo).with_suffix(".png").as_posix()
+def _png_name(photo: str, suffix: str = ".png") -> str:
+    return PurePosixPath(photo).with_suffix(suffix).as_posix()
 
 
 def _image_id(photo: str) -> int:
@@ -188,15 +172,13 @@ def _pack(maps: Path, sizes: Sizes, path: Path) -> None:
                 # A fixed date: the same maps give the same file.
                 archive.writestr(zipfile.ZipInfo(name), (maps / name).read_bytes())
     elif path.suffix == ".json":
-        entries = []
-        for name in sizes:
-            text = base64.b64encode((maps / _png_name(name)).read_bytes()).decode()
-            entries.append({"image_id": _image_id(name), "saliency_map": text})
+        texts = {n: base64.b64encode((maps / _png_name(n)).read_bytes()).decode() for n in sizes}
+        entries = [{"image_id": _image_id(n), "saliency_map": text} for n, text in texts.items()]
         path.write_text(json.dumps(entries), encoding="utf-8")
     else:
         with require("h5py", "legacy").File(path, "w") as file:
             for name in progress(sizes, "packing", unit="photo"):
-                density = np.load(maps / PurePosixPath(name).with_suffix(".npy")).astype(np.float64)
+                density = np.load(maps / _png_name(name, ".npy")).astype(np.float64)
                 density = (1 - UNIFORM_SHARE) * density + UNIFORM_SHARE / density.size
                 log_density = np.log(density / density.sum()).astype(np.float32)
                 file.create_dataset(name, data=log_density, compression=9)

@@ -32,12 +32,9 @@ def predict_videos(
     Every video gets ``<stem>.mp4`` (grey, every frame's maximum 255), with ``overlay`` also
     ``<stem>_overlay.mp4``, with the map on top. Videos with all outputs in place are skipped
     unless ``force`` is given; an interrupted one starts anew. Of several processes each takes
-    whole videos. Paths are videos and folders of videos, ``batch_size`` counts frames; the other
-    arguments, and the errors beside ``ImportError`` (the extra ``video`` is not installed), are
+    whole videos. Paths are videos and folders of videos, ``batch_size`` counts frames; the rest,
+    the result, and the errors beside ``ImportError`` (the extra ``video`` is not installed), are
     those of :func:`~mlnet_utils.predict.folders.predict_folder`.
-
-    Returns:
-        The videos that were done, skipped, or failed and why; a broken video stops nothing.
     """
     require("av", "video")
     endings = ["_overlay.mp4", ".mp4"] if overlay else [".mp4"]

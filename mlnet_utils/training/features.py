@@ -18,18 +18,11 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import BatchSampler
 
+from mlnet_utils import runtime
 from mlnet_utils.config import Config
 from mlnet_utils.data.loading import SaliencyDataset
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.model.network import MLNet
-from mlnet_utils.runtime import (
-    atomic_path,
-    locked,
-    progress,
-    reading,
-    remove_temporaries,
-    runs_root,
-)
 
 BATCH = 8
 # Beside the weights, what changes features. Not `levels`: those of all three are kept.
@@ -52,16 +45,11 @@ def cache_features(
     """
     trained = [name for name, p in model.backbone.named_parameters() if p.requires_grad]
     if trained:
-        raise ValueError(
-            f"config: cache_features needs a frozen backbone, but backbone.{trained[0]} trains: "
-            "set freeze to ['backbone.*'], or cache_features to false"
-        )
+        remedy = "set freeze to ['backbone.*'], or cache_features to false"
+        raise ValueError(f"config: cache_features, but backbone.{trained[0]} trains: {remedy}")
     norms = any(isinstance(module, nn.BatchNorm2d) for module in model.backbone.modules())
     if norms and not config.freeze_norm:
-        raise ValueError(
-            "config: cache_features needs freeze_norm: batch-norm in training mode makes a photo's "
-            "features depend on its batch"
-        )
+        raise ValueError("config: cache_features needs freeze_norm: features depend on the batch")
     cache = FeatureCache(model, config, accelerator.mixed_precision)
     for dataset in data:
         cache.fill(model, dataset, accelerator)
@@ -87,7 +75,7 @@ class FeatureCache:
 
     def __init__(self, model: MLNet, config: Config, precision: str):
         channels = model.backbone.channels
-        self.folder = runs_root() / "features" / backbone_key(model, config, precision)
+        self.folder = runtime.runs_root() / "features" / backbone_key(model, config, precision)
         self.shape = (sum(channels), *config.grid)
         self.first_used = sum(channels[: -config.levels])  # the deepest levels, which come last
 
@@ -101,7 +89,7 @@ class FeatureCache:
         """(C, H/8, W/8) float16 or float32: the levels in use; ValueError for a damaged file."""
         path = self.path(photo, mirrored)
         remedy = "delete the file and run the same command again"
-        with reading(path, f"cached features of shape {self.shape}", remedy):
+        with runtime.reading(path, f"cached features of shape {self.shape}", remedy):
             with np.load(path, allow_pickle=False) as arrays:
                 stored = arrays["features"]
             if stored.shape != self.shape:
@@ -110,7 +98,7 @@ class FeatureCache:
 
     def fill(self, model: MLNet, data: SaliencyDataset, accelerator: Accelerator) -> None:
         """Write the files of a dataset that are not there yet; mirrored ones if it mirrors."""
-        with locked(self.folder):
+        with runtime.locked(self.folder):
             accelerator.wait_for_everyone()
             self._fill(model, data, accelerator)
             accelerator.wait_for_everyone()
@@ -124,17 +112,16 @@ class FeatureCache:
             if not self.path(photo, mirrored).is_file()
         ][accelerator.process_index :: accelerator.num_processes]
         self.folder.mkdir(parents=True, exist_ok=True)
-        remove_temporaries(self.path(data.photos[i], mirrored) for i, mirrored in missing)
+        runtime.remove_temporaries(self.path(data.photos[i], mirrored) for i, mirrored in missing)
         needed = 2 * len(missing) * int(np.prod(self.shape))
         if needed > (free := shutil.disk_usage(self.folder).free):
-            raise OSError(
-                f"the features of {len(missing)} photos need {needed / 1e9:.1f} GB, {self.folder} "
-                f"has {free / 1e9:.1f} GB left: make room, or set cache_features to false"
-            )
+            room = f"need {needed / 1e9:.1f} GB, {self.folder} has {free / 1e9:.1f} GB left"
+            remedy = "make room, or set cache_features to false"
+            raise OSError(f"the features of {len(missing)} photos {room}: {remedy}")
         training = model.training
         model.eval()
         parts = list(BatchSampler(missing, BATCH, drop_last=False))
-        for part in progress(parts, "caching features", unit="batch"):
+        for part in runtime.progress(parts, "caching features", unit="batch"):
             images = [data.image(i).flip(-1) if mirrored else data.image(i) for i, mirrored in part]
             with torch.inference_mode(), accelerator.autocast():
                 levels = model.extract(torch.stack(images).to(accelerator.device))
@@ -147,5 +134,5 @@ class FeatureCache:
         """Write one photo's features atomically, in 16 bits where these hold them."""
         half = features.half()  # 11 significant bits, bf16 has 8
         kept = half if half.isfinite().all() else features
-        with atomic_path(path) as temporary:
+        with runtime.atomic_path(path) as temporary:
             np.savez(temporary, features=kept.numpy())

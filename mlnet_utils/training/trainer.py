@@ -35,6 +35,10 @@ from mlnet_utils.training.features import cache_features
 
 LOG_FIELDS = ("epoch", "updates", "lr", "train_loss", "val_loss", "val_cc", "val_nss", "val_kl")
 TIME_FIELDS = ("epoch", "updates", "train_seconds", "validation_seconds", "images_per_second")
+LINE = (
+    "epoch {epoch:>3}/{epochs}  lr {lr:.1e}  train {train_loss:.4f}  val {val_loss:.4f}  "
+    "CC {val_cc:.3f}  NSS {val_nss:.3f}  KL {val_kl:.3f}{best}"
+)
 UPDATES_BETWEEN_READS = 20  # reading the loss makes the CPU wait for the GPU
 VALIDATION_BATCH = 16
 # The part of a checkpoint that belongs to the loop itself, beside weights and optimiser.
@@ -69,8 +73,7 @@ def fit(config: Config, run_dir: str | Path, accelerator: Accelerator | None = N
         TrainingDied: the output died or the loss is not finite; the message says what to try.
         ValueError: the checkpoints belong to another configuration or cannot be read.
         OSError: a checkpoint cannot be written; the one before it stays.
-        RuntimeError: not even one photo fits into the GPU's memory, or another process died, which
-            reports its own error; the same command continues from the last checkpoint.
+        RuntimeError: not even one photo fits into the GPU's memory, or another process died.
         KeyboardInterrupt: stopped by a signal; the message says how to continue.
     """
     accelerator = accelerator or make_accelerator(config)
@@ -80,11 +83,7 @@ def fit(config: Config, run_dir: str | Path, accelerator: Accelerator | None = N
 
 
 class Trainer:
-    """The state of one training: everything that a step changes and a checkpoint holds.
-
-    Raises:
-        FileNotFoundError, ValueError: the prepared data are missing, or have an empty split.
-    """
+    """The state of one training: everything that a step changes and a checkpoint holds."""
 
     def __init__(self, config: Config, run_dir: Path, accelerator: Accelerator):
         self.run_dir, self.folder = run_dir, run_dir / "checkpoints"
@@ -236,10 +235,8 @@ class Trainer:
         """Save and raise KeyboardInterrupt, in all processes."""
         self.save()
         self.accelerator.wait_for_everyone()
-        raise KeyboardInterrupt(
-            f"stopped at epoch {self.epoch + 1}, update {self.updates}; saved in {self.folder}: "
-            "run the same command again to continue"
-        )
+        where = f"stopped at epoch {self.epoch + 1}, update {self.updates}; saved in {self.folder}"
+        raise KeyboardInterrupt(f"{where}: run the same command again to continue")
 
     def fit_into_memory(self) -> None:
         """With ``micro_batch=-1``, halve the photos per forward pass until they fit into a GPU.
@@ -247,9 +244,7 @@ class Trainer:
         Begins with this process's share of a batch, after a resume with the size in the
         checkpoint; the smallest size that a process found is that of all. Where batch-norm
         normalises by the photos that pass together, pieces would change the result: they stay.
-
-        Raises:
-            RuntimeError: not even one photo fits.
+        A RuntimeError where not even one photo fits.
         """
         norms = [m for m in self.model.train().modules() if isinstance(m, nn.BatchNorm2d)]
         chosen = self.config.micro_batch >= 0 or any(norm.training for norm in norms)
@@ -281,21 +276,17 @@ class Trainer:
         del reserve
         size = min(gather_object([size]))
         if not size:
-            raise RuntimeError(
-                "training on one photo needs more memory than the GPU has: set checkpointing=true, "
-                "precision='auto' or a smaller height and width"
-            )
+            advice = "set checkpointing=true, precision='auto' or a smaller height and width"
+            raise RuntimeError(f"one photo needs more memory than the GPU has: {advice}")
         if size < self.share:
             self.micro_batch = size
-            if self.accelerator.is_main_process:
-                print(f"{size} of {self.share} photos pass at once: more do not fit into the GPU")
+            self.accelerator.print(f"{size} of {self.share} photos at once fit into the GPU")
 
     @torch.inference_mode()
     def validate(self) -> dict[str, float]:
         """Mean loss and quick scores of the judged network on its grid, over the validation photos.
 
-        Raises:
-            TrainingDied: every predicted map is constant, or the loss is not finite.
+        A TrainingDied where every predicted map is constant, or the loss is not finite.
         """
         network, config = self.judged.eval(), self.config
         if self.world > 1:  # batch-norm statistics are each process's own: the first one's count
@@ -360,13 +351,7 @@ class Trainer:
                 sha256 = self.model.backbone.sha256
                 about = {"backbone_sha256": sha256, "data": self.data_digest}
                 checkpoints.save_checkpoint(best, config, state, scores=row, **about)
-            print(
-                f"epoch {row['epoch']:>3}/{config.epochs}  lr {row['lr']:.1e}  "
-                f"train {row['train_loss']:.4f}  val {row['val_loss']:.4f}  "
-                f"CC {row['val_cc']:.3f}  NSS {row['val_nss']:.3f}  KL {row['val_kl']:.3f}"
-                + ("  best" if improved else ""),
-                flush=True,
-            )
+            print(LINE.format(epochs=config.epochs, best="  best" * improved, **row), flush=True)
         self.save()
 
     def note_time(self, trained: float, validated: float, updates: int) -> None:
@@ -399,9 +384,8 @@ class Trainer:
     def resume(self) -> None:
         """Continue from the newest checkpoint, if there is one.
 
-        Raises:
-            ValueError: the checkpoint is of another run, its best epoch was deleted, or the
-                processes found different ones.
+        A ValueError where the checkpoint is of another run, its best epoch was deleted, or the
+        processes found different ones.
         """
         content = checkpoints.load_latest(self.folder, self.config, self.data_digest)
         if content is not None:
@@ -409,10 +393,8 @@ class Trainer:
         else:
             checkpoints.load_start(self.model, self.config)
         if len(set(gather_object([self.updates]))) > 1:
-            raise ValueError(
-                f"the processes found different checkpoints in {self.folder}: use a run folder on "
-                "storage that all machines share"
-            )
+            found = f"the processes found different checkpoints in {self.folder}"
+            raise ValueError(f"{found}: use a run folder on storage that all machines share")
         if not self.accelerator.is_main_process:
             return
         files = (self.folder / "next.pt", self.folder / "best.pt", self.run_dir / "log.csv")
@@ -428,20 +410,16 @@ class Trainer:
         """Bring everything that a step changes to the state in a checkpoint."""
         for name, value in content["progress"].items():
             setattr(self, name, value)
-        if self.history and not (self.folder / "best.pt").is_file():
-            raise ValueError(
-                f"{self.folder / 'best.pt'} is missing, but its training is at epoch "
-                f"{self.epoch + 1}: put it back, or delete the folder to train from the beginning"
-            )
+        best = self.folder / "best.pt"
+        if self.history and not best.is_file():
+            missing = f"{best} is missing, but its training is at epoch {self.epoch + 1}"
+            raise ValueError(f"{missing}: put it back, or delete the folder to train anew")
         if self.history:
-            checkpoints.load_checkpoint(self.folder / "best.pt")  # or an error, where it is damaged
+            checkpoints.load_checkpoint(best)  # or an error, where it is damaged
         before, now = content["precision"], self.accelerator.mixed_precision
         if before != now:
-            warnings.warn(
-                f"trained in precision {before!r} so far, continuing in {now!r} on this hardware: "
-                "the result is not what one machine would have given",
-                stacklevel=2,
-            )
+            other = "the result is not what one machine would have given"
+            warnings.warn(f"trained in {before!r} so far, now in {now!r}: {other}", stacklevel=2)
         self.model.load_state_dict(content["model"])
         self.model.backbone.sha256 = content.get("backbone_sha256", "")
         for name, part in self.stateful.items():
@@ -469,8 +447,7 @@ def learning_rate(config: Config, update: int, total: int) -> float:
 def make_optimizer(config: Config, model: MLNet) -> torch.optim.Optimizer:
     """The optimiser over what trains; its groups' ``lr_scale`` multiplies the schedule's rate.
 
-    Raises:
-        ValueError: everything is frozen.
+    A ValueError where everything is frozen.
     """
     backbone, others = [], []
     for name, parameter in model.named_parameters():
@@ -522,11 +499,9 @@ def has_own_memory(device: torch.device) -> bool:
 def advice(config: Config) -> str:
     """What helps when training dies."""
     if config.head == "paper":
-        return (
-            "The paper's head ends in ReLUs, which can stay at zero for good: use head='density', "
-            "start_from a training with loss='kl', or a smaller lr "
-            f"(now {config.lr:g}; the authors use SGD at 1e-3)."
-        )
+        remedy = "use head='density', start_from a training with loss='kl', or a smaller lr"
+        rate = f"now {config.lr:g}; the authors use SGD at 1e-3"
+        return f"The paper's head ends in ReLUs, which can stay at zero: {remedy} ({rate})."
     return f"Try a smaller lr (now {config.lr:g}), clip_norm=1, or precision='fp32'."
 
 

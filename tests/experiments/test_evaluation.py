@@ -240,16 +240,12 @@ def test_a_network_is_not_scored_on_other_data_than_its_own(run, tmp_path):
 
 
 def test_missing_inputs_name_what_makes_them(tmp_path, run):
-    with pytest.raises(FileNotFoundError, match="01_data_preparation"):
-        evaluation.evaluate(tmp_path)
-    with pytest.raises(FileNotFoundError, match="01_data_preparation"):
-        evaluation.evaluate(tmp_path, run / "checkpoints" / "best.pt")
+    for checkpoint in ("", run / "checkpoints" / "best.pt"):
+        with pytest.raises(FileNotFoundError, match="01_data_preparation"):
+            evaluation.evaluate(tmp_path, checkpoint)
     shutil.copytree(run / "data", tmp_path / "data")
     with pytest.raises(FileNotFoundError, match="02_training"):
         evaluation.evaluate(tmp_path)
-
-
-def test_an_empty_split_is_an_error(tmp_path, run):
     prepared = Prepared.read(run / "data")
     meta = {**prepared.meta, "root": str(run / "data")}
     Prepared(tmp_path / "data", prepared.split("train"), meta).write()

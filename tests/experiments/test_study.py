@@ -136,6 +136,12 @@ def test_the_low_level_model_is_scored(run_folder):
     assert row["metrics"]["IG"]["infinite"] == 0
 
 
+def test_a_missing_opencv_is_named(run_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cv2", None)
+    with pytest.raises(ImportError, match=r"cv2.*\[study\]"):
+        study.low_level(run_folder)
+
+
 @pytest.mark.slow
 def test_the_reachable_cc_is_what_the_truth_reaches(tmp_path):
     """The sample's true density is known: blurred as the ground truth is, it is the best model."""
@@ -161,12 +167,6 @@ def test_without_observers_nothing_is_known_of_the_reachable_cc(run_folder, tmp_
     replace(prepared, photos=nobody).write()
     with pytest.raises(ValueError, match=r"no test photo in .* has two known observers"):
         study.reachable_cc(tmp_path)
-
-
-def test_a_missing_opencv_is_named(run_folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ImportError, match=r"cv2.*\[study\]"):
-        study.low_level(run_folder)
 
 
 def test_amounts_of_photos_and_what_they_are_worth():

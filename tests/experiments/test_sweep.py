@@ -298,17 +298,6 @@ def test_a_cell_does_not_start_from_what_failed(done):
     assert failed["b, seed 0"] == "it starts from Three levels, seed 0, which failed"
 
 
-def test_only_one_step_from_cell_to_cell():
-    cells = {"a": {}, "b": {"start_from": "a"}, "c": {"start_from": "b"}}
-    with pytest.raises(ValueError, match="c starts from b"):
-        grid(cells=cells)
-    cells = {"a": {}, "b": {}}
-    with pytest.raises(ValueError, match="common"):
-        grid(cells=cells, common={**FAST, "start_from": "a"})
-    cells["a"] = {"start_from": ""}
-    grid(cells=cells, common={**FAST, "start_from": "a"})
-
-
 # ---- impossible grids --------------------------------------------------------------------------
 def test_a_mistake_stops_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match=r"'typo'.* levles"):
@@ -326,11 +315,15 @@ def test_a_mistake_stops_before_anything_runs(tmp_path):
         ({"seeds": (0, 0)}, r"seeds=\[0, 0\]"),
         ({"cells": {"a b": {}, "A-B": {}}}, r"\['a b', 'A-B'\]"),
         ({"split": "train"}, "split='train'"),
+        # Only one step from cell to cell.
+        ({"cells": {"a": {}, "b": {"start_from": "a"}, "c": {"start_from": "b"}}}, "c starts from"),
+        ({"cells": {"a": {}, "b": {}}, "common": {"start_from": "a"}}, "common"),
     ],
 )
 def test_impossible_grids(values, words):
     with pytest.raises(ValueError, match=words):
         grid(**values)
+    grid(cells={"a": {"start_from": ""}, "b": {}}, common={"start_from": "a"})
 
 
 @pytest.mark.parametrize(

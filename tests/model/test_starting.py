@@ -5,9 +5,10 @@ import shutil
 
 import pytest
 import torch
-from conftest import tiny_config
+from conftest import tiny_checkpoint, tiny_config
 
 import mlnet_utils.__main__ as cli
+from mlnet_utils import runtime
 from mlnet_utils.config import describe, from_dict, load_config
 from mlnet_utils.model import checkpoints
 from mlnet_utils.model.checkpoints import with_start
@@ -70,7 +71,7 @@ def test_the_file_is_recorded_with_its_checksum_and_without_the_machine(start, m
 
 
 def test_a_relative_path_is_also_looked_for_in_the_checkout(start, monkeypatch):
-    monkeypatch.setattr(checkpoints, "checkout_root", lambda: start.parent)
+    monkeypatch.setattr(runtime, "checkout_root", lambda: start.parent)
     assert finetune("start.pt").channels == OTHER["channels"]
 
 
@@ -87,41 +88,23 @@ def test_a_key_that_agrees_with_the_checkpoint_may_be_set(start, tmp_path):
     assert with_start(load_config(preset)).levels == 2
 
 
-CONTRADICTIONS = {
-    "backbone": ("vgg16", "'vgg16'.*'test_resnet'"),
-    "backbone_args": ({"x": 1}, r"\{'x': 1\}.*\{\}"),
-    "backbone_drop": (("act1",), r"\['act1'\].*\[\]"),
-    "normalisation": ("caffe", "'caffe'.*'auto'"),
-    "levels": (3, "3.*2"),
-    "channels": (64, "64.*5"),
-    "head": ("paper", "'paper'.*'density'"),
-    "prior_cells": ((6, 8), r"\[6, 8\].*\[3, 4\]"),
-    "compat": ("theano", "'theano'.*''"),
-    "output_stride": (32, "32.*8"),
-    "standardise": (True, "True.*False"),
-}
-
-
-@pytest.mark.parametrize("key", checkpoints.ARCHITECTURE)
-def test_a_key_that_contradicts_the_checkpoint_is_an_error(start, key):
-    value, both = CONTRADICTIONS[key]
+@pytest.mark.parametrize(
+    ("key", "value", "both"),
+    [
+        ("backbone_args", {"x": 1}, r"\{'x': 1\}.*\{\}"),
+        ("levels", 3, "3.*2"),
+        ("head", "paper", "'paper'.*'density'"),
+        ("prior_cells", (6, 8), r"\[6, 8\].*\[3, 4\]"),
+    ],
+)
+def test_a_key_that_contradicts_the_checkpoint_is_an_error(start, key, value, both):
     with pytest.raises(ValueError, match=rf"^config: {key}={both}.*start\.pt"):
         finetune(start, **{key: value})
 
 
-def test_presets_with_an_architecture_of_their_own_are_checked_too(start):
-    with pytest.raises(
-        ValueError, match="backbone='tf_efficientnet_lite2' where the checkpoint has"
-    ):
-        with_start(load_config("osie", start_from=start))
-
-
-PICTURE = b"\xff\xd8\xff\xe0" + bytes(range(256))
-
-
-@pytest.mark.parametrize("content", [b"text", {"w": 1}, PICTURE], ids=["text", "dict", "picture"])
+@pytest.mark.parametrize("content", [b"text", b"\xff\xd8\xff\xe0" + bytes(range(256))])
 def test_other_files_are_errors(start, content):
-    torch.save(content, start) if isinstance(content, dict) else start.write_bytes(content)
+    start.write_bytes(content)
     with pytest.raises(ValueError, match=r"start\.pt") as error:
         finetune(start)
     assert "weights_only" not in str(error.value)  # no advice to let files run code
@@ -149,14 +132,6 @@ def test_a_training_starts_with_the_checkpoint_s_weights_to_the_bit(start, run_f
     assert all(torch.equal(average[k], v) for k, v in trainer.model.state_dict().items())
 
 
-def test_without_updates_nothing_changes(start, run_folder):
-    fit(finetune(start, lr=0.0, weight_decay=0.0), run_folder)
-    found = checkpoints.load_checkpoint(run_folder / "checkpoints" / "best.pt")
-    expected = checkpoints.load_checkpoint(start)["model"]
-    assert all(torch.equal(found["model"][k], v) for k, v in expected.items() if "num_b" not in k)
-    assert found["config"]["start_from"].endswith(f"start.pt#sha256={sha256_file(start)}")
-
-
 def test_the_checksum_of_the_backbone_s_weights_stays_with_them(run_folder, tmp_path):
     weights = tmp_path / "backbone.pth"
     torch.save(MLNet(tiny_config()).backbone.body.state_dict(), weights)
@@ -174,19 +149,10 @@ def test_the_checksum_of_the_backbone_s_weights_stays_with_them(run_folder, tmp_
     assert started.backbone.sha256 == digest
 
 
-def test_a_fine_tuned_network_can_be_the_start_of_another(start, run_folder, tmp_path):
-    fit(finetune(start, epochs=1), run_folder)
-    again = finetune(run_folder / "checkpoints" / "best.pt", epochs=1)
-    assert again.channels == OTHER["channels"]
-    model, config, _ = checkpoints.load_model(run_folder / "checkpoints" / "best.pt")
-    assert (config.head, model.head) == ("density", "density")
-
-
 def test_the_paper_s_head_can_be_fine_tuned_too(run_folder, tmp_path):
     """As imported weights of the earlier implementations are."""
-    config = tiny_config(head="paper", compat="theano", normalisation="caffe", prior_cells=(2, 5))
-    checkpoints.save_checkpoint(tmp_path / "x.pt", config, MLNet(config).state_dict())
-    tuned = finetune(tmp_path / "x.pt", epochs=1)
+    kind = {"compat": "theano", "normalisation": "caffe", "prior_cells": (2, 5)}
+    tuned = finetune(tiny_checkpoint(tmp_path / "x.pt", head="paper", **kind), epochs=1)
     assert (tuned.head, tuned.compat, tuned.normalisation) == ("paper", "theano", "caffe")
     assert len(fit(tuned, run_folder).history) == 1
 

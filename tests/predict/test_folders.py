@@ -229,15 +229,7 @@ def test_command_line_reports_and_ends_with_1(album, checkpoint, tmp_path, capsy
     ("photos", "paths", "made", "failed"),
     [
         # Only the suffix tells them apart, or capitals, which some file systems take for equal.
-        (("1/x.jpg", "1/x.png"), ("1",), {"1/x.jpg": "x.jpg.png", "1/x.png": "x.png.png"}, {}),
-        (("1/x.jpg", "1/X.jpeg"), ("1",), {"1/x.jpg": "x.jpg.png", "1/X.jpeg": "X.jpeg.png"}, {}),
-        (
-            ("1/x.jpg", "1/x_overlay.jpg"),
-            ("1",),
-            {"1/x.jpg": "x.jpg.png", "1/x_overlay.jpg": "x_overlay.jpg.png"},
-            {},
-        ),
-        # Nothing does: neither is done, so that no map is another photo's.
+        # Else neither is done, so that no map is another photo's.
         (
             ("1/x.jpg", "2/x.jpg", "2/y.jpg"),
             ("1", "2"),
@@ -245,7 +237,11 @@ def test_command_line_reports_and_ends_with_1(album, checkpoint, tmp_path, capsy
             {"1/x.jpg": "2/x.jpg", "2/x.jpg": "1/x.jpg"},
         ),
         # A photo would be overwritten.
-        (("out/x.png", "y.png"), ("out/x.png", "y.png"), {"y.png": "y.png"}, {"out/x.png": "itse"}),
+        (("out/x.png", "y.png"), ("out/x.png", "y.png"), {"y.png": "y.png"}, {"out/x.png": "x"}),
+        *(
+            ((f"1/{a}", f"1/{b}"), ("1",), {f"1/{a}": f"{a}.png", f"1/{b}": f"{b}.png"}, {})
+            for a, b in (("x.jpg", "x.png"), ("x.jpg", "X.jpeg"), ("x.jpg", "x_overlay.jpg"))
+        ),
     ],
 )
 def test_photos_of_one_name_keep_their_maps_apart(tmp_path, photos, paths, made, failed):
@@ -259,12 +255,6 @@ def test_photos_of_one_name_keep_their_maps_apart(tmp_path, photos, paths, made,
     }
     assert {path.relative_to(tmp_path).as_posix() for path in result.failed} == set(failed)
     assert all(other in result.failed[tmp_path / name] for name, other in failed.items())
-
-
-def test_maps_are_not_taken_for_photos(tmp_path):
-    photo(tmp_path / "out" / "x.jpg")
-    with pytest.raises(ValueError, match="out"):
-        list_targets([tmp_path / "out"], tmp_path / "out", [".png"])
 
 
 def test_photos_of_sub_folders_and_photos_given_twice(tmp_path):
@@ -298,6 +288,9 @@ def test_nothing_to_do_is_an_error(tmp_path, checkpoint):
         predict_folder(tmp_path / "no.pt", [tmp_path], tmp_path / "out")
     with pytest.raises(ValueError, match="batch_size"):
         predict_folder(checkpoint, [tmp_path], tmp_path / "out", batch_size=0)
+    photo(tmp_path / "maps" / "x.jpg")
+    with pytest.raises(ValueError, match="next call's input"):
+        predict_folder(checkpoint, [tmp_path / "maps"], tmp_path / "maps")
     assert not (tmp_path / "out").exists()
 
 

@@ -13,7 +13,6 @@ import pytest
 import torch
 from conftest import tiny_checkpoint, tiny_config
 from PIL import Image
-from scipy.special import logsumexp
 
 from mlnet_utils.model.checkpoints import save_checkpoint
 from mlnet_utils.model.network import MLNet
@@ -67,13 +66,20 @@ def test_photos_are_found_in_the_raw_data_or_where_one_says(photos, tmp_path, mo
     assert benchmark_photos("salicon-2017") == (photos, SIZES)
 
 
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (("salicon",), "'salicon'"),
+        (("salicon-2017", "train"), "train"),
+        (("salicon-2017", "val", "", "data"), r"images/val holds 0 photos"),
+    ],
+)
+def test_impossible_benchmarks_are_errors(call, words):
+    with pytest.raises(ValueError, match=words):
+        benchmark_photos(*call)
+
+
 def test_impossible_requests_are_errors(photos, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match="'salicon'"):
-        benchmark_photos("salicon")
-    with pytest.raises(ValueError, match="train"):
-        benchmark_photos("salicon-2017", "train")
-    with pytest.raises(ValueError, match=r"images/val holds 0 photos"):
-        benchmark_photos("salicon-2017", "val", root=tmp_path / "data")
     with pytest.raises(ValueError, match=r"\.zip, not out\.json"):
         write_submission(checkpoint, "salicon-2017", tmp_path / "out.json", photos=photos)
     with pytest.raises(FileNotFoundError, match=r"x\.zip"):
@@ -84,9 +90,6 @@ def test_impossible_requests_are_errors(photos, checkpoint, tmp_path):
     (photos / f"{NAMES[1]}.jpg").rename(photos / "holiday.jpg")
     with pytest.raises(ValueError, match=r"holiday\.jpg"):  # it has no COCO id
         write_submission(checkpoint, "salicon-2015", tmp_path / "out.json", photos=photos)
-    (photos / "holiday.jpg").unlink()
-    with pytest.raises(ValueError, match="2 photos"):
-        benchmark_photos("salicon-2017", photos=photos)
 
 
 # ---- writing -----------------------------------------------------------------------------------
@@ -109,11 +112,7 @@ def test_salicon_2015(photos, checkpoint, tmp_path):
     name = "fixations_test2014_mlnet_results.json"
     out = write_submission(checkpoint, "salicon-2015", tmp_path / name, photos=photos)
     assert validate_submission(out, SIZES) == []
-    entries = json.loads(out.read_text())
-    assert sorted(entry["image_id"] for entry in entries) == [7, 42, 523957]
-    content = base64.b64decode(entries[0]["saliency_map"])
-    with Image.open(io.BytesIO(content)) as image:
-        assert image.size == (64, 48)
+    assert sorted(entry["image_id"] for entry in json.loads(out.read_text())) == [7, 42, 523957]
 
 
 @pytest.fixture
@@ -128,18 +127,11 @@ def categories(photos, tmp_path) -> Path:
 
 
 def test_log_densities_for_tuebingen(categories, checkpoint, tmp_path):
-    h5py = pytest.importorskip("h5py")
+    pytest.importorskip("h5py")
     out = write_submission(checkpoint, "cat2000", tmp_path / "out.hdf5", photos=categories)
     _, sizes = benchmark_photos("cat2000", photos=categories)
     assert sorted(sizes) == ["Action/001.jpg", "Action/002.jpg", "Pattern/001.jpg"]
-    assert validate_submission(out, sizes) == []
-    with h5py.File(out) as file:
-        for name in sizes:
-            values = file[name][()]
-            assert values.dtype == np.float32
-            assert values.shape == (48, 64)
-            assert np.isfinite(values).all()
-            assert logsumexp(values.astype(float)) == pytest.approx(0, abs=1e-4)
+    assert validate_submission(out, sizes) == []  # finite, of the photo's size, sums to 1
     pysaliency = pytest.importorskip("pysaliency")
     files = sorted(str(path) for path in categories.rglob("*.jpg"))
     model = pysaliency.HDF5Model(pysaliency.FileStimuli(files), str(out))
@@ -176,16 +168,12 @@ def test_an_incomplete_submission_is_not_written(photos, checkpoint, tmp_path):
 
 
 def test_a_submission_that_would_be_refused_is_not_written(photos, tmp_path):
-    dead = tmp_path / "dead.pt"
-    config = tiny_config(head="paper")
-    model = MLNet(config)
+    model = MLNet(tiny_config(head="paper"))
     torch.nn.init.constant_(model.to_map.bias, -1e6)
-    save_checkpoint(dead, config, model.state_dict())
-    with (
-        pytest.warns(UserWarning, match="zero everywhere"),
-        pytest.raises(RuntimeError, match=r"out\.zip"),
-    ):
-        write_submission(dead, "salicon-2017", tmp_path / "out.zip", photos=photos)
+    save_checkpoint(tmp_path / "dead.pt", tiny_config(head="paper"), model.state_dict())
+    refused = pytest.raises(RuntimeError, match=r"out\.zip")
+    with pytest.warns(UserWarning, match="zero everywhere"), refused:
+        write_submission(tmp_path / "dead.pt", "salicon-2017", tmp_path / "out.zip", photos=photos)
     assert not (tmp_path / "out.zip").exists()
 
 

@@ -101,21 +101,17 @@ def test_the_logged_scores_are_those_of_the_saved_weights(run_folder, monkeypatc
     assert run.validate().items() <= content["scores"].items()
 
 
-def test_processes_draw_different_dropout(everything):
+def test_processes_draw_different_dropout_and_the_first_writes_and_prints(everything):
     """Else all shares of a batch would lose the same features."""
     keys = [(everything / f"keys{rank}.txt").read_text().splitlines() for rank in (0, 1)]
     first, second = map(set, keys)
     assert len(first) == len(second) == 6  # one per update
     assert first.isdisjoint(second)
-
-
-def test_only_the_first_process_writes_and_prints(everything):
     # The others cannot replace a file: only_one_writes().
     assert len((everything / "output0.txt").read_text().splitlines()) == 2
     assert (everything / "output1.txt").read_text() == ""
-    assert {path.name for path in (everything / "checkpoints").iterdir()} == {
-        "best.pt", "last.pt", "previous.pt",
-    }  # fmt: skip
+    names = {path.name for path in (everything / "checkpoints").iterdir()}
+    assert names == {"best.pt", "last.pt", "previous.pt"}
 
 
 def test_processes_agree_on_the_photos_that_fit_every_gpu(run_folder, divisible):
@@ -167,10 +163,8 @@ def test_a_job_may_continue_in_another_number_of_processes(run_folder, divisible
 
 
 def test_a_bad_loss_in_one_process_stops_all(run_folder):
-    assert train(run_folder, partial(processes.not_a_number, 1), rank=1, world=2, **DIVISIBLE) == [
-        1,
-        1,
-    ]
+    accident = partial(processes.not_a_number, 1)
+    assert train(run_folder, accident, rank=1, world=2, **DIVISIBLE) == [1, 1]
     for rank in (0, 1):
         assert "TrainingDied: the loss became nan" in (run_folder / f"error{rank}.txt").read_text()
 
@@ -188,14 +182,9 @@ def preset(tmp_path, run_folder):
 def launch(*command: str) -> subprocess.Popen:
     """Python on the CPU, with its output in one pipe."""
     root = Path(runtime.__file__).parent.parent
-    return subprocess.Popen(
-        [sys.executable, *command],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, **processes.local_environment(), "PYTHONPATH": str(root)},
-        cwd=root,
-    )
+    environment = {**os.environ, **processes.local_environment(), "PYTHONPATH": str(root)}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen([sys.executable, *command], env=environment, cwd=root, **pipes)
 
 
 def torchrun(world: int, *command: str) -> subprocess.Popen:

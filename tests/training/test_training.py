@@ -130,9 +130,6 @@ def test_a_loss_that_is_not_finite_is_noticed(run_folder):
     config = tiny_config(optimizer="sgd", lr=1e30, momentum=0.0, schedule="constant", epochs=3)
     with pytest.raises(TrainingDied, match=r"nan by update \d+"):
         fit(config, run_folder)
-
-
-def test_a_validation_loss_that_is_not_finite_is_noticed(run_folder):
     trainer = Trainer(tiny_config(), run_folder, Accelerator())
     trainer.objective.per_image = lambda maps, *_: torch.full((len(maps),), torch.nan)
     with pytest.raises(TrainingDied, match="validation loss is nan"):
@@ -152,9 +149,6 @@ def test_photos_without_fixations_are_left_out_of_the_validation_nss(run_folder)
 
 # ---- schedules, optimisers, precision ----------------------------------------------------------
 def test_keras_1_decays_by_update(run_folder):
-    config = tiny_config(schedule="keras1", lr=1e-3, lr_decay=5e-4)
-    rates = [learning_rate(config, t, 10**6) for t in (0, 1, 2000, 20000)]
-    assert rates == pytest.approx([1e-3, 1e-3 / 1.0005, 5e-4, 1e-3 / 11])
     config = tiny_config(schedule="keras1", optimizer="sgd", lr=1e-2, lr_decay=0.5)
     logged = [row["lr"] for row in fit(config, run_folder).history]
     assert logged == [1e-2 / (1 + 0.5 * t) for t in (2, 5)]
@@ -182,20 +176,20 @@ def test_the_backbone_has_its_own_rate(run_folder):
 def test_precision_is_chosen_from_the_hardware(monkeypatch):
     assert choose_precision(tiny_config(precision="fp32")) == "no"
     assert choose_precision(tiny_config(precision="bf16")) == "bf16"
-    auto = tiny_config(precision="auto")
-    no, yes = (lambda **_: False), (lambda **_: True)
-    monkeypatch.setattr(torch.cuda, "is_available", yes)
-    for native, expected in ((yes, "bf16"), (no, "fp16")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", native)
-        assert choose_precision(auto) == expected
-    monkeypatch.setattr(torch.cuda, "is_available", no)
-    monkeypatch.setattr(torch.backends.mps, "is_available", yes)
-    assert choose_precision(auto) == "no"
-    monkeypatch.setattr(torch.backends.mps, "is_available", no)
-    for avx, amx, expected in ((no, no, "no"), (yes, no, "bf16"), (no, yes, "bf16")):
-        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", avx)
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", amx)
-        assert choose_precision(auto) == expected
+    places = ((torch.cuda, "is_available"), (torch.cuda, "is_bf16_supported"),
+              (torch.backends.mps, "is_available"), (torch.cpu, "_is_avx512_bf16_supported"),
+              (torch.cpu, "_is_amx_tile_supported"))  # fmt: skip
+    for answers, expected in (
+        ((1, 1, 0, 0, 0), "bf16"),
+        ((1, 0, 0, 0, 0), "fp16"),
+        ((0, 0, 1, 1, 1), "no"),
+        ((0, 0, 0, 0, 0), "no"),
+        ((0, 0, 0, 1, 0), "bf16"),
+        ((0, 0, 0, 0, 1), "bf16"),
+    ):
+        for (module, name), answer in zip(places, answers, strict=True):
+            monkeypatch.setattr(module, name, lambda answer=answer, **_: bool(answer))
+        assert choose_precision(tiny_config(precision="auto")) == expected
 
 
 def test_two_precisions_in_one_process():
@@ -349,13 +343,6 @@ def test_the_average_is_what_is_kept(run_folder):
 
 
 # ---- checkpoints -------------------------------------------------------------------------------
-@pytest.mark.parametrize("content", [{"weight": torch.zeros(1)}, "text"], ids=str)
-def test_foreign_checkpoints_are_errors(tmp_path, content):
-    torch.save(content, tmp_path / "foreign.pt")
-    with pytest.raises(ValueError, match=r"foreign\.pt"):
-        checkpoints.load_checkpoint(tmp_path / "foreign.pt")
-
-
 def test_a_model_is_loaded_without_its_backbone_s_file(tmp_path):
     config = dataclasses.replace(tiny_config(), backbone_weights="/long/gone.safetensors")
     model = MLNet(tiny_config())
