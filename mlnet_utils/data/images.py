@@ -95,10 +95,8 @@ def open_image(path: str | Path) -> Image.Image:
     except ImportError as error:
         raise ValueError(f"'{path}' is HEIC: {error}") from error
     except Image.DecompressionBombError as error:
-        limit = f"{2e-6 * Image.MAX_IMAGE_PIXELS:.0f} megapixels, more than fits most memories"
-        raise ValueError(
-            f"'{path}' has over {limit}; --megapixels of `predict` allows it"
-        ) from error
+        limit = f"over {2e-6 * Image.MAX_IMAGE_PIXELS:.0f} megapixels, the limit"
+        raise ValueError(f"'{path}' has {limit}; --megapixels of `predict` raises it") from error
 
 
 @contextmanager

@@ -157,7 +157,8 @@ class StaleError(ValueError):
         more = f" (and {len(problems) - 1} more files)" if problems[1:] else ""
         super().__init__(
             f"the prepared data in {folder} are out of date: {self.problem}{more}. Put it back, or "
-            "run `prepare` again, then with another run folder or `reproduce --force` where trained"
+            "run `prepare` again; a network trained on the old data then needs another run folder, "
+            "or `reproduce --force`"
         )
 
 

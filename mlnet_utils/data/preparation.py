@@ -40,9 +40,9 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
     spec = dataset_spec(config.dataset)
     sigma = config.sigma or spec.sigma
     if np.isnan(sigma) and not config.sigma_share:
+        remedy = "`sigma` (pixels of a degree of visual angle) or `sigma_share` (of the width)"
         raise ValueError(
-            f"dataset {spec.name!r} has no sigma of its own: set `sigma` in the preset, pixels (of "
-            "a degree of visual angle), or `sigma_share`, of the width"
+            f"dataset {spec.name!r} has no sigma of its own: set {remedy} in the preset"
         )
     if config.coordinates and not spec.own:
         raise ValueError(f"config: coordinates are for own photos, not for {spec.name!r}")

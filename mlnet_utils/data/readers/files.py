@@ -62,7 +62,9 @@ def check_pairs(dataset: str, first: str, ours: Iterable[str], second: str, thei
         if lone
     ]
     if parts:
-        raise ValueError(f"{dataset}: {'; '.join(parts)}. Complete or remove these: names pair")
+        raise ValueError(
+            f"{dataset}: {'; '.join(parts)}. Files pair by name: complete or remove these"
+        )
 
 
 def check_looked_at(dataset: str, photos: list[Photo]) -> list[Photo]:
