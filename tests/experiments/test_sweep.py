@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import processes
 import pytest
 import yaml
 
@@ -228,16 +229,17 @@ def test_ctrl_c_ends_the_call_with_a_table_of_what_has_finished(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_stops_two_workers(tmp_path):
-    cells = {"short": {}, "long": {"epochs": 10_000}, "never": {}}
-    content = {"preset": "tiny", "seeds": [0, 1], "common": FAST, "cells": cells}
+    endless = {"epochs": 10_000}
+    cells = {"long": endless, "also long": endless, "never": {}}
+    content = {"preset": "tiny", "seeds": [0], "common": FAST, "cells": cells}
     (tmp_path / "trial.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
     options = ("--plain", "--workers", "2", "--out", tmp_path / "out", "--data-root", tmp_path)
     command = [sys.executable, "-m", "mlnet_utils", "sweep", tmp_path / "trial.yaml", *options]
     with subprocess.Popen(command, start_new_session=True) as call:
-        saved = [tmp_path / "out" / "long" / seed / "checkpoints" / "last.pt" for seed in "01"]
+        folders = [tmp_path / "out" / name / "0" for name in ("long", "also-long")]
+        saved = [folder / "checkpoints" / "last.pt" for folder in folders]
         interrupt_when(saved, call.pid, os.killpg)  # as a terminal: to the workers too
         assert call.wait(300) == 130
-    assert list(table_of(tmp_path / "out")["cell"]) == ["short", "short"]
     assert not (tmp_path / "out" / "never").exists()
     for file in saved:
         assert checkpoints.load_checkpoint(file)["progress"]["finished"] is False
@@ -250,15 +252,15 @@ def test_two_workers_and_papermill_find_what_one_process_finds(done, tmp_path, m
 
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
     two, cells = tmp_path / "two", {"Three levels": {}, "wild": WILD}
-    call = {"grid": grid(cells=cells, seeds=(0,)), "workers": 2, "train": pipeline.train}
-    (first,) = sweep.run_sweep(folder=two, data_root=RAW, **call).values()
+    call = {"folder": two, "data_root": RAW, "train": pipeline.train}
+    (first,) = sweep.run_sweep(grid(cells=cells, seeds=(0,)), workers=2, **call).values()
     assert "TrainingDied" in first
     assert (two / "three-levels" / "0" / "notebooks" / "02_training.ipynb").is_file()
     columns = ["cell", "seed", *METRICS]
     pd.testing.assert_frame_equal(table_of(done)[columns][:1], table_of(two)[columns])
     # A death in a notebook is remembered too.
     note = str(two / "wild" / "0" / sweep.DIED)
-    assert note in sweep.run_sweep(folder=two, data_root=RAW, **call)["wild, seed 0"]
+    assert note in sweep.run_sweep(grid(cells={"wild": WILD}, seeds=(0,)), **call)["wild, seed 0"]
 
 
 @pytest.mark.slow
@@ -367,8 +369,15 @@ def work_until_stopped(folder: Path) -> None:
     (folder / "saved").touch()
 
 
+@pytest.fixture
+def forked(monkeypatch):
+    """Jobs' processes come from a server that has imported everything already."""
+    server = processes.server()
+    monkeypatch.setattr(sweep.multiprocessing, "get_context", lambda method: server)
+
+
 @pytest.mark.slow
-def test_one_job_s_end_is_its_own():
+def test_one_job_s_end_is_its_own(forked):
     ended = dict(sweep.in_processes(act, ["is killed", "is interrupted", "fails"], workers=2))
     assert "exit code -9" in ended.pop("is killed")
     assert ended == {"is interrupted": "saved; continue with the same command", "fails": "a reason"}
@@ -379,7 +388,7 @@ def test_one_job_s_end_is_its_own():
 
 
 @pytest.mark.slow
-def test_closed_nothing_new_begins_and_what_runs_saves(tmp_path, monkeypatch):
+def test_closed_nothing_new_begins_and_what_runs_saves(tmp_path, monkeypatch, forked):
     monkeypatch.setattr(sweep, "GRACE_SECONDS", 0)
     folders = [tmp_path / name for name in ("short", "long", "longer", "never", "nor this")]
     for folder in folders:

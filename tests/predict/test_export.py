@@ -119,8 +119,6 @@ def test_networks_of_the_earlier_implementations(tmp_path, photos, options):
     report = export(path, tmp_path / "x.onnx", photos=[photos])
     assert report.deviation < 1e-4
     assert report.metadata["output"].endswith("non-negative, unnormalised")
-    small = export(path, tmp_path / "x8.onnx", int8=True, photos=[photos])
-    assert small.correlation > 0.95
 
 
 # ---- photos and scores of the run --------------------------------------------------------------

@@ -204,7 +204,8 @@ def local_environment() -> dict[str, str]:
 def server():
     """A process that has imported everything, from which each training is forked."""
     context = multiprocessing.get_context("forkserver")
-    slow_imports = ["torchvision.transforms.v2", "timm"]  # which happen within functions
+    # The last two happen within functions.
+    slow_imports = ["mlnet_utils.experiments.sweep", "torchvision.transforms.v2", "timm"]
     context.set_forkserver_preload(["processes", *slow_imports])
     return context
 
