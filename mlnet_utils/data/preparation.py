@@ -26,11 +26,8 @@ def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
     """Read a dataset, split it, hash its files, and write the prepared ``folder``.
 
     ``config`` names the dataset, the fold and the limits; ``data_root`` holds the raw datasets and
-    is not written to. While another process prepares the same folder, this call waits.
-
-    Raises:
-        FileNotFoundError: a part of the dataset is missing; says how to get it.
-        ValueError: the dataset is damaged, or the configuration does not fit it.
+    is not written to. While another process prepares the same folder, this call waits. A
+    FileNotFoundError says how to get a missing part; a ValueError what is damaged or does not fit.
     """
     with locked(folder):
         return _prepare(config, data_root, folder)

@@ -110,7 +110,10 @@ def reproduce(
         own["RUN_DIR"] = str(folder.resolve())
     if raw != runtime.data_root().resolve():
         own["DATA_ROOT"] = str(raw)
-    sources = _sources(stages)
+    root = (runtime.checkout_root() or Path.cwd()) / "notebooks"
+    sources = {stage.name: root / f"{stage.name}.ipynb" for stage in stages}
+    if missing := [path for path in sources.values() if not path.is_file()]:
+        raise FileNotFoundError(f"{missing[0]} is missing: run from a checkout of the repository")
     injections = _injections(sources, own, parameters or {})
 
     weights = Path(backbone_file(config)).expanduser()
@@ -202,16 +205,6 @@ def publish(run_dir: str | Path, stages: Sequence[Stage] = STAGES) -> list[Path]
 
 
 # ---- before anything runs ----------------------------------------------------------------------
-def _sources(stages: Sequence[Stage]) -> dict[str, Path]:
-    """Path of every stage's notebook."""
-    root = (runtime.checkout_root() or Path.cwd()) / "notebooks"
-    sources = {stage.name: root / f"{stage.name}.ipynb" for stage in stages}
-    for path in sources.values():
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing: run from a checkout of the repository")
-    return sources
-
-
 def _injections(
     sources: Mapping[str, Path], own: Mapping[str, str], extra: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:

@@ -257,8 +257,7 @@ def test_changed_sources_outside_the_run_folder_rerun_the_stage(would_run):
 
 
 def test_other_parameters_rerun_the_stages(would_run):
-    said = would_run(parameters={"EPOCHS": 1})
-    assert "01_first: running (changed: parameters)" in said
+    assert "01_first: running (changed: parameters)" in would_run(parameters={"EPOCHS": 1})
 
 
 @pytest.mark.slow

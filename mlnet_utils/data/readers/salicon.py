@@ -60,11 +60,9 @@ def read_salicon_mat(root: str | Path, edition: str, points: str = "fixations") 
 def read_salicon_json(root: str | Path) -> list[Photo]:
     """The JSON of 2014: ``annotations/fixations_<split>*.json``, photos anywhere in ``images``.
 
-    Despite their name its ``fixations`` are raw mouse samples, 1-based (row, column).
-
-    Raises:
-        FileNotFoundError: a part of the layout is missing.
-        ValueError: another structure, or photos that are missing, damaged or of another size.
+    Despite their name its ``fixations`` are raw mouse samples, 1-based (row, column). A
+    FileNotFoundError where a part of the layout is missing; a ValueError for another structure, or
+    photos that are missing, damaged or of another size.
     """
     root, dataset = Path(root), "salicon-json"
     annotations = sorted(files.need(root / "annotations", dataset).glob("fixations_*.json"))
