@@ -95,6 +95,14 @@ def parser() -> argparse.ArgumentParser:
     option("--split", choices=("val", "test"), default="", help="default: test, or val if secret")
     option("--protocol", choices=choices("protocol"), help="default: the preset's")
 
+    option = _verb(verbs, score)
+    option("maps", type=Path, help="folder of maps, or pysaliency's HDF5 file")
+    option("--data", type=Path, required=True, help="a run with prepared data, or its data/")
+    option("--split", choices=("train", "val", "test"), default="", help="as of `evaluate`")
+    option("--protocol", choices=choices("protocol"), default="mit300", help="default: mit300")
+    option("--compare", type=Path, metavar="MAPS", help="other maps, subtracted photo by photo")
+    option("--out", type=Path, default=Path("scores"), help="folder (default: scores/)")
+
     option = _verb(verbs, sweep, raw)
     option("grid", type=Path, help="YAML: preset, seeds, split, common, cells")
     option("--out", type=Path, help="default: runs/<grid>")
@@ -257,6 +265,18 @@ def evaluate(options: argparse.Namespace) -> Outcome:
     config = load_config(options.preset, **dict(options.overrides))
     what = (options.run_dir, options.checkpoint, options.split, options.protocol)
     return _scores(evaluation.evaluate(*what, config=config))
+
+
+def score(options: argparse.Namespace) -> Outcome:
+    """Score saliency maps of any origin and the baselines.
+
+    maps/ --data runs/osie
+    maps.hdf5 --data runs/osie --compare other_maps/ --protocol salicon
+    """
+    from mlnet_utils.experiments import scoring
+
+    how = (options.split, options.protocol, options.compare)
+    return scoring.describe(scoring.score(options.maps, options.data, options.out, *how)), 0
 
 
 def sweep(options: argparse.Namespace) -> Outcome:

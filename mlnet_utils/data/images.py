@@ -172,16 +172,14 @@ def to_bytes(values: np.ndarray) -> np.ndarray:
     return np.round(values * (255 if values.max() <= 1 else 1)).astype(np.uint8)
 
 
-def read_density(path: str | Path) -> Tensor:
-    """A density map, (H, W) float64 that sums to 1.
+def read_map(path: str | Path) -> np.ndarray:
+    """A map as it is stored, float64: a grey picture, ``.npy``, ``.npz`` (``density``, or one).
 
-    From a picture, ``.npy``, or ``.npz`` with ``density`` or a single array. Raises a
-    FileNotFoundError, or a ValueError for a map that is unreadable, in colours, with a transparency
-    that varies, negative, or the same everywhere.
+    Raises a FileNotFoundError, or a ValueError for a map that is unreadable, in colours, or with a
+    transparency that varies.
     """
     path, alpha = Path(path), np.zeros(1)
-    expected = "a density map: 2-D, grey, finite, not negative, not the same everywhere"
-    with reading(path, expected, "make it again from the numbers"):
+    with reading(path, "a map: 2-D, grey", "make it again from the numbers"):
         if path.suffix.lower() == ".npy":
             values = np.load(path, allow_pickle=False)
         elif path.suffix.lower() == ".npz":
@@ -197,9 +195,19 @@ def read_density(path: str | Path) -> Tensor:
                     values, alpha = values[..., :-1], values[..., -1]
                 if values.ndim == 3:
                     values = values if np.ptp(values, axis=2).max() > GREY else values.mean(axis=2)
-        values = values.astype(np.float64)
         if values.ndim == 3 or alpha.min() < alpha.max():
             raise ValueError("it is in colours or partly transparent, as plots are")
+        return values.astype(np.float64)
+
+
+def read_density(path: str | Path) -> Tensor:
+    """A density map, (H, W) float64 that sums to 1, in a file for :func:`read_map`.
+
+    Raises its errors, and a ValueError for a map that is negative, or the same everywhere.
+    """
+    expected = "a density map: 2-D, grey, finite, not negative, not the same everywhere"
+    with reading(path, expected, "make it again from the numbers"):
+        values = read_map(path)
         total = values.sum()
         if values.ndim != 2 or not 0 < total < np.inf or values.min() < 0:  # NaN makes it NaN
             raise ValueError(f"shape {values.shape}, sum {total:g}")

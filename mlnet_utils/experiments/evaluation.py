@@ -2,10 +2,9 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +46,20 @@ PUBLISHED = [
 ]  # fmt: skip
 
 
+Predict = Callable[[Photo], Tensor | np.ndarray | None]  # (H, W), or None where it has no map
+
+
 class TestSet:
-    """The photos of one split with everything that scoring needs, at photo size."""
+    """The photos of one split with everything that scoring needs, at photo size.
+
+    ``folder`` is a run, or a prepared folder itself.
+    """
 
     __test__ = False  # not a pytest class
 
-    def __init__(self, run_dir: Path, split: str):
-        self.prepared = Prepared.read(run_dir / "data")
+    def __init__(self, folder: Path, split: str):
+        own = (folder / "meta.json").is_file()
+        self.prepared = Prepared.read(folder if own else folder / "data")
         self.photos = self.prepared.with_truth(split or self.prepared.scored_split)
         train = self.prepared.split("train")
         if any(len(photo.fixations) for photo in train):
@@ -85,8 +91,8 @@ class TestSet:
             "baseline": self.centre_bias(photo.height, photo.width)[None],
         }
 
-    def describe_truth(self, protocol: str) -> dict[str, str | float]:
-        """The ground truth of a protocol in words: blur, density and negatives."""
+    def describe(self, protocol: str) -> dict[str, str | float]:
+        """The photos, and the ground truth of a protocol in words: blur, density, negatives."""
         others = f"the other {len(self.photos) - 1} photos of the split"
         if protocol == "salicon2015":
             sigma, density = SIGMA_2015, "fixated pixels, each once, blurred"
@@ -95,7 +101,57 @@ class TestSet:
             sigma, density = self.prepared.sigma, "fixations, blurred"
             negatives = f"fixations of {others}"
         density += "; of photos without fixations their density map"
-        return {"sigma_px": sigma, "density": density, "negatives": negatives}
+        return {
+            "dataset": self.prepared.meta["dataset"],
+            "title": self.prepared.meta["title"],
+            "split": self.photos[0].split,
+            "photos": len(self.photos),
+            "fixations": sum(len(photo.fixations) for photo in self.photos),
+            "dropped": sum(photo.dropped for photo in self.photos),
+            "data": self.prepared.digest,
+            "protocol": protocol,
+            "sigma_px": sigma,
+            "density": density,
+            "negatives": negatives,
+            "ig_baseline": self.centre_bias.description,
+        }
+
+    def score_models(
+        self, predict: Mapping[str, Predict], protocol: str, models: Sequence[str]
+    ) -> list[dict]:
+        """All metrics of every photo by every model, in the models' order and that of the stems.
+
+        Of several processes each scores its share of the photos, and all return the same rows.
+
+        Args:
+            predict: the maps of the models that are no baselines.
+            protocol: see docs/metrics.md.
+            models: keys of ``predict`` and baselines; what the data lack inputs for is left out.
+        """
+        processes, split = PartialState(), self.photos[0].split
+        share: Iterable[Photo] = self.photos[processes.process_index :: processes.num_processes]
+        if processes.is_main_process:
+            share = runtime.progress(share, f"scoring {split}", len(share), unit="photo")
+        predict = {
+            UNIFORM: lambda photo: baselines.uniform(photo.height, photo.width),
+            CENTRE: lambda photo: self.centre_bias(photo.height, photo.width),
+            GOLD: self.gold,
+            **predict,
+        }
+        rows: list[dict] = []
+        for photo in share:
+            several = len(photo.known_observers) > 1
+            for model in models:
+                if model == OBSERVERS:
+                    scores = self.gold_standard and several
+                    scores = scores and self.score_observers(photo, protocol)
+                else:
+                    prediction = predict[model](photo)
+                    scores = None if prediction is None else self.score(photo, prediction, protocol)
+                if scores:
+                    rows.append({"model": model, "stem": photo.stem, **scores})
+        rows = gather_object(rows)
+        return sorted(rows, key=lambda row: (models.index(row["model"]), row["stem"]))
 
     def score(
         self, photo: Photo, prediction: Tensor | np.ndarray, protocol: str
@@ -188,52 +244,33 @@ def evaluate(
     predictor.config = config = as_asked(predictor.config, config)
     if protocol:
         config = replace(config, protocol=protocol)
-    protocol, split = config.protocol, data.photos[0].split
-    share: Iterable[Photo] = data.photos[processes.process_index :: processes.num_processes]
-    if processes.is_main_process:
-        share = runtime.progress(share, f"scoring {split}", len(share), unit="photo")
-    rows: list[dict] = []
-    for photo in share:
-        size, several = (photo.height, photo.width), len(photo.known_observers) > 1
-        predictions = {
-            MODEL: lambda photo=photo: predictor.predict(data.image(photo)),
-            UNIFORM: partial(baselines.uniform, *size),
-            CENTRE: partial(data.centre_bias, *size),
-            GOLD: partial(data.gold, photo),
-        }
-        for model in models:
-            if model == OBSERVERS:
-                scores = data.gold_standard and several and data.score_observers(photo, protocol)
-            else:
-                prediction = predictions[model]()
-                scores = None if prediction is None else data.score(photo, prediction, protocol)
-            if scores:  # else the data lack an input of the model
-                rows.append({"model": model, "stem": photo.stem, **scores})
-    rows = gather_object(rows)
-    rows.sort(key=lambda row: (MODELS.index(row["model"]), row["stem"]))
+    network = {MODEL: lambda photo: predictor.predict(data.image(photo))}
+    rows = data.score_models(network, config.protocol, [m for m in MODELS if m in models])
     report = {
-        "dataset": data.prepared.meta["dataset"],
-        "title": data.prepared.meta["title"],
-        "split": split,
-        "photos": len(data.photos),
-        "fixations": sum(len(photo.fixations) for photo in data.photos),
-        "dropped": sum(photo.dropped for photo in data.photos),
+        **data.describe(config.protocol),
         **inputs_of(data.prepared, checkpoint, config),
-        **data.describe_truth(protocol),
-        "ig_baseline": data.centre_bias.description,
         "checkpoint": runtime.display_path(checkpoint),
         "preset": config.preset,
         "seed": config.seed,
-        "command": runtime.given_command(),
-        "rows": summarise(rows, config.bootstrap),
-        "versions": runtime.versions(),
     }
-    if processes.is_main_process:
+    report = save_scores(run_dir, report, rows, config.bootstrap)
+    processes.wait_for_everyone()  # whoever returns finds the files
+    return report
+
+
+def save_scores(folder: Path, report: dict, rows: Sequence[dict], resamples: int) -> dict:
+    """Write ``per_image.csv``, the rows, and ``metrics.json``, the report with their means.
+
+    Returns:
+        The contents of ``metrics.json``.
+    """
+    means = {"rows": summarise(rows, resamples), "versions": runtime.versions()}
+    report = {**report, "command": runtime.given_command(), **means}
+    if PartialState().is_main_process:
         table = pd.DataFrame(rows, columns=["model", "stem", *METRICS])
         table.insert(0, "dataset", report["dataset"])
-        runtime.write_text(run_dir / "per_image.csv", table.to_csv(index=False, na_rep="nan"))
-        runtime.write_json(run_dir / "metrics.json", report)
-    processes.wait_for_everyone()  # whoever returns finds the files
+        runtime.write_text(folder / "per_image.csv", table.to_csv(index=False, na_rep="nan"))
+        runtime.write_json(folder / "metrics.json", report)
     return report
 
 
