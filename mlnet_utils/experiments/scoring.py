@@ -50,7 +50,7 @@ def score(
         resamples: of the bootstrap.
 
     Returns:
-        The contents of ``metrics.json``: as :func:`evaluation.evaluate`, and ``maps``, the notes of
+        The contents of ``metrics.json``: as :func:`evaluation.evaluate`, and ``maps``, a line on
         every place, and ``differences``, rows of :func:`study.compare`.
 
     Raises:
@@ -65,7 +65,7 @@ def score(
     with warnings.catch_warnings():  # the notes count them
         warnings.filterwarnings("ignore", "image .* 8-bit", UserWarning)
         rows = testset.score_models(predict, protocol, (*names, *BASELINES))
-    report = {**testset.describe(protocol), "maps": {p.name: p.notes for p in places}}
+    report = {**testset.describe(protocol), "maps": {p.name: p.describe() for p in places}}
     if other:
         table = pd.DataFrame(rows).assign(seed=0).rename(columns={"model": "cell"})
         found = compare(table, names[:1], names[1], resamples)
@@ -84,11 +84,7 @@ def describe(report: dict) -> str:
                 cells[row["metric"]] = "{mean:+.3f} [{low:+.3f}, {high:+.3f}]".format(**row)
         label = f"{rows[0]['model']} minus {rows[0]['reference']}"
         parts.append(format_table(pd.DataFrame(cells, index=pd.Index([label], name="difference"))))
-    for name, notes in report["maps"].items():
-        counts = [f"{len(found)} {kind} ({named(found)})" for kind, found in notes.items() if found]
-        parts.append(f"{name}: {report['photos']} maps" + "".join(f"; {each}" for each in counts))
-        if notes[BYTES]:
-            parts[-1] += ". 8 bits made small values 0: KL and IG say little of these"
+    parts += [f"{name}: {notes}" for name, notes in report["maps"].items()]
     return "\n\n".join(parts)
 
 
@@ -149,6 +145,16 @@ class MapFiles:
                 found[kind] += [photo.stem] * applies
         self._refuse("maps have another shape (width x height) than their photos", misshapen)
         return found
+
+    def describe(self) -> str:
+        """One line: the number of maps of each kind, and names where it is not all of them."""
+        text = f"{len(self.files)} maps"
+        for kind, found in self.notes.items():
+            if found:
+                text += f"; {len(found)} {kind}"
+                text += f" ({named(found)})" if len(found) != len(self.files) else ""
+        few = "; 8 bits made small values 0: KL and IG say little of these"
+        return text + (few if self.notes[BYTES] else "")
 
     def read(self, photo: Photo, protocol: str = "mit300") -> Tensor:
         """(H, W) float64: the map at the photo's size, see :func:`metrics.resize`."""
