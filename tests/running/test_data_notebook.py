@@ -120,7 +120,7 @@ def test_every_form_is_looked_at(look, tmp_path, make, splits, fixations, observ
 def test_salicons_example_is_looked_at(look, real_data):
     photos, record, text = look(real_data, dataset="salicon-json")
     assert (len(photos), record["photos"]["train"], record["fixations"]) == (10, 10, 73630)
-    assert "SALICON 2014 (JSON, mouse samples): 73630 fixations, 0 outside the photo" in text
+    assert "SALICON 2014 (JSON, mouse samples): 10 train; 73630 fixations" in text
 
 
 @pytest.mark.realdata
