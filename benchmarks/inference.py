@@ -1,108 +1,101 @@
-"""Prediction speed: the network alone, and whole photos from the file to the density.
+"""Photos per second of the verb ``predict``: from a folder of JPEGs to a folder of maps.
 
-    python benchmarks/inference.py
-    python benchmarks/inference.py --presets paper --batches 1 16 64   # on a GPU
-    python benchmarks/inference.py --smoke                             # seconds
+    OMP_NUM_THREADS=2 python benchmarks/inference.py --run-dir runs/osie
+    python benchmarks/inference.py --smoke   # a minute, nothing saved
 
-Weights are random: they do not change the speed. The network alone gets letterboxed photos that
-are in memory, in fp32, which is what ``predict`` computes in, and in the precision that training
-would choose (``auto``). A whole photo is what ``Predictor.predict_batch`` makes of a JPEG file of
-800x600 pixels: decoding, letterbox, network, density at the photo's size.
+Photos are crops of scikit-image's pictures, 1024x768. The network that comes with the package
+predicts them in PyTorch and exported to ONNX, in 32 and in 8 bits, each in a process of its own:
+start, decoding and writing are included. On a machine that does other things, ``cpu_s``, seconds
+of processor time a photo, says what a quiet one would do: photos/s are the cores divided by it.
+Scores are those of the run's validation photos. Goal: 8 photos/s on two cores, below 1.5 GB.
 """
 
 import argparse
+import os
+import subprocess
+import sys
 import tempfile
-import warnings
-from collections.abc import Callable
-from dataclasses import replace
+import time
 from pathlib import Path
 
 import measure
 import numpy as np
-import torch
+from export import score
 from PIL import Image
 
-from mlnet_utils.config import load_config
-from mlnet_utils.model.network import MLNet
-from mlnet_utils.predict.predictor import Predictor
-from mlnet_utils.training.trainer import choose_precision
+from mlnet_utils.experiments.evaluation import TestSet
+from mlnet_utils.metrics.protocols import METRICS
+from mlnet_utils.predict.export import export
+from mlnet_utils.predict.predictor import load
+from mlnet_utils.runtime import SHIPPED, require
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-WIDTH, HEIGHT = 800, 600  # of a photo
+WIDTH, HEIGHT = 1024, 768  # of a photo
+FEWEST = 24  # photos that an export in 8 bits needs
 
 
-def make_photos(folder: Path, count: int) -> list[Path]:
-    """JPEGs of smooth noise."""
-    rng, paths = np.random.default_rng(0), []
+def make_photos(folder: Path, count: int) -> Path:
+    """Random crops of three pictures as JPEGs."""
+    pictures = Path(require("skimage.data", "notebooks").__file__).parent
+    names = ("astronaut.png", "chelsea.png", "coffee.png")
+    originals = [Image.open(pictures / name).convert("RGB") for name in names]
+    rng = np.random.default_rng(0)
+    folder.mkdir()
     for number in range(count):
-        noise = rng.integers(0, 256, (HEIGHT // 8, WIDTH // 8, 3), dtype=np.uint8)
-        paths.append(folder / f"{number}.jpg")
-        Image.fromarray(noise).resize((WIDTH, HEIGHT)).save(paths[-1], quality=90)
-    return paths
+        original = originals[number % len(originals)]
+        width = rng.integers(200, original.height)  # of 4 by 3; all are wider than high
+        height = width * HEIGHT // WIDTH
+        left, top = rng.integers(0, (original.width - width, original.height - height))
+        crop = original.crop((left, top, left + width, top + height)).resize((WIDTH, HEIGHT))
+        crop.save(folder / f"{number}.jpg", quality=90)
+    return folder
 
 
-def calls(preset: str, batch: int, photos: list[Path], smoke: bool) -> dict[str, Callable]:
-    """What is timed: name -> one pass over a batch."""
-    config = load_config(preset, backbone_weights="none", test_flip=False)
-    if smoke:
-        config = replace(config, height=80, width=80, prior_cells=(1, 1))
-    model = MLNet(config).to(DEVICE).eval()
-    auto = choose_precision(replace(config, precision="auto"))
-    kind = {"fp16": torch.float16}.get(auto, torch.bfloat16)
-    image = torch.randint(
-        0, 256, (batch, 3, config.height, config.width), dtype=torch.uint8, device=DEVICE
-    )
-    predictor = Predictor(model, config, DEVICE)
-
-    def network(half: bool) -> Callable[[], None]:
-        def call() -> None:
-            with torch.inference_mode(), torch.autocast(DEVICE, kind, enabled=half):
-                model(image)
-
-        return call
-
-    found = {"network, fp32": network(False)}
-    if auto != "no":
-        found[f"network, {auto}"] = network(True)
-    found["whole photos, fp32"] = lambda: predictor.predict_batch(photos[:batch])
-    return found
+def predict(checkpoint: Path, photos: Path, out: Path) -> dict[str, float]:
+    """What the verb costs: photos/s, seconds of processor time a photo, peak of memory."""
+    command = ["-m", "mlnet_utils", "predict", "--checkpoint", checkpoint, "--out", out, photos]
+    start = time.monotonic()
+    process = subprocess.Popen([sys.executable, *map(str, command)])
+    _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    count = len(list(out.glob("*.png")))
+    if process.returncode or count != len(list(photos.iterdir())):
+        raise RuntimeError(f"{checkpoint} made {count} maps, exit code {process.returncode}")
+    return {
+        "photos/s": count / (time.monotonic() - start),
+        "cpu_s": (used.ru_utime + used.ru_stime) / count,
+        "peak GB": used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9,
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--presets", nargs="+", default=["paper", "osie", "sample"])
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 16])
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--smoke", action="store_true", help="small and short, nothing saved")
+    parser.add_argument("--photos", type=int, default=1000)
+    parser.add_argument("--run-dir", type=Path, help="prepared data, to score and calibrate with")
+    parser.add_argument("--smoke", action="store_true", help="few photos, nothing saved")
     parser.add_argument("--out", type=Path, help="default: results/benchmarks/inference.json")
     options = parser.parse_args()
-    if options.smoke:
-        options.batches, options.rounds = [1, 2], 1
-    # Random weights may give a dead map.
-    warnings.filterwarnings("ignore", "the predicted map is zero")
+    options.photos = FEWEST if options.smoke else options.photos
+    data = TestSet(options.run_dir, "val") if options.run_dir else None
     rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        photos = make_photos(Path(folder), max(options.batches))
-        for preset in options.presets:
-            for batch in options.batches:
-                timed = calls(preset, batch, photos, options.smoke)
-                times = measure.seconds(timed, options.rounds)
-                speeds = {name: batch / measure.median(values) for name, values in times.items()}
-                rows += [
-                    {
-                        "preset": preset,
-                        "batch": batch,
-                        "prediction": name,
-                        "images/s": speed,
-                        "ratio": speed / speeds["network, fp32"],
-                    }
-                    for name, speed in speeds.items()
-                ]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        photos = calibrating = make_photos(folder / "photos", options.photos)
+        if data:
+            train = data.prepared.split("train")
+            calibrating = [data.prepared.root / photo.image for photo in train]
+        forms = {"PyTorch": SHIPPED, "ONNX": folder / "a.onnx", "ONNX, 8 bits": folder / "b.onnx"}
+        for form, checkpoint in forms.items():
+            if checkpoint != SHIPPED:
+                given = calibrating if isinstance(calibrating, list) else [calibrating]
+                export(SHIPPED, checkpoint, int8="8 bits" in form, photos=given)
+            row = {"form": form, **predict(checkpoint, photos, folder / checkpoint.stem)}
+            found = score(load(checkpoint, "cpu"), data, 0, form) if data else {}
+            rows.append({**row, **{metric: found.get(metric) for metric in METRICS}})
     measure.print_table(rows)
     if not options.smoke:
-        content = {"photo": [HEIGHT, WIDTH], "device": DEVICE, "inference": rows}
+        content = {"photos": options.photos, "size": [HEIGHT, WIDTH], "forms": rows}
         measure.save("inference", content, options.out)
 
 

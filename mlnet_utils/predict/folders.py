@@ -54,7 +54,7 @@ def predict_folder(
     overlay: bool = False,
     npy: bool = False,
     force: bool = False,
-    batch_size: int = 8,
+    batch_size: int | None = None,
     device: str | None = None,
     upright: bool = True,
     megapixels: float = images.MEGAPIXELS,
@@ -69,9 +69,10 @@ def predict_folder(
     removes files of another checkpoint that will be made again. Under ``accelerate launch`` every
     process takes its share on its own GPU; all return the same result.
 
-    The checkpoint may be an exported one; ``batch_size`` photos pass at once; the device is a GPU
-    by default, if there is one. ``upright`` turns photos as their EXIF data say; benchmarks want
-    False. Photos of more ``megapixels`` fail; the largest takes 20 bytes of memory per pixel.
+    The checkpoint may be an exported one; ``batch_size`` photos pass at once, by default 8, 1 on a
+    CPU, which more make slower; the device is a GPU by default, if there is one. ``upright``
+    turns photos as their EXIF data say; benchmarks want False. Photos of more ``megapixels`` fail;
+    the largest takes 20 bytes of memory per pixel.
 
     Returns:
         The photos that were done, skipped, failed and why, or left out; a broken photo, or one
@@ -82,6 +83,8 @@ def predict_folder(
         ValueError: no photos, or ``out`` holds maps of another checkpoint without ``force``.
     """
     endings = [".npy"] * npy + ["_overlay.png"] * overlay + [".png"]
+    if batch_size is None:
+        batch_size = 1 if (device or runtime.pick_device()) == "cpu" else 8
     call = (checkpoint, paths, Path(out), endings, force, batch_size, device)
     with begin(*call) as (predictor, targets, result), images.photo_limit(megapixels):
         _predict_photos(predictor, targets, result, endings, batch_size, upright)
