@@ -24,13 +24,11 @@ from export import score
 from PIL import Image
 
 from mlnet_utils.experiments.evaluation import TestSet
-from mlnet_utils.metrics.protocols import METRICS
-from mlnet_utils.predict.export import export
 from mlnet_utils.predict.predictor import load
 from mlnet_utils.runtime import SHIPPED, require
 
 WIDTH, HEIGHT = 1024, 768  # of a photo
-FEWEST = 24  # photos that an export in 8 bits needs
+FEWEST, CALIBRATING = 24, 72  # photos that an export in 8 bits needs, and those that it takes
 
 
 def make_photos(folder: Path, count: int) -> Path:
@@ -50,21 +48,19 @@ def make_photos(folder: Path, count: int) -> Path:
     return folder
 
 
-def predict(checkpoint: Path, photos: Path, out: Path) -> dict[str, float]:
-    """What the verb costs: photos/s, seconds of processor time a photo, peak of memory."""
-    command = ["-m", "mlnet_utils", "predict", "--checkpoint", checkpoint, "--out", out, photos]
+def run(*words: str | Path) -> tuple[float, float, float]:
+    """Run a verb in a process of its own: its seconds, of its processors too, its peak of GB.
+
+    This process must not grow before: a child's peak is at least that of its parent at the start.
+    """
     start = time.monotonic()
-    process = subprocess.Popen([sys.executable, *map(str, command)])
+    process = subprocess.Popen([sys.executable, "-m", "mlnet_utils", *map(str, words)])
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
-    count = len(list(out.glob("*.png")))
-    if process.returncode or count != len(list(photos.iterdir())):
-        raise RuntimeError(f"{checkpoint} made {count} maps, exit code {process.returncode}")
-    return {
-        "photos/s": count / (time.monotonic() - start),
-        "cpu_s": (used.ru_utime + used.ru_stime) / count,
-        "peak GB": used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9,
-    }
+    if process.returncode:
+        raise RuntimeError(f"{words[0]} ended with exit code {process.returncode}")
+    peak = used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
+    return time.monotonic() - start, used.ru_utime + used.ru_stime, peak
 
 
 def main() -> None:
@@ -81,18 +77,21 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        photos = calibrating = make_photos(folder / "photos", options.photos)
+        photos = make_photos(folder / "photos", options.photos)
+        calibrating = [photos]
         if data:
-            train = data.prepared.split("train")
+            train = data.prepared.split("train")[:CALIBRATING]
             calibrating = [data.prepared.root / photo.image for photo in train]
         forms = {"PyTorch": SHIPPED, "ONNX": folder / "a.onnx", "ONNX, 8 bits": folder / "b.onnx"}
-        for form, checkpoint in forms.items():
-            if checkpoint != SHIPPED:
-                given = calibrating if isinstance(calibrating, list) else [calibrating]
-                export(SHIPPED, checkpoint, int8="8 bits" in form, photos=given)
-            row = {"form": form, **predict(checkpoint, photos, folder / checkpoint.stem)}
-            found = score(load(checkpoint, "cpu"), data, 0, form) if data else {}
-            rows.append({**row, **{metric: found.get(metric) for metric in METRICS}})
+        run("export", "--out", forms["ONNX"], *calibrating)
+        run("export", "--out", forms["ONNX, 8 bits"], "--int8", *calibrating)
+        for form, path in forms.items():
+            maps = folder / path.stem
+            wall, cpu, peak = run("predict", "--checkpoint", path, "--out", maps, photos)
+            speed = {"photos/s": options.photos / wall, "cpu_s": cpu / options.photos}
+            rows.append({"form": form, **speed, "peak GB": peak})
+        for row in rows if data else ():
+            row |= score(load(forms[row["form"]], "cpu"), data, 0, row["form"])
     measure.print_table(rows)
     if not options.smoke:
         content = {"photos": options.photos, "size": [HEIGHT, WIDTH], "forms": rows}
