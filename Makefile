@@ -78,7 +78,7 @@ test-notebooks: $(VENV)/.test
 			"$$notebook" >"$$runs/$${notebook##*/}" || exit 1; \
 	done && \
 	$(PY) -m mlnet_utils reproduce --preset tiny --run-dir "$$runs/pipeline" && \
-	$(PY) -m pytest $(NBVAL) "$$runs"
+	$(PY) -m pytest $(NBVAL) "$$runs"/*.ipynb
 
 publish: $(VENV)/.reproduce
 	$(PY) -m mlnet_utils publish --preset $(PRESET)
