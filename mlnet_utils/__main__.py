@@ -33,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
         if "run_dir" in options:
             options.run_dir = runtime.run_dir(options.run_dir, options.preset)
         report, code = options.function(options)
-        if os.environ.get("RANK", "0") == "0":
+        if runtime.first_of_launch():
             print(report)
         runtime.leave_processes()
         return code

@@ -157,6 +157,11 @@ def remove_temporaries(paths: Iterable[Path]) -> None:
                 leftover.unlink(missing_ok=True)
 
 
+def first_of_launch() -> bool:
+    """True in the first process of a launch, which writes for all, and outside of launches."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 @contextlib.contextmanager
 def locked(target: str | Path) -> Iterator[None]:
     """Keep other processes out of a file or folder that this one is writing.
@@ -165,7 +170,7 @@ def locked(target: str | Path) -> Iterator[None]:
     processes of one launch the first holds the lock for all: let them meet after it is taken. Not
     to be taken twice by one thread.
     """
-    if os.environ.get("RANK", "0") != "0":
+    if not first_of_launch():
         yield
         return
     target = Path(os.path.realpath(target))

@@ -9,7 +9,6 @@ versions). Who reads the folder is told if a file was changed, removed or added 
 import contextlib
 import hashlib
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
@@ -30,6 +29,7 @@ from mlnet_utils.data.geometry import (
 from mlnet_utils.data.images import PHOTO_SUFFIXES, read_density, visible_files
 from mlnet_utils.runtime import (
     atomic_path,
+    first_of_launch,
     progress,
     read_json,
     reading,
@@ -355,7 +355,7 @@ class Prepared:
                     files[name], noted = [digest, *now], True
         listed = _listed(self.root, sources["read_from"]) if sources["read_from"] else set()
         problems += [f"{self.root / name} was added" for name in sorted(listed - files.keys())]
-        if noted and os.environ.get("RANK", "0") == "0":  # of several processes, one writes
+        if noted and first_of_launch():  # of several processes, one writes
             with contextlib.suppress(OSError):  # a folder that may only be read
                 write_json(self.folder / SOURCES, sources)
         return problems
