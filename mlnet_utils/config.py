@@ -55,6 +55,7 @@ class Config:
     normalisation: str = _key("auto", choices=("auto", "imagenet", "caffe", "half"))
     output_stride: int = _key(8, choices=(8, 16, 32))  # 32: as timm's backbone is, then upsampled
     standardise: bool = False  # every channel of the levels to mean 0 and deviation 1
+    centre: bool = False  # only to mean 0; `standardise` includes it
     levels: int = _key(3, at_least=1)  # the deepest n levels of the backbone are used
     channels: int = _key(64, at_least=1)  # of the encoding
     dropout: float = _key(0.5, at_least=0, below=1)  # on the concatenated levels

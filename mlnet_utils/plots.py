@@ -292,6 +292,50 @@ def plot_changes(table: pd.DataFrame, reference: str, infinite: str) -> Figure:
     return figure
 
 
+def plot_life(curves: Mapping[str, pd.DataFrame]) -> Figure:
+    """The share of the map above zero, and the loss, against updates: a line per training.
+
+    Tables have columns ``update``, ``above zero`` (0..1) and ``loss``.
+    """
+    figure, axes = _grid(2, 2, 9, 3.4, "constrained")
+    for name, curve in curves.items():
+        axes[0].plot(curve["update"], 100 * curve["above zero"], label=name, lw=2)
+        axes[1].plot(curve["update"], curve["loss"], lw=1.5)
+    axes[0].set(title="Share of the map above zero", ylabel="%", ylim=(-3, 103))
+    axes[1].set(title="Loss of the update's photos", ylabel="ML-Net's loss")
+    for axis in axes:
+        axis.set_xlabel("update")
+        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    return figure
+
+
+def plot_ladder(start: Mapping[str, float], steps: pd.DataFrame, metrics: Sequence[str]) -> Figure:
+    """A waterfall: from the scores of the first rung by the difference of every further one.
+
+    ``start`` holds the first rung's mean of each metric; ``steps`` has columns ``model``,
+    ``metric``, ``mean``, ``low``, ``high`` and ``side`` (0: the sign is not clear, drawn grey).
+    """
+    rungs = list(steps["model"].unique())
+    figure, axes = _grid(len(metrics), len(metrics), 9, 0.34 * len(rungs) + 1, "tight", sharey=True)
+    better, worse, unclear = sns.color_palette("colorblind")[0], "#b5442e", "0.65"
+    for axis, metric in zip(axes, metrics, strict=True):
+        part = steps[steps["metric"] == metric].set_index("model").loc[rungs]
+        ends = start[metric] + part["mean"].cumsum()
+        begins = ends - part["mean"]
+        colours = [{1: better, -1: worse}.get(side, unclear) for side in part["side"]]
+        axis.barh(range(len(rungs)), part["mean"], left=begins, color=colours, height=0.6)
+        spread = [part["mean"] - part["low"], part["high"] - part["mean"]]
+        axis.errorbar(
+            ends, range(len(rungs)), xerr=spread, fmt="none", ecolor="black", elinewidth=1
+        )
+        axis.axvline(start[metric], color="grey", lw=1, ls=":")
+        axis.xaxis.set_major_locator(MaxNLocator(3))
+        axis.set(title=_title(metric), yticks=range(len(rungs)), yticklabels=rungs)
+        axis.set_ylim(len(rungs) - 0.5, -0.5)
+    return figure
+
+
 def show(alt: str) -> None:
     """Display the latest figure in a notebook, described for those who cannot see it.
 

@@ -6,21 +6,29 @@ each photo the scores are averaged over the seeds and subtracted, and photos are
 differences of the single seeds stand beside the interval, which knows nothing of other seeds.
 """
 
+import itertools
+import operator
+import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.ndimage import gaussian_filter
 
+from mlnet_utils.config import Config
 from mlnet_utils.data.geometry import density_from_points
 from mlnet_utils.data.photos import Prepared
 from mlnet_utils.experiments.evaluation import TestSet
 from mlnet_utils.experiments.sweep import Grid
 from mlnet_utils.metrics import METRICS, cc
 from mlnet_utils.metrics.summary import bootstrap_interval, summarise
+from mlnet_utils.model.network import network_input
 from mlnet_utils.runtime import progress, require
+from mlnet_utils.training.features import cache_features
+from mlnet_utils.training.trainer import Trainer, make_accelerator
 
 REFERENCE = "reference"
 OSIE_TRAINING_PHOTOS = 500  # of the published split
@@ -33,11 +41,12 @@ COMPARISON = (
 )
 
 Cells = dict[str, dict[str, Any]]
+OWN_HEAD = "ML-Net's head"
+_OWN = {"head": "paper", "prior_penalty": -1, "loss": "mlnet"}
 
 
 def ablation(frozen: Sequence[str]) -> dict[str, Cells]:
     """Question -> cells that answer it, for a network of which ``frozen`` parts do not train."""
-    paper = {"head": "paper", "loss": "mlnet", "prior_penalty": -1}
     return {
         "levels": {"two levels": {"levels": 2}, "last level only": {"levels": 1}},
         "prior": {
@@ -53,57 +62,96 @@ def ablation(frozen: Sequence[str]) -> dict[str, Cells]:
             "squared error": {"loss": "mse"},
             "KL + CC + NSS": {"loss": "kl + 0.5*cc + 0.1*nss"},
         },
-        "head": {"ML-Net's head and loss": paper},
+        "head": {OWN_HEAD: _OWN},
         "mirroring": {"no mirroring": {"flip": 0}},
     }
 
 
-# On OSIE also: fine-tuning, a larger input, the choices of earlier implementations, less data.
-_HEAD = {"head": "paper", "prior_penalty": -1}
-_PAPER = {
-    **_HEAD, "loss": "mlnet", "optimizer": "sgd",
-    "schedule": "keras1", "weight_decay": 0, "dropout_channels": False, "flip": 0,
+# ---- on OSIE also ------------------------------------------------------------------------------
+_FROZEN = ["backbone.*"]
+_AS_THEY_ARE = {"standardise": False}
+
+# Why ML-Net's head dies: three optimisers, and for each of them one way to keep it alive.
+OPTIMISERS = {
+    "the paper's SGD": {"optimizer": "sgd", "schedule": "keras1", "weight_decay": 0},
+    "MLNet-Pytorch's Adam": {"optimizer": "adam", "schedule": "constant", "weight_decay": 1e-4},
+    "AdamW": {},
+}
+WAYS = {
+    "levels as they are": _AS_THEY_ARE,
+    "levels centred": {**_AS_THEY_ARE, "centre": True},
+    "levels standardised": {},
+    "truth of 1.5 degrees": {**_AS_THEY_ARE, "sigma": 36},  # OSIE: 24 pixels are 1 degree
+    "truth of 2 degrees": {**_AS_THEY_ARE, "sigma": 48},
+    "loss as printed": {**_AS_THEY_ARE, "loss": "mlnet-printed"},
+}
+_DIVERGENCE = f"{OWN_HEAD} on levels as they are, KL"
+
+# From MLNet-Pytorch as it is to preset osie, one change a rung; each keeps those before it.
+LADDER: dict[str, dict[str, Any]] = {
+    "MLNet-Pytorch as is": {
+        **_OWN, **_AS_THEY_ARE, "compat": "mlnet-pytorch", "prior_penalty": 1,
+        "prior_cells": [3, 4], "dropout_at_test": True, "freeze": [*_FROZEN, "prior"],
+        "optimizer": "adam", "schedule": "constant", "weight_decay": 1e-4, "batch_size": 16,
+        "epochs": 6, "flip": 0,
+    },
+    "levels standardised": {"standardise": True},
+    "dropout off at test": {"dropout_at_test": False},
+    "the prior trained": {"freeze": _FROZEN},
+    "its penalty 1/12, not 1": {"prior_penalty": -1},
+    "the authors' ReLUs and initialisation": {"compat": ""},
+    "prior of 6x8 cells": {"prior_cells": [6, 8]},
+    "AdamW, one cycle": {
+        "optimizer": "adamw", "schedule": "onecycle", "weight_decay": 1e-2, "batch_size": 10,
+        "epochs": 4,
+    },
+    "density head": {"head": "density", "prior_penalty": 0},
+    "KL, not ML-Net's loss": {"loss": "kl"},
+    "KL + CC": {"loss": "kl + cc"},
+    "mirrored photos in training": {"flip": 0.5},
+    "averaged weights": {"ema_decay": 0.98},
+    "mirrored photo at test": {"test_flip": True},
+    # These two train the backbone: minutes a training, not seconds.
+    "backbone fine-tuned": {
+        "freeze": [f"backbone.body.{part}.*" for part in ("conv_stem", "bn1", "blocks.[0-2]")],
+        "backbone_lr_scale": 0.5, "cache_features": False, "epochs": 5,
+    },
+    "input of 480x640: preset osie": {"height": 480, "width": 640},
 }  # fmt: skip
-_MLNET_PYTORCH = {
-    **_HEAD, "compat": "mlnet-pytorch", "loss": "mlnet",
-    "optimizer": "adam", "schedule": "constant", "weight_decay": 1e-4, "batch_size": 16,
-    "epochs": 6, "flip": 0,
-}  # fmt: skip
-_ALIVE = "ML-Net's head, KL"
-_THEN = {**_HEAD, "start_from": _ALIVE, "backbone_weights": "none", "lr": 1e-4}
-_AS_IS = {"prior_penalty": 1, "dropout_at_test": True, "freeze": ["backbone.*", "prior"]}
+
 MORE_ON_OSIE: dict[str, Cells] = {
-    "backbone and size": {
-        "fine-tuned backbone": {"freeze": [], "cache_features": False},
-        "input 480x640": {"height": 480, "width": 640},
+    # The paper's three claims with the paper's own head, alive.
+    "own head": {
+        f"{OWN_HEAD}, two levels": {**_OWN, "levels": 2},
+        f"{OWN_HEAD}, last level only": {**_OWN, "levels": 1},
+        f"{OWN_HEAD}, no prior": {**_OWN, "freeze": [*_FROZEN, "prior"]},
+        f"{OWN_HEAD}, squared error": {**_OWN, "loss": "mse"},
+        f"{OWN_HEAD}, loss as printed": {**_OWN, "loss": "mlnet-printed"},
+        f"{OWN_HEAD}, KL": {**_OWN, "loss": "kl"},
     },
-    "recipes": {
-        "recipe: paper": _PAPER,
-        "recipe: MLNet-Pytorch": _MLNET_PYTORCH,
-        "recipe: MLNet-Pytorch as is": {**_MLNET_PYTORCH, **_AS_IS},
+    "its death": {
+        f"{way}, {optimiser}": {**_OWN, **WAYS[way], **OPTIMISERS[optimiser]}
+        for way in WAYS
+        for optimiser in OPTIMISERS
     },
-    "more losses and rates": {
-        "CC": {"loss": "cc"},
-        # At the reference's learning rate, 1e-3, the ReLU head dies.
-        "ML-Net's head and loss, lr 1e-4": {**_HEAD, "loss": "mlnet", "lr": 1e-4},
-        "ML-Net's head, squared error, lr 1e-4": {**_HEAD, "loss": "mse", "lr": 1e-4},
+    # Beginning with the divergence keeps it alive too: it grows without bound where the map nears
+    # zero and people looked.
+    "begun with KL": {
+        _DIVERGENCE: {**_OWN, **_AS_THEY_ARE, "loss": "kl"},
+        f"{_DIVERGENCE}, then ML-Net's loss": {
+            **_OWN, **_AS_THEY_ARE, "start_from": _DIVERGENCE, "backbone_weights": "none",
+            "lr": 1e-4,
+        },
     },
-    # What the head learned from the divergence survives the other losses, for four epochs more.
-    "ML-Net's head, kept alive": {
-        f"{_ALIVE}, then ML-Net's loss": {**_THEN, "loss": "mlnet"},
-        f"{_ALIVE}, then squared error": {**_THEN, "loss": "mse"},
-    },
+    "ladder": dict(zip(LADDER, itertools.accumulate(LADDER.values(), operator.or_), strict=True)),
     # As many updates as with all 500, 200, but for 350 photos: 210.
     "data": {
         f"{photos} photos": {"train_limit": photos, "epochs": epochs}
         for photos, epochs in ((50, 40), (100, 20), (200, 10), (350, 6))
     },
-}
+}  # fmt: skip
 QUESTIONS = {preset: ablation(()) for preset in ("sample", "tiny")}
-QUESTIONS["osie"] = ablation(("backbone.*",)) | MORE_ON_OSIE
-# A divergence grows without bound where the map nears zero and the density does not, so that this
-# head survives it.
-QUESTIONS["osie"]["head"][_ALIVE] = _HEAD
+QUESTIONS["osie"] = ablation(tuple(_FROZEN)) | MORE_ON_OSIE
 
 
 def grid(preset: str, seeds: Sequence[int] = (0, 1, 2)) -> Grid:
@@ -207,6 +255,62 @@ def _verdict(sides: pd.Series) -> str:
         if len(metrics)
     ]
     return ", ".join(found) or "neither clearly better nor worse"
+
+
+# ---- why the head dies -------------------------------------------------------------------------
+def survival(scores: pd.DataFrame, grid: Grid) -> pd.DataFrame:
+    """The trainings of ``WAYS`` and ``OPTIMISERS``: ``alive``, how many of the seeds have scores.
+
+    Columns ``way``, ``optimiser``, ``alive``, ``of`` and the means of ``JUDGED`` over the living,
+    the infinite left out; empty where the grid has no such cells.
+    """
+    finite = scores.replace([np.inf, -np.inf], np.nan)
+    rows = []
+    for way, optimiser in itertools.product(WAYS, OPTIMISERS):
+        cell = f"{way}, {optimiser}"
+        if cell in grid.cells:
+            found = finite[finite["cell"] == cell]
+            means = found[list(JUDGED)].mean()
+            rows.append((way, optimiser, found["seed"].nunique(), len(grid.seeds), *means))
+    return pd.DataFrame(rows, columns=["way", "optimiser", "alive", "of", *JUDGED])
+
+
+def life(config: Config, data: str | Path, updates: int) -> pd.DataFrame:
+    """Train for at most an epoch and watch the map: ``update``, ``loss`` and ``above zero``.
+
+    ``data`` is a prepared folder; ``loss`` that of the update's photos, ``above zero`` the share of
+    positive values in the maps of the first validation photos after it. Nothing is kept.
+    """
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "data").symlink_to(Path(data).resolve(), target_is_directory=True)
+        trainer = Trainer(config, Path(folder), make_accelerator(config))
+        if config.cache_features:
+            cache_features(trainer.model, config, trainer.accelerator, trainer.data.values())
+        watched = network_input(next(iter(trainer.val_loader)))
+        for update, batch in zip(range(updates + 1), trainer.train_loader, strict=False):
+            with torch.inference_mode():
+                maps = trainer.model.eval()(**watched)
+            trainer.model.train()
+            rows.append({"update": update, "above zero": (maps > 0).float().mean().item()})
+            before = trainer.loss_sum
+            trainer.step(batch)
+            trainer.read_losses()
+            rows[-1]["loss"] = (trainer.loss_sum - before) / len(batch["index"])
+    return pd.DataFrame(rows)
+
+
+# ---- the ladder, photos, floors and ceilings ---------------------------------------------------
+def steps(scores: pd.DataFrame, rungs: Sequence[str]) -> pd.DataFrame:
+    """Differences of every rung to the one below it, rows of :func:`compare`.
+
+    Rungs without scores are passed over.
+    """
+    present = set(scores["cell"])
+    found = [rung for rung in rungs if rung in present]
+    pairs = itertools.pairwise(found)
+    parts = [compare(scores, [rung], reference=below) for below, rung in pairs]
+    return pd.concat(parts) if parts else pd.DataFrame(columns=COMPARISON)
 
 
 def photos_of(grid: Grid) -> pd.DataFrame:

@@ -31,8 +31,12 @@ class MLNet(nn.Module):
             raise ValueError(f"config: levels={config.levels}, but {found} at 1/8 resolution")
         # 3.2 encoding: dropout, 3x3 convolution to 64 channels, 1x1 convolution to one map
         width = sum(self.backbone.channels[-config.levels :])
-        # All levels at once: batch norm treats every channel by itself.
-        self.standard = nn.BatchNorm2d(width, affine=False) if config.standardise else None
+        # All levels at once: both treat every channel by itself.
+        self.standard = None
+        if config.standardise:
+            self.standard = nn.BatchNorm2d(width, affine=False)
+        elif config.centre:
+            self.standard = Centring(width)
         self.dropout = (nn.Dropout2d if config.dropout_channels else nn.Dropout)(config.dropout)
         self.encode = nn.Conv2d(width, config.channels, 3, padding=1)
         self.to_map = nn.Conv2d(config.channels, 1, 1)
@@ -130,6 +134,25 @@ class MLNet(nn.Module):
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
         return self
+
+
+class Centring(nn.Module):
+    """(B, C, h, w) less the mean of every channel: of the batch in training, else a running mean.
+
+    Batch norm without its division.
+    """
+
+    def __init__(self, channels: int, momentum: float = 0.1):
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x - self.mean
+        mean = x.mean((0, 2, 3), keepdim=True)
+        self.mean.lerp_(mean.detach().to(self.mean.dtype), self.momentum)
+        return x - mean
 
 
 def network_input(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """The study: its grids are valid, its comparisons paired, its verdicts what the intervals say."""
 
+import itertools
 import shutil
 import sys
 from dataclasses import replace
@@ -10,7 +11,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from mlnet_utils.config import load_config
+from mlnet_utils.config import ENGINE_FIELDS, load_config
 from mlnet_utils.data import preparation
 from mlnet_utils.data.photos import NOBODY, Prepared
 from mlnet_utils.experiments import study
@@ -167,6 +168,52 @@ def test_without_observers_nothing_is_known_of_the_reachable_cc(run_folder, tmp_
     replace(prepared, photos=nobody).write()
     with pytest.raises(ValueError, match=r"no test photo in .* has two known observers"):
         study.reachable_cc(tmp_path)
+
+
+def test_the_ladder_ends_at_the_preset(tmp_path):
+    jobs = jobs_of(study.grid("osie", seeds=(0,)), tmp_path, tmp_path)
+    rungs = {job.cell: job.config.to_dict() for job in jobs if job.cell in study.LADDER}
+    assert list(rungs) == list(study.LADDER)
+    published = load_config("osie").to_dict()
+    last = list(rungs.values())[-1]
+    engine = ("preset", *(key for key in published if key in ENGINE_FIELDS))
+    assert {key for key in published if published[key] != last[key]} <= set(engine)
+    for below, rung in itertools.pairwise(rungs.values()):
+        assert below != rung
+
+
+def test_steps_pass_over_the_dead():
+    table = scores({"first": 0, "second": 0.1, "fourth": 0.3})
+    found = study.steps(table, ["first", "second", "third", "fourth"])
+    pairs = found[["reference", "model"]].drop_duplicates().to_numpy().tolist()
+    assert pairs == [["first", "second"], ["second", "fourth"]]
+    means = found[found["metric"] == "CC"]["mean"]
+    assert means.to_numpy() == pytest.approx([0.1, 0.2], abs=0.02)
+    assert study.steps(table, ["absent"]).empty
+
+
+def test_the_dead_are_counted():
+    grid = study.grid("osie")
+    assert len(study.WAYS) * len(study.OPTIMISERS) == 18
+    alive = scores({"reference": 0, "levels centred, AdamW": 0.5})
+    alive = alive[(alive["cell"] == "reference") | (alive["seed"] < 2)]
+    found = study.survival(alive, grid).set_index(["way", "optimiser"])
+    assert len(found) == 18
+    assert tuple(found.loc[("levels centred", "AdamW"), ["alive", "of"]]) == (2, 3)
+    assert found["alive"].sum() == 2
+    assert study.survival(alive, study.grid("tiny")).empty
+
+
+def test_the_life_of_a_head_is_watched(run_folder):
+    config = load_config(
+        "tiny", head="paper", loss="mlnet", prior_penalty=-1, lr=0, freeze_norm=True
+    )
+    found = study.life(config, run_folder / "data", updates=2)
+    assert list(found["update"]) == [0, 1, 2]
+    assert found["above zero"].between(0, 1).all()
+    assert found["above zero"].nunique() == 1  # a rate of 0 changes nothing
+    assert found["loss"].between(0, 1).all()
+    assert not (run_folder / "data" / "checkpoints").exists()
 
 
 def test_amounts_of_photos_and_what_they_are_worth():

@@ -353,6 +353,18 @@ def test_standardised_levels_and_a_uniform_start(image):
     assert build(standardise=True, head="paper").to_map.weight.any()
 
 
+def test_centred_levels():
+    model = build(centre=True)
+    assert set(model.state_dict()) - set(build().state_dict()) == {"standard.mean"}
+    levels = torch.randn(4, model.encode.in_channels, 5, 6) + 3
+    centred = model.standard.train()(levels)
+    assert centred.mean((0, 2, 3)).abs().max() < 1e-5
+    torch.testing.assert_close(centred.var((0, 2, 3)), levels.var((0, 2, 3)))  # not divided
+    for _ in range(200):
+        model.standard(levels)
+    torch.testing.assert_close(model.standard.eval()(levels), centred)  # by the running mean
+
+
 def test_the_weights_of_the_package(package, whole, tmp_path):
     config = lite_config(backbone_weights="imagenet")
     assert backbone_file(config) == backbone_file(replace(config, backbone=f"{LITE}.in1k"))
