@@ -153,6 +153,25 @@ MORE_ON_OSIE: dict[str, Cells] = {
 QUESTIONS = {preset: ablation(()) for preset in ("sample", "tiny")}
 QUESTIONS["osie"] = ablation(tuple(_FROZEN)) | MORE_ON_OSIE
 
+# Claim -> reference -> cells that are compared with it, of both heads.
+CLAIMS = {
+    "levels": {
+        REFERENCE: ("two levels", "last level only"),
+        OWN_HEAD: (f"{OWN_HEAD}, two levels", f"{OWN_HEAD}, last level only"),
+    },
+    "prior": {
+        REFERENCE: ("no prior",),
+        "no prior": ("prior added afterwards",),
+        OWN_HEAD: (f"{OWN_HEAD}, no prior",),
+    },
+    "loss": {
+        REFERENCE: ("ML-Net's loss", "squared error", "KL + CC + NSS"),
+        OWN_HEAD: tuple(f"{OWN_HEAD}, {x}" for x in ("squared error", "loss as printed", "KL")),
+    },
+    "head": {REFERENCE: (OWN_HEAD,)},
+    "mirroring": {REFERENCE: ("no mirroring",)},
+}
+
 
 def grid(preset: str, seeds: Sequence[int] = (0, 1, 2)) -> Grid:
     """The trainings of a preset's study.
@@ -225,6 +244,39 @@ def compare(
             row = (cell, reference, metric, difference[metric].mean(), low, high)
             rows.append((*row, len(shared), seed_low, seed_high, infinite[metric], side))
     return pd.DataFrame(rows, columns=COMPARISON)
+
+
+def judge(scores: pd.DataFrame, claim: str) -> pd.DataFrame:
+    """The differences that speak for or against a claim of ``CLAIMS``, as of :func:`compare`."""
+    present = set(scores["cell"])
+    pairs = [pair for pair in CLAIMS[claim].items() if pair[0] in present]
+    return _together(compare(scores, cells, reference) for reference, cells in pairs)
+
+
+def _together(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
+    filled = [table for table in tables if len(table)]
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=COMPARISON)
+
+
+def verdicts(differences: pd.DataFrame) -> pd.DataFrame:
+    """One row per comparison: the differences in ``JUDGED`` as text, and the ``verdict`` in words.
+
+    A difference is followed by its interval; ° marks one whose sign is not clear.
+    """
+    rows = []
+    for (cell, reference), part in differences.groupby(["model", "reference"], sort=False):
+        found = part.set_index("metric").loc[list(JUDGED)]
+        texts = {metric: _short(row) for metric, row in found.iterrows()}
+        name = {"change": cell, "against": reference}
+        rows.append({**name, **texts, "verdict": _verdict(found["side"])})
+    return pd.DataFrame(rows, columns=["change", "against", *JUDGED, "verdict"])
+
+
+def _short(row: pd.Series) -> str:
+    if row["infinite"]:
+        return f"infinite for {row['infinite']:.0f} photos"
+    unclear = "" if row["side"] else " °"
+    return f"{row['mean']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}]{unclear}"
 
 
 def sentence(differences: pd.DataFrame) -> str:
@@ -309,8 +361,7 @@ def steps(scores: pd.DataFrame, rungs: Sequence[str]) -> pd.DataFrame:
     present = set(scores["cell"])
     found = [rung for rung in rungs if rung in present]
     pairs = itertools.pairwise(found)
-    parts = [compare(scores, [rung], reference=below) for below, rung in pairs]
-    return pd.concat(parts) if parts else pd.DataFrame(columns=COMPARISON)
+    return _together(compare(scores, [rung], reference=below) for below, rung in pairs)
 
 
 def photos_of(grid: Grid) -> pd.DataFrame:

@@ -192,6 +192,27 @@ def test_steps_pass_over_the_dead():
     assert study.steps(table, ["absent"]).empty
 
 
+def test_a_claim_is_judged_under_both_heads():
+    own = study.OWN_HEAD
+    table = scores({"reference": 0, "no prior": -0.1, own: 0, f"{own}, no prior": 0.2})
+    found = study.judge(table, "prior")
+    pairs = found[["reference", "model"]].drop_duplicates().to_numpy().tolist()
+    assert pairs == [["reference", "no prior"], [own, f"{own}, no prior"]]
+    verdicts = study.verdicts(found).set_index("change")
+    assert verdicts.loc["no prior", "verdict"] == "worse"
+    assert verdicts.loc[f"{own}, no prior", "verdict"] == "better"
+    assert verdicts.loc["no prior", "CC"].startswith("-0.10")
+    dead = study.judge(table[table["cell"] != own], "prior")
+    assert set(dead["model"]) == {"no prior"}
+    assert study.verdicts(study.judge(table.iloc[:0], "prior")).empty
+
+
+@pytest.mark.parametrize("claim", sorted(study.CLAIMS))
+def test_claims_name_cells_of_the_study(claim):
+    cells = study.grid("osie").cells
+    assert {*study.CLAIMS[claim], *itertools.chain(*study.CLAIMS[claim].values())} <= set(cells)
+
+
 def test_the_dead_are_counted():
     grid = study.grid("osie")
     assert len(study.WAYS) * len(study.OPTIMISERS) == 18
