@@ -85,6 +85,7 @@ WAYS = {
     "truth of 2 degrees": {**_AS_THEY_ARE, "sigma": 48},
     "loss as printed": {**_AS_THEY_ARE, "loss": "mlnet-printed"},
 }
+DYING, LIVING = {**_OWN, **_AS_THEY_ARE}, {**_OWN, "standardise": True}
 _DIVERGENCE = f"{OWN_HEAD} on levels as they are, KL"
 
 # From MLNet-Pytorch as it is to preset osie, one change a rung; each keeps those before it.
@@ -327,6 +328,19 @@ def survival(scores: pd.DataFrame, grid: Grid) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["way", "optimiser", "alive", "of", *JUDGED])
 
 
+def survival_sentence(table: pd.DataFrame) -> str:
+    """One Markdown line per way: the optimisers under which the head lived, from `survival`."""
+    if table.empty:
+        return "*The study of this preset does not ask this.*"
+    lines = []
+    for way, part in table.groupby("way", sort=False):
+        counts = ", ".join(
+            f"{row.alive} of {row.of} with {row.optimiser}" for row in part.itertuples()
+        )
+        lines.append(f"- **{way}**: alive {part['alive'].sum()} of {part['of'].sum()} ({counts})")
+    return "\n".join(lines)
+
+
 def life(config: Config, data: str | Path, updates: int) -> pd.DataFrame:
     """Train for at most an epoch and watch the map: ``update``, ``loss`` and ``above zero``.
 
@@ -362,6 +376,17 @@ def steps(scores: pd.DataFrame, rungs: Sequence[str]) -> pd.DataFrame:
     found = [rung for rung in rungs if rung in present]
     pairs = itertools.pairwise(found)
     return _together(compare(scores, [rung], reference=below) for below, rung in pairs)
+
+
+def ladder_sentence(steps: pd.DataFrame) -> str:
+    """The rungs with a clear difference in CC, the largest first, and the others, in Markdown."""
+    if steps.empty:
+        return "*The study of this preset has no ladder.*"
+    found = steps[steps["metric"] == "CC"].sort_values("mean", key=abs, ascending=False)
+    clear = [f"{row.model} ({row.mean:+.3f})" for row in found[found["side"] != 0].itertuples()]
+    unclear = found[found["side"] == 0]["model"]
+    parts = [f"Clear in CC: {', '.join(clear) or 'none'}.", f"Not clear: {', '.join(unclear)}."]
+    return " ".join(parts if len(unclear) else parts[:1])
 
 
 def photos_of(grid: Grid) -> pd.DataFrame:

@@ -190,6 +190,10 @@ def test_steps_pass_over_the_dead():
     means = found[found["metric"] == "CC"]["mean"]
     assert means.to_numpy() == pytest.approx([0.1, 0.2], abs=0.02)
     assert study.steps(table, ["absent"]).empty
+    told = study.ladder_sentence(found.assign(side=[1] * 7 + [0] * 7))
+    assert told.startswith("Clear in CC: second (+0.1")
+    assert told.endswith("Not clear: fourth.")
+    assert study.ladder_sentence(found.iloc[:0]).startswith("*")
 
 
 def test_a_claim_is_judged_under_both_heads():
@@ -222,7 +226,11 @@ def test_the_dead_are_counted():
     assert len(found) == 18
     assert tuple(found.loc[("levels centred", "AdamW"), ["alive", "of"]]) == (2, 3)
     assert found["alive"].sum() == 2
-    assert study.survival(alive, study.grid("tiny")).empty
+    told = study.survival_sentence(found.reset_index())
+    assert "- **levels centred**: alive 2 of 9" in told
+    nothing = study.survival(alive, study.grid("tiny"))
+    assert nothing.empty
+    assert study.survival_sentence(nothing).startswith("*")
 
 
 def test_the_life_of_a_head_is_watched(run_folder):
