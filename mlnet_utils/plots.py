@@ -1,4 +1,8 @@
-"""Figures. Every ``plot_*`` takes arrays and returns a Figure; none shows or computes scores."""
+"""Figures. Every ``plot_*`` takes arrays and returns a Figure; none shows or computes scores.
+
+All are as wide as :data:`WIDTH` and have at most two columns of panels: their letters can be read
+on a phone, 400 pixels wide, too.
+"""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,21 +14,49 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.image import AxesImage
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from mlnet_utils.runtime import atomic_path
 
 MAP_COLOURS = "magma"
-BAND = 1 << 20  # pixels that are painted at a time
-PALETTE = "deep"
+DIFFERENCE_COLOURS = "RdBu_r"
+PALETTE = "colorblind"  # seaborn's, after Okabe and Ito (2008)
+# One colour per model in every figure; models that are not listed have no colour of their own.
+COLOURS = {
+    "ML-Net": "#0173b2",
+    "uniform": "#949494",
+    "centre bias": "#de8f05",
+    "inter-observer": "#029e73",
+    "gold standard": "#cc78bc",
+}
+NO_COLOUR = "#404040"
+POINTS = "#ffd54a"  # fixations and likely looks, on photos of any colour
+UNITS = {
+    "AUC": "probability",
+    "sAUC": "probability",
+    "CC": "correlation",
+    "SIM": "shared probability",
+    "KL": "nats, less is better",
+    "IG": "bits per fixation",
+    "NSS": "standard deviations",
+}
+WIDTH = 6.4  # inches
+COLUMNS = 2
 TITLE_INCHES = 0.35  # of a picture, in a grid
+BAR = {"location": "bottom", "shrink": 0.7, "aspect": 30, "pad": 0.03}  # of colours
+BAR_INCHES = 0.7
+FEW_TICKS = {"nbins": 4, "steps": (1, 2, 5, 10)}  # three or four, seldom five
+CLIPPED = 60  # per cent: a larger change has a colour of its own
+BAND = 1 << 20  # pixels that are painted at a time
 
 
 def use_style() -> None:
     """The look shared by all notebooks; called once, in their setup cell."""
     sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE)
-    # 9 inches fill nbviewer's column, and leave letters a phone can still show.
-    plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 120, "axes.titlesize": "medium"})
+    plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 150, "axes.titlesize": "medium"})
     if "ipykernel" in sys.modules:
         # Photos as PNG would make the saved notebooks several MB; nbviewer and git dislike that.
         from matplotlib_inline.backend_inline import set_matplotlib_formats
@@ -35,79 +67,113 @@ def use_style() -> None:
 def overlay(photo: np.ndarray, density: np.ndarray, strength: float = 0.65) -> np.ndarray:
     """A photo (H, W, 3) with its map (H, W) of any non-negative scale on top: (H, W, 3) uint8.
 
-    ``strength`` is the map's opacity where it peaks, 0..1.
+    Where the map is zero the photo keeps its colours. ``strength`` is the map's opacity where it
+    peaks, 0..1.
     """
     colour_map, peak = plt.get_cmap(MAP_COLOURS), max(float(density.max()), 1e-12)
     painted = np.empty((*density.shape, 3), np.uint8)
     band = max(1, BAND // density.shape[1])  # a photo of 100 megapixels would take 10 GB at once
     for first in range(0, len(density), band):
         rows = slice(first, first + band)
-        scaled = density[rows] / peak
+        scaled = np.sqrt(density[rows] / peak)  # the root shows the weaker regions too
         colours = colour_map(scaled)[..., :3] * 255
-        alpha = strength * np.sqrt(scaled)[..., None]  # the root shows the weaker regions too
-        grey = photo[rows].mean(2, keepdims=True) * 0.4 + photo[rows] * 0.6
-        painted[rows] = (grey * (1 - alpha) + colours * alpha).clip(0, 255)
+        alpha = strength * scaled[..., None]
+        painted[rows] = (photo[rows] * (1 - alpha) + colours * alpha).clip(0, 255)
     return painted
 
 
-def plot_panels(rows: Sequence[Mapping[str, object]], width: float = 9.0) -> Figure:
+# ---- photos and maps ---------------------------------------------------------------------------
+def plot_panels(rows: Sequence[Mapping[str, object]], width: float = WIDTH) -> Figure:
     """Rows of pictures: each row maps a title to a photo (H, W, 3), a map (H, W) or
-    ``(photo, points)`` for fixations on a photo. A key ``"label"`` names the row."""
-    titles = [title for title in rows[0] if title != "label"]
-    firsts = [row[titles[0]] for row in rows]  # rows may hold photos of different shapes
+    ``(photo, points)`` for fixations on a photo. A key ``"label"`` names the row.
+
+    A row of more than two pictures goes on in the next line. Maps have scales of their own.
+    """
+    lines: list[tuple[str, list[tuple[str, object]]]] = []
+    for row in rows:
+        pictures = [item for item in row.items() if item[0] != "label"]
+        for first in range(0, len(pictures), COLUMNS):
+            label = "" if first else str(row.get("label", ""))
+            lines.append((label, pictures[first : first + COLUMNS]))
+    columns = max(len(pictures) for _, pictures in lines)
+    firsts = [pictures[0][1] for _, pictures in lines]  # rows may hold photos of different shapes
     shapes = [np.shape(first[0] if isinstance(first, tuple) else first) for first in firsts]
-    heights = [width / len(titles) * shape[0] / shape[1] for shape in shapes]
-    options = {"figsize": (width, sum(heights) + TITLE_INCHES), "height_ratios": heights}
+    heights = [width / columns * shape[0] / shape[1] for shape in shapes]
+    titled = {0, *range(len(lines))} if len(lines) > len(rows) else {0}
+    options = {"figsize": (width, sum(heights) + len(titled) * TITLE_INCHES)}
     # Pictures have shapes of their own: no gaps between them.
-    options |= {"squeeze": False, "layout": "compressed"}
-    figure, axes = plt.subplots(len(rows), len(titles), **options)
-    for line, row in zip(axes, rows, strict=True):
-        for axis, title in zip(line, titles, strict=True):
-            _draw(axis, row[title])
-        line[0].set_ylabel(str(row.get("label", "")), fontsize="small")
-    for axis, title in zip(axes[0], titles, strict=True):
-        axis.set_title(title)
+    options |= {"height_ratios": heights, "squeeze": False, "layout": "compressed"}
+    figure, axes = plt.subplots(len(lines), columns, **options)
+    for number, (line, (label, pictures)) in enumerate(zip(axes, lines, strict=True)):
+        for axis in line[len(pictures) :]:
+            axis.axis("off")
+        for axis, (title, content) in zip(line, pictures, strict=False):
+            _draw(axis, content)
+            axis.set_title(title if number in titled else "")
+        line[0].set_ylabel(label)
     return figure
 
 
-def _draw(axis: Axes, content: object) -> None:
+def _draw(axis: Axes, content: object) -> AxesImage:
     """A photo, a map, or a photo with fixations."""
     photo, points = content if isinstance(content, tuple) else (np.asarray(content), None)
-    axis.imshow(photo, cmap=MAP_COLOURS)  # colours are those of maps; photos have their own
+    smooth = {"cmap": MAP_COLOURS, "interpolation": "bilinear"} if np.ndim(photo) == 2 else {}
+    image = axis.imshow(photo, **smooth)
     axis.set(xticks=[], yticks=[], frame_on=False)
     axis.grid(False)
     if points is not None:
-        style = {"s": 9, "c": "#ffd54a", "edgecolors": "black", "linewidths": 0.4}
+        style = {"s": 9, "c": POINTS, "edgecolors": "black", "linewidths": 0.4}
         axis.scatter(points[:, 0], points[:, 1], **style)
         axis.set(xlim=(-0.5, photo.shape[1] - 0.5), ylim=(photo.shape[0] - 0.5, -0.5))
+    return image
 
 
 def plot_maps(
-    maps: Mapping[str, np.ndarray], columns: int = 4, width: float = 9.0, diverging: bool = False
+    maps: Mapping[str, np.ndarray],
+    columns: int = COLUMNS,
+    width: float = WIDTH,
+    diverging: bool = False,
+    unit: str = "",
 ) -> Figure:
-    """Titled maps or photos in a grid; ``diverging`` centres the colours of maps on zero."""
+    """Titled maps or photos in a grid.
+
+    With a ``unit`` the maps share a scale, and a colour bar shows it; without, each map's colours
+    span its own values. ``diverging``: they share a scale that is centred on zero.
+    """
     columns = min(columns, len(maps))
     height, side = np.shape(next(iter(maps.values())))[:2]
     inches = width / columns * height / side + TITLE_INCHES
-    figure, axes = _grid(len(maps), columns, width, inches, "compressed")
+    bar = BAR_INCHES if unit or diverging else 0
+    figure, axes = _grid(len(maps), columns, inches, "compressed", width=width, bar=bar)
+    images = []
     for axis, (title, content) in zip(axes, maps.items(), strict=True):
-        axis.axis("off")
         axis.set_title(title)
-        content = np.asarray(content)
-        image = axis.imshow(content, cmap=MAP_COLOURS)
-        if diverging and content.ndim == 2:
-            limit = max(float(np.abs(content).max()), 1e-12)
-            image.set(cmap="RdBu_r", clim=(-limit, limit))
-            figure.colorbar(image, ax=axis, shrink=0.7, pad=0.02)
+        image = _draw(axis, content)
+        if np.ndim(content) == 2:
+            images.append(image)
+    if bar:
+        values = np.concatenate([np.ravel(image.get_array()) for image in images])
+        low, high = float(values.min()), float(values.max())
+        if diverging:
+            high = max(abs(low), abs(high), 1e-12)
+            low = -high
+        for image in images:
+            image.set(clim=(low, high), cmap=DIFFERENCE_COLOURS if diverging else MAP_COLOURS)
+        place = {"location": "bottom", "shrink": 0.7, "aspect": 30, "pad": 0.03}
+        figure.colorbar(
+            images[0], ax=list(axes), label=unit, ticks=MaxNLocator(**FEW_TICKS), **place
+        )
     return figure
 
 
 def _grid(
-    count: int, columns: int, width: float, height: float, layout: str, sharey: bool = False
-) -> tuple[Figure, Sequence[Axes]]:
-    """A figure with ``count`` panels in so many columns; ``height`` is that of a row, in inches."""
+    count: int, columns: int, height: float, layout: str, sharey: bool = False,
+    width: float = WIDTH, bar: float = 0,
+) -> tuple[Figure, Sequence[Axes]]:  # fmt: skip
+    """A figure of ``count`` panels in so many columns; ``height`` is that of a row, and ``bar``
+    that of what stands below the panels, in inches."""
     rows = -(-count // columns)
-    options = {"figsize": (width, height * rows), "layout": layout, "sharey": sharey}
+    options = {"figsize": (width, height * rows + bar), "layout": layout, "sharey": sharey}
     figure, axes = plt.subplots(rows, columns, squeeze=False, **options)
     for axis in axes.flat[count:]:
         axis.axis("off")
@@ -133,13 +199,13 @@ def plot_looks(
         "likely first looks": photo,
         f"crop with {kept:.0%} of the looks": photo[top:bottom, left:right],
     }
-    height = 4.5 * photo.shape[0] / photo.shape[1] + TITLE_INCHES
-    figure, axes = _grid(4, 2, 9.0, height, layout="compressed")
+    height = WIDTH / 2 * photo.shape[0] / photo.shape[1] + TITLE_INCHES
+    figure, axes = _grid(4, COLUMNS, height, "compressed")
     for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
         _draw(axis, picture)
         axis.set_title(title)
     for x, y, share, radius in looks:
-        for colour, width in (("black", 3), ("#ffd54a", 1.5)):
+        for colour, width in (("black", 3), (POINTS, 1.5)):
             circle = plt.Circle((x, y), radius, fill=False, color=colour, linewidth=width)
             axes[2].add_patch(circle)
         label = axes[2].text(x, y, f"{share:.0%}", ha="center", va="center", color="white")
@@ -147,76 +213,107 @@ def plot_looks(
     return figure
 
 
+# ---- scores ------------------------------------------------------------------------------------
 def plot_history(log: pd.DataFrame) -> Figure:
-    """Learning curves: losses with the best epoch marked, validation scores, learning rate."""
-    figure, axes = plt.subplots(1, 3, figsize=(9, 3), layout="tight")
-    best = log.loc[log["val_loss"].idxmin(), "epoch"]
-    twin, dots = axes[1].twinx(), {"marker": "o", "ms": 3}
+    """Learning curves: losses, validation scores and learning rate, with the best epoch marked."""
+    figure, axes = _grid(4, COLUMNS, 2.2, "constrained", bar=0.4)
+    best, dots = log.loc[log["val_loss"].idxmin(), "epoch"], {"marker": "o", "ms": 4}
     axes[0].plot(log["epoch"], log["train_loss"], **dots, label="train")
-    axes[0].plot(log["epoch"], log["val_loss"], **dots, label="validation")
-    axes[0].axvline(best, color="grey", lw=1, ls=":", label=f"best: epoch {best:.0f}")
-    axes[0].set(title="Loss")
-    axes[0].legend(fontsize="small")
-    lines = axes[1].plot(log["epoch"], log["val_cc"], **dots, color="C2", label="CC")
-    lines += twin.plot(log["epoch"], log["val_nss"], marker="s", ms=3, color="C3", label="NSS")
-    axes[1].set(title="Validation scores", ylabel="CC")
-    axes[1].legend(handles=lines, fontsize="small", loc="lower right")
-    twin.set_ylabel("NSS")
-    twin.grid(False)
-    axes[2].plot(log["epoch"], log["lr"], color="C4")
-    axes[2].set(title="Learning rate", yscale="log")
-    for axis in axes:
+    axes[0].plot(log["epoch"], log["val_loss"], **dots, color="C1", label="validation")
+    axes[1].plot(log["epoch"], log["val_cc"], **dots, color="C1")
+    axes[2].plot(log["epoch"], log["val_nss"], **dots, color="C1")
+    axes[3].plot(log["epoch"], log["lr"], **dots, color=NO_COLOUR)
+    axes[3].set_yscale("log")
+    axes[3].yaxis.set_major_formatter(lambda value, _: f"{value:g}")  # not in math mode
+    axes[3].yaxis.set_minor_formatter(NullFormatter())
+    labels = ("loss", "CC, correlation", "NSS, standard deviations", "learning rate")
+    for axis, label in zip(axes, labels, strict=True):
+        axis.axvline(best, color="grey", lw=1.2, ls=":", label=f"best epoch, {best:.0f}")
+        axis.set_title(label)
+        axis.xaxis.set_major_locator(MaxNLocator(**FEW_TICKS, integer=True))
+        if axis is not axes[3]:
+            axis.yaxis.set_major_locator(MaxNLocator(**FEW_TICKS))
+    axes[3].yaxis.set_major_locator(LogLocator(numticks=4))
+    for axis in axes[2:]:
         axis.set_xlabel("epoch")
-        axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return figure
 
 
 def plot_scores(
-    table: pd.DataFrame, metrics: Sequence[str], columns: int = 4, zero: bool = False
+    table: pd.DataFrame,
+    metrics: Sequence[str],
+    columns: int = COLUMNS,
+    zero: bool = False,
+    negligible: Mapping[str, float] | None = None,
 ) -> Figure:
-    """Scores with intervals: a panel per metric, a row in it per model; ``zero`` marks zero.
+    """Scores with intervals: a panel per metric, a row in it per model.
 
-    ``table`` has columns ``model``, ``metric``, ``mean``, ``low``, ``high``.
+    ``table`` has columns ``model``, ``metric``, ``mean``, ``low``, ``high``. ``zero`` is for
+    differences: it marks zero, and the dot of an unclear difference is hollow: the interval holds
+    zero, or the column ``side``, where there is one, is 0. ``negligible`` is the size per metric
+    up to which a difference does not count, a grey band.
     """
     models = list(table["model"].unique())
+    bands = {} if negligible is None else dict(negligible)
     if not models:
-        figure, axis = plt.subplots(figsize=(9, 0.6))
-        axis.text(0.5, 0.5, "no scores", ha="center", va="center")
+        figure, axis = plt.subplots(figsize=(WIDTH, 0.6))
+        _say(axis, "no scores")
         axis.axis("off")
         return figure
-    figure, axes = _grid(len(metrics), columns, 9, 0.3 * len(models) + 0.8, "tight", sharey=True)
-    colours = dict(zip(models, sns.color_palette(PALETTE, len(models)), strict=True))
+    height = 0.3 * len(models) + 1.0
+    figure, axes = _grid(len(metrics), columns, height, "constrained", sharey=True, bar=0.4)
     for axis, metric in zip(axes, metrics, strict=True):
         part = table[table["metric"] == metric].set_index("model").reindex(models)
         axis.margins(x=0.1)  # no dot on the frame
-        axis.xaxis.set_major_locator(MaxNLocator(2))  # panels are narrow, and numbers can be long
-        axis.tick_params(axis="x", labelsize="small")
         if zero:
             axis.axvline(0, color="black", lw=1)
+        if band := bands.get(metric, 0):
+            axis.axvspan(-band, band, color="0.85", zorder=0)
         for y, (model, row) in enumerate(part.iterrows()):
-            if np.isfinite(row["mean"]):
-                axis.plot([row["low"], row["high"]], [y, y], color=colours[model], lw=2.5)
-                axis.plot(row["mean"], y, "o", color=colours[model], ms=6)
-        axis.set(title=_title(metric), yticks=range(len(models)), yticklabels=models)
-        axis.set_ylim(len(models) - 0.5, -0.5)
+            if not np.isfinite(row["mean"]):
+                endless = row.get("infinite", 0) > 0
+                _say(axis, f"infinite, {row['infinite']:.0f} photos" if endless else "undefined", y)
+                continue
+            colour = COLOURS.get(model, NO_COLOUR)
+            unclear = zero and (row["low"] <= 0 <= row["high"] or row.get("side", 1) == 0)
+            axis.plot([row["low"], row["high"]], [y, y], color=colour, lw=2.5)
+            face = "white" if unclear else colour
+            axis.plot(row["mean"], y, "o", color=colour, ms=7, mfc=face, mew=1.5)
+        axis.set(yticks=range(len(models)), yticklabels=models, ylim=(len(models) - 0.5, -0.5))
+        _name(axis, metric)
+    style = {"color": NO_COLOUR, "lw": 2.5, "marker": "o"}
+    key = [Line2D([], [], **style, label="mean and 95 % interval")]
+    if zero:
+        key.append(Line2D([], [], **style, mfc="white", mew=1.5, label="unclear"))
+    if bands:
+        key.append(Patch(color="0.85", label="negligible"))
+    figure.legend(handles=key, loc="outside lower center", ncols=3)
     return figure
 
 
-def plot_distributions(scores: pd.DataFrame, metrics: Sequence[str], columns: int = 4) -> Figure:
-    """Per-photo scores of each model as violins, a panel per metric.
+def plot_distributions(
+    scores: pd.DataFrame, metrics: Sequence[str], columns: int = COLUMNS
+) -> Figure:
+    """Per-photo scores of each model as violins with quartiles, a panel per metric.
 
     ``scores`` has a row per photo and model, with ``model`` and a column per metric.
     """
-    figure, axes = _grid(len(metrics), columns, 9, 2.6, "tight", sharey=True)
-    models = list(scores["model"].unique())  # one colour each, where some are missing too
-    colours = dict(zip(models, sns.color_palette(PALETTE, len(models)), strict=True))
+    models = list(scores["model"].unique())
+    height = 0.4 * len(models) + 1.0
+    figure, axes = _grid(len(metrics), columns, height, "constrained", sharey=True)
+    colours = {model: COLOURS.get(model, NO_COLOUR) for model in models}
     for axis, metric in zip(axes, metrics, strict=True):
         finite = scores[np.isfinite(scores[metric])]
         sns.violinplot(
             finite, x=metric, y="model", hue="model", ax=axis, cut=0, inner="quart", linewidth=0.8,
             order=models, hue_order=models, palette=colours, legend=False,
         )  # fmt: skip
-        axis.set(title=_title(metric), xlabel="", ylabel="")
+        for y, model in enumerate(models):
+            if model not in set(finite["model"]):
+                _say(axis, "undefined", y)
+        axis.set_ylabel("")
+        _name(axis, metric)
     return figure
 
 
@@ -225,20 +322,29 @@ def plot_amounts(table: pd.DataFrame, metrics: Sequence[str], amount: str) -> Fi
 
     ``table`` has a row per training, with a column per metric and the column ``amount``.
     """
-    figure, axes = plt.subplots(1, len(metrics), figsize=(11, 2.8), squeeze=False, layout="tight")
-    for axis, metric in zip(axes.flat, metrics, strict=True):
+    figure, axes = _grid(len(metrics), COLUMNS, 2.4, "constrained")
+    for axis, metric in zip(axes, metrics, strict=True):
         sns.lineplot(table, x=amount, y=metric, ax=axis, errorbar=None, color="C0")
         sns.scatterplot(table, x=amount, y=metric, ax=axis, color="C0", s=22)
-        axis.set(title=metric, ylabel="", xscale="log")
+        axis.set(title=metric, ylabel=UNITS.get(metric, ""), xscale="log")
+        axis.yaxis.set_major_locator(MaxNLocator(**FEW_TICKS))
         ticks = sorted(table[amount].unique())
-        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45)
         axis.minorticks_off()
     return figure
 
 
-def _title(metric: str) -> str:
-    """Title of a panel; only KL is a distance."""
-    return f"{metric} (less is better)" if metric == "KL" else metric
+def _name(axis: Axes, metric: str) -> None:
+    """Title, unit and a few ticks of a panel whose x axis is a metric."""
+    axis.set(title=metric, xlabel=UNITS.get(metric, ""))
+    axis.xaxis.set_major_locator(MaxNLocator(**FEW_TICKS))
+
+
+def _say(axis: Axes, reason: str, y: float | None = None) -> None:
+    """Write why a panel is empty, or the row at ``y`` of a panel."""
+    where = axis.transAxes if y is None else axis.get_yaxis_transform()
+    style = {"ha": "center", "va": "center", "color": "0.4", "fontsize": "small"}
+    axis.text(0.5, 0.5 if y is None else y, reason, transform=where, **style)
 
 
 def plot_fixation_statistics(
@@ -248,23 +354,35 @@ def plot_fixation_statistics(
 
     Saccades are distances between consecutive fixations of an observer. What is unknown is empty.
     """
-    figure, axes = plt.subplots(1, 3, figsize=(9, 2.8), layout="tight")
+    figure, axes = _grid(3, COLUMNS, 2.6, "constrained")
     panels = (
-        (per_photo, "Fixations per photo", "fixations", "no photos"),
-        (per_observer, "Fixations per observer and photo", "fixations", "observers unknown"),
-        (saccades, "Saccade amplitude", unit, "viewing order unknown"),
+        (per_photo, "fixations per photo", "photos", "no photos"),
+        (per_observer, "fixations per observer", "observers of photos", "observers unknown"),
+        (saccades, f"saccade amplitude, {unit}", "saccades", "viewing order unknown"),
     )
-    for axis, (values, title, label, absent) in zip(axes, panels, strict=True):
-        if len(values):
-            sns.histplot(np.asarray(values), ax=axis, bins=30, edgecolor="white", linewidth=0.3)
-            axis.margins(y=0.3)  # room for the legend above the bars
-            median = np.median(values)
-            axis.axvline(median, color="C3", lw=1.2, label=f"median {median:.3g}")
-            axis.legend(fontsize="small")
-        else:
-            axis.text(0.5, 0.5, absent, ha="center", transform=axis.transAxes)
-        axis.set(title=title, xlabel=label, ylabel="")
+    for axis, (values, label, counted, absent) in zip(axes, panels, strict=True):
+        values = np.asarray(values)
+        axis.set(xlabel=label, ylabel=counted)
+        if not len(values):
+            axis.set(xticks=[], yticks=[])
+            _say(axis, absent)
+            continue
+        axis.hist(values, _bins(values), edgecolor="white", linewidth=0.3)
+        median = np.median(values)
+        axis.axvline(median, color="C3", lw=1.5)
+        axis.set_title(f"median {median:.3g}", color="C3")
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_locator(MaxNLocator(**FEW_TICKS))
     return figure
+
+
+def _bins(values: np.ndarray, most: int = 30) -> np.ndarray:
+    """Edges of at most so many bins; those of whole numbers hold equally many of them each."""
+    low, high = values.min(), values.max()
+    if values.dtype.kind not in "iu":
+        return np.linspace(low, high, most + 1) if high > low else np.array([low - 0.5, low + 0.5])
+    width = -(-(high - low + 1) // most)
+    return np.arange(low - 0.5, high + width, width)
 
 
 def plot_changes(table: pd.DataFrame, reference: str, infinite: str) -> Figure:
@@ -273,20 +391,27 @@ def plot_changes(table: pd.DataFrame, reference: str, infinite: str) -> Figure:
     ``table`` has a row per variant of the prediction, of which ``reference`` is the unchanged one,
     and a column per metric, larger is better; -inf counts as the worst change. The column
     ``infinite`` holds the number of photos with an infinite score: it stands in brackets under
-    every infinite mean, and the column's name explains it.
+    every infinite mean, and the column's name explains it. Changes beyond :data:`CLIPPED` per cent
+    have a colour of their own, that of the colour bar's arrows.
     """
     photos, table = table[infinite], table.drop(columns=infinite)
     change = 100 * (table - table.loc[reference]) / table.loc[reference].abs()
     # Where the reference is infinite there is no relative change, but there is a score to write.
-    change = change.fillna(0).where(table.notna())
-    figure, axis = plt.subplots(figsize=(8.5, 0.42 * len(table) + 1.2), layout="tight")
-    labels = table.map(lambda value: f"{value:.3f}").where(
+    change = change.fillna(0).where(table.notna()).clip(-2 * CLIPPED, 2 * CLIPPED)
+    figure, axis = plt.subplots(figsize=(WIDTH, 0.5 * len(table) + 1.6), layout="constrained")
+    labels = table.map(lambda value: f"{value:.2f}").where(
         ~np.isinf(table), table.astype(str).add(photos.map("\n({})".format), axis=0)
     )
+    colours = plt.get_cmap("RdBu").with_extremes(under="#7f0000", over="#00205b")
+    label = f"change against {reference}, %"
+    bar = {**BAR, "extend": "both", "label": label, "ticks": [-CLIPPED, 0, CLIPPED]}
     sns.heatmap(
-        change.clip(-100, 100), annot=labels, fmt="", cmap="RdBu", center=0, vmin=-60, vmax=60,
-        ax=axis, linewidths=1, cbar_kws={"label": f"change against {reference} (%)"},
+        change, annot=labels, fmt="", cmap=colours, vmin=-CLIPPED, vmax=CLIPPED,
+        ax=axis, linewidths=1, cbar_kws=bar, annot_kws={"size": "small"},
     )  # fmt: skip
+    axis.xaxis.tick_top()
+    axis.set_yticklabels([name.replace(" (", "\n(") for name in table.index], rotation=0)
+    axis.tick_params(length=0, labelsize="small")
     note = f"in brackets: {infinite}" if np.isinf(table).any(axis=None) else ""
     axis.set(xlabel=note, ylabel="")
     return figure
@@ -297,15 +422,16 @@ def plot_life(curves: Mapping[str, pd.DataFrame]) -> Figure:
 
     Tables have columns ``update``, ``above zero`` (0..1) and ``loss``.
     """
-    figure, axes = _grid(2, 2, 9, 3.4, "constrained")
+    figure, axes = _grid(2, COLUMNS, 2.6, "constrained", bar=BAR_INCHES)
     for name, curve in curves.items():
         axes[0].plot(curve["update"], 100 * curve["above zero"], label=name, lw=2)
         axes[1].plot(curve["update"], curve["loss"], lw=1.5)
-    axes[0].set(title="Share of the map above zero", ylabel="%", ylim=(-3, 103))
-    axes[1].set(title="Loss of the update's photos", ylabel="ML-Net's loss")
+    axes[0].set(title="map above zero", ylabel="share of cells, %", ylim=(-3, 103))
+    axes[1].set(title="loss of the update's photos", ylabel="ML-Net's loss")
     for axis in axes:
         axis.set_xlabel("update")
-        axis.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+        for ticks in (axis.xaxis, axis.yaxis):
+            ticks.set_major_locator(MaxNLocator(**FEW_TICKS))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
@@ -317,8 +443,8 @@ def plot_ladder(start: Mapping[str, float], steps: pd.DataFrame, metrics: Sequen
     ``metric``, ``mean``, ``low``, ``high`` and ``side`` (0: the sign is not clear, drawn grey).
     """
     rungs = list(steps["model"].unique())
-    figure, axes = _grid(len(metrics), len(metrics), 9, 0.34 * len(rungs) + 1, "tight", sharey=True)
-    better, worse, unclear = sns.color_palette("colorblind")[0], "#b5442e", "0.65"
+    figure, axes = _grid(len(metrics), COLUMNS, 0.34 * len(rungs) + 1, "constrained", sharey=True)
+    better, worse, unclear = "#0173b2", "#d55e00", "0.65"
     for axis, metric in zip(axes, metrics, strict=True):
         part = steps[steps["metric"] == metric].set_index("model").loc[rungs]
         ends = start[metric] + part["mean"].cumsum()
@@ -330,22 +456,24 @@ def plot_ladder(start: Mapping[str, float], steps: pd.DataFrame, metrics: Sequen
             ends, range(len(rungs)), xerr=spread, fmt="none", ecolor="black", elinewidth=1
         )
         axis.axvline(start[metric], color="grey", lw=1, ls=":")
-        axis.xaxis.set_major_locator(MaxNLocator(3))
-        axis.set(title=_title(metric), yticks=range(len(rungs)), yticklabels=rungs)
-        axis.set_ylim(len(rungs) - 0.5, -0.5)
+        axis.set(yticks=range(len(rungs)), yticklabels=rungs, ylim=(len(rungs) - 0.5, -0.5))
+        _name(axis, metric)
     return figure
 
 
-def show(alt: str) -> None:
-    """Display the latest figure in a notebook, described for those who cannot see it.
+def show(alt: str, caption: str = "") -> None:
+    """Display the latest figure in a notebook, with a visible caption below it.
 
-    nbviewer (nbconvert's ``classic`` template) writes the output's ``alt`` into the image.
+    ``alt`` describes the picture for those who cannot see it, and is the caption where there is no
+    other. nbconvert's template ``classic``, which nbviewer uses, writes it into the image; its
+    template ``lab`` (nbconvert 7.17) shows the caption only.
     """
-    from IPython.display import display
+    from IPython.display import Markdown, display
 
     figure = plt.gcf()
     display(figure, metadata={"alt": alt})
     plt.close(figure)  # or the inline backend shows it again
+    display(Markdown(f"*{caption or alt}*"))
 
 
 def save(figure: Figure, path: str | Path) -> None:

@@ -30,8 +30,7 @@ def test_overlay_keeps_the_photo_where_the_map_is_zero_and_colours_it_where_it_p
     result = plots.overlay(photo, density, strength=1.0)
     assert result.shape == photo.shape
     assert result.dtype == np.uint8
-    grey = photo[0, 0].mean() * 0.4 + photo[0, 0] * 0.6
-    assert np.abs(result[0, 0] - grey).max() <= 1
+    assert (result[0, 0] == photo[0, 0]).all()
     top_colour = np.array(plt.get_cmap(plots.MAP_COLOURS)(1.0)[:3]) * 255
     assert np.abs(result[10, 10] - top_colour).max() <= 1
     assert plots.overlay(photo, np.zeros((30, 40))).shape == photo.shape
@@ -41,9 +40,9 @@ def test_panels_have_a_row_per_photo_and_a_column_per_picture(photo):
     points = np.array([[0.0, 0.0], [39.0, 29.0]])
     row = {"photo": photo, "fixations": (photo, points), "map": photo.mean(2), "label": "a"}
     figure = plots.plot_panels([row, row])
-    assert len(figure.axes) == 6
-    assert [axis.get_title() for axis in figure.axes[:3]] == ["photo", "fixations", "map"]
-    assert figure.axes[0].get_ylabel() == "a"
+    titles = [axis.get_title() for axis in figure.axes]
+    assert titles == ["photo", "fixations", "map", ""] * 2  # at most two beside each other
+    assert [axis.get_ylabel() for axis in figure.axes] == ["a", "", "", ""] * 2
 
 
 def test_panels_may_begin_with_fixations_and_leave_no_gaps_between_rows(photo):
@@ -55,12 +54,22 @@ def test_panels_may_begin_with_fixations_and_leave_no_gaps_between_rows(photo):
     assert upper.height / lower.height == pytest.approx(30 / 12, rel=0.02)
 
 
-def test_maps_are_centred_on_zero_when_diverging():
-    figure = plots.plot_maps(
-        {"a": np.array([[-1.0, 3.0]]), "b": np.array([[0.0, 0.0]])}, diverging=True
-    )
-    low, high = figure.axes[0].get_images()[0].get_clim()
-    assert (low, high) == (-3.0, 3.0)
+@pytest.mark.parametrize(
+    ("options", "limits"),
+    [
+        ({}, [(-1, 3), (0, 1)]),
+        ({"unit": "nats"}, [(-1, 3), (-1, 3)]),
+        ({"unit": "nats", "diverging": True}, [(-3, 3), (-3, 3)]),
+    ],
+)
+def test_maps_with_a_unit_share_their_scale_and_have_a_bar_for_it(photo, options, limits):
+    maps = {"a": np.array([[-1.0, 3.0]]), "b": np.array([[0.0, 1.0]]), "photo": photo}
+    figure = plots.plot_maps(maps, **options)
+    images = [image for axis in figure.axes[:2] for image in axis.get_images()]
+    assert [image.get_clim() for image in images] == limits
+    assert {image.get_interpolation() for image in images} == {"bilinear"}
+    bars = [axis for axis in figure.axes if axis.get_label() == "<colorbar>"]
+    assert [axis.get_xlabel() for axis in bars] == ["nats"] * len(options.keys() & {"unit"})
 
 
 def test_history_marks_the_best_epoch():
@@ -68,8 +77,11 @@ def test_history_marks_the_best_epoch():
     rows = [(1, 1e-3, 3, 2.0, 0.1, 0.5), (2, 5e-4, 2, 1.0, 0.2, 0.6), (3, 1e-4, 1, 1.5, 0.3, 0.7)]
     log = pd.DataFrame(rows, columns=columns)
     figure = plots.plot_history(log)
-    labels = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
-    assert "best: epoch 2" in labels
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["train", "validation", "best epoch, 2"]
+    figure.draw_without_rendering()
+    ticks = [t.get_text() for axis in figure.axes for t in axis.get_yticklabels()]
+    assert not any("$" in tick for tick in ticks)
 
 
 def test_scores_leave_out_what_is_undefined():
@@ -78,9 +90,36 @@ def test_scores_leave_out_what_is_undefined():
     figure = plots.plot_scores(table, ["CC"])
     drawn = [line for line in figure.axes[0].get_lines() if np.isfinite(line.get_xdata()).all()]
     assert len(drawn) == 2  # the interval and the mean of model a
+    assert [text.get_text() for text in figure.axes[0].texts] == ["undefined"]
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["a", "b"]
     figure = plots.plot_scores(table[:0], ["CC", "NSS"])
     assert [text.get_text() for text in figure.axes[0].texts] == ["no scores"]
+
+
+def test_differences_that_are_unclear_or_negligible_are_marked():
+    rows = [
+        ("a", "CC", 0.2, 0.1, 0.3, 1),
+        ("b", "CC", 0.1, -0.1, 0.3, 0),
+        ("c", "CC", 0.2, 0.1, 0.3, 0),
+    ]
+    table = pd.DataFrame(rows, columns=["model", "metric", "mean", "low", "high", "side"])
+    axis = plots.plot_scores(table, ["CC"], zero=True, negligible={"CC": 0.05}).axes[0]
+    dots = [line for line in axis.get_lines() if line.get_marker() == "o"]
+    assert [dot.get_markerfacecolor() == "white" for dot in dots] == [False, True, True]
+    (band,) = axis.patches
+    assert (band.get_x(), band.get_width()) == (-0.05, 0.1)
+    table["mean"], table["infinite"] = np.nan, 7
+    texts = plots.plot_scores(table, ["CC"]).axes[0].texts
+    assert {text.get_text() for text in texts} == {"infinite, 7 photos"}
+
+
+def test_a_model_has_one_colour_everywhere():
+    rows = [(model, "CC", 0.5, 0.4, 0.6) for model in plots.COLOURS]
+    for chosen in (rows, rows[2:]):
+        table = pd.DataFrame(chosen, columns=["model", "metric", "mean", "low", "high"])
+        axis = plots.plot_scores(table, ["CC"]).axes[0]
+        dots = [line.get_color() for line in axis.get_lines() if line.get_marker() == "o"]
+        assert dots == [plots.COLOURS[model] for model, *_ in chosen]
 
 
 def test_a_model_has_the_same_colour_in_every_distribution():
@@ -97,17 +136,31 @@ def test_statistics_say_so_where_the_viewing_order_is_unknown():
     assert figure.axes[2].texts[0].get_text() == "viewing order unknown"
 
 
+@pytest.mark.parametrize("most", [7, 40, 95])
+def test_bins_of_whole_numbers_hold_equally_many_of_them(most):
+    values = np.arange(most + 1)
+    counts, _ = np.histogram(values, plots._bins(values))
+    assert len(counts) <= 30
+    assert len(set(counts[:-1].tolist())) == 1  # no comb
+    assert counts.sum() == len(values)
+
+
 def test_changes_to_infinity_are_the_worst_and_tell_how_many_photos():
     table = pd.DataFrame(
         {"IG": [1.5, -np.inf, 0.75], "NSS": [np.nan] * 3, "n": [0, 6, 0]}, index=list("abc")
     )
     axis = plots.plot_changes(table, "a", "n").axes[0]
-    assert [text.get_text() for text in axis.texts] == ["1.500", "-inf\n(6)", "0.750"]
-    assert axis.collections[0].get_array().reshape(3, 2)[:, 0].tolist() == [0, -100, -50]
+    assert [text.get_text() for text in axis.texts] == ["1.50", "-inf\n(6)", "0.75"]
+    assert axis.collections[0].get_array().reshape(3, 2)[:, 0].tolist() == [
+        0,
+        -2 * plots.CLIPPED,
+        -50,
+    ]
+    assert axis.collections[0].cmap.get_under().tolist() != list(axis.collections[0].cmap(0))
     assert axis.get_xlabel() == "in brackets: n"
     # Relative to an infinity nothing can be said, but the scores are still written.
     axis = plots.plot_changes(table, "b", "n").axes[0]
-    assert [text.get_text() for text in axis.texts] == ["1.500", "-inf\n(6)", "0.750"]
+    assert [text.get_text() for text in axis.texts] == ["1.50", "-inf\n(6)", "0.75"]
 
 
 def test_shown_figure_carries_its_alternative_text_and_is_shown_once(monkeypatch):
@@ -115,8 +168,10 @@ def test_shown_figure_carries_its_alternative_text_and_is_shown_once(monkeypatch
     shown = []
     monkeypatch.setattr(ipython.display, "display", lambda *args, **kw: shown.append((args, kw)))
     figure = plots.plot_maps({"a": np.eye(3)})
-    plots.show("A diagonal")
-    assert shown == [((figure,), {"metadata": {"alt": "A diagonal"}})]
+    plots.show("A diagonal", "The identity.")
+    (first, second) = shown
+    assert first == ((figure,), {"metadata": {"alt": "A diagonal"}})
+    assert second[0][0].data == "*The identity.*"
     assert plt.get_fignums() == []
 
 

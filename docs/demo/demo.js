@@ -314,25 +314,25 @@ function peakOf(density) {
   return at;
 }
 
-/** A density as a picture: its colours, and as opacity the root of its share of the maximum. */
+/** A density as a picture: the root of its share of the maximum, as colour and as opacity. */
 function colourMap(density, view) {
   const peak = density[peakOf(density)];
   const picture = new ImageData(view.width, view.height);
   const { data } = picture;
   for (let i = 0; i < density.length; i++) {
-    const share = density[i] / peak;
+    const share = Math.sqrt(density[i] / peak);
     const colour = MAGMA[Math.round(share * 255)];
     data[4 * i] = colour[0];
     data[4 * i + 1] = colour[1];
     data[4 * i + 2] = colour[2];
-    data[4 * i + 3] = 255 * Math.sqrt(share);
+    data[4 * i + 3] = 255 * share;
   }
   const canvas = newCanvas(view);
   canvas.getContext("2d").putImageData(picture, 0, 0);
   return canvas;
 }
 
-/** Draw the photo, paler, and its map on top, as plots.py's overlay does. */
+/** Draw the photo and its map on top, as plots.py's overlay does. */
 function paint(canvas, photo, map, opacity) {
   const context = canvas.getContext("2d");
   const { height, width } = canvas;
@@ -343,10 +343,6 @@ function paint(canvas, photo, map, opacity) {
   context.fillRect(0, 0, width, height);
   context.drawImage(photo, 0, 0, width, height);
   if (!map) return;
-  context.globalAlpha = 0.6 * opacity;
-  context.globalCompositeOperation = "saturation";
-  context.fillStyle = "grey";
-  context.fillRect(0, 0, width, height);
   context.globalAlpha = opacity;
   context.globalCompositeOperation = "source-over";
   context.drawImage(map, 0, 0);

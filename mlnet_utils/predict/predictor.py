@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -105,15 +105,22 @@ class Predictor:
 
     @torch.inference_mode()
     def feature_maps(self, image: Photo, per_level: int = 4) -> dict[str, np.ndarray]:
-        """The channels of every level that vary most over a photo: title -> (h, w) float32."""
-        boxed, _ = self.prepare(to_tensor(image))
+        """The channels of every level that vary most over a photo: title -> (H, W) float32.
+
+        They are chosen by their standard deviation over the cells inside the photo: padding is no
+        part of it.
+        """
+        boxed, box = self.prepare(to_tensor(image))
         levels = self.model.extract(boxed[None].to(self.device))[-self.model.levels :]
         chosen = {}
         for number, level in enumerate(levels, start=1):
-            channels = level[0].float().cpu()
-            order = channels.flatten(1).std(1).argsort(descending=True)[:per_level]
-            for channel in order.tolist():
-                chosen[f"level {number}, channel {channel}"] = channels[channel].numpy()
+            channels = level[0].double().cpu()
+            cells = {"photo_height": box.content_height // 8, "photo_width": box.content_width // 8}
+            inside = unletterbox(channels, replace(box, **cells))
+            order = inside.flatten(1).std(1).argsort(descending=True)
+            for channel in order[:per_level].tolist():
+                shown = unletterbox(channels[channel : channel + 1], box)[0]
+                chosen[f"level {number}, channel {channel}"] = shown.float().numpy()
         return chosen
 
 

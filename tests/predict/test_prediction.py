@@ -250,9 +250,18 @@ def test_looking_inside(predictor, pixels):
     assert {part.shape for part in parts.values()} == {(60, 80)}
     assert all(np.isfinite(part).all() for part in parts.values())
     chosen = predictor.feature_maps(pixels, per_level=2)
-    assert {channel.shape for channel in chosen.values()} == {(4, 5)}
-    deviations = [channel.std() for title, channel in chosen.items() if "level 3" in title]
-    assert deviations == sorted(deviations, reverse=True)
+    assert {channel.shape for channel in chosen.values()} == {(60, 80)}
+    assert [title.split(",")[0] for title in chosen] == [f"level {n}" for n in (1, 1, 2, 2, 3, 3)]
+
+
+def test_feature_maps_are_chosen_inside_the_photo(predictor, monkeypatch):
+    rows, columns = predictor.config.grid
+    level = torch.zeros(1, 2, rows, columns)
+    level[0, 0, :, 0] = 100  # in the padding beside a tall photo
+    level[0, 1, 0, columns // 2] = 1
+    monkeypatch.setattr(predictor.model, "extract", lambda image: [level] * 3)
+    chosen = predictor.feature_maps(np.zeros((80, 40, 3), np.uint8), per_level=1)
+    assert list(chosen) == [f"level {number}, channel 1" for number in (1, 2, 3)]
 
 
 @pytest.mark.gpu
