@@ -54,6 +54,7 @@ class Config:
     # "auto": what timm states for its own weights, else "imagenet"; "caffe": BGR, mean only.
     normalisation: str = _key("auto", choices=("auto", "imagenet", "caffe", "half"))
     output_stride: int = _key(8, choices=(8, 16, 32))  # 32: as timm's backbone is, then upsampled
+    rectify: bool = False  # a ReLU on the levels: VGG-16's end in one, EfficientNet-Lite's do not
     standardise: bool = False  # every channel of the levels to mean 0 and deviation 1
     centre: bool = False  # only to mean 0; `standardise` includes it
     levels: int = _key(3, at_least=1)  # the deepest n levels of the backbone are used

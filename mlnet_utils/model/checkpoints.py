@@ -20,7 +20,7 @@ PIN = "#sha256="  # between a path and the checksum of the file that is meant
 # Keys that decide which weights there are and what they mean: always those of the start.
 ARCHITECTURE = (
     *("backbone", "backbone_args", "backbone_drop", "normalisation", "levels", "channels"),
-    *("head", "prior_cells", "compat", "output_stride", "standardise", "centre"),
+    *("head", "prior_cells", "compat", "output_stride", "rectify", "standardise", "centre"),
 )
 # Taken from the start unless they are set: the network works at any size.
 USUAL = ("height", "width", "channels_last")

@@ -23,7 +23,7 @@ class MLNet(nn.Module):
         super().__init__()
         self.head, self.compat = config.head, config.compat
         self.levels, self.dropout_at_test = config.levels, config.dropout_at_test
-        self.freeze_norm = config.freeze_norm
+        self.freeze_norm, self.rectify = config.freeze_norm, config.rectify
         # 3.1 multi-level features
         self.backbone, (mean, std) = build_backbone(config)
         if config.levels > len(self.backbone.channels):
@@ -92,6 +92,8 @@ class MLNet(nn.Module):
     def encode_levels(self, levels: list[Tensor]) -> Tensor:
         """3.2: levels -> the map before the prior, (B, 1, H/8, W/8) float32."""
         x = torch.cat(levels, dim=1)  # (B, 1280, H/8, W/8) with VGG-16
+        if self.rectify:
+            x = F.relu(x)
         if self.standard is not None:
             x = self.standard(x)
         x = self.encode(self.drop(x))  # (B, 64, H/8, W/8)

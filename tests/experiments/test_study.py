@@ -219,15 +219,15 @@ def test_claims_name_cells_of_the_study(claim):
 
 def test_the_dead_are_counted():
     grid = study.grid("osie")
-    assert len(study.WAYS) * len(study.OPTIMISERS) == 18
-    alive = scores({"reference": 0, "levels centred, AdamW": 0.5})
+    assert len(study.WAYS) * len(study.OPTIMISERS) == 21
+    alive = scores({"reference": 0, "rectified and centred, AdamW": 0.5})
     alive = alive[(alive["cell"] == "reference") | (alive["seed"] < 2)]
     found = study.survival(alive, grid).set_index(["way", "optimiser"])
-    assert len(found) == 18
-    assert tuple(found.loc[("levels centred", "AdamW"), ["alive", "of"]]) == (2, 3)
+    assert len(found) == 21
+    assert tuple(found.loc[("rectified and centred", "AdamW"), ["alive", "of"]]) == (2, 3)
     assert found["alive"].sum() == 2
     told = study.survival_sentence(found.reset_index())
-    assert "- **levels centred**: alive 2 of 9" in told
+    assert "- **rectified and centred**: alive 2 of 9" in told
     nothing = study.survival(alive, study.grid("tiny"))
     assert nothing.empty
     assert study.survival_sentence(nothing).startswith("*")

@@ -353,6 +353,15 @@ def test_standardised_levels_and_a_uniform_start(image):
     assert build(standardise=True, head="paper").to_map.weight.any()
 
 
+def test_rectified_levels():
+    model, levels = build(rectify=True).eval(), [torch.randn(1, build().encode.in_channels, 4, 5)]
+    positive = [level.clamp_min(0) for level in levels]
+    assert set(model.state_dict()) == set(build().state_dict())
+    torch.testing.assert_close(model.encode_levels(levels), model.encode_levels(positive))
+    model.rectify = False
+    assert not torch.allclose(model.encode_levels(levels), model.encode_levels(positive))
+
+
 def test_centred_levels():
     model = build(centre=True)
     assert set(model.state_dict()) - set(build().state_dict()) == {"standard.mean"}
