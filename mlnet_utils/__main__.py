@@ -186,7 +186,7 @@ def reproduce(options: argparse.Namespace) -> Outcome:
 
 
 def publish(options: argparse.Namespace) -> Outcome:
-    """Copy a finished run's notebooks and figures here.
+    """Copy a finished run's notebooks and figures here; those of other presets to results/.
 
     --preset sample --study
     """

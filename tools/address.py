@@ -41,7 +41,7 @@ def repository_name(root: Path) -> str:
 
 def addressed_files(root: Path) -> list[Path]:
     """The files that may hold the repository's address."""
-    notebooks = sorted((root / "notebooks").glob("*.ipynb"))
+    notebooks = sorted([*root.glob("notebooks/*.ipynb"), *root.glob("results/*/notebooks/*.ipynb")])
     return [*notebooks, root / "README.md", root / "CITATION.cff"]
 
 

@@ -4,10 +4,12 @@ import ast
 import contextlib
 import hashlib
 import json
+import posixpath
+import re
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Collection, Mapping
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import nbformat
@@ -103,6 +105,29 @@ def machine_paths(path: Path) -> list[str]:
     folders = {Path.home(), Path.cwd(), Path(sys.prefix), Path(tempfile.gettempdir())}
     named = [str(folder) for folder in folders if len(folder.parts) > 1]
     return sorted(folder for folder in named if any(folder in text for text in texts))
+
+
+def moved(path: Path, folder: str, data: str, names: Collection[str]) -> str:
+    """The text of an executed notebook for another folder of the repository than ``notebooks``.
+
+    Its title says that it was executed on ``data``. Links to the notebooks ``names``, absolute or
+    relative, open those of the folder; other relative links lead where they led.
+    """
+    notebook, up = nbformat.read(path, as_version=4), "../" * len(Path(folder).parts)
+
+    def led(link: re.Match) -> str:
+        if PurePosixPath(link[1]).name.removesuffix(".ipynb") in names:
+            return link[0]
+        return f"]({posixpath.normpath(f'{up}notebooks/{link[1]}')}"
+
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            text = re.sub(r"\]\((?!\w+:|#)([^)#\s]+)", led, cell.source)
+            absolute = rf"/blob/main/notebooks/(?=({'|'.join(names)})\.ipynb)"
+            cell.source = re.sub(absolute, f"/blob/main/{folder}/", text)
+    title, *text = notebook.cells[0].source.split("\n")
+    notebook.cells[0].source = "\n".join([f"{title}, executed on {data}", *text])
+    return nbformat.writes(notebook) + "\n"
 
 
 # ---- executing ---------------------------------------------------------------------------------

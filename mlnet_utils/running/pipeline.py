@@ -23,6 +23,7 @@ from mlnet_utils.runtime import display_path, sha256_file, write_json
 
 STATE_FILE = "pipeline.json"
 WEIGHTS = "backbone weights"  # an input: the checksum of their file, None where there is none
+PHOTOS = "SHOW_PHOTOS"  # the parameter that keeps a dataset's photos out of the outputs
 OWN_PARAMETERS = ("PRESET", "RUN_DIR", "DATA_ROOT")  # set through the arguments of `reproduce`
 
 
@@ -178,29 +179,41 @@ def train(config: Config, run_dir: Path) -> None:
 def publish(run_dir: str | Path, stages: Sequence[Stage] = STAGES) -> list[Path]:
     """Copy a run's executed notebooks into ``notebooks/``, its figures into ``figures/``.
 
-    Returns the files written, in the checkout that this package is imported from.
+    Those of another preset than the notebooks' own go into ``results/<preset>/notebooks/``: their
+    titles say on which dataset they were executed, their links open the copies, and they must not
+    show the dataset's photos. Returns the files written, in the checkout that this package is
+    imported from.
 
     Raises:
         PublishError: a stage has not succeeded or is out of date, a notebook was changed after
-            the run or ran with other parameters than its own, or holds this machine's paths.
+            the run, ran with other parameters than its own, or holds this machine's paths.
             Nothing has been copied.
     """
     run_dir, repository = Path(run_dir), runtime.checkout_root()
     if repository is None:
         raise PublishError("not published: this package is not imported from a checkout")
     state = _read_state(run_dir)
-    copies = {}
+    presets = {done["inputs"]["parameters"].get("PRESET", "") for done in state.values()}
+    if len(presets) > 1:
+        raise PublishError(f"not published: its stages ran with the presets {sorted(presets)}")
+    preset, copies = "".join(presets), {}
+    folder = f"results/{Path(preset).stem}/notebooks" if preset else "notebooks"
     for index, stage in enumerate(stages):
-        target = repository / "notebooks" / f"{stage.name}.ipynb"
-        problem = _publish_problem(run_dir, stage, stages[:index], state.get(stage.name), target)
+        own = repository / "notebooks" / f"{stage.name}.ipynb"
+        problem = _publish_problem(run_dir, stage, stages[:index], state.get(stage.name), own)
         if problem:
             raise PublishError(f"not published: {stage.name} {problem}")
-        copies[target] = run_dir / stage.executed
-    for figure in sorted((run_dir / "figures").glob("*.png")):
-        copies[repository / "figures" / figure.name] = figure
-    for target, source in copies.items():
+        content = (run_dir / stage.executed).read_bytes()
+        if preset:
+            names, data = [s.name for s in stages], load_config(preset).dataset.upper()
+            content = notebooks.moved(run_dir / stage.executed, folder, data, names).encode()
+        copies[repository / folder / own.name] = content
+    if not preset:
+        for figure in sorted((run_dir / "figures").glob("*.png")):
+            copies[repository / "figures" / figure.name] = figure.read_bytes()
+    for target, content in copies.items():
         with runtime.atomic_path(target) as temporary:
-            temporary.write_bytes(source.read_bytes())
+            temporary.write_bytes(content)
     return list(copies)
 
 
@@ -314,7 +327,10 @@ def _publish_problem(
         return f"is out of date: {', '.join(stale)} changed since it ran"
     if not target.is_file() or notebooks.source_digest(target) != done["inputs"]["notebook"]:
         return f"was executed from another version than {display_path(target)}: run it again"
-    if done["inputs"]["parameters"]:
-        return f"ran with {done['inputs']['parameters']} instead of the notebook's own values"
+    own, given = notebooks.parameters_of(target), done["inputs"]["parameters"]
+    if set(given) - {"PRESET", PHOTOS}:
+        return f"ran with {given} instead of the notebook's own values"
+    if given and PHOTOS in own and given.get(PHOTOS, own[PHOTOS]):
+        return f"shows the photos of its dataset: run it with `-p {PHOTOS} False`"
     found = notebooks.machine_paths(folder / stage.executed)
     return f"shows this machine's path {found[0]}" if found else ""

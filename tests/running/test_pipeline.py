@@ -477,18 +477,59 @@ def test_publish_copies_notebooks_and_figures(finished):
     publish(finished)
 
 
-def spoil_parameters(root, monkeypatch):
+LINKS = (
+    "# Toy\n\n[Colab](https://colab.research.google.com/github/a/b/blob/main/notebooks/01_first.ipynb)"
+    " [next](02_second.ipynb#End) [before](00_zero.ipynb) [page](../docs/page.md#x) [here](#End)"
+)
+
+
+def test_publish_of_another_preset_says_so_and_links_to_the_copies(finished):
+    executed = finished / "runs/tiny/notebooks/01_first.ipynb"
+    rewrite(finished, "01_first", "# Toy", LINKS)
+    with_parameters(finished, PRESET="osie")
+    written = publish(finished)
+    folder = finished / "repository/results/osie/notebooks"
+    assert written == [folder / "01_first.ipynb", folder / "02_second.ipynb"]
+    expected = LINKS.replace("# Toy", "# Toy, executed on OSIE")
+    expected = expected.replace("main/notebooks", "main/results/osie/notebooks")
+    expected = expected.replace("(00_", "(../../../notebooks/00_").replace("(../d", "(../../../d")
+    copy, book = (nbformat.read(path, as_version=4) for path in (written[0], executed))
+    assert copy.cells[0].source == expected
+    assert copy.cells[1:] == book.cells[1:]
+
+
+def with_parameters(root, stages=("01_first", "02_second"), **parameters):
     path = root / "runs/tiny/pipeline.json"
     state = json.loads(path.read_text())
-    state["01_first"]["inputs"]["parameters"] = {"EPOCHS": 3}
+    for name in stages:
+        state[name]["inputs"]["parameters"] = parameters
     path.write_text(json.dumps(state))
 
 
+def spoil_parameters(root, monkeypatch):
+    with_parameters(root, EPOCHS=3)
+
+
+def spoil_preset(root, monkeypatch):
+    with_parameters(root, ["01_first"], PRESET="osie")
+
+
+def spoil_photos(root, monkeypatch):
+    """Both notebooks have the parameter, which nobody has set to False."""
+    monkeypatch.setattr(pipeline.notebooks, "parameters_of", lambda path: {"SHOW_PHOTOS": True})
+    with_parameters(root, PRESET="osie")
+
+
 def spoil_path(root, monkeypatch):
-    """An executed copy that shows a path of this machine, as the run left it."""
-    path, state = root / "runs/tiny/notebooks/02_second.ipynb", root / "runs/tiny/pipeline.json"
+    """An executed copy that shows a path of this machine."""
+    rewrite(root, "02_second", "# Toy", f"# {Path.cwd()}")
+
+
+def rewrite(root, name, old, new):
+    """Change the text of an executed notebook, as if the run had left it so."""
+    path, state = root / f"runs/tiny/notebooks/{name}.ipynb", root / "runs/tiny/pipeline.json"
     before = sha256_file(path)
-    path.write_text(path.read_text().replace("# Toy", f"# {Path.cwd()}"))
+    path.write_text(path.read_text().replace(old, json.dumps(new)[1:-1]))
     state.write_text(state.read_text().replace(before, sha256_file(path)))
 
 
@@ -500,6 +541,8 @@ def spoil_path(root, monkeypatch):
         (lose("figures/one.png"), r"out of date: figures/one\.png"),
         (change_notebook, "02_second was executed from another version"),
         (spoil_parameters, "{'EPOCHS': 3}"),
+        (spoil_preset, r"presets \['', 'osie'\]"),
+        (spoil_photos, "01_first shows the photos of its dataset: .*-p SHOW_PHOTOS False"),
         (spoil_path, f"path {Path.cwd()}"),
     ],
 )
@@ -510,3 +553,4 @@ def test_publish_refuses_and_copies_nothing(finished, monkeypatch, spoil, messag
         publish(finished)
     assert (finished / "repository/notebooks/01_first.ipynb").read_bytes() == before
     assert not (finished / "repository/figures").exists()
+    assert not (finished / "repository/results").exists()
