@@ -35,6 +35,7 @@ OSIE_TRAINING_PHOTOS = 500  # of the published split
 LOW_LEVEL = "spectral residual"
 UNIFORM_SHARE = 0.01  # mixed into it: one fixation on a zero would make the mean IG -infinity
 JUDGED = ("CC", "NSS", "IG")  # metrics of a verdict
+ALIVE_CC = 0.1  # a network that learned nothing but the centre bias of OSIE has three times as much
 COMPARISON = (
     *("model", "reference", "metric", "mean", "low", "high"),
     *("seeds", "seed_low", "seed_high", "infinite", "side"),
@@ -314,19 +315,22 @@ def _verdict(sides: pd.Series) -> str:
 
 # ---- why the head dies -------------------------------------------------------------------------
 def survival(scores: pd.DataFrame, grid: Grid) -> pd.DataFrame:
-    """The trainings of ``WAYS`` and ``OPTIMISERS``: ``alive``, how many of the seeds have scores.
+    """The trainings of ``WAYS`` and ``OPTIMISERS``: ``alive``, how many seeds learned something.
 
-    Columns ``way``, ``optimiser``, ``alive``, ``of`` and the means of ``JUDGED`` over the living,
-    the infinite left out; empty where the grid has no such cells.
+    A head that died has a constant map and no scores, or is zero nearly everywhere: its mean CC is
+    then below ``ALIVE_CC``. Columns ``way``, ``optimiser``, ``alive``, ``of`` and the means of
+    ``JUDGED`` over the living, the infinite left out; empty where the grid has no such cells.
     """
     finite = scores.replace([np.inf, -np.inf], np.nan)
+    by_seed = finite.groupby(["cell", "seed"], sort=False)[list(JUDGED)].mean()
+    living = by_seed[by_seed["CC"] >= ALIVE_CC].reset_index()
     rows = []
     for way, optimiser in itertools.product(WAYS, OPTIMISERS):
         cell = f"{way}, {optimiser}"
         if cell in grid.cells:
-            found = finite[finite["cell"] == cell]
+            found = living[living["cell"] == cell]
             means = found[list(JUDGED)].mean()
-            rows.append((way, optimiser, found["seed"].nunique(), len(grid.seeds), *means))
+            rows.append((way, optimiser, len(found), len(grid.seeds), *means))
     return pd.DataFrame(rows, columns=["way", "optimiser", "alive", "of", *JUDGED])
 
 

@@ -220,7 +220,9 @@ def test_claims_name_cells_of_the_study(claim):
 def test_the_dead_are_counted():
     grid = study.grid("osie")
     assert len(study.WAYS) * len(study.OPTIMISERS) == 21
-    alive = scores({"reference": 0, "rectified and centred, AdamW": 0.5})
+    alive = scores(
+        {"reference": 0, "rectified and centred, AdamW": 50, "levels rectified, AdamW": -50}
+    )
     alive = alive[(alive["cell"] == "reference") | (alive["seed"] < 2)]
     found = study.survival(alive, grid).set_index(["way", "optimiser"])
     assert len(found) == 21
