@@ -12,7 +12,7 @@ CHECKPOINT ?=
 PHOTOS ?=
 PORT ?= 8000
 # The extra `parity` compiles pysaliency: without a C compiler, leave it out (its tests are skipped).
-TEST_EXTRAS ?= notebooks,backbone,test,legacy,emd,export,cluster,study,video,parity,heic
+TEST_EXTRAS ?= notebooks,backbone,test,legacy,emd,export,cluster,study,video,parity,heic,colab
 
 PY := $(VENV)/bin/python
 NBVAL := --nbval-lax --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg

@@ -62,6 +62,11 @@ def chosen_folder(value: str | Path) -> Path:
     return folder / text.removeprefix("drive:").lstrip("/")
 
 
+def on_drive(folder: str | Path) -> bool:
+    """True below the user's Google Drive, as Colab mounts it."""
+    return "MyDrive" in Path(folder).parts
+
+
 def data_root(value: str | Path = "") -> Path:
     """Folder of the raw datasets: ``value``, else ``$MLNET_DATA``, else ``data/``.
 

@@ -11,12 +11,15 @@ import runpy
 from pathlib import Path
 
 from mlnet_utils.running.notebooks import parameters_of
+from mlnet_utils.running.pipeline import STAGES, STUDY
 
 ROOT = Path(__file__).resolve().parent.parent
 
 MAX_BYTES = 1_000_000
 MIN_SHARE_WITH_OUTPUT = 0.4
 CELL_METADATA = {"tags", "nbval-check-output"}
+GPU = {"accelerator": "GPU", "colab": {"gpuType": "T4"}}  # as Colab writes it
+TRAINS = {stage.name for stage in (*STAGES, STUDY) if stage.resumes}
 WIDGETS = "application/vnd.jupyter.widget"
 MACHINE_PATH = re.compile(
     r"(?<![\w.:/~-])/(?:home|Users|root|tmp|var|private|mnt|opt|srv|workspace|work|content|"
@@ -91,11 +94,15 @@ def no_errors_or_stderr(notebook, path):
 
 
 def plain_metadata(notebook, path):
+    """The kernel's name, tags, and the GPU that Colab is asked for where something is trained."""
     problems = []
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
     if dict(notebook.metadata.get("kernelspec", {})) != kernel:
         problems.append(f"kernelspec is {notebook.metadata.get('kernelspec')}")
-    extra = sorted(set(notebook.metadata) - {"kernelspec", "language_info"})
+    machine = GPU if path.stem in TRAINS else {}
+    if {key: notebook.metadata[key] for key in GPU if key in notebook.metadata} != machine:
+        problems.append(f"Colab's machine is not {machine or 'left to the user'}")
+    extra = sorted(set(notebook.metadata) - {"kernelspec", "language_info", *GPU})
     if extra:
         problems.append(f"notebook metadata holds {', '.join(extra)}")
     for cell in notebook.cells:

@@ -1,10 +1,14 @@
 """What is installed: pyproject.toml, constraints.txt and environment.yml agree with the code."""
 
 import ast
+import importlib.metadata
+import json
 import os
 import re
 import runpy
+import subprocess
 import sys
+import venv
 from pathlib import Path
 
 import pytest
@@ -126,6 +130,68 @@ def test_agreement_check_fires(requirements, lines, problem):
 def test_pins_must_be_exact_and_unique(lines):
     with pytest.raises(AssertionError, match=r"not an exact version|pinned twice"):
         pins(lines, "3.12")
+
+
+# ---- Colab -------------------------------------------------------------------------------------
+COLAB = pins(requirement_lines(ROOT / "tests/vectors/colab.txt"), "3.13")
+FOR_COLAB = PROJECT["dependencies"] + EXTRAS["colab"]
+
+
+def added_to_colab(requirements):
+    """The packages that Colab lacks of these and theirs; an error where a version would change."""
+    added, pending = set(), list(requirements)
+    for text in pending:  # grows
+        requirement = Requirement(text)
+        name = canonicalize_name(requirement.name)
+        marker = requirement.marker
+        if name in added or (marker and not marker.evaluate({"python_version": "3.13"})):
+            continue
+        if name in COLAB:
+            fits = requirement.specifier.contains(COLAB[name], prereleases=True)
+            assert fits, f"{text} would change Colab's {COLAB[name]}"
+        else:
+            added.add(name)
+            pending += importlib.metadata.requires(name) or []
+    return added
+
+
+def test_colab_keeps_its_versions():
+    """Resolved here by the requirements and, of what is added, those of the installed packages."""
+    assert added_to_colab(FOR_COLAB) == set(map(name_of, EXTRAS["colab"]))
+
+
+def test_colab_check_fires():
+    with pytest.raises(AssertionError, match=r"ipykernel>=6\.29 would change Colab's 6\.17\.1"):
+        added_to_colab(EXTRAS["notebooks"])
+    with pytest.raises(AssertionError, match=r"numpy>2\.2 would change"):
+        added_to_colab(["numpy>2.2"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem)
+def test_colab_has_what_a_notebook_imports(path):
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    used = {top for text in code for top, _ in third_party_imports(text.replace("%pip", "pass #"))}
+    assert used - import_names(COLAB) == set()
+
+
+@pytest.mark.slow
+def test_pip_changes_no_version_in_colab(tmp_path):
+    """The same by pip, in an environment in which Colab's packages count as installed."""
+    venv.create(tmp_path / "env", symlinks=True)
+    (site,) = (tmp_path / "env/lib").glob("python*/site-packages")
+    for name, version in COLAB.items():
+        (site / f"{name.replace('-', '_')}-{version}.dist-info").mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+        (site / f"{name.replace('-', '_')}-{version}.dist-info/METADATA").write_text(metadata)
+    pip = [sys.executable, "-m", "pip", "--python", tmp_path / "env/bin/python", "--retries", "1"]
+    options = ["install", "--dry-run", "--quiet", "--report", "-", *FOR_COLAB]
+    result = subprocess.run([*pip, *options], capture_output=True, text=True)
+    if result.returncode and "No matching distribution" in result.stderr:
+        pytest.skip("no package index answers")
+    assert result.returncode == 0, result.stderr
+    added = {item["metadata"]["name"] for item in json.loads(result.stdout)["install"]}
+    assert set(map(canonicalize_name, added)) == set(map(name_of, EXTRAS["colab"]))
 
 
 # ---- no registry address -----------------------------------------------------------------------

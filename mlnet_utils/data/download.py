@@ -6,6 +6,7 @@ completely or not at all. Addresses and checksums stand in ``data.readers``, one
 """
 
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -100,7 +101,8 @@ def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) ->
 def _fetch(name: str, archive: Archive, path: Path) -> Path:
     """Fetch an archive, from Google Drive or any other server, into a ``.part`` of its file.
 
-    gdown retries, and keeps what came of a file beside it for the next run, which goes on with it.
+    gdown 6 retries, and keeps what came of a file beside it for the next run, which goes on with
+    it. gdown 5, which Colab has, fetches the whole file or fails.
     """
     import gdown
 
@@ -115,12 +117,16 @@ def _fetch(name: str, archive: Archive, path: Path) -> Path:
         if not bar:
             next(lines)
 
-    options = {"use_cookies": False, "resume": True, "retries": RETRIES, "timeout": TIMEOUT}
+    options = {"use_cookies": False}
+    if "retries" in inspect.signature(gdown.download).parameters:
+        options |= {"quiet": not bar, "progress": watch}
+        options |= {"resume": True, "retries": RETRIES, "timeout": TIMEOUT}
+    refusal = getattr(gdown.exceptions, "DownloadError", gdown.exceptions.FileURLRetrievalError)
     for attempt in (1, 2):
         try:
-            gdown.download(url, str(part), quiet=not bar, progress=watch, **options)
+            gdown.download(url, str(part), **options)
             break
-        except (gdown.exceptions.DownloadError, OSError) as error:
+        except (refusal, OSError) as error:
             if isinstance(error, OSError) and not hasattr(error, "response"):
                 raise  # the disk's; those of the network are requests', which have a response
             if attempt == 1 and "byte range" in str(error):

@@ -1,6 +1,7 @@
 """Statements drawn from a saliency map: likely first looks, and a crop that keeps what is seen."""
 
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,32 +25,29 @@ class Look(NamedTuple):
     radius: float
 
 
-def chosen_photos(place: str = "") -> dict[str, np.ndarray]:
+def chosen_photos(place: str = "", example: str = "astronaut") -> dict[str, np.ndarray]:
     """Photos to try the network on, (H, W, 3) uint8 each by its place in the folder.
 
-    ``place`` is a photo, a folder of photos, ``"upload"`` for a button in Colab, or ``""`` for the
-    astronaut that comes with scikit-image. The keys are without suffix, unless two photos differ in
-    nothing else. Of several photos those that cannot be read are left out with a warning.
+    ``place`` is a photo or a folder of photos. Where it is ``""``, Colab shows a button for the
+    user's photos; elsewhere, and where nothing is uploaded, the photo is the ``example``, a name in
+    ``skimage.data``. The keys are without suffix, unless two photos differ in nothing else. Of
+    several photos those that cannot be read are left out with a warning.
 
     Raises:
         FileNotFoundError: there is no such photo, or no photo in the folder.
-        ValueError: the photo cannot be read, or an upload is wanted outside Colab.
+        ValueError: the photo cannot be read.
     """
+    path = Path(place).expanduser()
     if not place:
-        import skimage.data
+        places = {Path(name): Path(name) for name in _uploaded()}
+        if not places:
+            import skimage.data
 
-        return {"astronaut": skimage.data.astronaut()}
-    if place == "upload":
-        try:
-            from google.colab import files
-        except ModuleNotFoundError:
-            raise ValueError("'upload' needs Google Colab; give a photo or a folder") from None
-        places = {Path(name): Path(name) for name in files.upload()}
+            return {example: getattr(skimage.data, example)()}
+    elif path.is_dir():
+        places = {file: file.relative_to(path) for file in visible_files(path)}
     else:
-        path = Path(place).expanduser()
         places = {path: Path(path.name)}
-        if path.is_dir():
-            places = {file: file.relative_to(path) for file in visible_files(path)}
     if not places:
         raise FileNotFoundError(f"no photo in {place!r}: looked for {', '.join(PHOTO_SUFFIXES)}")
     photos = {}
@@ -63,6 +61,15 @@ def chosen_photos(place: str = "") -> dict[str, np.ndarray]:
     if not photos:
         raise ValueError(f"none of the {len(places)} photos in {place!r} can be read")
     return photos
+
+
+def _uploaded() -> Iterable[str]:
+    """Names of the files that the user uploads in Colab, into the working folder."""
+    try:
+        from google.colab import files
+    except ModuleNotFoundError:
+        return ()
+    return files.upload()
 
 
 def first_looks(density: np.ndarray, count: int = 5, radius: float = RADIUS) -> list[Look]:

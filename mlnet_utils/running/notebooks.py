@@ -25,6 +25,7 @@ from mlnet_utils.runtime import display_path, reading, write_text
 INJECTED_TAG = "injected-parameters"  # papermill's tags
 ERROR_TAG = "papermill-error-cell-tag"
 KERNEL_START_SECONDS = 180  # a cold file system on a busy machine
+COLAB_KEYS = ("accelerator", "colab")  # the machine that Colab gives a notebook
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -205,7 +206,10 @@ def _clean(notebook: NotebookNode) -> None:
     """Remove paths and times of this machine, widgets and stderr; join text that came in pieces."""
     kernel = {"display_name": "Python 3", "language": "python", "name": "python3"}
     language = {"name": "python", "pygments_lexer": "ipython3"}
-    notebook.metadata = nbformat.from_dict({"kernelspec": kernel, "language_info": language})
+    machine = {key: notebook.metadata[key] for key in COLAB_KEYS if key in notebook.metadata}
+    notebook.metadata = nbformat.from_dict(
+        {**machine, "kernelspec": kernel, "language_info": language}
+    )
     for cell in notebook.cells:
         tags = cell.metadata.get("tags")
         cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})

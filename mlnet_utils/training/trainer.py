@@ -26,6 +26,7 @@ from mlnet_utils.runtime import (
     StopSignals,
     keyed_seed,
     locked,
+    on_drive,
     progress,
     remove_temporaries,
     set_determinism,
@@ -40,6 +41,7 @@ LINE = (
     "CC {val_cc:.3f}  NSS {val_nss:.3f}  KL {val_kl:.3f}{best}"
 )
 UPDATES_BETWEEN_READS = 20  # reading the loss makes the CPU wait for the GPU
+SECONDS_ON_DRIVE = 300  # between checkpoints on Google Drive, which uploads each of them
 VALIDATION_BATCH = 16
 # The part of a checkpoint that belongs to the loop itself, beside weights and optimiser.
 PROGRESS = ("epoch", "batch", "updates", "loss_sum", "loss_count", "best_loss", "bad_epochs",
@@ -130,6 +132,7 @@ class Trainer:
         self.loss_sum, self.loss_count = 0.0, 0
         self.best_loss, self.bad_epochs, self.finished = math.inf, 0, False
         self.history: list[dict[str, float]] = []
+        self.saved = -math.inf  # when this process wrote its last step checkpoint
         self.unread: list[Tensor] = []  # (loss, stop) of updates that were not read yet
         self.signals = StopSignals()
 
@@ -167,7 +170,7 @@ class Trainer:
             if due or self.device.type == "cpu" or self.updates % UPDATES_BETWEEN_READS == 0:
                 self.read_losses()
             if due:
-                self.save()
+                self.save_unless_recent()
         self.read_losses()
 
     def step(self, batch: dict[str, Tensor]) -> None:
@@ -352,7 +355,7 @@ class Trainer:
                 about = {"backbone_sha256": sha256, "data": self.data_digest}
                 checkpoints.save_checkpoint(best, config, state, scores=row, **about)
             print(LINE.format(epochs=config.epochs, best="  best" * improved, **row), flush=True)
-        self.save()
+        self.save_unless_recent()
 
     def note_time(self, trained: float, validated: float, updates: int) -> None:
         """Add a row to ``times.csv``, apart from the log so that the log can be bit-identical.
@@ -366,8 +369,15 @@ class Trainer:
             row = f"{self.epoch + 1},{updates},{trained:.2f},{validated:.2f},{speed:.2f}\n"
             write_text(path, text + row)
 
+    def save_unless_recent(self) -> None:
+        """Write a step checkpoint; on Google Drive only if the last one is minutes old."""
+        recent = time.monotonic() - self.saved < SECONDS_ON_DRIVE
+        if self.finished or not (recent and on_drive(self.run_dir)):
+            self.save()
+
     def save(self) -> None:
         """Write a step checkpoint (main process only)."""
+        self.saved = time.monotonic()
         if not self.accelerator.is_main_process:
             return
         checkpoints.rotate_and_save(

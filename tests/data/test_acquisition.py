@@ -4,10 +4,13 @@ The layouts are written out here as ``data/README.md`` documents them, and not t
 readers' tables, which this checks.
 """
 
+import ast
 import contextlib
+import json
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -27,6 +30,7 @@ from mlnet_utils.data.download import SOURCES
 
 pytest.importorskip("gdown", reason="downloads need it")
 
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("0[1-5]*.ipynb"))
 STREET = "i05june05_static_street_boston_p1010764"  # the photo by which MIT1003 is recognised
 
 
@@ -107,10 +111,10 @@ def test_no_source_is_left_out():
     assert set(FORMATS) == {name for name, spec in SOURCES.items() if spec.archives}
 
 
-@pytest.mark.parametrize("name", FORMATS)
-def test_a_format_is_acquired_and_read(name, tmp_path, monkeypatch):
-    make, folder, *parts = FORMATS[name]
-    made = tmp_path / "made"
+@contextlib.contextmanager
+def published(name, made, monkeypatch):
+    """Serve the archives of a dataset made in ``made``, and cut each of them off once."""
+    make, _, *parts = FORMATS[name]
     make(made, name)
     with FaultyServer() as server:
         served = []
@@ -126,6 +130,14 @@ def test_a_format_is_acquired_and_read(name, tmp_path, monkeypatch):
         )
         monkeypatch.setattr(download, "DRIVE", server.url("{}"))
         monkeypatch.setattr("random.uniform", lambda *_: 0)  # how long gdown waits
+        yield
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_acquired_and_read(name, tmp_path, monkeypatch):
+    _, folder, *parts = FORMATS[name]
+    made = tmp_path / "made"
+    with published(name, made, monkeypatch):
         acquired = download.acquire(name, tmp_path / "data")
     assert acquired == tmp_path / "data" / folder
     for part, _ in parts:
@@ -138,6 +150,21 @@ def test_a_format_is_acquired_and_read(name, tmp_path, monkeypatch):
         assert [p.fixations.tolist() for p in photos] == [p.fixations.tolist() for p in expected]
         assert any(len(photo.fixations) for photo in photos)
         assert any(photo.density for photo in photos) == (name == "salicon-2017")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_parameter_download_of_a_notebook_fetches_the_dataset(path, tmp_path, monkeypatch):
+    """In Colab each notebook has a machine of its own, without the photos."""
+    cells = json.loads(path.read_text("utf-8"))["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    nodes = [node for text in code if "%pip" not in text for node in ast.parse(text).body]
+    imports = [node for node in nodes if isinstance(node, ast.ImportFrom)]
+    (wanted,) = (n for n in nodes if isinstance(n, ast.If) and ast.unparse(n.test) == "DOWNLOAD")
+    values = {"DOWNLOAD": True, "PRESET": "osie", "DATA_ROOT": str(tmp_path / "data")}
+    with published("osie", tmp_path / "made", monkeypatch):
+        exec(compile(ast.Module([*imports, wanted], []), str(path), "exec"), values)
+    photos = sorted((tmp_path / "data/osie/data/stimuli").iterdir())
+    assert [photo.name for photo in photos] == ["1001.jpg", "1002.jpg"]
 
 
 def test_two_processes_that_unpack_into_one_folder_both_succeed(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import requests
 from faulty_server import PAGE, FaultyServer, Served
 from miniatures import zipped
 
@@ -209,6 +210,27 @@ def test_refusals_of_google_drive(server, sources, tmp_path, monkeypatch):
     with pytest.raises(TransferError, match=r"Too many users have .* quota .*archives/photos\.zip"):
         acquire("tiny", tmp_path)
     assert (tmp_path / "tiny/points").exists()  # what is done stays done
+
+
+@pytest.mark.parametrize("fault", [None, "cut", "web page"])
+def test_an_early_gdown_fetches_too(server, sources, tmp_path, monkeypatch, fault):
+    """Colab has gdown 5.2, which cannot retry; a file that was cut is fetched anew."""
+
+    def early(url=None, output=None, quiet=False, use_cookies=True, resume=False):
+        assert not resume  # it appends a whole file to the part of one
+        response = requests.get(url, stream=True)
+        Path(output).write_bytes(response.content)
+
+    monkeypatch.setattr(gdown, "download", early)
+    monkeypatch.delattr(gdown.exceptions, "DownloadError", raising=False)
+    if fault:
+        server.files["points.zip"] = Served(**{"content": POINTS, **FAULTS[fault][0]})
+        server.files["points.zip"].chunked = False
+        with pytest.raises((TransferError, ArchiveError), match=r"--from points\.zip"):
+            acquire("tiny", tmp_path)
+        server.files["points.zip"] = Served(POINTS)
+    folder = acquire("tiny", tmp_path)
+    assert names(folder / "archives") == ["photos.zip", "points-1.zip"]
 
 
 def test_a_full_disk_is_noticed_before_the_transfer(server, sources, tmp_path, monkeypatch):

@@ -1,5 +1,8 @@
 """First looks and crops on densities whose answer is known."""
 
+import sys
+from types import ModuleType, SimpleNamespace
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -80,5 +83,17 @@ def test_no_photo_is_an_error_that_names_the_place(tmp_path, place):
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match=place):
         chosen_photos(str(tmp_path / place))
-    with pytest.raises(ValueError, match="Colab"):
-        chosen_photos("upload")
+
+
+@pytest.mark.parametrize(
+    ("uploaded", "expected"), [(("mine.png",), (32, 40, 3)), ((), (400, 600, 3))]
+)
+def test_colab_shows_a_button_where_no_photo_is_named(monkeypatch, tmp_path, uploaded, expected):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (40, 32)).save("mine.png")  # Colab writes into the working folder
+    colab = ModuleType("google.colab")
+    colab.files = SimpleNamespace(upload=lambda: dict.fromkeys(uploaded, b""))
+    monkeypatch.setitem(sys.modules, "google.colab", colab)
+    ((name, photo),) = chosen_photos(example="coffee").items()
+    assert name == ("mine" if uploaded else "coffee")
+    assert photo.shape == expected

@@ -39,6 +39,13 @@ import os
 def mount(folder):
     os.symlink({drive!r}, folder)
 """
+FILES_STUB = """\
+from PIL import Image
+
+def upload():
+    Image.linear_gradient("L").save("mine.png")
+    return {"mine.png": b""}
+"""
 # The kernel dies in the second epoch, as when Colab takes the machine back.
 DISCONNECT = """\
 import os, signal
@@ -66,6 +73,7 @@ def colab(tmp_path_factory):
     (site / "google" / "colab" / "__init__.py").touch()
     stub = DRIVE_STUB.format(drive=str(root / "drive"))
     (site / "google" / "colab" / "drive.py").write_text(stub)
+    (site / "google" / "colab" / "files.py").write_text(FILES_STUB)
 
     source = root / "source"
     ignored = shutil.ignore_patterns("__pycache__")

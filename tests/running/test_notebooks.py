@@ -129,6 +129,7 @@ BAD = [
     (lambda notebook: notebook.metadata.kernelspec.update(name="my-env"),
      "plain_metadata", "my-env"),
     (lambda notebook: notebook.metadata.update(widgets={}), "plain_metadata", "holds widgets"),
+    (lambda notebook: notebook.metadata.update(checks.GPU), "plain_metadata", "left to the user"),
     (metadata(4, papermill={"duration": 1}), "plain_metadata", "`double(2)` holds papermill"),
     (shown(data={checks.WIDGETS + "-view+json": {}}), "no_widgets", checks.WIDGETS),
     (printed("wrote /home/ann/runs/x.png"), "no_machine_paths", "/home/ann"),
@@ -163,6 +164,20 @@ BAD = [
     (lambda notebook: notebook.cells[3].outputs[0].update(output_type="scroll"),
      "valid_file", "scroll"),
 ]  # fmt: skip
+
+
+def test_a_notebook_that_trains_asks_for_a_gpu(good):
+    notebook, _ = good
+    path = checks.ROOT / "notebooks" / "02_training.ipynb"
+    assert checks.plain_metadata(notebook, path) == [f"Colab's machine is not {checks.GPU}"]
+    notebook.metadata.update(checks.GPU)
+    assert checks.plain_metadata(notebook, path) == []
+
+
+def test_setup_cells_are_the_same_and_install_what_colab_lacks():
+    books = [nbformat.read(path, as_version=4) for path in NOTEBOOKS]
+    (setup,) = {cell.source for book in books for cell in book.cells if "%pip" in cell.source}
+    assert '    %pip install -q "mlnet-utils[colab] @ {SOURCE}"' in setup
 
 
 @pytest.mark.parametrize(("spoil", "check", "message"), BAD)

@@ -62,7 +62,7 @@ def write_book(path, cells):
     v4 = nbformat.v4
     book = v4.new_notebook(
         cells=[v4.new_markdown_cell("# Toy"), *(v4.new_code_cell(source) for source in cells)],
-        metadata={"kernelspec": KERNEL},
+        metadata={"kernelspec": KERNEL, "accelerator": "GPU", "widgets": {}},
     )
     book.cells[1].metadata["tags"] = ["parameters"]
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -164,7 +164,8 @@ def test_executed_copy_holds_nothing_of_this_machine(finished):
     path = finished / "runs/tiny/notebooks/01_first.ipynb"
     executed = nbformat.read(path, as_version=4)
     language = {"name": "python", "pygments_lexer": "ipython3"}
-    assert executed.metadata == {"kernelspec": KERNEL, "language_info": language}
+    expected = {"kernelspec": KERNEL, "language_info": language, "accelerator": "GPU"}
+    assert executed.metadata == expected
     tags = [dict(cell.metadata) for cell in executed.cells]
     assert tags == [{}, {"tags": ["parameters"]}, {}, {}, {}, {}]
     printed = executed.cells[3].outputs

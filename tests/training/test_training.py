@@ -37,6 +37,22 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.parametrize(("drive", "written"), [(True, 2), (False, 7)])
+def test_checkpoints_on_google_drive_are_few(tmp_path, tiny_photos, monkeypatch, drive, written):
+    """Only the first, those minutes later, and the last."""
+    folder = tmp_path / ("drive/MyDrive/run" if drive else "run")
+    saved = []
+    rotate = checkpoints.rotate_and_save
+    monkeypatch.setattr(
+        checkpoints, "rotate_and_save", lambda *a, **k: saved.append(a) or rotate(*a, **k)
+    )
+    config = tiny_config(epochs=3, checkpoint_every=2)  # of three updates an epoch
+    fit(config, prepare_run(folder, *tiny_photos))
+    assert len(saved) == written
+    weights = checkpoints.load_checkpoint(folder / "checkpoints/last.pt")
+    assert weights["progress"]["finished"]
+
+
 def weights_after(run_folder, **overrides):
     fit(tiny_config(**overrides), run_folder)
     return checkpoints.load_checkpoint(run_folder / "checkpoints" / "last.pt")["model"]
