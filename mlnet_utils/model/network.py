@@ -23,7 +23,7 @@ class MLNet(nn.Module):
         super().__init__()
         self.head, self.compat = config.head, config.compat
         self.levels, self.dropout_at_test = config.levels, config.dropout_at_test
-        self.freeze_norm, self.rectify = config.freeze_norm, config.rectify
+        self.freeze_norm = config.freeze_norm
         # 3.1 multi-level features
         self.backbone, (mean, std) = build_backbone(config)
         if config.levels > len(self.backbone.channels):
@@ -31,8 +31,9 @@ class MLNet(nn.Module):
             raise ValueError(f"config: levels={config.levels}, but {found} at 1/8 resolution")
         # 3.2 encoding: dropout, 3x3 convolution to 64 channels, 1x1 convolution to one map
         width = sum(self.backbone.channels[-config.levels :])
-        # All levels at once: both treat every channel by itself.
-        self.standard = None
+        # All levels at once: each of these treats every channel by itself.
+        self.rectify = nn.ReLU() if config.rectify else nn.Identity()
+        self.standard = nn.Identity()
         if config.standardise:
             self.standard = nn.BatchNorm2d(width, affine=False)
         elif config.centre:
@@ -40,7 +41,10 @@ class MLNet(nn.Module):
         self.dropout = (nn.Dropout2d if config.dropout_channels else nn.Dropout)(config.dropout)
         self.encode = nn.Conv2d(width, config.channels, 3, padding=1)
         self.to_map = nn.Conv2d(config.channels, 1, 1)
-        if config.compat != "mlnet-pytorch":  # its layers start as PyTorch makes them
+        self.relu = nn.ReLU()
+        if config.compat == "mlnet-pytorch":
+            self.relu = nn.Identity()  # its only ReLU is the last; its layers start as PyTorch's
+        else:
             for layer in (self.encode, self.to_map):
                 nn.init.xavier_normal_(layer.weight)  # code: glorot_normal
                 nn.init.zeros_(layer.bias)
@@ -79,9 +83,8 @@ class MLNet(nn.Module):
         """
         levels = self.extract(image)[-self.levels :]
         raw = self.encode_levels(levels)
-        parts = {"raw": raw, "prior": torch.zeros_like(raw[:1]), "saliency": self.apply_prior(raw)}
-        if self.prior is not None:
-            parts["prior"] = self.upsampled_prior(raw.shape[-2:])
+        prior = self.upsampled_prior(raw.shape[-2:])
+        parts = {"raw": raw, "prior": prior, "saliency": self.apply_prior(raw)}
         shares = {}
         for i, level in enumerate(levels):
             flat = level.mean((2, 3), keepdim=True).expand_as(level)
@@ -92,34 +95,21 @@ class MLNet(nn.Module):
     def encode_levels(self, levels: list[Tensor]) -> Tensor:
         """3.2: levels -> the map before the prior, (B, 1, H/8, W/8) float32."""
         x = torch.cat(levels, dim=1)  # (B, 1280, H/8, W/8) with VGG-16
-        if self.rectify:
-            x = F.relu(x)
-        if self.standard is not None:
-            x = self.standard(x)
-        x = self.encode(self.drop(x))  # (B, 64, H/8, W/8)
-        if self.compat != "mlnet-pytorch":
-            x = F.relu(x)
+        x = self.standard(self.rectify(x))  # nothing, in the paper
+        x = self.relu(self.encode(self.dropout(x)))  # (B, 64, H/8, W/8)
         return self.to_map(x).float()  # (B, 1, H/8, W/8)
-
-    def drop(self, x: Tensor) -> Tensor:
-        """Dropout; at test time only where MLNet-Pytorch's defect is asked for."""
-        drop = F.dropout2d if isinstance(self.dropout, nn.Dropout2d) else F.dropout
-        return drop(x, self.dropout.p, training=self.training or self.dropout_at_test)
 
     def apply_prior(self, x: Tensor) -> Tensor:
         """3.3: combine the raw map with the learned prior, upsampled to the map's size."""
+        prior = self.upsampled_prior(x.shape[-2:])  # (1, 1, H/8, W/8), zero: no preference
         if self.head == "density":
-            if self.prior is not None:
-                x = x + self.upsampled_prior(x.shape[-2:])
-            return x.flatten(1).softmax(1).reshape(x.shape)
-        if self.compat != "mlnet-pytorch":
-            x = F.relu(x)
-        if self.prior is not None:
-            x = x * (1 + self.upsampled_prior(x.shape[-2:]))
-        return F.relu(x)
+            return (x + prior).flatten(1).softmax(1).reshape(x.shape)
+        return F.relu(self.relu(x) * (1 + prior))
 
     def upsampled_prior(self, size: tuple[int, int]) -> Tensor:
-        """W, bilinearly upsampled to the map: (1, 1, h, w). Zero means: no preference."""
+        """W, bilinearly upsampled to the map: (1, 1, h, w); zeros for a network without prior."""
+        if self.prior is None:
+            return torch.zeros(1, 1, *size, device=self.mean.device)
         prior = self.prior.float()
         if self.compat == "theano":
             rows = theano_upsampling(prior.shape[-2], size[0]).to(prior)
@@ -129,8 +119,10 @@ class MLNet(nn.Module):
         return F.interpolate(prior, size=size, mode="bilinear", align_corners=corners)
 
     def train(self, mode: bool = True) -> "MLNet":
-        """As usual, except that a backbone with ``freeze_norm`` keeps its batch-norm statistics."""
+        """As usual, except for ``freeze_norm``, which keeps the backbone's batch-norm statistics,
+        and ``dropout_at_test``, MLNet-Pytorch's defect."""
         super().train(mode)
+        self.dropout.train(mode or self.dropout_at_test)
         if self.freeze_norm:
             for module in self.backbone.modules():
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):

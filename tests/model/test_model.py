@@ -358,7 +358,7 @@ def test_rectified_levels():
     positive = [level.clamp_min(0) for level in levels]
     assert set(model.state_dict()) == set(build().state_dict())
     torch.testing.assert_close(model.encode_levels(levels), model.encode_levels(positive))
-    model.rectify = False
+    model.rectify = nn.Identity()
     assert not torch.allclose(model.encode_levels(levels), model.encode_levels(positive))
 
 

@@ -102,10 +102,10 @@ def test_parameter_count(network):
 # ---- A. encoding network -----------------------------------------------------------------------
 def test_dropout_is_element_wise_and_only_in_training(network):
     ones = torch.ones(1, 1280, 8, 10)
-    assert network.drop(ones) is ones
+    assert network.dropout(ones) is ones
     torch.manual_seed(0)
     try:
-        dropped = network.train().drop(ones)
+        dropped = network.train().dropout(ones)
     finally:
         network.eval()
     assert set(dropped.unique().tolist()) == {0, 2}
@@ -440,13 +440,13 @@ def test_mlnet_pytorchs_dropout_stays_on_at_test_time(as_is):
     """As it is: whole channels vanish at random, in eval mode too. As it was meant: not."""
     ones = torch.ones(1, 1280, 8, 10)
     torch.manual_seed(0)
-    dropped = as_is.drop(ones)
+    dropped = as_is.dropout(ones)
     assert not as_is.training
     assert set(dropped.unique().tolist()) == {0, 2}
     assert torch.equal(dropped.amin((2, 3)), dropped.amax((2, 3))), "whole channels"
-    assert not torch.equal(dropped, as_is.drop(ones))
+    assert not torch.equal(dropped, as_is.dropout(ones))
     meant = MLNet(INTENT).eval()
-    assert torch.equal(meant.drop(ones), ones)
+    assert torch.equal(meant.dropout(ones), ones)
 
 
 # ---- the table ---------------------------------------------------------------------------------
