@@ -6,6 +6,7 @@ file of ``presets/`` that lists only what it changes. Nothing here opens a check
 
 import contextlib
 import dataclasses
+import html
 import importlib.util
 import math
 import os
@@ -224,13 +225,26 @@ def from_dict(values: dict[str, Any]) -> Config:
     return _build(values, set(values))
 
 
-def describe(config: Config) -> list[tuple[str, str, str]]:
-    """(key, value, difference from the paper) of every field, for the notebooks' table."""
-    paper = Config().to_dict()
-    return [
-        (key, str(value), "" if value == paper[key] else f"paper: {paper[key]}")
-        for key, value in config.to_dict().items()
-    ]
+def describe(config: Config) -> str:
+    """HTML for the notebooks: a table of the keys that differ from the paper, the others folded."""
+    paper, own = Config().to_dict(), config.to_dict()
+    differing = [key for key in own if own[key] != paper[key]]
+    same = [key for key in own if own[key] == paper[key]]
+    rest = _table(("key", "value"), [(key, own[key]) for key in same])
+    return (
+        _table(("key", "here", "paper"), [(key, own[key], paper[key]) for key in differing])
+        + f"<details><summary>{len(same)} keys as in the paper</summary>{rest}</details>"
+    )
+
+
+def _table(heads: tuple[str, ...], rows: list[tuple]) -> str:
+    """An HTML table; the first column names the rows."""
+    lines = "".join(
+        f"<tr><th>{key}</th>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in values) + "</tr>"
+        for key, *values in rows
+    )
+    top = "".join(f"<th>{name}</th>" for name in heads)
+    return f"<table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>"
 
 
 def backbone_file(config: Config) -> str:

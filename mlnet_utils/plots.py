@@ -6,6 +6,7 @@ on a phone, 400 pixels wide, too.
 
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -16,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from matplotlib.patches import Patch
+from matplotlib.patches import FancyBboxPatch, Patch
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from mlnet_utils.runtime import atomic_path
@@ -480,3 +481,68 @@ def save(figure: Figure, path: str | Path) -> None:
     """Write a figure as PNG, atomically, without the metadata that differs between machines."""
     with atomic_path(path) as temporary:
         figure.savefig(temporary, bbox_inches="tight", metadata={"Software": None})
+
+
+def plot_curves(
+    x: Sequence[float], curves: Mapping[str, Sequence[float]], xlabel: str, ylabel: str
+) -> Figure:
+    """Named curves over a common ``x``, told apart by colour and dash; the legend is above."""
+    figure, axis = plt.subplots(figsize=(WIDTH, 3.6), layout="tight")
+    dashes = ("-", "--", ":", "-.")
+    for (name, values), dash in zip(curves.items(), dashes, strict=False):
+        axis.plot(x, values, dash, lw=2.5, label=name)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.xaxis.set_major_locator(MaxNLocator(**FEW_TICKS))
+    axis.yaxis.set_major_locator(MaxNLocator(**FEW_TICKS))
+    if len(curves) > 1:
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2, frameon=False)
+    return figure
+
+
+def plot_architecture(
+    photo: tuple[int, int], levels: Mapping[str, tuple[int, int, int]], channels: int,
+    prior: tuple[int, int],
+) -> Figure:  # fmt: skip
+    """ML-Net from top to bottom, every box with the shape (channels x height x width) it gives.
+
+    ``photo`` is (height, width), ``levels`` names the backbone's levels with their shapes, shallow
+    to deep, ``channels`` are those of the encoding, ``prior`` the cells (rows, columns).
+    """
+    figure, axis = plt.subplots(figsize=(WIDTH, 7.4), layout="compressed")
+    axis.set(xlim=(0, 12), ylim=(0, 14.8))
+    axis.axis("off")
+    tall, wide = next(iter(levels.values()))[1:]
+    total = sum(shape[0] for shape in levels.values())
+
+    def box(x: float, y: float, width: float, text: str, colour: int) -> None:
+        face = sns.color_palette("pastel")[colour]
+        style = {"boxstyle": "round,pad=0,rounding_size=0.2", "fc": face, "ec": "#444444"}
+        axis.add_patch(FancyBboxPatch((x - width / 2, y - 0.7), width, 1.4, **style))
+        axis.text(x, y, text, ha="center", va="center", fontsize=12.5, linespacing=1.25)
+
+    def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
+        style = {"arrowstyle": "-|>", "lw": 1.6, "color": "#444444", "shrinkA": 0, "shrinkB": 0}
+        axis.annotate("", end, start, arrowprops=style)
+
+    box(2, 14, 3.6, f"photo\n3 × {photo[0]} × {photo[1]}", 7)
+    places = np.linspace(2, 10, len(levels))
+    arrow((2, 13.3), (2, 12.5))
+    for x, (name, shape) in zip(places, levels.items(), strict=True):
+        box(x, 11.8, 3.5, f"{name}\n" + " × ".join(map(str, shape)), 0)
+        arrow((x, 11.1), (x, 10.3))
+    for left, right in pairwise(places):
+        arrow((left + 1.75, 11.8), (right - 1.75, 11.8))
+    grid = f"{tall} × {wide}"
+    box(6, 9.6, 11.5, f"all levels, concatenated\n{total} × {grid}", 0)
+    steps = {
+        f"3×3 convolution, ReLU\n{channels} × {grid}": (7.4, 2),
+        f"1×1 convolution, ReLU: the raw map\n1 × {grid}": (5.2, 2),
+        f"raw map × (1 + prior), ReLU\n1 × {grid}": (3.0, 1),
+        f"saliency map\n1 × {grid}": (0.8, 7),
+    }
+    for text, (y, colour) in steps.items():
+        arrow((8.1, y + 1.5), (8.1, y + 0.7))
+        box(8.1, y, 7.3, text, colour)
+    box(2, 3.0, 3.5, f"learned prior\n{prior[0]} × {prior[1]}, enlarged", 1)
+    arrow((3.75, 3.0), (4.45, 3.0))
+    return figure

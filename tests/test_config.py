@@ -196,10 +196,11 @@ def test_a_start_leaves_nothing_to_download():
 
 # ---- the rest ----------------------------------------------------------------------------------
 def test_describe_says_what_differs_from_the_paper():
-    rows = {key: difference for key, _, difference in describe(load_config("paper", epochs=3))}
-    assert set(rows) == KEYS
-    assert rows["epochs"] == "paper: 20"
-    assert [key for key, difference in rows.items() if difference] == ["epochs"]
+    shown, folded = describe(load_config("paper", epochs=3, backbone="a<b")).split("<details>")
+    differing = re.findall(r"<th>(\w+)</th><td>(.*?)</td><td>(.*?)</td>", shown)
+    assert differing == [("backbone", "a&lt;b", "vgg16"), ("epochs", "3", "20")]
+    same = set(re.findall(r"<th>(\w+)</th>", folded.split("</thead>")[1]))
+    assert same == KEYS - {"backbone", "epochs"}
 
 
 def test_backbone_weights_variable_replaces_a_download_only(monkeypatch):
