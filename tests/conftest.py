@@ -18,6 +18,28 @@ from mlnet_utils.runtime import sha256_file
 
 SPLIT_SIZES = {"train": 10, "val": 5, "test": 4}
 SIGMA = 6.0
+# Packages of the extras, and others that the training does without. A GPU's machine may lack them.
+OPTIONAL = (
+    *("av", "gdown", "h5py", "hypothesis", "jupyter_client", "nbclient", "nbconvert", "nbformat"),
+    *("packaging", "papermill", "pydantic", "skimage"),
+)
+
+
+class Module(pytest.Module):
+    """A file of tests; skipped, with a reason, where an optional package that it imports lacks."""
+
+    def collect(self):
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            missing = str(getattr(error.__cause__, "name", "")).partition(".")[0]
+            if missing in OPTIONAL:
+                pytest.skip(f"needs the package {missing}", allow_module_level=True)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return Module.from_parent(parent, path=module_path)
 
 
 def pytest_collection_modifyitems(items):

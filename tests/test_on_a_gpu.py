@@ -12,7 +12,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 LACKING = ("gdown", "nbclient", "nbformat", "papermill", "jupyter_client", "IPython", "pydantic",
-           "skimage", "onnx", "onnxruntime")  # fmt: skip
+           "skimage", "hypothesis", "h5py", "av", "onnx", "onnxruntime")  # fmt: skip
 
 
 @pytest.fixture
@@ -54,6 +54,20 @@ def test_every_section_runs_without_what_the_machine_may_lack(tmp_path):
     assert not [row["error"] for row in rows if "error" in row]
     assert record["sections"]["resume"]["bf16, deterministic"]["same log"]
     assert record["sections"]["osie"]["training"]["scores"]["CC"]["mean"] is not None
+
+
+@pytest.mark.slow
+def test_the_tests_for_a_gpu_are_collected_without_what_the_machine_may_lack(tmp_path):
+    code = f"import sys, pytest; sys.modules.update(dict.fromkeys({LACKING})); "
+    code += "sys.exit(pytest.main(['-m', 'gpu', '--collect-only', '-q', '-p', 'no:cacheprovider']))"
+    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # nbval needs nbformat
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment,
+        cwd=BENCHMARKS.parent,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout
+    assert "test_a_gpu_predicts_the_same" in ended.stdout
+    assert "needs the package nbformat" in ended.stdout
 
 
 def test_a_row_that_fails_is_recorded_and_the_next_one_runs(on_a_gpu, tmp_path):

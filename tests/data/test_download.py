@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import gdown
 import numpy as np
 import pytest
 import requests
@@ -17,8 +18,6 @@ from mlnet_utils.data import download
 from mlnet_utils.data.download import SOURCES, ArchiveError, TransferError, acquire
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
 from mlnet_utils.runtime import sha256_file
-
-gdown = pytest.importorskip("gdown", reason="downloads need it")
 
 # Random bytes, so that the archive is some blocks of 1 MiB long.
 PHOTOS = zipped(

@@ -10,6 +10,7 @@ an interpolated prior; MLNet-Pytorch as plain functions. Weights are random, at 
 import functools
 import sys
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -24,8 +25,6 @@ from mlnet_utils.model.backbones import read_weights
 from mlnet_utils.model.checkpoints import load_checkpoint, load_model
 from mlnet_utils.model.legacy import import_weights, recognise
 from mlnet_utils.model.network import MLNet
-
-h5py = pytest.importorskip("h5py", reason="needs the extra `legacy`")
 
 # (input, output) channels of VGG-16's convolutions, by block; then ML-Net's encoding network.
 BLOCKS = (

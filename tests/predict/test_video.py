@@ -3,6 +3,7 @@
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from conftest import tiny_checkpoint
@@ -12,8 +13,6 @@ from mlnet_utils.plots import overlay
 from mlnet_utils.predict.folders import to_8_bits
 from mlnet_utils.predict.predictor import load
 from mlnet_utils.predict.video import predict_videos
-
-av = pytest.importorskip("av")
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,11 @@ import venv
 from importlib.util import find_spec
 from pathlib import Path
 
+import nbclient
+import nbformat
 import pytest
 
-nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
-nbclient = pytest.importorskip("nbclient", reason="needs the extra `notebooks`")
-
-from mlnet_utils.running.pipeline import STAGES  # noqa: E402
+from mlnet_utils.running.pipeline import STAGES
 
 # Looked for, not imported: setuptools replaces parts of Python when it is.
 installs = find_spec("pip") is not None and find_spec("setuptools") is not None

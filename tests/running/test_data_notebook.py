@@ -3,20 +3,17 @@
 import json
 from pathlib import Path
 
+import nbformat
 import pytest
 import yaml
 from miniatures import save_osie, save_photo, save_salicon_mat
+from nbclient import NotebookClient
+from papermill.iorw import load_notebook_node
+from papermill.parameterize import parameterize_notebook
 from PIL import Image
 
 from mlnet_utils.data.photos import NOBODY, Prepared
-
-nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
-
-from nbclient import NotebookClient  # noqa: E402
-from papermill.iorw import load_notebook_node  # noqa: E402
-from papermill.parameterize import parameterize_notebook  # noqa: E402
-
-from mlnet_utils.running.notebooks import ThisPython  # noqa: E402
+from mlnet_utils.running.notebooks import ThisPython
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "01_data_preparation.ipynb"
 SIZES = ((64, 48), (48, 80), (37, 37))  # landscape, portrait, odd

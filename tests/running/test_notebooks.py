@@ -3,13 +3,11 @@
 import configparser
 import re
 
+import nbformat
+import notebook_checks as checks
 import pytest
 
-nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
-
-import notebook_checks as checks  # noqa: E402
-
-from mlnet_utils.running.pipeline import STAGES, STUDY  # noqa: E402
+from mlnet_utils.running.pipeline import STAGES, STUDY
 
 NOTEBOOKS = sorted((checks.ROOT / "notebooks").glob("*.ipynb"))
 KERNEL = {"name": "python3", "display_name": "Python 3", "language": "python"}

@@ -11,17 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 from threading import Barrier, BrokenBarrierError
 
+import nbformat
+import papermill
 import pytest
 
-nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
-papermill = pytest.importorskip("papermill", reason="needs the extra `notebooks`")
-
-from mlnet_utils import runtime  # noqa: E402
-from mlnet_utils.config import load_config  # noqa: E402
-from mlnet_utils.running import pipeline  # noqa: E402
-from mlnet_utils.running.notebooks import NotebookError  # noqa: E402
-from mlnet_utils.running.pipeline import PublishError, Stage, reproduce  # noqa: E402
-from mlnet_utils.runtime import sha256_file  # noqa: E402
+from mlnet_utils import runtime
+from mlnet_utils.config import load_config
+from mlnet_utils.running import pipeline
+from mlnet_utils.running.notebooks import NotebookError
+from mlnet_utils.running.pipeline import PublishError, Stage, reproduce
+from mlnet_utils.runtime import sha256_file
 
 FIRST = Stage("01_first", ("data/meta.json",))
 SECOND = Stage("02_second", ("figures/*.png",))

@@ -6,10 +6,9 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import nbconvert
+import nbformat
 import pytest
-
-nbconvert = pytest.importorskip("nbconvert", reason="needs the extra `notebooks`")
-nbformat = pytest.importorskip("nbformat", reason="needs the extra `notebooks`")
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted([*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("results/*/notebooks/*.ipynb")])
