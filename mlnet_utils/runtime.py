@@ -16,6 +16,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -343,6 +344,16 @@ def cpu_count() -> int:
     """Cores this process may use (a container or a cluster job often grants fewer than exist)."""
     some = hasattr(os, "sched_getaffinity")
     return len(os.sched_getaffinity(0)) if some else os.cpu_count() or 1
+
+
+def processes() -> Any:
+    """accelerate's PartialState: this process among those of its launch, and its device.
+
+    One process may take hours longer than another, and then nobody should give up on it.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=pick_device() == "cpu", timeout=timedelta(days=7))
 
 
 def leave_processes() -> None:

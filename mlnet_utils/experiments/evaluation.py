@@ -4,14 +4,12 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from scipy.ndimage import gaussian_filter, shift
 from torch import Tensor
@@ -128,7 +126,7 @@ class TestSet:
             protocol: see docs/metrics.md.
             models: keys of ``predict`` and baselines; what the data lack inputs for is left out.
         """
-        processes, split = PartialState(), self.photos[0].split
+        processes, split = runtime.processes(), self.photos[0].split
         share: Iterable[Photo] = self.photos[processes.process_index :: processes.num_processes]
         if processes.is_main_process:
             share = runtime.progress(share, f"scoring {split}", len(share), unit="photo")
@@ -235,7 +233,7 @@ def evaluate(
     run_dir = Path(run_dir)
     own = run_dir / "checkpoints" / "best.pt"
     checkpoint = Path(checkpoint or own)
-    processes = PartialState(cpu=runtime.pick_device() == "cpu", timeout=timedelta(days=7))
+    processes = runtime.processes()
     data = TestSet(run_dir, split)  # first: of missing inputs, the earliest is named
     predictor = load(checkpoint, str(processes.device))
     if checkpoint.resolve() == own.resolve() and predictor.data not in ("", data.prepared.digest):
@@ -266,7 +264,7 @@ def save_scores(folder: Path, report: dict, rows: Sequence[dict], resamples: int
     """
     means = {"rows": summarise(rows, resamples), "versions": runtime.versions()}
     report = {**report, "command": runtime.given_command(), **means}
-    if PartialState().is_main_process:
+    if runtime.first_of_launch():
         table = pd.DataFrame(rows, columns=["model", "stem", *METRICS])
         table.insert(0, "dataset", report["dataset"])
         runtime.write_text(folder / "per_image.csv", table.to_csv(index=False, na_rep="nan"))

@@ -22,13 +22,20 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from accelerate import PartialState
 from PIL import Image
 from scipy.special import logsumexp
 
 from mlnet_utils.data.images import FORMATS, stored_size, visible_files
 from mlnet_utils.predict.folders import predict_folder
-from mlnet_utils.runtime import atomic_path, data_root, display_path, progress, reading, require
+from mlnet_utils.runtime import (
+    atomic_path,
+    data_root,
+    display_path,
+    first_of_launch,
+    progress,
+    reading,
+    require,
+)
 
 # Share of a uniform density that is mixed in before the logarithm: a network with a ReLU head
 # predicts zeros, and one fixation on a zero would make the mean information gain -infinity.
@@ -114,7 +121,7 @@ def write_submission(
     result = predict_folder(checkpoint, [folder], maps, npy=suffix == ".hdf5", upright=False)
     if result.failed:
         raise RuntimeError(f"the submission would not be complete: {result.summary()}")
-    if PartialState().is_main_process:
+    if first_of_launch():
         with atomic_path(out) as temporary:
             _pack(maps, sizes, temporary)
             if problems := validate_submission(temporary, sizes):
