@@ -117,6 +117,7 @@ def parser() -> argparse.ArgumentParser:
     option("--npy", action="store_true", help="also write <stem>.npy, sums to 1")
     option("--video", action="store_true", help="paths are videos; writes <stem>.mp4")
     option("--force", action="store_true", help="redo maps that exist")
+    option("--fast", action="store_true", help="half precision, no mirrored photo: less exact")
     option("--megapixels", type=float, help="largest photo (default: 178), 20 MB of memory each")
     option("paths", nargs="+", type=Path, metavar="PATH", help="photos and folders")
 
@@ -307,7 +308,7 @@ def predict(options: argparse.Namespace) -> Outcome:
     --out maps --overlay holiday/
     --checkpoint best.pt --out maps --overlay --video clip.mp4
     """
-    how = {"overlay": options.overlay, "force": options.force}
+    how = {"overlay": options.overlay, "force": options.force, "fast": options.fast}
     if options.video:
         from mlnet_utils.predict.video import predict_videos as predict
 

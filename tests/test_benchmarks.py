@@ -28,15 +28,14 @@ def benchmarks(monkeypatch):
         ("training", ["MLNet-Pytorch's loop", "this engine", "VGG-16 trunk"]),
         ("memory", ["default", "checkpointing", "peak GB"]),
         ("finetuning", ["random weights", "sample model, as it is", "ImageNet backbone", "CC"]),
-        ("inference", ["PyTorch", "ONNX, 8 bits", "cpu_s", "peak GB"]),
+        ("inference", ["PyTorch --fast", "ONNX, 8 bits --fast", "cpu_s", "peak GB"]),
         ("techniques", ["reference", "micro-batches of 4", "seed 1", "of the seeds'"]),
         ("scaling", ["exchange's share", "gradient MB", "speed-up"]),
         ("in_a_browser", ["Chromium, one thread", "PyTorch, threads: 1"]),
-        ("export", ["torch.export", "ONNX, 8 bits", "lowest CC"]),
     ],
 )
 def test_a_benchmark_runs(name, columns, tmp_path, monkeypatch, capsys):
-    if name in ("export", "in_a_browser", "inference"):
+    if name in ("in_a_browser", "inference"):
         pytest.importorskip("onnxscript")
         pytest.importorskip("onnxruntime")
     if name == "in_a_browser" and not (shutil.which("npm") and shutil.which("chromium")):

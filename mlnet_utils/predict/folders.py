@@ -8,13 +8,11 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from PIL import Image
 from torch import Tensor
@@ -56,6 +54,7 @@ def predict_folder(
     force: bool = False,
     batch_size: int | None = None,
     device: str | None = None,
+    fast: bool = False,
     upright: bool = True,
     megapixels: float = images.MEGAPIXELS,
 ) -> FolderResult:
@@ -70,7 +69,7 @@ def predict_folder(
     process takes its share on its own GPU; all return the same result.
 
     The checkpoint may be an exported one; ``batch_size`` photos pass at once, by default 8, 1 on a
-    CPU, which more make slower; the device is a GPU by default, if there is one. ``upright``
+    CPU, which more make slower; ``device`` and ``fast`` are those of :func:`load`. ``upright``
     turns photos as their EXIF data say; benchmarks want False. Photos of more ``megapixels`` fail;
     the largest takes 20 bytes of memory per pixel.
 
@@ -85,7 +84,7 @@ def predict_folder(
     endings = [".npy"] * npy + ["_overlay.png"] * overlay + [".png"]
     if batch_size is None:
         batch_size = 1 if (device or runtime.pick_device()) == "cpu" else 8
-    call = (checkpoint, paths, Path(out), endings, force, batch_size, device)
+    call = (checkpoint, paths, Path(out), endings, force, batch_size, device, fast)
     with begin(*call) as (predictor, targets, result), images.photo_limit(megapixels):
         _predict_photos(predictor, targets, result, endings, batch_size, upright)
         return gather(result)
@@ -135,7 +134,7 @@ def _predict_photos(
 
     photos = list(targets)
     batches = [photos[start : start + batch_size] for start in range(0, len(photos), batch_size)]
-    if PartialState().is_main_process:
+    if runtime.first_of_launch():
         batches = runtime.progress(batches, "predicting", unit="batch")
     with ThreadPoolExecutor(min(8, runtime.cpu_count() + 1)) as pool:
         decoding, writing = {}, {}
@@ -171,6 +170,7 @@ def begin(
     force: bool,
     batch_size: int,
     device: str | None,
+    fast: bool,
     suffixes: Sequence[str] = images.PHOTO_SUFFIXES,
 ) -> Iterator[tuple[Predictor, Targets, FolderResult]]:
     """The network, this process's share of the work, and a result with what was done before.
@@ -180,21 +180,21 @@ def begin(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    # One process may take hours longer than another, and then nobody should give up on it.
-    processes = PartialState(cpu=runtime.pick_device() == "cpu", timeout=timedelta(days=7))
-    predictor = load(checkpoint, device)  # PartialState has chosen this process's GPU
+    processes = runtime.processes()
+    predictor = load(checkpoint, device, fast)  # after the processes: they have chosen their GPUs
     targets, result = list_targets(paths, out, endings, suffixes)
     record = {"checkpoint": runtime.display_path(checkpoint), "versions": runtime.versions()}
-    record["sha256"] = runtime.sha256_file(checkpoint)
+    record |= {"sha256": runtime.sha256_file(checkpoint), "fast": fast}
     with runtime.locked(out):
         processes.wait_for_everyone()
         before = {} if force else record  # of the network that made the maps in ``out``
         if (out / RECORD).exists():
             with suppress(ValueError) if force else nullcontext():
                 before = runtime.read_json(out / RECORD, "predict")
-        other_maps = before.get("sha256") != record["sha256"]
+        made_by = (before.get("sha256"), before.get("fast", False))
+        other_maps = made_by != (record["sha256"], fast)
         if other_maps and not force:
-            other = f"were made by another checkpoint ({before.get('checkpoint')})"
+            other = f"were made by another checkpoint ({before.get('checkpoint')}), or not as fast"
             raise ValueError(f"the maps in {out} {other}; choose another folder, or force new ones")
         done = {f for f, made in targets.items() if not force and all(p.is_file() for p in made)}
         todo = {file: made for file, made in targets.items() if file not in done}

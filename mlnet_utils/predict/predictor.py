@@ -15,23 +15,26 @@ from mlnet_utils.config import Config
 from mlnet_utils.data.geometry import Letterbox, letterbox, unletterbox
 from mlnet_utils.data.images import decode, read_image, to_bytes
 from mlnet_utils.model.checkpoints import load_model
-from mlnet_utils.runtime import pick_device
+from mlnet_utils.runtime import native_precision, pick_device
 
 MODEL = "ML-Net"  # the network's name in tables of scores
 EXPORTED = (".onnx", ".pt2")  # suffixes of networks in another form, see ``export``
 SMALLEST_SIDE = 32  # pixels; anything smaller is an icon, not a photo
 FLOOR = 1e-12  # of a probability, before its logarithm is taken
+PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMOOTHLY = {"mode": "bilinear", "antialias": True, "align_corners": False}
 
 Photo = str | Path | Image.Image | np.ndarray | Tensor
 
 
-def load(checkpoint: str | Path = "", device: str | None = None) -> "Predictor":
+def load(checkpoint: str | Path = "", device: str | None = None, fast: bool = False) -> "Predictor":
     """A trained network, ready to predict.
 
     ``checkpoint`` is ``checkpoints/best.pt`` of a run, an imported or an exported network; by
     default the network that comes with the package, trained on OSIE and EyeCrowd. ``device`` is a
-    GPU by default, if there is one; exported networks use the CPU only.
+    GPU by default, if there is one; exported networks use the CPU only. ``fast`` leaves out the
+    mirrored photo and other sizes, and computes in half precision where the device does:
+    docs/prediction.md has speeds and scores.
 
     Raises:
         FileNotFoundError: there is no such checkpoint.
@@ -47,10 +50,17 @@ def load(checkpoint: str | Path = "", device: str | None = None) -> "Predictor":
 
         if device not in (None, "cpu"):
             raise ValueError(f"{checkpoint} is exported: it runs on the CPU, not on {device}")
-        return load_exported(checkpoint)
-    model, config, content = load_model(checkpoint)
-    device = device or pick_device()
-    return Predictor(model.to(device), config, device, content.get("data", ""))
+        predictor = load_exported(checkpoint)
+    else:
+        model, config, content = load_model(checkpoint)
+        device = device or pick_device()
+        predictor = Predictor(model.to(device), config, device, content.get("data", ""))
+        if fast:  # channels last: a CPU's bf16 is no faster without it (results/benchmarks)
+            kind = PRECISIONS[native_precision(device)]
+            model.to(dtype=kind, memory_format=torch.channels_last)
+    if fast:
+        predictor.config = replace(predictor.config, test_flip=False, test_scales=(1.0,))
+    return predictor
 
 
 @dataclass

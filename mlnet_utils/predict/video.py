@@ -26,6 +26,7 @@ def predict_videos(
     force: bool = False,
     batch_size: int = 8,
     device: str | None = None,
+    fast: bool = False,
 ) -> FolderResult:
     """Write the saliency maps of videos as videos of the same size and timing.
 
@@ -38,7 +39,7 @@ def predict_videos(
     """
     require("av", "video")
     endings = ["_overlay.mp4", ".mp4"] if overlay else [".mp4"]
-    call = (checkpoint, paths, Path(out), endings, force, batch_size, device, VIDEO_SUFFIXES)
+    call = (checkpoint, paths, Path(out), endings, force, batch_size, device, fast, VIDEO_SUFFIXES)
     with begin(*call) as (predictor, targets, result):
         for video, made in targets.items():
             try:

@@ -26,7 +26,9 @@ from mlnet_utils.runtime import (
     StopSignals,
     keyed_seed,
     locked,
+    native_precision,
     on_drive,
+    pick_device,
     progress,
     remove_temporaries,
     set_determinism,
@@ -476,20 +478,10 @@ def make_optimizer(config: Config, model: MLNet) -> torch.optim.Optimizer:
 
 
 def choose_precision(config: Config) -> str:
-    """Accelerate's name of the precision: ``"bf16"`` where the hardware computes in it.
-
-    ``auto`` is bf16 on GPUs that have it and fp16 (with loss scaling) on older ones; on CPUs
-    bf16 only with native instructions (AVX512-BF16 or AMX; measured: twice as fast as fp32 for
-    VGG-16), because emulated it is slower than fp32; fp32 on Apple GPUs.
-    """
+    """Accelerate's name of the precision; ``auto`` is :func:`runtime.native_precision`'s."""
     if config.precision != "auto":
         return {"fp32": "no"}.get(config.precision, config.precision)
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if torch.backends.mps.is_available():
-        return "no"
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return "bf16" if native else "no"
+    return native_precision(pick_device())
 
 
 def make_accelerator(config: Config) -> Accelerator:

@@ -175,6 +175,14 @@ def test_maps_of_two_checkpoints_are_not_mixed(album, checkpoint, tmp_path, monk
     assert all(path.is_file() for path in bystanders)
 
 
+def test_maps_that_were_made_fast_are_not_mixed_with_others(album, checkpoint, tmp_path):
+    call = ["predict", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), str(album)]
+    assert main([*call, "--fast"]) == 0
+    with pytest.raises(ValueError, match="not as fast"):
+        predict_folder(checkpoint, [album], tmp_path / "out")
+    assert main([*call, "--fast"]) == 0
+
+
 @pytest.mark.parametrize("record", ["", "{}", None])
 def test_force_takes_maps_of_an_unknown_checkpoint_for_those_of_another(
     record, checkpoint, tmp_path
@@ -187,11 +195,11 @@ def test_force_takes_maps_of_an_unknown_checkpoint_for_those_of_another(
         with pytest.raises(ValueError, match=out.name):
             predict_folder(checkpoint, [album], out)
     assert made.is_file()
-    with begin(checkpoint, [album], out, [".png"], True, 1, "cpu"):
+    with begin(checkpoint, [album], out, [".png"], True, 1, "cpu", False):
         pass
     assert files(out) == {"prediction.json"}
     made.touch()
-    with begin(checkpoint, [album], out, [".png"], True, 1, "cpu"):
+    with begin(checkpoint, [album], out, [".png"], True, 1, "cpu", False):
         pass
     assert made.is_file()  # the same network's: an interrupted call mixes nothing
 

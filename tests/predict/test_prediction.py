@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import tiny_config
+from conftest import tiny_checkpoint, tiny_config
 from PIL import Image
 from torch import nn
 
@@ -16,6 +16,7 @@ from mlnet_utils.model.checkpoints import save_checkpoint
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.predict.predictor import (
     FLOOR,
+    PRECISIONS,
     SMOOTHLY,
     Predictor,
     authors_postprocess,
@@ -207,6 +208,20 @@ def test_averaging_with_the_mirrored_photo(head, pixels):
     torch.testing.assert_close(
         predict_maps(averaging.model, averaging.config, image[None]), expected, rtol=1e-5, atol=0
     )
+
+
+@pytest.mark.parametrize("kind", ["no", "bf16"])
+def test_a_fast_network_skips_the_mirrored_photo_and_computes_as_the_device_does(
+    kind, pixels, tmp_path, monkeypatch
+):
+    checkpoint = tiny_checkpoint(tmp_path / "x.pt", test_flip=True, test_scales=(1.0, 1.5))
+    monkeypatch.setattr("mlnet_utils.predict.predictor.native_precision", lambda device: kind)
+    slow, fast = load(checkpoint, "cpu"), load(checkpoint, "cpu", fast=True)
+    assert {value.dtype for value in fast.model.parameters()} == {PRECISIONS[kind]}
+    slow.config = replace(slow.config, test_flip=False, test_scales=(1.0,))
+    expected, found = slow.predict(pixels), fast.predict(pixels)
+    assert np.abs(found - expected).max() < (0.05 if kind == "bf16" else 1e-4) * expected.max()
+    assert found.sum(dtype=np.float64) == pytest.approx(1, abs=1e-6)
 
 
 @pytest.mark.parametrize("head", ["density", "paper"])
