@@ -1,7 +1,7 @@
 """Time per photo of the page in docs/demo, in headless Chromium, beside PyTorch's.
 
-    python benchmarks/in_a_browser.py --checkpoint runs/sample/checkpoints/best.pt photo.jpg
-    python benchmarks/in_a_browser.py --smoke   # a minute, to see that it works
+    python benchmarks/in_a_browser.py            # the package's network, scikit-image's astronaut
+    python benchmarks/in_a_browser.py --smoke    # a minute, to see that it works
 
 Each time is from decoded pixels to the map at the photo's size (2048 pixels at most in the page),
 the median of the rounds. Needs Chromium and npm, as `make demo` does.
@@ -24,7 +24,7 @@ from mlnet_utils.model.checkpoints import save_checkpoint
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.predict.export import export
 from mlnet_utils.predict.predictor import load
-from mlnet_utils.runtime import display_path
+from mlnet_utils.runtime import SHIPPED, display_path, require
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "demo.py"
 SCRIPT = """\
@@ -57,12 +57,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("photo", type=Path, nargs="?", help="what is predicted")
-    parser.add_argument("--checkpoint", type=Path, help="a trained network")
+    parser.add_argument("--checkpoint", type=Path, default=SHIPPED, help="a trained network")
     parser.add_argument("--rounds", type=int, default=20, help="timed photos of every form")
     parser.add_argument("--smoke", action="store_true", help="small and short, nothing saved")
     options = parser.parse_args()
-    if not (options.smoke or (options.photo and options.checkpoint)):
-        parser.error("name a checkpoint and a photo")
+    pictures = Path(require("skimage.data", "notebooks").__file__).parent
+    options.photo = options.photo or pictures / "astronaut.png"
     demo = load_tool()
     with tempfile.TemporaryDirectory() as name:
         site = Path(name)
