@@ -72,9 +72,12 @@ def test_onnx_agrees(tmp_path, network):
 
 
 @pytest.mark.slow
-def test_a_wheel_holds_the_network_and_the_presets(tmp_path):
+@pytest.mark.parametrize("source", [str(ROOT), f"git+{ROOT.as_uri()}"], ids=["folder", "git"])
+def test_a_wheel_holds_the_network_and_the_presets(source, tmp_path):
+    if source.startswith("git") and not (ROOT / ".git").exists():
+        pytest.skip("this is no git checkout")
     command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "--wheel-dir", tmp_path, ROOT], check=True, capture_output=True)
+    subprocess.run([*command, "--wheel-dir", tmp_path, source], check=True, capture_output=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"mlnet_utils/weights/{name}" for name in (SHIPPED.name, "README.md")} <= names
