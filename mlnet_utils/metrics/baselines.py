@@ -8,7 +8,7 @@ people; :class:`GoldStandard`, an upper bound. All but :class:`LeaveOneOut`, whi
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -91,6 +91,10 @@ class CentreBias:
                     likelihood += (density.log() * part).sum().item()
                 best = max(best, (likelihood, bandwidth, share))
         return cls(total, best[1], best[2], source)
+
+    def without(self, photo: Photo) -> "CentreBias":
+        """The same bandwidth and share on the fixations of all the other photos."""
+        return replace(self, counts=self.counts - _cell_counts(photo))
 
     @property
     def description(self) -> str:

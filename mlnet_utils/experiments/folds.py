@@ -1,0 +1,116 @@
+"""Five folds: every photo of a dataset scored by a network that never saw it, in two protocols.
+
+Beside this project's own there is protocol "A" of github.com/matthias-k/DeepGaze,
+``experiments/scanpath/README.md`` (2026): the first fixation of each scanpath is left out, the
+baseline of IG is a kernel density of all the other photos' fixations, and scores are means per
+photo, then over photos. AUC and NSS are pysaliency's, which those of ``mit300`` equal.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from mlnet_utils import runtime
+from mlnet_utils.data.geometry import fixation_counts
+from mlnet_utils.data.photos import ARRAYS, NOBODY, Photo, Prepared
+from mlnet_utils.data.preparation import FOLDS
+from mlnet_utils.experiments import sweep
+from mlnet_utils.experiments.evaluation import CENTRE, Predict
+from mlnet_utils.metrics import METRICS, score_all
+from mlnet_utils.metrics.baselines import CentreBias
+from mlnet_utils.metrics.summary import summary
+from mlnet_utils.predict.predictor import MODEL, load
+
+A_METRICS = ("IG", "AUC", "NSS")
+PER_IMAGE_A = "per_image_a.csv"
+
+
+def without_first(photo: Photo) -> Photo:
+    """A photo without the first fixation of each scanpath on it.
+
+    Raises:
+        ValueError: its fixations are published without observers, so that they have no order.
+    """
+    if NOBODY in photo.observers:
+        raise ValueError(f"photo {photo.stem}: fixations without observers have no first one")
+    _, first = np.unique(photo.observers, return_index=True)  # an observer's are in viewing order
+    return replace(photo, **{name: np.delete(getattr(photo, name), first, 0) for name in ARRAYS})
+
+
+def score_a(photos: Sequence[Photo], predict: Mapping[str, Predict]) -> pd.DataFrame:
+    """Protocol "A": a row per model and photo, columns model, stem, fixations, IG, AUC, NSS.
+
+    ``photos`` are all of the dataset; the functions of ``predict`` give a photo's (H, W) density,
+    None where it is not to be scored. The cross-validated centre bias is scored on every photo.
+
+    Raises:
+        ValueError: see :func:`without_first`; or fewer than two photos have fixations.
+    """
+    later, rows = [without_first(photo) for photo in photos], []
+    bias = CentreBias.fit(later)
+    for photo in runtime.progress(later, "protocol A", unit="photo"):
+        fixations = fixation_counts(photo.fixations, photo.height, photo.width)[None]
+        centre = bias.without(photo)(photo.height, photo.width)
+        maps = {CENTRE: centre, **{model: each(photo) for model, each in predict.items()}}
+        for model, density in maps.items():
+            if density is not None:
+                truth = {"fixations": fixations, "baseline": centre[None], "names": [photo.stem]}
+                prediction = torch.as_tensor(density).double()[None]
+                found = score_all(prediction, **truth, metrics=A_METRICS)
+                scores = {metric: value.item() for metric, value in found.items()}
+                row = {"model": model, "stem": photo.stem, "fixations": len(photo.fixations)}
+                rows.append(row | scores)
+    return pd.DataFrame(rows)
+
+
+def cross_validate(
+    preset: str | Path, folder: str | Path, data_root: str | Path, workers: int = 1, **common: Any
+) -> dict:
+    """Train the five folds of a dataset without a split of its own; score all its photos.
+
+    What is done is not done again, as in :func:`sweep.run_sweep`, whose ``per_image.csv`` holds the
+    scores by our protocol; ``per_image_a.csv`` beside it those of protocol "A". ``common`` are
+    changes of the preset.
+
+    Returns:
+        ``photos``; ``fixations`` of protocol "A"; ``ours``: metric -> the ``summary`` over all
+        photos; ``a``: model -> the same.
+
+    Raises:
+        ValueError: the dataset has its own split, or see :func:`score_a`.
+        RuntimeError: a training failed; the others are done.
+    """
+    folder = Path(folder)
+    cells = {f"fold {number}": {"fold": number} for number in range(FOLDS)}
+    grid = sweep.Grid("folds", str(preset), cells, common=common)
+    if failed := sweep.run_sweep(grid, folder, data_root, workers):
+        raise RuntimeError("; ".join(f"{title}: {error}" for title, error in failed.items()))
+    runs = {}
+    for job in sweep.jobs_of(grid, folder, Path(data_root)):
+        prepared = Prepared.read(job.data)
+        runs |= {photo.stem: job.folder for photo in prepared.split("test")}
+    network = functools.lru_cache(maxsize=1)(load)
+
+    def predict(photo: Photo) -> np.ndarray:
+        predictor = network(runs[photo.stem] / "checkpoints" / "best.pt")
+        return predictor.predict(prepared.root / photo.image)
+
+    photos = sorted(prepared.photos, key=lambda photo: (str(runs[photo.stem]), photo.stem))
+    scores = score_a(photos, {MODEL: predict})
+    runtime.write_text(folder / PER_IMAGE_A, scores.to_csv(index=False))
+    ours = pd.read_csv(folder / sweep.PER_IMAGE, dtype={"stem": str})
+    return {
+        "photos": len(photos),
+        "fixations": int(scores.loc[scores["model"] == CENTRE, "fixations"].sum()),
+        "ours": {metric: summary(ours[metric]) for metric in METRICS},
+        "a": {
+            model: {metric: summary(part[metric]) for metric in A_METRICS}
+            for model, part in scores.groupby("model", sort=False)
+        },
+    }
