@@ -71,6 +71,7 @@ class Config:
     freeze: tuple[str, ...] = ()  # name patterns of parameters that stay as they are
     freeze_norm: bool = False  # keep batch-norm statistics of the backbone fixed
     start_from: str = ""  # checkpoint that a new training starts from, with its architecture
+    adapt: bool = False  # the density passes model.network.Adaptation: 14 numbers of a dataset
 
     # ---- loss
     loss: str = "mlnet"  # e.g. "mlnet", "kl", "kl + 0.5*cc + 0.1*nss" (terms in model/losses.py)
@@ -79,7 +80,8 @@ class Config:
     prior_penalty: float = _key(-1.0, at_least=0, except_for=-1)
 
     # ---- optimisation
-    optimizer: str = _key("sgd", choices=("sgd", "adam", "adamw"))
+    # "lbfgs" fits the adaptation alone, to all training photos at once.
+    optimizer: str = _key("sgd", choices=("sgd", "adam", "adamw", "lbfgs"))
     lr: float = _key(1e-3, at_least=0)
     backbone_lr_scale: float = _key(1.0, at_least=0)  # the backbone's rate relative to the rest
     schedule: str = _key("keras1", choices=("keras1", "constant", "onecycle"))

@@ -22,7 +22,7 @@ from mlnet_utils.config import (
 )
 
 NAMES = [
-    *("finetune", "mlnet-pytorch", "mlnet-pytorch-asis", "osie", "osie-eyecrowd"),
+    *("adapt", "finetune", "mlnet-pytorch", "mlnet-pytorch-asis", "osie", "osie-eyecrowd"),
     *("paper", "salicon", "sample", "tiny"),
 ]
 

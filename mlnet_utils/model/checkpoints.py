@@ -220,6 +220,7 @@ def with_start(config: Config, folder: Path | None = None) -> Config:
         problem = f"{'; '.join(different)} (start_from={start_from.partition(PIN)[0]})"
         raise ValueError(f"config: {problem}; leave these keys out to take the checkpoint's")
     taken = {key: stored[key] for key in (*ARCHITECTURE, *(k for k in USUAL if k not in chosen))}
+    taken["adapt"] = stored["adapt"] or config.adapt  # what was adapted stays so
     given = config.given.union(ARCHITECTURE, USUAL)
     return dataclasses.replace(config, **taken, start_from=start_from, given=given)
 
@@ -266,7 +267,9 @@ def load_start(model: MLNet, config: Config) -> None:
     if not config.start_from:
         return
     content, start_from = read_start(config.start_from)
-    backbones.load_strictly(
-        model, content["model"], f"config: start_from={start_from.partition(PIN)[0]}"
-    )
+    weights = content["model"]
+    if config.adapt and not content["config"].get("adapt"):  # an adaptation begins here
+        own = model.state_dict()
+        weights = weights | {key: own[key] for key in own if key.startswith("adaptation.")}
+    backbones.load_strictly(model, weights, f"config: start_from={start_from.partition(PIN)[0]}")
     model.backbone.sha256 = content.get("backbone_sha256", "")

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from mlnet_utils.config import Config
 from mlnet_utils.model.backbones import build_backbone
 
+LEAST = 1e-12  # of a probability, before its logarithm is taken
+
 
 class MLNet(nn.Module):
     """ML-Net: levels of a CNN -> encoding -> learned prior -> saliency.
@@ -54,6 +56,9 @@ class MLNet(nn.Module):
         self.prior = (
             nn.Parameter(torch.zeros(1, 1, *config.prior_cells)) if config.prior_cells else None
         )
+        if config.adapt and config.head != "density":
+            raise ValueError(f"config: adapt needs head='density', not head={config.head!r}")
+        self.adaptation = Adaptation() if config.adapt else nn.Identity()
         self.swap_to_bgr = config.normalisation == "caffe"
         self.register_buffer("mean", torch.tensor(mean).reshape(1, 3, 1, 1) * 255)
         self.register_buffer("std", torch.tensor(std).reshape(1, 3, 1, 1) * 255)
@@ -62,7 +67,7 @@ class MLNet(nn.Module):
     def forward(self, image: Tensor | None = None, features: Tensor | None = None) -> Tensor:
         levels = self.extract(image)[-self.levels :] if features is None else [features]  # 3.1
         x = self.encode_levels(levels)  # 3.2
-        return self.apply_prior(x)  # 3.3
+        return self.adaptation(self.apply_prior(x))  # 3.3; the adaptation is none in the paper
 
     def extract(self, image: Tensor) -> list[Tensor]:
         """All levels of the backbone, shallow to deep, each (B, C, H/8, W/8)."""
@@ -84,7 +89,7 @@ class MLNet(nn.Module):
         levels = self.extract(image)[-self.levels :]
         raw = self.encode_levels(levels)
         prior = self.upsampled_prior(raw.shape[-2:])
-        parts = {"raw": raw, "prior": prior, "saliency": self.apply_prior(raw)}
+        parts = {"raw": raw, "prior": prior, "saliency": self.adaptation(self.apply_prior(raw))}
         shares = {}
         for i, level in enumerate(levels):
             flat = level.mean((2, 3), keepdim=True).expand_as(level)
@@ -103,7 +108,7 @@ class MLNet(nn.Module):
         """3.3: combine the raw map with the learned prior, upsampled to the map's size."""
         prior = self.upsampled_prior(x.shape[-2:])  # (1, 1, H/8, W/8), zero: no preference
         if self.head == "density":
-            return (x + prior).flatten(1).softmax(1).reshape(x.shape)
+            return _softmax(x + prior)
         return F.relu(self.relu(x) * (1 + prior))
 
     def upsampled_prior(self, size: tuple[int, int]) -> Tensor:
@@ -147,6 +152,41 @@ class Centring(nn.Module):
         mean = x.mean((0, 2, 3), keepdim=True)
         self.mean.lerp_(mean.detach().to(self.mean.dtype), self.momentum)
         return x - mean
+
+
+class Adaptation(nn.Module):
+    """What differs between datasets beside the photos, in 14 numbers: a new one is neutral.
+
+    A (B, 1, h, w) density is taken to the power 1 / temperature, blurred, and multiplied by a
+    coarse bias, upsampled as the prior is. So do Kuemmerer et al. (2025, arXiv:2505.10169), whose
+    fewer than 20 numbers of a dataset hold sizes of the photo too.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.temperature = nn.Parameter(torch.zeros(()))  # its logarithm
+        # Logarithm of the Gaussian's deviation in cells: at 0.1 a neighbour weighs nothing.
+        self.blur = nn.Parameter(torch.tensor(0.1).log())
+        self.bias = nn.Parameter(torch.zeros(1, 1, 3, 4))  # of the log-density
+
+    def forward(self, density: Tensor) -> Tensor:
+        # In float32, whatever precision the rest of the network has.
+        temperature, bias = self.temperature.float().exp(), self.bias.float()
+        x = _softmax(density.clamp_min(LEAST).log() / temperature)
+        rows, columns = map(self._blur_matrix, x.shape[-2:])
+        x = (rows @ x @ columns.T).clamp_min(LEAST).log()
+        return _softmax(x + F.interpolate(bias, size=x.shape[-2:], mode="bilinear"))
+
+    def _blur_matrix(self, cells: int) -> Tensor:
+        """(cells, cells) Gaussian blur along one axis; columns sum to 1, so that mass is kept."""
+        at = torch.arange(cells, device=self.blur.device)
+        weights = (-0.5 * ((at[:, None] - at) / self.blur.float().exp()) ** 2).exp()
+        return weights / weights.sum(0)
+
+
+def _softmax(x: Tensor) -> Tensor:
+    """(B, 1, h, w) log-densities, of any sum, as densities."""
+    return x.flatten(1).softmax(1).reshape(x.shape)
 
 
 def network_input(batch: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ import contextlib
 import math
 import time
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from mlnet_utils.data.loading import EpochSampler, SaliencyDataset, make_loader
 from mlnet_utils.data.photos import Prepared
 from mlnet_utils.model import checkpoints
 from mlnet_utils.model.losses import Objective, cc_loss, kl_loss, nss_loss
-from mlnet_utils.model.network import MLNet, network_input
+from mlnet_utils.model.network import Adaptation, MLNet, network_input
 from mlnet_utils.runtime import (
     StopSignals,
     keyed_seed,
@@ -160,6 +161,9 @@ class Trainer:
 
     def train_epoch(self) -> None:
         """The rest of the current epoch, from batch ``self.batch`` on."""
+        if self.config.optimizer == "lbfgs":
+            self.adapt()
+            return
         self.wrapped.train()
         self.sampler.epoch, self.sampler.first_batch = self.epoch, self.batch
         batches = self.train_loader
@@ -222,6 +226,30 @@ class Trainer:
             seen = {k: v.contiguous(memory_format=torch.channels_last) for k, v in seen.items()}
         prediction = (network or self.forward)(**seen).float()
         return self.objective.per_image(prediction, batch["density"], batch["fixations"])
+
+    @torch.no_grad()
+    def adapt(self) -> None:
+        """Fit the adaptation to all training photos at once; every process does the same.
+
+        All else is frozen, so that every photo passes through the network once. The log's epoch 0
+        is the network as it was.
+        """
+        model, data, scores = self.model.eval(), self.data["train"], self.validate()
+        batches = BatchSampler([(0, i) for i in range(len(data))], VALIDATION_BATCH, False)
+        loader, found = make_loader(data, list(batches), self.config.workers), []
+        for batch in progress(loader, f"predicting {len(data)} photos", unit="batch"):
+            batch = {key: value.to(self.device) for key, value in batch.items()}
+            with self.accelerator.autocast():
+                raw = model.encode_levels(model.extract(batch["image"])[-model.levels :])
+            found.append((model.apply_prior(raw), batch["density"], batch["fixations"]))
+        maps, *truth = (torch.cat(parts) for parts in zip(*found, strict=True))
+        optimizer = self.optimizer.optimizer  # without accelerate's cover
+        before, after = fit_adaptation(model.adaptation, optimizer, self.objective, maps, truth)
+        if self.average is not None:
+            self.average.update_parameters(model)
+        row = {"epoch": 0, "updates": 0, "lr": self.config.lr, "train_loss": before, **scores}
+        self.history.append(row)
+        self.loss_sum, self.loss_count, self.updates = after * len(data), len(data), 1
 
     def read_losses(self) -> None:
         """Add the losses since the last call; raise if one is not finite, stop if asked to."""
@@ -459,8 +487,15 @@ def learning_rate(config: Config, update: int, total: int) -> float:
 def make_optimizer(config: Config, model: MLNet) -> torch.optim.Optimizer:
     """The optimiser over what trains; its groups' ``lr_scale`` multiplies the schedule's rate.
 
-    A ValueError where everything is frozen.
+    A ValueError where everything is frozen, or L-BFGS has more to train than an adaptation.
     """
+    if config.optimizer == "lbfgs":
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        if not trained or not all(name.startswith("adaptation.") for name in trained):
+            wanted = "set adapt to true and freeze to ['[!a]*'], as preset `adapt` does"
+            raise ValueError(f"config: optimizer='lbfgs' is for an adaptation alone: {wanted}")
+        search = {"line_search_fn": "strong_wolfe", "max_iter": 200}
+        return torch.optim.LBFGS(trained.values(), lr=config.lr, **search)
     backbone, others = [], []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -475,6 +510,35 @@ def make_optimizer(config: Config, model: MLNet) -> torch.optim.Optimizer:
         shared |= {"momentum": config.momentum, "nesterov": config.momentum > 0}
     kinds = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
     return kinds[config.optimizer](parameters, **shared)
+
+
+def fit_adaptation(
+    adaptation: Adaptation,
+    optimizer: torch.optim.LBFGS,
+    objective: Objective,
+    maps: Tensor,
+    truth: Sequence[Tensor],
+) -> tuple[float, float]:
+    """Fit an adaptation to densities of a network, all (B, 1, h, w).
+
+    ``truth`` are the density and the fixation counts. Returns the mean losses before and after.
+    """
+
+    def loss() -> Tensor:
+        return objective.per_image(adaptation(maps), *truth).mean()
+
+    @torch.enable_grad()
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        total = loss() + objective.prior_penalty(adaptation.bias)
+        total.backward()
+        return total
+
+    with torch.no_grad():
+        before = loss().item()
+        adaptation.blur.fill_(0.0)  # one cell: at 0.1 it has no gradient
+        optimizer.step(closure)
+        return before, loss().item()
 
 
 def choose_precision(config: Config) -> str:

@@ -224,7 +224,8 @@ def test_a_checkpoint_without_all_its_weights_is_an_error(start, run_folder, key
 
 
 # ---- the recipe of docs/training.md ------------------------------------------------------------
-def test_own_photos_from_folder_to_maps(start, tiny_photos, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("recipe", ["adapt", "finetune"])
+def test_own_photos_from_folder_to_maps(recipe, start, tiny_photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     photos, root = tiny_photos
     shutil.copytree(root, tmp_path / "data" / "folder" / "images")
@@ -233,7 +234,7 @@ def test_own_photos_from_folder_to_maps(start, tiny_photos, tmp_path, monkeypatc
         writer.writerow(("image", "x", "y"))
         writer.writerows((p.image, *point) for p in photos for point in p.fixations.tolist())
     preset = tmp_path / "mine.yaml"
-    preset.write_text("preset: finetune\nstart_from: start.pt\nepochs: 1\n")
+    preset.write_text(f"preset: {recipe}\nstart_from: start.pt\nepochs: 1\n")
     train = ["train", "--preset", "mine.yaml", "--run-dir", "run", "--data-root", "data"]
     assert cli.main(train) == 1
     assert "`sigma`" in capsys.readouterr().err

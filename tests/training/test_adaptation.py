@@ -1,0 +1,157 @@
+"""Adapting to a dataset: 14 numbers are found again, all else stays as it was to the bit."""
+
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import make_photo, prepare_run, tiny_checkpoint
+from PIL import Image
+
+from mlnet_utils.config import load_config
+from mlnet_utils.data.photos import Prepared
+from mlnet_utils.model import checkpoints
+from mlnet_utils.model.network import Adaptation, MLNet, trainable
+from mlnet_utils.predict.predictor import load
+from mlnet_utils.runtime import sha256_file
+from mlnet_utils.training.trainer import fit
+
+SIZE = {"height": 96, "width": 128}
+FIXATIONS = 4000  # on each photo
+MANY = {"prior_penalty": 0}  # fixations, which need no penalty
+
+
+@pytest.fixture
+def start(tmp_path):
+    """A network with a prior of its own, whose maps have peaks."""
+    return tiny_checkpoint(tmp_path / "start.pt", head="density", **SIZE)
+
+
+def shift():
+    """What differs in another dataset: flatter, blurred, and looked at further down and left."""
+    there = Adaptation()
+    with torch.no_grad():
+        there.temperature.fill_(0.4)
+        there.blur.fill_(0.5)
+        there.bias += torch.linspace(-0.5, 0.5, 3)[:, None] + torch.linspace(1, -1, 4)
+    return there
+
+
+@pytest.fixture
+def shifted(start, tmp_path):
+    """A run on photos whose fixations are drawn from the network's maps, after :func:`shift`."""
+    network, _, _ = checkpoints.load_model(start)
+    rng, photos = np.random.default_rng(0), []
+    for number in range(12):
+        photo = make_photo(tmp_path, f"p{number}", "train" if number < 10 else "val", number)
+        noise = rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)
+        pixels = np.asarray(Image.fromarray(noise).resize((128, 96)))
+        Image.fromarray(pixels).save(tmp_path / photo.image)
+        with torch.inference_mode():
+            image = torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+            density = shift()(network(image)).double().flatten().numpy()
+        cells = rng.choice(density.size, FIXATIONS, p=density / density.sum())
+        points = 8 * np.stack([cells % 16, cells // 16], 1).astype(np.float32) + 3
+        looked = {"fixations": points, "observers": np.zeros(FIXATIONS, np.int16)}
+        looked |= {"durations": None, "sha256": sha256_file(tmp_path / photo.image)}
+        photos.append(replace(photo, width=128, height=96, **looked))
+    return prepare_run(tmp_path / "run", photos, tmp_path)
+
+
+def adapt(start, **changes):
+    return load_config("adapt", start_from=start, sigma=6.0, **changes)
+
+
+def test_a_new_adaptation_changes_nothing():
+    torch.manual_seed(0)
+    density = torch.rand(2, 1, 12, 16)
+    density /= density.sum((1, 2, 3), keepdim=True)
+    torch.testing.assert_close(Adaptation()(density), density)
+    assert sum(parameter.numel() for parameter in Adaptation().parameters()) == 14
+
+
+def test_blurring_keeps_the_mass_and_spreads_it_as_far_as_it_says():
+    one = torch.zeros(1, 1, 41, 41)
+    one[..., 20, 20] = 1
+    there = Adaptation()
+    with torch.no_grad():
+        there.blur.fill_(np.log(3))
+    rows = there(one)[0, 0].sum(1)
+    assert rows.sum().item() == pytest.approx(1, abs=1e-4)
+    variance = (rows * (torch.arange(41) - 20) ** 2).sum().item()
+    assert variance == pytest.approx(9, rel=0.01)
+
+
+def test_the_numbers_of_a_shift_are_found_again(start, shifted):
+    best = fit(adapt(start, **MANY), shifted).best
+    found, true = checkpoints.load_model(best)[0].adaptation, shift()
+    assert found.temperature.item() == pytest.approx(true.temperature.item(), abs=0.1)
+    assert found.blur.item() == pytest.approx(true.blur.item(), abs=0.15)
+    bias = (found.bias - found.bias.mean()).detach()
+    assert torch.allclose(bias, true.bias - true.bias.mean(), atol=0.15)
+    log = pd.read_csv(shifted / "log.csv")
+    assert list(log["epoch"]) == [0, 1]
+    assert (log.loc[1, ["train_loss", "val_loss"]] < log.loc[0, ["train_loss", "val_loss"]]).all()
+
+
+def test_all_other_weights_stay_as_they_were(start, shifted):
+    best = fit(adapt(start), shifted).best
+    before, after = (checkpoints.load_checkpoint(path)["model"] for path in (start, best))
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert {key.partition(".")[0] for key in after.keys() - before.keys()} == {"adaptation"}
+    assert trainable(MLNet(checkpoints.load_model(best)[1]))[0] == 14
+
+
+def test_a_finished_adaptation_is_not_done_again(start, shifted):
+    first = fit(adapt(start), shifted)
+    written = first.best.stat().st_mtime_ns
+    assert fit(adapt(start), shifted).history == first.history
+    assert first.best.stat().st_mtime_ns == written
+    with pytest.raises(ValueError, match="another configuration"):
+        fit(adapt(start, prior_penalty=1), shifted)
+
+
+def test_an_adapted_network_predicts_and_can_be_trained_on(start, shifted, tmp_path):
+    best = fit(adapt(start), shifted).best
+    photo = Prepared.read(shifted / "data").split("val")[0]
+    original, adapted = (load(path).predict(tmp_path / photo.image) for path in (start, best))
+    assert adapted.sum() == pytest.approx(1, abs=1e-4)
+    assert np.abs(adapted / original - 1).max() > 0.1
+    assert load(best).explain(tmp_path / photo.image)["saliency"].shape == adapted.shape
+    for preset in ("finetune", "adapt"):
+        run = prepare_run(tmp_path / preset, Prepared.read(shifted / "data").photos, tmp_path)
+        config = load_config(preset, start_from=best, epochs=1, precision="fp32")
+        assert load(fit(config, run).best).config.adapt
+
+
+def test_more_fixations_are_needed_for_a_bias_that_costs(start, shifted):
+    free, dear = (
+        checkpoints.load_model(fit(adapt(start, prior_penalty=cost), run).best)[0].adaptation.bias
+        for cost, run in ((0.0, shifted), (10.0, prepare_copy(shifted)))
+    )
+    assert dear.abs().max() < 0.1 * free.abs().max()
+
+
+def prepare_copy(run):
+    prepared = Prepared.read(run / "data")
+    return prepare_run(run.with_name("copy"), prepared.photos, prepared.root)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"freeze": []}, r"optimizer='lbfgs' is for an adaptation alone: set adapt to true"),
+        ({"adapt": False, "freeze": []}, r"optimizer='lbfgs' is for an adaptation alone"),
+        ({"adapt": False}, r"optimizer='lbfgs' is for an adaptation alone"),
+    ],
+)
+def test_what_lbfgs_does_not_do_is_refused(start, run_folder, changes, message):
+    with pytest.raises(ValueError, match=message):
+        fit(adapt(start, **changes), run_folder)
+
+
+def test_the_paper_s_head_has_no_density_to_adapt(run_folder, tmp_path):
+    start = tiny_checkpoint(tmp_path / "start.pt", head="paper")
+    with pytest.raises(ValueError, match=r"adapt needs head='density', not head='paper'"):
+        fit(adapt(start), run_folder)
