@@ -235,7 +235,7 @@ def describe(config: Config) -> str:
     rest = _table(("key", "value"), [(key, own[key]) for key in same])
     return (
         _table(("key", "here", "paper"), [(key, own[key], paper[key]) for key in differing])
-        + f"<details><summary>{len(same)} keys as in the paper</summary>{rest}</details>"
+        + f"<details><summary>▸ {len(same)} keys as in the paper</summary>{rest}</details>"
     )
 
 

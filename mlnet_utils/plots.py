@@ -508,7 +508,7 @@ def plot_architecture(
     ``photo`` is (height, width), ``levels`` names the backbone's levels with their shapes, shallow
     to deep, ``channels`` are those of the encoding, ``prior`` the cells (rows, columns).
     """
-    figure, axis = plt.subplots(figsize=(WIDTH, 7.4), layout="compressed")
+    figure, axis = plt.subplots(figsize=(5, 6.8), layout="compressed")
     axis.set(xlim=(0, 12), ylim=(0, 14.8))
     axis.axis("off")
     tall, wide = next(iter(levels.values()))[1:]
@@ -518,7 +518,7 @@ def plot_architecture(
         face = sns.color_palette("pastel")[colour]
         style = {"boxstyle": "round,pad=0,rounding_size=0.2", "fc": face, "ec": "#444444"}
         axis.add_patch(FancyBboxPatch((x - width / 2, y - 0.7), width, 1.4, **style))
-        axis.text(x, y, text, ha="center", va="center", fontsize=12.5, linespacing=1.25)
+        axis.text(x, y, text, ha="center", va="center", fontsize=12, linespacing=1.25)
 
     def arrow(start: tuple[float, float], end: tuple[float, float]) -> None:
         style = {"arrowstyle": "-|>", "lw": 1.6, "color": "#444444", "shrinkA": 0, "shrinkB": 0}
@@ -536,13 +536,13 @@ def plot_architecture(
     box(6, 9.6, 11.5, f"all levels, concatenated\n{total} × {grid}", 0)
     steps = {
         f"3×3 convolution, ReLU\n{channels} × {grid}": (7.4, 2),
-        f"1×1 convolution, ReLU: the raw map\n1 × {grid}": (5.2, 2),
+        f"1×1 convolution, ReLU\n1 × {grid}, the raw map": (5.2, 2),
         f"raw map × (1 + prior), ReLU\n1 × {grid}": (3.0, 1),
         f"saliency map\n1 × {grid}": (0.8, 7),
     }
     for text, (y, colour) in steps.items():
         arrow((8.1, y + 1.5), (8.1, y + 0.7))
         box(8.1, y, 7.3, text, colour)
-    box(2, 3.0, 3.5, f"learned prior\n{prior[0]} × {prior[1]}, enlarged", 1)
+    box(2, 3.0, 3.5, f"learned prior\n{prior[0]} × {prior[1]} cells", 1)
     arrow((3.75, 3.0), (4.45, 3.0))
     return figure

@@ -198,3 +198,18 @@ def test_looks_are_drawn_over_the_photo():
     assert axes[2].patches[0].center == (20, 30)
     assert axes[3].images[0].get_array().shape[:2] == (40, 40)
     assert "33%" in axes[3].get_title()  # 1600 of 4800 pixels
+
+
+def test_curves_are_named_above_the_axes():
+    axis = plots.plot_curves([0, 1, 2], {"a": [0, 1, 4], "b": [4, 1, 0]}, "x", "cost").axes[0]
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", "b"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("x", "cost")
+    assert plots.plot_curves([0, 1], {"a": [0, 1]}, "x", "y").axes[0].get_legend() is None
+
+
+def test_the_architecture_names_every_shape():
+    levels = {"level 1": (256, 60, 80), "level 2": (512, 60, 80)}
+    figure = plots.plot_architecture((480, 640), levels, 64, (6, 8))
+    texts = " ".join(text.get_text() for text in figure.axes[0].texts)
+    for shape in ("3 × 480 × 640", "256 × 60 × 80", "768 × 60 × 80", "64 × 60 × 80", "6 × 8"):
+        assert shape in texts

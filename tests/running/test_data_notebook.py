@@ -49,7 +49,7 @@ def look(client, tmp_path):
         client.nb = notebook
         client.execute(cleanup_kc=False)
         outputs = [out for cell in notebook.cells for out in cell.get("outputs", ())]
-        assert sum("image/jpeg" in out.get("data", {}) for out in outputs) == 4
+        assert sum("image/jpeg" in out.get("data", {}) for out in outputs) == 6
         text = "".join(out.text for out in outputs if out.get("name") == "stdout")
         assert "photos in two splits: 0\nindex reads back: True" in text
         record = json.loads((tmp_path / "run/01_data_preparation.json").read_text())
