@@ -57,12 +57,12 @@ BAND = 1 << 20  # pixels that are painted at a time
 def use_style() -> None:
     """The look shared by all notebooks; called once, in their setup cell."""
     sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE)
-    plt.rcParams.update({"figure.dpi": 110, "savefig.dpi": 150, "axes.titlesize": "medium"})
+    plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 150, "axes.titlesize": "medium"})
     if "ipykernel" in sys.modules:
         # Photos as PNG would make the saved notebooks several MB; nbviewer and git dislike that.
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 88})
+        set_matplotlib_formats("jpeg", pil_kwargs={"quality": 82})
 
 
 def overlay(photo: np.ndarray, density: np.ndarray, strength: float = 0.65) -> np.ndarray:
