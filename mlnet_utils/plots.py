@@ -57,7 +57,7 @@ BAND = 1 << 20  # pixels that are painted at a time
 def use_style() -> None:
     """The look shared by all notebooks; called once, in their setup cell."""
     sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE)
-    plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 150, "axes.titlesize": "medium"})
+    plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 100, "axes.titlesize": "medium"})
     if "ipykernel" in sys.modules:
         # Photos as PNG would make the saved notebooks several MB; nbviewer and git dislike that.
         from matplotlib_inline.backend_inline import set_matplotlib_formats
