@@ -2,9 +2,11 @@
 
 import numpy as np
 import pytest
-from miniatures import save_mat, save_photo, truncate
+from miniatures import cells, save_mat, save_photo, truncate
 from PIL import Image
+from scipy.io import loadmat, savemat
 from scipy.ndimage import gaussian_filter
+from scipy.sparse import csc_matrix
 
 from mlnet_utils.data.readers.files import (
     by_stem,
@@ -60,6 +62,38 @@ def test_mat_files_that_are_none(tmp_path, content):
 def test_mat_files_without_variables(tmp_path):
     with pytest.raises(ValueError, match="holds nothing instead of gaze, image"):
         load_mat(save_mat(tmp_path / "x.mat"), "gaze", "image")
+
+
+MATRICES = {
+    "numbers": np.arange(24, dtype=np.int16).reshape(2, 3, 4),
+    "complex numbers": np.array([[1 + 2j, 3]]),
+    "text": np.array(["first", "second"]),
+    "truth": np.eye(3) > 0,
+    "sparse": csc_matrix(np.diag([1.0, 0, 2.5])),
+    "sparse truth": csc_matrix(np.eye(3) > 0),
+    "nothing": np.zeros((0, 3)),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", MATRICES)
+def test_matrices_are_those_of_scipy(tmp_path, kind, packed):
+    savemat(tmp_path / "x.mat", {"a": MATRICES[kind]}, do_compression=packed)
+    expected, found = (read(tmp_path / "x.mat")["a"] for read in (loadmat, load_mat))
+    if hasattr(expected, "toarray"):
+        expected = expected.toarray()
+    np.testing.assert_array_equal(found, expected)
+    assert found.shape == expected.shape
+
+
+def test_cells_and_structs(tmp_path):
+    inner = cells([{"a": np.eye(2), "long": "text"}, np.arange(3)])
+    found = load_mat(save_mat(tmp_path / "x.mat", x=inner, y=1.0))
+    assert found["y"] == [[1.0]]
+    assert found["x"].shape == (1, 2)
+    struct = found["x"][0, 0][0, 0]
+    assert (struct.a.tolist(), struct.long.tolist()) == ([[1, 0], [0, 1]], ["text"])
+    assert found["x"][0, 1].tolist() == [[0, 1, 2]]
 
 
 # ---- fixation maps -----------------------------------------------------------------------------

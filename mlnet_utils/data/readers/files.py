@@ -14,6 +14,7 @@ from PIL import Image
 
 from mlnet_utils.data.images import FORMATS, open_image, orientation
 from mlnet_utils.data.photos import Photo
+from mlnet_utils.data.readers.matlab import read_mat
 from mlnet_utils.runtime import reading
 
 MOST_COUNTED = 50  # fixations of one pixel in a map that counts
@@ -97,15 +98,12 @@ def photo_size(path: Path) -> tuple[int, int]:
 
 
 def load_mat(path: Path, *names: str) -> dict[str, Any]:
-    """The variables of a MATLAB file (to version 7), structs as objects.
+    """The variables of a MATLAB file, see :func:`~.matlab.read_mat`.
 
-    Raises a ValueError if it is empty, damaged, of version 7.3, or lacks one of ``names``.
+    Raises a ValueError if it is empty, damaged, of another version, or lacks one of ``names``.
     """
-    from scipy.io import loadmat
-
-    with reading(path, "a MATLAB file up to version 7"):
-        values = loadmat(path, struct_as_record=False)
-    values = {name: value for name, value in values.items() if not name.startswith("__")}
+    with reading(path, "a MATLAB file of version 5 to 7"):
+        values = read_mat(path)
     if missing := [name for name in names if name not in values]:
         found = f"{', '.join(sorted(values)) or 'nothing'} instead of {', '.join(missing)}"
         raise ValueError(f"{path} holds {found}: it belongs to another dataset or edition")
@@ -130,7 +128,6 @@ def fixated_pixels(path: Path, size: tuple[int, int], variable: str = "") -> np.
         elif path.suffix.lower() == ".mat":
             matrices = load_mat(path, variable) if variable else load_mat(path)
             (values,) = [matrices[variable]] if variable else matrices.values()
-            values = values.toarray() if hasattr(values, "toarray") else values  # a sparse one
         else:
             with Image.open(path, formats=FORMATS) as image:
                 values = image.convert("F")
