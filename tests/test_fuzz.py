@@ -7,6 +7,7 @@ in structured files (JSON, YAML, arrays, checkpoints) single values too.
 import base64
 import io
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +36,7 @@ from mlnet_utils.model.backbones import read_weights
 from mlnet_utils.model.checkpoints import load_checkpoint, save_published
 from mlnet_utils.model.legacy import import_weights
 from mlnet_utils.model.network import MLNet
-from mlnet_utils.predict.export import load_exported
+from mlnet_utils.predict.export import _save_onnx, _seal, load_exported
 from mlnet_utils.predict.submission import validate_submission
 from mlnet_utils.running import notebooks, pipeline
 from mlnet_utils.runtime import read_json
@@ -104,6 +105,15 @@ def structured(path: Path, content: bytes, rng) -> bytes:
         value.pop("digest", None)
         torch.save(with_another_value(value, rng), buffer)
         return buffer.getvalue()
+    if path.suffix == ".onnx":
+        network = with_other_bytes(content[: -len(_seal(b""))], rng)
+        return network + _seal(network)
+    if path.suffix == ".mat":  # below the compression, whose checksum would tell
+        size = int.from_bytes(content[132:136], "little")
+        variable = with_other_bytes(zlib.decompress(content[136 : 136 + size]), rng)
+        packed = zlib.compress(variable)
+        head = content[:132] + len(packed).to_bytes(4, "little")
+        return head + packed + content[136 + size :]
     return with_other_bytes(content, rng)
 
 
@@ -154,13 +164,12 @@ def onnx_network(path):
     helper = pytest.importorskip("onnx").helper
     values = [helper.make_tensor_value_info(name, 1, [1]) for name in ("image", "saliency")]
     node = helper.make_node("Identity", ["image"], ["saliency"])
-    model = helper.make_model(
+    network = helper.make_model(
         helper.make_graph([node], "x", values[:1], values[1:]),
         opset_imports=[helper.make_opsetid("", 18)],
         ir_version=8,
     )
-    helper.set_model_props(model, {"config": json.dumps(tiny_config().to_dict())})
-    path.write_bytes(model.SerializeToString())
+    _save_onnx(network, {"config": json.dumps(tiny_config().to_dict())}, path)
 
 
 def keras(path):
@@ -214,7 +223,7 @@ def prepared(path):
     root = path.parent.parent
     prepare_run(root, [make_photo(root, "a", "train", 0)], root)
     meta = json.loads((path.parent / "meta.json").read_text())
-    (path.parent / "meta.json").write_text(json.dumps({**meta, "files": {}}))
+    (path.parent / "meta.json").write_text(json.dumps({**meta, "files": {}, "sha256": None}))
 
 
 def read_prepared(path):

@@ -166,6 +166,14 @@ function authorsPostprocess(maps, grid, view) {
 }
 
 // ---- the worker: it holds the network ----------------------------------------------------------
+/** An error unless the file ends in the SHA-256 of all before it, see _seal() in export.py. */
+async function checkDigest(bytes) {
+  if (!crypto.subtle) return; // pages from elsewhere without https
+  const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes.subarray(0, -76)));
+  const hex = Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  if (new TextDecoder().decode(bytes.subarray(-64)) !== hex) throw new Error("network.onnx is damaged: export it again");
+}
+
 /** The metadata of a file in ONNX: field 14 of its outermost message, pairs of key and value. */
 function readMetadata(bytes) {
   const text = new TextDecoder();
@@ -239,6 +247,7 @@ async function loadNetwork() {
     download("runtime/ort-wasm-simd-threaded.wasm", advance),
     download("network.onnx", advance),
   ]);
+  await checkDigest(bytes);
   const metadata = readMetadata(bytes);
   const threads = self.crossOriginIsolated ? Math.min(4, navigator.hardwareConcurrency) : 1;
   runtime.env.wasm.wasmBinary = binary.buffer;

@@ -4,6 +4,7 @@ The exported network takes the letterboxed photo as it is (uint8 RGB) and return
 own grid. The metadata hold the configuration, with which :func:`load_exported` does the rest.
 """
 
+import hashlib
 import json
 import tempfile
 import zipfile
@@ -162,10 +163,15 @@ class OnnxNetwork(nn.Module):
     def __init__(self, path: Path, threads: int = 0):
         super().__init__()
         engine = runtime.require("onnxruntime", "export")
+        content = path.read_bytes()
+        seal = _seal(content[: -len(_seal(b""))])
+        if not content.endswith(seal):
+            raise ValueError("its end is not its SHA-256: damaged, or of another version")
         options = engine.SessionOptions()
         options.intra_op_num_threads = threads
-        self.session = engine.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self.session = engine.InferenceSession(content, options, ["CPUExecutionProvider"])
         self.metadata = self.session.get_modelmeta().custom_metadata_map
+        self.metadata.pop("sha256")  # of the file, see _seal()
 
     def forward(self, image: Tensor) -> Tensor:
         """(B, 3, H, W) uint8 -> (B, 1, H/8, W/8) float32."""
@@ -226,7 +232,13 @@ def _save_onnx(proto, metadata: dict, path: Path) -> None:
     import onnx
 
     onnx.helper.set_model_props(proto, metadata)
-    onnx.save(proto, path)
+    content = proto.SerializeToString()
+    path.write_bytes(content + _seal(content))
+
+
+def _seal(content: bytes) -> bytes:
+    """The end of an ONNX file: a last entry of its metadata, the SHA-256 of all before it."""
+    return b"r\x4a\n\x06sha256\x12@" + hashlib.sha256(content).hexdigest().encode()
 
 
 def _write_int8(path: Path, images: Tensor, metadata: dict) -> None:
