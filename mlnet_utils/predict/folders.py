@@ -4,7 +4,7 @@ import itertools
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 
 from mlnet_utils import runtime
@@ -25,6 +25,7 @@ from mlnet_utils.predict.predictor import Predictor, load, predict_maps, to_dens
 
 LARGE = 16e6  # pixels of a photo that has the memory for itself
 RECORD = "prediction.json"  # in the output folder: the checkpoint that made the maps
+MADE_OF = "photo_sha256"  # in the metadata of every map
 Targets = dict[Path, list[Path]]  # photo or video -> its output files, the map itself last
 
 
@@ -64,7 +65,8 @@ def predict_folder(
     ``<stem>_overlay.png`` (the photo with its map on top), and with ``npy`` ``<stem>.npy``
     (float32 density that sums to 1). Where two photos differ in their suffix only, it is kept:
     ``x.jpg.png``. Photos inside a given folder keep their sub-folders. Photos with all outputs in
-    place are skipped, so that an interrupted call can be repeated; ``force`` redoes them, and first
+    place are skipped, so that an interrupted call can be repeated, unless they were changed since
+    (a map's metadata hold the SHA-256 of its photo); ``force`` redoes them, and first
     removes files of another checkpoint that will be made again. Under ``accelerate launch`` every
     process takes its share on its own GPU; all return the same result.
 
@@ -104,11 +106,12 @@ def _predict_photos(
     def turn(width: int, height: int) -> AbstractContextManager:
         return one_at_a_time if width * height > LARGE else nullcontext()
 
-    def decode(photo: Path) -> tuple[Tensor, Letterbox]:
+    def decode(photo: Path) -> tuple[Tensor, Letterbox, str]:
         with turn(*images.stored_size(photo)):
-            return predictor.prepare(images.read_image(photo, upright))
+            digest = runtime.sha256_file(photo)  # first: a change while it is read will show
+            return *predictor.prepare(images.read_image(photo, upright)), digest
 
-    def write(photo: Path, box: Letterbox, single: Tensor) -> None:
+    def write(photo: Path, box: Letterbox, digest: str, single: Tensor) -> None:
         with turn(box.photo_width, box.photo_height):
             density = to_density(single, predictor.config, box).float().numpy()
             for path, ending in zip(targets[photo], endings, strict=True):
@@ -120,8 +123,11 @@ def _predict_photos(
                         pixels = images.read_image(photo, upright).permute(1, 2, 0).numpy()
                         Image.fromarray(paint_overlay(pixels, density)).save(temporary)
                     else:
+                        about = PngImagePlugin.PngInfo()
+                        about.add_text(MADE_OF, digest)
                         # Level 6, the usual one, takes twice as long for a fifth less.
-                        Image.fromarray(to_8_bits(density)).save(temporary, compress_level=3)
+                        how = {"compress_level": 3, "pnginfo": about}
+                        Image.fromarray(to_8_bits(density)).save(temporary, **how)
 
     def finished(futures: dict[Path, Future], problem: str = "") -> dict[Path, Any]:
         """Wait for all; the values of those that have one. The others' errors are noted."""
@@ -144,14 +150,19 @@ def _predict_photos(
             decoding = {photo: pool.submit(decode, photo) for photo in batch}
             maps = []
             if ready:
-                batched = torch.stack([image for image, _ in ready.values()]).to(predictor.device)
+                batched = torch.stack([image for image, *_ in ready.values()]).to(predictor.device)
                 maps = predict_maps(predictor.model, predictor.config, batched)
             result.done += finished(writing, "its map cannot be written: ")
             writing = {
-                photo: pool.submit(write, photo, box, single)
-                for (photo, (_, box)), single in zip(ready.items(), maps, strict=True)
+                photo: pool.submit(write, photo, *about, single)
+                for (photo, (_, *about)), single in zip(ready.items(), maps, strict=True)
             }
         result.done += finished(writing, "its map cannot be written: ")
+
+
+def _made_of(path: Path) -> str:
+    with Image.open(path, formats=("PNG",)) as image:
+        return image.info.get(MADE_OF, "")
 
 
 def to_8_bits(density: np.ndarray) -> np.ndarray:
@@ -173,11 +184,13 @@ def begin(
     device: str | None,
     fast: bool,
     suffixes: Sequence[str] = images.PHOTO_SUFFIXES,
+    made_of: Callable[[Path], str] = _made_of,
 ) -> Iterator[tuple[Predictor, Targets, FolderResult]]:
     """The network, this process's share of the work, and a result with what was done before.
 
     Meanwhile other calls that would write into ``out`` wait. Arguments and errors as those of
-    :func:`list_targets` and :func:`predict_folder`.
+    :func:`list_targets` and :func:`predict_folder`; ``made_of`` reads from a map the SHA-256 of the
+    file that it was made of.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -197,7 +210,7 @@ def begin(
         if other_maps and not force:
             other = f"were made by another checkpoint ({before.get('checkpoint')}), or not as fast"
             raise ValueError(f"the maps in {out} {other}; choose another folder, or force new ones")
-        done = {f for f, made in targets.items() if not force and all(p.is_file() for p in made)}
+        done = {f for f, made in targets.items() if not force and _is_done(f, made, made_of)}
         todo = {file: made for file, made in targets.items() if file not in done}
         processes.wait_for_everyone()  # all have the same list before the first one writes
         if processes.is_main_process:
@@ -212,6 +225,16 @@ def begin(
         share = list(todo)[processes.process_index :: processes.num_processes]
         result.skipped = sorted(done)
         yield predictor, {file: todo[file] for file in share}, result
+
+
+def _is_done(file: Path, made: Sequence[Path], made_of: Callable[[Path], str]) -> bool:
+    """All output files of a photo are there, the last one of the photo as it is now."""
+    if not all(path.is_file() for path in (file, *made)):
+        return False
+    try:
+        return made_of(made[-1]) == runtime.sha256_file(file)
+    except Exception:  # a damaged map is made again; of a damaged photo its reader will tell
+        return False
 
 
 def gather(result: FolderResult) -> FolderResult:

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from mlnet_utils.plots import overlay as paint_overlay
-from mlnet_utils.predict.folders import FolderResult, begin, gather, to_8_bits
+from mlnet_utils.predict.folders import MADE_OF, FolderResult, begin, gather, to_8_bits
 from mlnet_utils.predict.predictor import Predictor
-from mlnet_utils.runtime import atomic_path, progress, require
+from mlnet_utils.runtime import atomic_path, progress, require, sha256_file
 
 VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg")
 
@@ -40,7 +40,7 @@ def predict_videos(
     require("av", "video")
     endings = ["_overlay.mp4", ".mp4"] if overlay else [".mp4"]
     call = (checkpoint, paths, Path(out), endings, force, batch_size, device, fast, VIDEO_SUFFIXES)
-    with begin(*call) as (predictor, targets, result):
+    with begin(*call, _made_of) as (predictor, targets, result):
         for video, made in targets.items():
             try:
                 _predict_video(predictor, video, made, batch_size)
@@ -53,6 +53,7 @@ def predict_videos(
 
 def _predict_video(predictor: Predictor, video: Path, paths: list[Path], batch_size: int) -> None:
     """Write one video's files: the overlay, if wanted, and the map."""
+    digest = sha256_file(video)
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(require("av", "video").open(video))
         frames = _frames(source)
@@ -60,8 +61,9 @@ def _predict_video(predictor: Predictor, video: Path, paths: list[Path], batch_s
         if first is None:
             raise ValueError(f"{video} holds no pictures")
         stream, size = source.streams.video[0], first[0].shape[1::-1]
+        form = (stream, size, digest)
         writers = [
-            stack.enter_context(_writer(stack.enter_context(atomic_path(path)), stream, size))
+            stack.enter_context(_writer(stack.enter_context(atomic_path(path)), *form))
             for path in paths
         ]
         total = -(-stream.frames // batch_size) or None  # some files do not say
@@ -75,6 +77,11 @@ def _predict_video(predictor: Predictor, video: Path, paths: list[Path], batch_s
                     writers[0](paint_overlay(pixels, density), time)
 
 
+def _made_of(path: Path) -> str:
+    with require("av", "video").open(path) as container:
+        return container.metadata.get("comment", "").removeprefix(f"{MADE_OF}=")
+
+
 def _frames(source) -> Iterator[tuple[np.ndarray, int]]:
     """(H, W, 3) uint8 pictures, upright, each with its time in the stream's units."""
     for frame in source.decode(video=0):
@@ -83,10 +90,11 @@ def _frames(source) -> Iterator[tuple[np.ndarray, int]]:
 
 
 @contextlib.contextmanager
-def _writer(path: Path, timing, size: tuple[int, int]) -> Iterator[Callable]:
+def _writer(path: Path, timing, size: tuple[int, int], digest: str) -> Iterator[Callable]:
     """A new video of given size, with the timing of another: call it with picture and time."""
     av = require("av", "video")
     with av.open(path, "w") as container:
+        container.metadata["comment"] = f"{MADE_OF}={digest}"
         # Quality 18 of 0 (best) to 51: hardly to be told from the original.
         stream = container.add_stream(
             "libx264", rate=timing.average_rate or timing.guessed_rate, options={"crf": "18"}

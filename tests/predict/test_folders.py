@@ -103,6 +103,24 @@ def test_maps_alone_by_default_and_from_single_files(album, checkpoint, tmp_path
 
 
 # ---- resuming ----------------------------------------------------------------------------------
+def test_a_photo_that_changed_is_predicted_again(checkpoint, tmp_path):
+    """Whatever the clock says, and also where its map was made by an early version."""
+    paths = [photo(tmp_path / "album" / f"{name}.jpg") for name in "abc"]
+    out = tmp_path / "out"
+    predict_folder(checkpoint, [tmp_path / "album"], out)
+    before = stamps(out)
+    photo(paths[0], (90, 60))
+    os.utime(paths[0], (0, 0))
+    os.utime(paths[1])
+    with Image.open(out / "c.png") as image:
+        Image.fromarray(np.asarray(image)).save(out / "c.png")
+    result = predict_folder(checkpoint, [tmp_path / "album"], out)
+    assert (result.done, result.skipped) == ([paths[0], paths[2]], [paths[1]])
+    with Image.open(out / "a.png") as image:
+        assert image.size == (90, 60)
+    assert stamps(out)["b.png"] == before["b.png"]
+
+
 def test_a_second_call_does_only_what_is_missing(album, checkpoint, tmp_path):
     out = tmp_path / "out"
     predict_folder(checkpoint, [album], out, overlay=True)

@@ -116,6 +116,8 @@ def test_broken_videos_stop_nothing_and_done_ones_are_skipped(checkpoint, tmp_pa
         assert set(result.failed) == failed
         assert "64x16" in result.failed[folder / "icon.mp4"]
     assert files(out) == {"trip/good.mp4", "trip/good_overlay.mp4", "prediction.json"}
+    video(good, (80, 48))
+    assert predict_videos(checkpoint, [folder], out, overlay=True).done == [good]
 
 
 def test_command_line(checkpoint, tmp_path, capsys):
