@@ -114,11 +114,12 @@ def display_path(path: str | Path) -> str:
 
 # ---- files -------------------------------------------------------------------------------------
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, lasting: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it onto ``path`` only on success.
 
-    A full disk or a kill leaves the old file intact, and no reader sees half a file. An OSError
-    names the file that could not be written.
+    A full disk or a kill leaves the old file intact, and no reader sees half a file; a power cut
+    too, where it is ``lasting``, which takes time. An OSError names the file that could not be
+    written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -127,8 +128,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     try:
         with writing(path):
             yield temporary
-            with open(temporary, "rb") as file:
-                os.fsync(file.fileno())
+            if lasting:
+                with open(temporary, "rb") as file:
+                    os.fsync(file.fileno())
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from scipy.special import ndtr
 
 from mlnet_utils.data.geometry import pixel_indices
 from mlnet_utils.data.photos import SPLITS, Photo
-from mlnet_utils.runtime import progress
+from mlnet_utils.runtime import atomic_path, progress
 
 HEIGHT, WIDTH = 240, 320
 OBSERVERS, FIXATIONS = 15, 10  # per photo; fixations per observer on average
@@ -133,7 +133,7 @@ def write_sample(folder: str | Path, counts: dict[str, int], seed: int = 2016) -
 
     ``counts`` are photos per split, each with its record in the result: fixations, observers, the
     path of the true density. The scene with a given seed, split and number is the same whatever
-    else is made. Existing files are replaced.
+    else is made. Existing files are replaced, each at once: a training may be reading them.
     """
     folder = Path(folder)
     for name in ("images", "densities"):
@@ -146,10 +146,12 @@ def write_sample(folder: str | Path, counts: dict[str, int], seed: int = 2016) -
         points, observers = draw_fixations(stimulus, rng)
         stem = f"{split}_{number:04d}"
         image, density = f"images/{stem}.png", f"densities/{stem}.npz"
-        # Plain writes, a third of the time of atomic ones: Prepared.write puts the index
-        # that declares them complete last. Compressing harder would also save little.
-        Image.fromarray(stimulus.image).save(folder / image, compress_level=1)
-        np.savez(folder / density, density=stimulus.density.astype(np.float32))
+        # Not lasting, for a third of the time: the index that declares them complete comes last.
+        with atomic_path(folder / image, lasting=False) as temporary:
+            # Compressing harder would save little.
+            Image.fromarray(stimulus.image).save(temporary, compress_level=1)
+        with atomic_path(folder / density, lasting=False) as temporary:
+            np.savez(temporary, density=stimulus.density.astype(np.float32))
         photos.append(Photo(stem, image, WIDTH, HEIGHT, split, points, observers, density=density))
     return photos
 

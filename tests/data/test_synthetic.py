@@ -90,6 +90,18 @@ def test_folding_keeps_points_inside_and_leaves_inner_ones_alone():
     np.testing.assert_allclose(folded[1], [10.2, 239.4], rtol=1e-6)
 
 
+def test_who_reads_the_sample_while_it_is_made_again_reads_whole_files(tmp_path):
+    (photo,) = synthetic.write_sample(tmp_path, {"train": 1})
+    read = {name: tmp_path / f"held{i}" for i, name in enumerate((photo.image, photo.density))}
+    for name, held in read.items():
+        (tmp_path / name).write_bytes(b"of another version")
+        held.hardlink_to(tmp_path / name)
+    synthetic.write_sample(tmp_path, {"train": 1})
+    for name, held in read.items():
+        assert held.read_bytes() == b"of another version"
+        assert len((tmp_path / name).read_bytes()) > 1000
+
+
 def test_write_sample_makes_records_that_can_be_read_back(tmp_path):
     photos = synthetic.write_sample(tmp_path, {"train": 2, "test": 1}, seed=11)
     assert [photo.stem for photo in photos] == ["train_0000", "train_0001", "test_0000"]
