@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
 from mlnet_utils.data.geometry import (
     Letterbox,
@@ -138,16 +139,20 @@ class Photo:
     def read_density(self, root: str | Path) -> Tensor:
         """(H, W) float64 that sums to 1: the photo's density map, which lies below ``root``.
 
+        A smaller or larger map of the whole photo is brought to the photo's size, bilinearly.
         Raises a FileNotFoundError, or a ValueError where it is damaged, no density, or of another
-        size than the photo.
+        shape than the photo.
         """
-        path = Path(root) / self.density
+        path, size = Path(root) / self.density, (self.height, self.width)
         density = read_density(path)
         height, width = density.shape
-        if (height, width) != (self.height, self.width):
-            sizes = f"{width}x{height}, but its photo is {self.width}x{self.height}"
-            raise ValueError(f"density map {path} is {sizes}: make it again at the photo's size")
-        return density
+        if (height, width) == size:
+            return density
+        if abs(width * self.height - height * self.width) > sum(size) / 2:  # half a cell a side
+            shapes = f"{width}x{height}, but its photo is {self.width}x{self.height}"
+            raise ValueError(f"density map {path} is {shapes}: make it again of the whole photo")
+        resized = interpolate(density[None, None], size, mode="bilinear", antialias=True)[0, 0]
+        return resized / resized.sum()
 
 
 class StaleError(ValueError):
@@ -271,7 +276,8 @@ class Prepared:
             np.savez_compressed(temporary, **arrays)
         write_json(self.folder / SOURCES, self._sources())
         files = {name: sha256_file(self.folder / name) for name in INDEX_FILES}
-        write_json(self.folder / "meta.json", {**self.meta, "files": files})
+        meta = {**self.meta, "files": files}
+        write_json(self.folder / "meta.json", {**meta, "sha256": _digest(meta)})
 
     def _sources(self) -> dict[str, Any]:
         """``files``, see :func:`fingerprints`, and ``read_from``, the parts that these lie in."""
@@ -296,7 +302,9 @@ class Prepared:
             if not 0 < float(meta["sigma_px"]) <= LARGEST_SIGMA:
                 raise ValueError(f"sigma_px is {meta['sigma_px']}")
             Path(meta["root"])
-            hashes = dict(meta.get("files", {}))  # early folders have none
+            hashes = dict(meta.get("files", {}))  # early folders have none, nor the next
+            if meta.pop("sha256", None) not in (None, _digest(meta)):
+                raise ValueError("its SHA-256 is another")
         for name in INDEX_FILES:
             with reading(folder / name, "the file that meta.json belongs to", again):
                 if (digest := hashes.get(name)) and sha256_file(folder / name) != digest:
@@ -375,6 +383,10 @@ def _listed(root: Path, parts: Iterable[str]) -> set[str]:
     there = [root / part for part in parts]
     paths = [path for part in there for path in (part, *visible_files(part, SOURCE_SUFFIXES))]
     return {path.relative_to(root).as_posix() for path in paths if path.is_file()}
+
+
+def _digest(meta: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _state(path: Path) -> list[int]:

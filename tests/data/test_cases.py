@@ -249,12 +249,13 @@ FINE = {
     "array.npy": np.save,
     "unnamed.npz": np.savez,
     "named.npz": lambda path, v: np.savez(path, density=v, other=1),
+    "half.png": lambda path, v: drawn("L")(path, v.reshape(60, 2, 80, 2).mean((1, 3))),
 }
 NO_DENSITY = {
     "painted.png": (painted, "in colours"),
     "alpha.png": (rgba(np.ones_like, np.asarray), "transparent"),
     "constant.png": (lambda path, v: drawn("L")(path, np.ones_like(v)), "the same everywhere"),
-    "half.png": (lambda path, v: drawn("L")(path, v[::2, ::2]), "80x60, but its photo is 160x120"),
+    "part.png": (lambda path, v: drawn("L")(path, v[:80]), "160x80, but its photo is 160x120"),
     "nothing.npy": (lambda path, v: np.save(path, 0 * v), "sum 0"),
     "negative.npy": (lambda path, v: np.save(path, -v), "not negative"),
 }
@@ -273,6 +274,18 @@ def test_density_maps_that_are_read(study, name):
     read = found.density(found.photos[3]).numpy()
     expected = density("004") / density("004").sum()
     assert np.corrcoef(read.ravel(), expected.ravel())[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("ending", ["_density", "-map"])
+def test_maps_that_are_named_after_their_kind(study, ending):
+    draw(study, "grey.png", drawn("L"))
+    for path in sorted((study / "density_maps").iterdir()):
+        path.rename(path.with_stem(f"{path.stem}{ending}"))
+    found = prepared(study, loss="kl")
+    assert found.photos[3].density == f"density_maps/{found.photos[3].stem}{ending}.png"
+    (study / found.photos[3].density).unlink()
+    with pytest.raises(ValueError, match="12 photos without density maps"):
+        prepared(study, loss="kl")
 
 
 @pytest.mark.parametrize("name", NO_DENSITY)

@@ -183,9 +183,16 @@ def test_damaged_files_are_errors(run_folder, name, known):
     path.write_bytes(path.read_bytes()[:-40])
     if not known:  # as in folders of early versions
         meta = json.loads((data / "meta.json").read_text())
-        (data / "meta.json").write_text(json.dumps({**meta, "files": {}}))
+        (data / "meta.json").write_text(json.dumps({**meta, "files": {}, "sha256": None}))
     with pytest.raises(ValueError, match=rf"{run_folder}.*(index.jsonl|fixations.npz)"):
         Prepared.read(data)
+
+
+def test_a_changed_digit_of_the_description_is_noticed(run_folder):
+    path = run_folder / "data/meta.json"
+    path.write_text(path.read_text().replace('"sigma_px": 6.0', '"sigma_px": 2.0'))
+    with pytest.raises(ValueError, match=r"meta\.json.*SHA-256"):
+        Prepared.read(run_folder / "data")
 
 
 def test_an_interrupted_preparation_does_not_look_complete(run_folder, monkeypatch):

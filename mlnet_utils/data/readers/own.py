@@ -228,10 +228,14 @@ def _split(place: Path) -> str:
 def _maps(
     images: Path, folder: str | Path, paths: dict[str, Path], kind: str, suffixes: tuple[str, ...]
 ) -> dict[str, Path]:
-    """The folder's maps by stem, one for each of the photos ``paths``."""
+    """The folder's maps by stem, one for each of the photos ``paths``; all may have an ending."""
     if not folder:
         return {}
     maps = files.by_stem(visible_files(Path(folder), suffixes), "own photos")
+    first = next(iter(maps), "")
+    for ending in {first.removeprefix(stem) for stem in paths} - {first}:
+        if maps.keys() == {f"{stem}{ending}" for stem in paths}:  # such as 001_density of 001
+            return {stem: maps[f"{stem}{ending}"] for stem in paths}
     _check_pairs(images, paths, kind, maps)
     return maps
 
