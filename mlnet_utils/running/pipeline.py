@@ -54,11 +54,14 @@ class Stage:
         return f"notebooks/{self.name}.ipynb"
 
 
-def _changed_sources(folder: Path) -> str:
+def _prepared(folder: Path, check: bool):
     from mlnet_utils.data.photos import Prepared  # imports torch
 
-    prepared = Prepared.read(folder / "data", check=False)
-    return next(iter(prepared.check(everything=False)), "")
+    return Prepared.read(folder / "data", check)
+
+
+def _changed_sources(folder: Path) -> str:
+    return next(iter(_prepared(folder, check=False).check(everything=False)), "")
 
 
 STAGES = (
@@ -117,6 +120,7 @@ def reproduce(
         raise FileNotFoundError(f"{missing[0]} is missing: run from a checkout of the repository")
     injections = _injections(sources, own, parameters or {})
 
+    split = injections.get("03_evaluation", {}).get("SPLIT", "")
     weights = Path(backbone_file(config)).expanduser()
     shared = {
         "preset": _digest(config.to_dict()),
@@ -135,6 +139,8 @@ def reproduce(
                 "earlier records": _records(folder, stages[:number]),
             }
             inputs = json.loads(json.dumps(inputs))  # as the state file will hold them
+            if split and stage.name == "02_training":  # refused before its hours
+                _prepared(folder, check=True).with_truth(split)
             label = f"[{number + 1}/{len(stages)}] {stage.name}"
             reason = "forced" if force else _reason_to_run(folder, stage, state, inputs)
             if reason:

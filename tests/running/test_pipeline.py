@@ -14,9 +14,11 @@ from threading import Barrier, BrokenBarrierError
 import nbformat
 import papermill
 import pytest
+from conftest import prepare_run
 
 from mlnet_utils import runtime
 from mlnet_utils.config import load_config
+from mlnet_utils.data.photos import ARRAYS
 from mlnet_utils.running import pipeline
 from mlnet_utils.running.notebooks import NotebookError
 from mlnet_utils.running.pipeline import PublishError, Stage, reproduce
@@ -463,6 +465,25 @@ def test_a_second_cell_of_parameters_is_an_error(tmp_path, monkeypatch, tag, mes
     nbformat.write(book, path)
     with pytest.raises(ValueError, match=message):
         run(root)
+
+
+def test_a_split_without_truth_is_refused_before_training(tmp_path, tiny_photos, monkeypatch):
+    photos, root = tiny_photos
+    nothing = {name: getattr(photos[0], name)[:0] for name in ARRAYS}
+    secret = [replace(p, **nothing) if p.split == "test" else p for p in photos]
+    ran, folder = [], prepare_run(tmp_path / "run", secret, root)
+
+    def run_stage(folder, stage, source, inputs, state, force):
+        ran.append(stage.name)
+        state[stage.name] = {"seconds": 0}
+        (folder / stage.record).write_text("{}")
+
+    monkeypatch.setattr(pipeline, "_run_stage", run_stage)
+    with pytest.raises(ValueError, match=r"4 of the 4 test photos .* evaluate the split 'val'"):
+        reproduce("tiny", folder, parameters={"SPLIT": "test"})
+    assert ran == ["01_data_preparation"]
+    reproduce("tiny", folder, parameters={"SPLIT": "val"})
+    assert len(ran) == 1 + len(pipeline.STAGES)
 
 
 # ---- publishing --------------------------------------------------------------------------------
