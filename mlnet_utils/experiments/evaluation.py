@@ -106,7 +106,6 @@ class TestSet:
             "photos": len(self.photos),
             "fixations": sum(len(photo.fixations) for photo in self.photos),
             "dropped": sum(photo.dropped for photo in self.photos),
-            "data": self.prepared.digest,
             "protocol": protocol,
             "sigma_px": sigma,
             "density": density,
@@ -236,7 +235,8 @@ def evaluate(
     processes = runtime.processes()
     data = TestSet(run_dir, split)  # first: of missing inputs, the earliest is named
     predictor = load(checkpoint, str(processes.device))
-    if checkpoint.resolve() == own.resolve() and predictor.data not in ("", data.prepared.digest):
+    digest = data.prepared.digest
+    if checkpoint.resolve() == own.resolve() and predictor.data not in ("", digest):
         other = f"was trained on other prepared data than {data.prepared.folder} holds now"
         raise ValueError(f"{checkpoint} {other}: train anew (`reproduce --force` does)")
     predictor.config = config = as_asked(predictor.config, config)
@@ -246,7 +246,7 @@ def evaluate(
     rows = data.score_models(network, config.protocol, [m for m in MODELS if m in models])
     report = {
         **data.describe(config.protocol),
-        **inputs_of(data.prepared, checkpoint, config),
+        **inputs_of(digest, checkpoint, config),
         "checkpoint": runtime.display_path(checkpoint),
         "preset": config.preset,
         "seed": config.seed,
@@ -272,15 +272,15 @@ def save_scores(folder: Path, report: dict, rows: Sequence[dict], resamples: int
     return report
 
 
-def inputs_of(prepared: Prepared, checkpoint: Path, config: Config) -> dict:
+def inputs_of(data: str, checkpoint: Path, config: Config) -> dict:
     """What scores were computed from, in the form of ``metrics.json``: equal inputs, equal scores.
 
-    Beside these the split counts, and the package.
+    ``data`` is the digest of the prepared data. Beside these the split counts, and the package.
     """
     return {
         **{key: config.to_dict()[key] for key in EVALUATION_KEYS},
         "checkpoint_sha256": runtime.sha256_file(checkpoint),
-        "data": prepared.digest,
+        "data": data,
     }
 
 

@@ -65,7 +65,8 @@ def score(
     with warnings.catch_warnings():  # the notes count them
         warnings.filterwarnings("ignore", "image .* 8-bit", UserWarning)
         rows = testset.score_models(predict, protocol, (*names, *BASELINES))
-    report = {**testset.describe(protocol), "maps": {p.name: p.describe() for p in places}}
+    report = {**testset.describe(protocol), "data": testset.prepared.digest}
+    report["maps"] = {place.name: place.describe() for place in places}
     if other:
         table = pd.DataFrame(rows).assign(seed=0).rename(columns={"model": "cell"})
         found = compare(table, names[:1], names[1], resamples)

@@ -178,7 +178,7 @@ def _scored(job: Job) -> bool:
     if not path.is_file():
         return False
     report = runtime.read_json(path, "the sweep")
-    wanted = evaluation.inputs_of(Prepared.read(job.data), best, job.config)
+    wanted = evaluation.inputs_of(Prepared.read(job.data).digest, best, job.config)
     wanted["split"] = job.split
     return all(report.get(key) == value for key, value in wanted.items())
 
