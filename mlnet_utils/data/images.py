@@ -87,7 +87,9 @@ def open_image(path: str | Path) -> Image.Image:
     if not Path(path).is_file():  # opening a named pipe would wait for ever
         raise ValueError(f"'{path}' is no photo, but a link to nothing, a pipe or a device")
     with open(path, "rb") as file:
-        heic = file.read(10)[4:] == b"ftyphe"  # as phones write it, whatever its name
+        head = file.read(32)  # of HEIC as phones write it, whatever its name
+        heif = head[4:12] in (b"ftypmif1", b"ftypmsf1") and b"avif" not in head
+        heic = head[4:10] == b"ftyphe" or heif
     try:
         if heic:
             require("pillow_heif", "heic").register_heif_opener()
