@@ -70,8 +70,8 @@ def test_maps_are_noted_where_they_are(root, edition):
     assert photos[2].density == f"maps-{edition}/val/{STEMS['val'][0]}.png"
     assert photos[3].density == ""
     drawn = root / photos[0].density
-    save_map(drawn, 320, 240)
-    with pytest.raises(ValueError, match=rf"{drawn.name} is 320x240, .* 640x480"):
+    save_map(drawn, 320, 200)
+    with pytest.raises(ValueError, match=rf"{drawn.name} is 320x200, .* 640x480"):
         read_salicon_mat(root, edition)
     drawn.unlink()
     with pytest.raises(ValueError, match=r"train: 1 photos without density maps: 'COCO_train2014"):
