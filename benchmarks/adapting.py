@@ -28,6 +28,7 @@ from mlnet_utils.data.photos import Photo, Prepared
 from mlnet_utils.experiments.evaluation import TestSet
 from mlnet_utils.metrics import score_all
 from mlnet_utils.metrics.summary import summary
+from mlnet_utils.model import losses
 from mlnet_utils.model.checkpoints import load_start, with_start
 from mlnet_utils.model.losses import Objective
 from mlnet_utils.model.network import Adaptation, MLNet
@@ -36,7 +37,7 @@ from mlnet_utils.runtime import SHIPPED, data_root, display_path, progress, sha2
 from mlnet_utils.training import trainer
 
 AS_IT_IS, REFERENCE = "as it is", "reference"
-METRICS = ("CC", "KL", "IG", "NSS", "AUC")
+METRICS = ("CC", "KL", "IG", "NSS")
 Maps = Callable[[Photo], Tensor]  # a photo's (1, 1, h, w) density on the network's grid
 
 
@@ -110,6 +111,26 @@ def score(test: TestSet, models: dict[str, Maps], predictor: Predictor) -> pd.Da
     return pd.DataFrame(rows)
 
 
+@torch.inference_mode()
+def score_on_grid(study: Study, split: str, models: dict[str, Maps]) -> pd.DataFrame:
+    """The same on the network's grid, many times as fast; IG is over a uniform map."""
+    data, rows = SaliencyDataset(study.prepared, split, study.config), []
+    for index, photo in enumerate(progress(data.photos, f"scoring {len(models)}", unit="photo")):
+        truth = [each[None, None] for each in data._truth(index)]
+        for name, maps in models.items():
+            density = maps(photo)
+            gain = np.log(density.numel()) - losses.ce_loss(density, *truth)
+            found = {"CC": 1 - losses.cc_loss(density, *truth), "IG": gain / np.log(2)}
+            found |= {
+                "KL": losses.kl_loss(density, *truth),
+                "NSS": -losses.nss_loss(density, *truth),
+            }
+            rows.append(
+                {"model": name, "stem": photo.stem} | {k: v.item() for k, v in found.items()}
+            )
+    return pd.DataFrame(rows)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -124,6 +145,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=5, help="of the photos, for `adapt`")
     parser.add_argument("--finetune", type=int, default=1, help="draws for `finetune`")
     parser.add_argument("--split", choices=("val", "test"), default="test", help="that is scored")
+    parser.add_argument("--grid", action="store_true", help="score on the network's grid")
     parser.add_argument("--keep", type=Path, help="folder of the runs, to continue later")
     parser.add_argument("--smoke", action="store_true", help="drawings, tiny, nothing saved")
     parser.add_argument("--out", type=Path, help="default: results/benchmarks/adapting.json")
@@ -138,7 +160,7 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
         options.photos, options.draws, options.finetune = [5], 2, 1
         small = load_config("tiny", limit=6, epochs=1)
         preparation.prepare(small, data_root(), folder / "data")
-        options.start = options.reference = trainer.fit(small, folder).best
+        options.start = trainer.fit(small, folder).best
     else:
         config = load_config("finetune", dataset=options.dataset)
         preparation.ensure(config, data_root(options.data_root), folder / "data")
@@ -162,7 +184,10 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
             tuned = study.finetune(study.draw(count, number), run)
             models[name] = lambda photo, tuned=tuned: network_map(tuned, study.prepared, photo)
             groups.setdefault(("finetune", count), []).append(name)
-    scores = score(TestSet(folder, options.split), models, study.predictor)
+    if options.grid:
+        scores = score_on_grid(study, options.split, models)
+    else:
+        scores = score(TestSet(folder, options.split), models, study.predictor)
     tables = {name: part.set_index("stem")[list(METRICS)] for name, part in scores.groupby("model")}
     before = tables[AS_IT_IS]
     rows = [{"recipe": AS_IT_IS, **means(before)}]
@@ -181,7 +206,8 @@ def measure_all(options: argparse.Namespace, folder: Path) -> None:
     measure.print_table([shown(row) for row in rows])
     if not options.smoke:
         content = {
-            **{"dataset": options.dataset, "split": options.split, "protocol": "mit300"},
+            **{"dataset": options.dataset, "split": options.split},
+            "scored": "on the network's grid" if options.grid else "mit300, at the photos' size",
             "start": named(options.start),
             "reference": options.reference and named(options.reference),
             "rows": rows,
