@@ -184,7 +184,7 @@ class MapFiles:
                 (values,) = load_mat(path).values()
         else:
             values = read_map(path)
-        values = np.asarray(values, np.float64)
+        values = np.array(values, np.float64)  # a copy: those of some files cannot be written to
         is_log = values.ndim == 2 and values.size and abs(logsumexp(values)) < LOG_SUM
         values = np.exp(values) if is_log else values
         if values.ndim != 2 or not values.size or not np.isfinite(values).all():

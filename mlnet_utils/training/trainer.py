@@ -565,9 +565,8 @@ def has_own_memory(device: torch.device) -> bool:
 def advice(config: Config) -> str:
     """What helps when training dies."""
     if config.head == "paper":
-        remedy = "use head='density', start_from a training with loss='kl', or a smaller lr"
-        rate = f"now {config.lr:g}; the authors use SGD at 1e-3"
-        return f"The paper's head ends in ReLUs, which can stay at zero: {remedy} ({rate})."
+        remedy = "set centre=true, standardise=true, head='density' or loss='mlnet-printed'"
+        return f"The paper's head ends in ReLUs, which can stay at zero: {remedy}, or a smaller lr."
     return f"Try a smaller lr (now {config.lr:g}), clip_norm=1, or precision='fp32'."
 
 
