@@ -32,8 +32,10 @@ from mlnet_utils.runtime import (
     data_root,
     display_path,
     first_of_launch,
+    locked,
     progress,
     reading,
+    remove_temporaries,
     require,
 )
 
@@ -101,9 +103,10 @@ def write_submission(
     """Predict all photos of a benchmark and pack the maps as it wants them, into ``out``.
 
     The maps are collected in ``<out>_maps/`` until the file is complete, so that a call that was
-    interrupted can be repeated; under ``accelerate launch`` the processes share the work. The 2015
-    edition wants the name ``fixations_<split>2014_<algorithm>_results.json``. The checkpoint is a
-    trained or imported one; the photos are those of :func:`benchmark_photos`.
+    interrupted can be repeated; another call for the same file waits. Under ``accelerate launch``
+    the processes share the work. The 2015 edition wants the name
+    ``fixations_<split>2014_<algorithm>_results.json``. The checkpoint is a trained or imported one;
+    the photos are those of :func:`benchmark_photos`.
 
     Raises:
         ValueError: see :func:`benchmark_photos`; or a wrong suffix of ``out``.
@@ -118,15 +121,17 @@ def write_submission(
     if suffix == ".hdf5":
         require("h5py", "legacy")  # fail before the work, not after it
     maps = out.with_name(f"{out.stem}_maps")
-    result = predict_folder(checkpoint, [folder], maps, npy=suffix == ".hdf5", upright=False)
-    if result.failed:
-        raise RuntimeError(f"the submission would not be complete: {result.summary()}")
-    if first_of_launch():
-        with atomic_path(out) as temporary:
-            _pack(maps, sizes, temporary)
-            if problems := validate_submission(temporary, sizes):
-                raise RuntimeError(f"{display_path(out)} would be refused: {'; '.join(problems)}")
-        shutil.rmtree(maps)
+    with locked(out):  # another call would lose the maps
+        result = predict_folder(checkpoint, [folder], maps, npy=suffix == ".hdf5", upright=False)
+        if result.failed:
+            raise RuntimeError(f"the submission would not be complete: {result.summary()}")
+        if first_of_launch():
+            remove_temporaries([out])
+            with atomic_path(out) as temporary:
+                _pack(maps, sizes, temporary)
+                if problems := "; ".join(validate_submission(temporary, sizes)):
+                    raise RuntimeError(f"{display_path(out)} would be refused: {problems}")
+            shutil.rmtree(maps)
     return out
 
 

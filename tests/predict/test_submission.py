@@ -8,11 +8,13 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
+import filelock
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_checkpoint, tiny_config
 from PIL import Image
+from test_runtime import abandon
 
 from mlnet_utils.model.checkpoints import save_checkpoint
 from mlnet_utils.model.network import MLNet
@@ -157,6 +159,22 @@ def test_an_interrupted_submission_continues(photos, checkpoint, tmp_path, monke
         patched.setattr(submission.shutil, "rmtree", lambda folder: None)
         write_submission(checkpoint, "salicon-2017", tmp_path / "out.zip", photos=photos)
     assert {path: path.stat().st_mtime_ns for path in maps} == maps
+
+
+def test_what_a_killed_call_left_goes_and_another_call_waits(
+    photos, checkpoint, tmp_path, monkeypatch
+):
+    out, pack, left = tmp_path / "out.zip", submission._pack, abandon(tmp_path / "out.zip")
+
+    def watched(*arguments):
+        assert not left.exists()
+        with pytest.raises(filelock.Timeout):
+            filelock.FileLock(tmp_path / ".out.zip.lock").acquire(blocking=False)
+        pack(*arguments)
+
+    monkeypatch.setattr(submission, "_pack", watched)
+    write_submission(checkpoint, "salicon-2017", out, photos=photos)
+    assert {path.name for path in tmp_path.iterdir()} == {"data", "out.zip"}
 
 
 def test_an_incomplete_submission_is_not_written(photos, checkpoint, tmp_path):
