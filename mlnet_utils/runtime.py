@@ -25,6 +25,7 @@ import filelock
 import yaml
 
 SHIPPED = Path(__file__).parent / "weights" / "mlnet.safetensors"  # comes with the package
+SEAL = "content_sha256"  # key of JSON files: see write_json
 REPORTED_PACKAGES = ("mlnet-utils", "torch", "torchvision", "timm", "accelerate", "numpy", "scipy")
 
 
@@ -210,8 +211,10 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
-def write_json(path: str | Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, atomically."""
+def write_json(path: str | Path, value: Any, sealed: bool = False) -> None:
+    """Write ``value`` as indented JSON, atomically; ``sealed`` by a digest of it in :data:`SEAL`."""
+    if sealed:
+        value = {**value, SEAL: _digest(value)}
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -245,13 +248,23 @@ def reading(path: str | Path, expected: str, remedy: str = "get it again") -> It
         raise ValueError(f"{problem}: expected {expected}; {remedy}") from error
 
 
+def _digest(value: Any) -> str:
+    text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)  # keys as they are read
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def read_json(path: str | Path, made_by: str, *keys: str) -> dict[str, Any]:
-    """Read a JSON file of an object with at least ``keys``; errors of :func:`reading`."""
+    """Read a JSON file of an object with at least ``keys``; errors of :func:`reading`.
+
+    Where a digest seals the object, it is compared, and left out.
+    """
     remedy = f"delete it, if it is there, and run {made_by}"
     with reading(path, f"the JSON that {made_by} writes", remedy):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict) or not set(keys) <= set(value):
             raise ValueError(f"it is no object with {', '.join(keys) or 'keys'}")
+        if value.pop(SEAL, None) not in (None, _digest(value)):
+            raise ValueError("its SHA-256 is another")
     return value
 
 

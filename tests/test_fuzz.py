@@ -223,7 +223,9 @@ def prepared(path):
     root = path.parent.parent
     prepare_run(root, [make_photo(root, "a", "train", 0)], root)
     meta = json.loads((path.parent / "meta.json").read_text())
-    (path.parent / "meta.json").write_text(json.dumps({**meta, "files": {}, "sha256": None}))
+    (path.parent / "meta.json").write_text(
+        json.dumps({**meta, "files": {}, "content_sha256": None})
+    )
 
 
 def read_prepared(path):

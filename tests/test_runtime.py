@@ -102,6 +102,17 @@ def test_atomic_path_replaces_only_on_success(tmp_path):
     assert os.listdir(path.parent) == ["file.csv"]
 
 
+@pytest.mark.parametrize("old", ["1.5", "second", "NaN"])
+def test_a_change_of_sealed_json_is_noticed(tmp_path, old):
+    path, value = tmp_path / "x.json", {"first": 1.5, "second": [float("nan")], 3: "é"}
+    runtime.write_json(path, value, sealed=True)
+    found = runtime.read_json(path, "somebody")
+    assert (found["first"], list(found)) == (1.5, ["first", "second", "3"])
+    path.write_text(path.read_text("utf-8").replace(old, old[:-1] + "7"), "utf-8")
+    with pytest.raises(ValueError, match=r"x\.json"):
+        runtime.read_json(path, "somebody")
+
+
 def abandon(path: Path) -> Path:
     """Half a file, as a killed writer leaves it; returns its path."""
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):

@@ -276,8 +276,7 @@ class Prepared:
             np.savez_compressed(temporary, **arrays)
         write_json(self.folder / SOURCES, self._sources())
         files = {name: sha256_file(self.folder / name) for name in INDEX_FILES}
-        meta = {**self.meta, "files": files}
-        write_json(self.folder / "meta.json", {**meta, "sha256": _digest(meta)})
+        write_json(self.folder / "meta.json", {**self.meta, "files": files}, sealed=True)
 
     def _sources(self) -> dict[str, Any]:
         """``files``, see :func:`fingerprints`, and ``read_from``, the parts that these lie in."""
@@ -302,9 +301,7 @@ class Prepared:
             if not 0 < float(meta["sigma_px"]) <= LARGEST_SIGMA:
                 raise ValueError(f"sigma_px is {meta['sigma_px']}")
             Path(meta["root"])
-            hashes = dict(meta.get("files", {}))  # early folders have none, nor the next
-            if meta.pop("sha256", None) not in (None, _digest(meta)):
-                raise ValueError("its SHA-256 is another")
+            hashes = dict(meta.get("files", {}))  # early folders have none
         for name in INDEX_FILES:
             with reading(folder / name, "the file that meta.json belongs to", again):
                 if (digest := hashes.get(name)) and sha256_file(folder / name) != digest:
@@ -383,10 +380,6 @@ def _listed(root: Path, parts: Iterable[str]) -> set[str]:
     there = [root / part for part in parts]
     paths = [path for part in there for path in (part, *visible_files(part, SOURCE_SUFFIXES))]
     return {path.relative_to(root).as_posix() for path in paths if path.is_file()}
-
-
-def _digest(meta: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _state(path: Path) -> list[int]:

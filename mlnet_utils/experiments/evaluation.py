@@ -268,7 +268,7 @@ def save_scores(folder: Path, report: dict, rows: Sequence[dict], resamples: int
         table = pd.DataFrame(rows, columns=["model", "stem", *METRICS])
         table.insert(0, "dataset", report["dataset"])
         runtime.write_text(folder / "per_image.csv", table.to_csv(index=False, na_rep="nan"))
-        runtime.write_json(folder / "metrics.json", report)
+        runtime.write_json(folder / "metrics.json", report, sealed=True)
     return report
 
 

@@ -183,7 +183,7 @@ def test_damaged_files_are_errors(run_folder, name, known):
     path.write_bytes(path.read_bytes()[:-40])
     if not known:  # as in folders of early versions
         meta = json.loads((data / "meta.json").read_text())
-        (data / "meta.json").write_text(json.dumps({**meta, "files": {}, "sha256": None}))
+        (data / "meta.json").write_text(json.dumps({**meta, "files": {}, "content_sha256": None}))
     with pytest.raises(ValueError, match=rf"{run_folder}.*(index.jsonl|fixations.npz)"):
         Prepared.read(data)
 
