@@ -212,7 +212,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, value: Any, sealed: bool = False) -> None:
-    """Write ``value`` as indented JSON, atomically; ``sealed`` by a digest of it in :data:`SEAL`."""
+    """Write ``value`` as indented JSON, atomically; ``sealed`` adds a digest of it, ``SEAL``."""
     if sealed:
         value = {**value, SEAL: _digest(value)}
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -15,6 +15,7 @@ from mlnet_utils.data.photos import Prepared
 from mlnet_utils.experiments import evaluation, scoring
 from mlnet_utils.metrics import METRICS
 from mlnet_utils.predict.folders import predict_folder
+from mlnet_utils.runtime import read_json
 
 FLOAT_FORMS = (".npy", ".npz", ".mat", ".h5")
 
@@ -73,7 +74,7 @@ def test_saved_maps_score_as_the_network_that_made_them(run_folder, tmp_path):
     # Of the other splits are maps too; the .npy count, not the .png.
     assert report["maps"][name].startswith(f"4 maps; 15 {scoring.EXTRA} (")
     assert ";" not in report["maps"][name].removeprefix("4 maps; ")
-    assert json.loads((run_folder / "metrics.json").read_text()) == expected  # left alone
+    assert read_json(run_folder / "metrics.json", "evaluate") == expected  # left alone
 
 
 @pytest.mark.parametrize("form", FLOAT_FORMS)

@@ -24,7 +24,7 @@ from mlnet_utils.experiments import study, sweep
 from mlnet_utils.experiments.sweep import Grid, read_grid
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.model import checkpoints
-from mlnet_utils.runtime import StopSignals
+from mlnet_utils.runtime import StopSignals, read_json
 
 WILD = {"lr": 1e30, "optimizer": "sgd"}  # dies in its first epoch
 FAST = {"epochs": 1, "limit": 6, "height": 32, "width": 40, "prior_cells": [2, 2]}
@@ -157,7 +157,7 @@ def test_photos_whose_score_is_infinite_are_counted(done):
         scores = pd.read_csv(folder / "per_image.csv", dtype={"stem": str})
         scores.loc[photos, "IG"] = -np.inf
         scores.to_csv(folder / "per_image.csv", index=False)
-        report = json.loads((folder / "metrics.json").read_text())
+        report = read_json(folder / "metrics.json", "the sweep")
         report["rows"][0]["metrics"]["IG"]["infinite"] = len(photos)
         (folder / "metrics.json").write_text(json.dumps(report))
     run_sweep(done)
