@@ -318,20 +318,19 @@ def survival(scores: pd.DataFrame, grid: Grid) -> pd.DataFrame:
     """The trainings of ``WAYS`` and ``OPTIMISERS``: ``alive``, how many seeds learned something.
 
     A head that died has a constant map and no scores, or is zero nearly everywhere: its mean CC is
-    then below ``ALIVE_CC``. Columns ``way``, ``optimiser``, ``alive``, ``of`` and the means of
-    ``JUDGED`` over the living, the infinite left out; empty where the grid has no such cells.
+    then below ``ALIVE_CC``. Columns ``way``, ``optimiser``, ``alive``, ``of`` and the mean ``CC`` and
+    ``NSS`` of the living (the head's zeros make IG infinite); empty without such cells in the grid.
     """
-    finite = scores.replace([np.inf, -np.inf], np.nan)
-    by_seed = finite.groupby(["cell", "seed"], sort=False)[list(JUDGED)].mean()
+    by_seed = scores.groupby(["cell", "seed"], sort=False)[["CC", "NSS"]].mean()
     living = by_seed[by_seed["CC"] >= ALIVE_CC].reset_index()
     rows = []
     for way, optimiser in itertools.product(WAYS, OPTIMISERS):
         cell = f"{way}, {optimiser}"
         if cell in grid.cells:
             found = living[living["cell"] == cell]
-            means = found[list(JUDGED)].mean()
+            means = found[["CC", "NSS"]].mean()
             rows.append((way, optimiser, len(found), len(grid.seeds), *means))
-    return pd.DataFrame(rows, columns=["way", "optimiser", "alive", "of", *JUDGED])
+    return pd.DataFrame(rows, columns=["way", "optimiser", "alive", "of", "CC", "NSS"])
 
 
 def survival_sentence(table: pd.DataFrame) -> str:
