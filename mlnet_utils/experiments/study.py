@@ -318,8 +318,8 @@ def survival(scores: pd.DataFrame, grid: Grid) -> pd.DataFrame:
     """The trainings of ``WAYS`` and ``OPTIMISERS``: ``alive``, how many seeds learned something.
 
     A head that died has a constant map and no scores, or is zero nearly everywhere: its mean CC is
-    then below ``ALIVE_CC``. Columns ``way``, ``optimiser``, ``alive``, ``of`` and the mean ``CC`` and
-    ``NSS`` of the living (the head's zeros make IG infinite); empty without such cells in the grid.
+    then below ``ALIVE_CC``. Columns ``way``, ``optimiser``, ``alive``, ``of`` and the mean ``CC``
+    and ``NSS`` of the living (zeros make IG infinite); empty without such cells in the grid.
     """
     by_seed = scores.groupby(["cell", "seed"], sort=False)[["CC", "NSS"]].mean()
     living = by_seed[by_seed["CC"] >= ALIVE_CC].reset_index()
