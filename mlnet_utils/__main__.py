@@ -252,8 +252,10 @@ def train(options: argparse.Namespace) -> Outcome:
     with accelerator.main_process_first():
         data = preparation.ensure(config, options.data_root, options.run_dir / "data")
     result = trainer.fit(config, options.run_dir, accelerator)
-    epochs, best = len(result.history), runtime.display_path(result.best)
-    return f"{data.describe()}\ntrained {epochs} epochs; best checkpoint: {best}", 0
+    epochs = result.history[-1]["epoch"]
+    word = "epoch" if epochs == 1 else "epochs"
+    best = runtime.display_path(result.best)
+    return f"{data.describe()}\ntrained {epochs} {word}; best checkpoint: {best}", 0
 
 
 def evaluate(options: argparse.Namespace) -> Outcome:

@@ -108,7 +108,7 @@ def test_prepare_check_train_and_evaluate(tmp_path, capsys):
     assert cli.main(["train", *run, "--set", "sigma=30.0"]) == 1
     assert "sigma=30.0 (prepared: 8.0)" in capsys.readouterr().err
     assert cli.main(["train", *run, "--set", "epochs=1"]) == 0
-    assert "trained 1 epochs" in capsys.readouterr().out
+    assert "trained 1 epoch;" in capsys.readouterr().out
     assert cli.main(["evaluate", *run]) == 0
     assert "| ML-Net " in capsys.readouterr().out
     report = json.loads((tmp_path / "metrics.json").read_text())

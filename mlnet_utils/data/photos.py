@@ -41,7 +41,7 @@ from mlnet_utils.runtime import (
 
 SPLITS = ("train", "val", "test")
 NOBODY = -1  # observer of fixations that are published without observers, and without an order
-MADE_BY = "notebook 01_data_preparation"
+MADE_BY = "notebook 01_data_preparation (or `python -m mlnet_utils prepare`)"
 LARGEST_SIGMA = 10_000  # pixels
 INDEX_FILES = ("index.jsonl", "fixations.npz")
 SOURCES = "sources.json"

@@ -61,7 +61,7 @@ def test_missing_parts(osie):
     with pytest.raises(ValueError, match=r"1 photos .*: '1003\.jpg'; 1 records .*: '1001\.jpg'"):
         read_osie(osie)
     shutil.rmtree(osie / "data/stimuli")
-    with pytest.raises(FileNotFoundError, match=r"stimuli is missing; .*download osie"):
+    with pytest.raises(FileNotFoundError, match=r"stimuli is missing; .*download osie.*--root"):
         read_osie(osie)
 
 

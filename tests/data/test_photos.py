@@ -172,7 +172,7 @@ def test_stems_must_be_unique_and_photos_there(tmp_path):
 @pytest.mark.parametrize("name", ["meta.json", "index.jsonl", "fixations.npz"])
 def test_a_missing_part_names_the_notebook_that_makes_it(run_folder, name):
     (run_folder / "data" / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{name}.*01_data_preparation"):
+    with pytest.raises(FileNotFoundError, match=f"{name}.*01_data_preparation.*utils prepare"):
         Prepared.read(run_folder / "data")
 
 

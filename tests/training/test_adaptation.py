@@ -9,7 +9,9 @@ import torch
 from conftest import make_photo, prepare_run, tiny_checkpoint
 from PIL import Image
 
+from mlnet_utils import __main__ as cli
 from mlnet_utils.config import load_config
+from mlnet_utils.data import preparation
 from mlnet_utils.data.photos import Prepared
 from mlnet_utils.model import checkpoints
 from mlnet_utils.model.network import Adaptation, MLNet, trainable
@@ -110,6 +112,14 @@ def test_a_finished_adaptation_is_not_done_again(start, shifted):
     assert first.best.stat().st_mtime_ns == written
     with pytest.raises(ValueError, match="another configuration"):
         fit(adapt(start, prior_penalty=1), shifted)
+
+
+def test_the_network_as_it_was_is_no_epoch(start, shifted, tmp_path, monkeypatch, capsys):
+    (tmp_path / "mine.yaml").write_text(f"preset: adapt\nsigma: 6\nstart_from: {start}\n")
+    monkeypatch.setattr(preparation, "ensure", lambda *_: Prepared.read(shifted / "data"))
+    command = ["train", "--preset", str(tmp_path / "mine.yaml"), "--run-dir", str(shifted)]
+    assert cli.main(command) == 0
+    assert "trained 1 epoch;" in capsys.readouterr().out
 
 
 def test_an_adapted_network_predicts_and_can_be_trained_on(start, shifted, tmp_path):

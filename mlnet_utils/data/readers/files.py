@@ -25,8 +25,9 @@ def need(path: Path, dataset: str) -> Path:
     """The path, or a FileNotFoundError that says how the dataset comes there."""
     if not path.exists():
         raise FileNotFoundError(
-            f"{dataset}: {path} is missing; `python -m mlnet_utils download {dataset}` puts it "
-            "there, or set MLNET_DATA to the folder that holds the datasets (see data/README.md)"
+            f"{dataset}: {path} is missing; `python -m mlnet_utils download {dataset}` fetches "
+            "it (`--root` names a folder other than data/), or set MLNET_DATA to the folder that "
+            "holds the datasets (see data/README.md)"
         )
     return path
 
