@@ -8,6 +8,7 @@ versions). Who reads the folder is told if a file was changed, removed or added 
 
 import contextlib
 import hashlib
+import io
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -179,7 +180,7 @@ class Prepared:
 
     folder: Path  # the prepared folder
     photos: list[Photo]  # all, in the order of the index
-    meta: dict[str, Any]  # contents of meta.json
+    meta: dict[str, Any]  # contents of meta.json, to which `write` adds the SHA-256 of `files`
     # contents of sources.json; None = the photos and maps that have a hash
     sources: dict[str, Any] | None = None
 
@@ -275,8 +276,8 @@ class Prepared:
         with atomic_path(self.folder / "fixations.npz") as temporary:
             np.savez_compressed(temporary, **arrays)
         write_json(self.folder / SOURCES, self._sources())
-        files = {name: sha256_file(self.folder / name) for name in INDEX_FILES}
-        write_json(self.folder / "meta.json", {**self.meta, "files": files}, sealed=True)
+        self.meta["files"] = {name: sha256_file(self.folder / name) for name in INDEX_FILES}
+        write_json(self.folder / "meta.json", self.meta, sealed=True)
 
     def _sources(self) -> dict[str, Any]:
         """``files``, see :func:`fingerprints`, and ``read_from``, the parts that these lie in."""
@@ -301,14 +302,17 @@ class Prepared:
             if not 0 < float(meta["sigma_px"]) <= LARGEST_SIGMA:
                 raise ValueError(f"sigma_px is {meta['sigma_px']}")
             Path(meta["root"])
-            hashes = dict(meta.get("files", {}))  # early folders have none
+            hashes = meta["files"] = dict(meta.get("files", {}))  # early folders have none
+        content = {}  # read once, so that it is what is hashed: another process may prepare
         for name in INDEX_FILES:
             with reading(folder / name, "the file that meta.json belongs to", again):
-                if (digest := hashes.get(name)) and sha256_file(folder / name) != digest:
+                content[name] = (folder / name).read_bytes()
+                digest = hashlib.sha256(content[name]).hexdigest()
+                if hashes.setdefault(name, digest) != digest:
                     raise ValueError("its SHA-256 is another")
         with reading(folder / "index.jsonl", "a photo a line, as in fixations.npz", again):
-            lines = (folder / "index.jsonl").read_text(encoding="utf-8").splitlines()
-            with np.load(folder / "fixations.npz", allow_pickle=False) as arrays:
+            lines = content["index.jsonl"].decode("utf-8").splitlines()
+            with np.load(io.BytesIO(content["fixations.npz"]), allow_pickle=False) as arrays:
                 inner = arrays["offsets"][1:-1]
                 parts = [np.split(arrays[key], inner) for key, _ in ARRAYS.values()]
             photos = [
@@ -330,8 +334,8 @@ class Prepared:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all of the folder that decides what is learned from it."""
-        parts = [sha256_file(self.folder / name) for name in INDEX_FILES]
+        """SHA-256 over all of the folder that decides what is learned from it, as it was read."""
+        parts = [self.meta["files"][name] for name in INDEX_FILES]
         return hashlib.sha256(" ".join([*parts, repr(float(self.sigma))]).encode()).hexdigest()
 
     def check(self, everything: bool = True) -> list[str]:

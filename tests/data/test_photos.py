@@ -214,8 +214,10 @@ def test_the_digest_tells_what_is_learned_from(run_folder):
     assert Prepared.read(run_folder / "data").digest == digest
     assert replace(prepared, meta={**prepared.meta, "sigma_px": SIGMA + 1}).digest != digest
     prepared.photos[0].fixations[0, 0] += 1
+    before = Prepared.read(run_folder / "data")
     prepared.write()
     assert prepared.digest != digest
+    assert before.digest == digest  # whatever was written since
 
 
 def test_changed_and_missing_files_are_found(tmp_path):
