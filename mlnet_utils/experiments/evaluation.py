@@ -1,5 +1,6 @@
 """Scores of a trained network and of the baselines, photo by photo, at every photo's own size."""
 
+import hashlib
 import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -44,6 +45,7 @@ PUBLISHED = [
 ]  # fmt: skip
 
 
+PER_IMAGE = "per_image_sha256"  # key of metrics.json: that both files are of one evaluation
 Predict = Callable[[Photo], Tensor | np.ndarray | None]  # (H, W), or None where it has no map
 
 
@@ -242,11 +244,12 @@ def evaluate(
     predictor.config = config = as_asked(predictor.config, config)
     if protocol:
         config = replace(config, protocol=protocol)
+    inputs = inputs_of(digest, checkpoint, config)  # now: a training may go on meanwhile
     network = {MODEL: lambda photo: predictor.predict(data.image(photo))}
     rows = data.score_models(network, config.protocol, [m for m in MODELS if m in models])
     report = {
         **data.describe(config.protocol),
-        **inputs_of(digest, checkpoint, config),
+        **inputs,
         "checkpoint": runtime.display_path(checkpoint),
         "preset": config.preset,
         "seed": config.seed,
@@ -262,14 +265,20 @@ def save_scores(folder: Path, report: dict, rows: Sequence[dict], resamples: int
     Returns:
         The contents of ``metrics.json``.
     """
+    table = pd.DataFrame(rows, columns=["model", "stem", *METRICS])
+    table.insert(0, "dataset", report["dataset"])
+    text = table.to_csv(index=False, na_rep="nan", lineterminator="\n")
     means = {"rows": summarise(rows, resamples), "versions": runtime.versions()}
-    report = {**report, "command": runtime.given_command(), **means}
+    report = {**report, "command": runtime.given_command(), PER_IMAGE: sha256_text(text), **means}
     if runtime.first_of_launch():
-        table = pd.DataFrame(rows, columns=["model", "stem", *METRICS])
-        table.insert(0, "dataset", report["dataset"])
-        runtime.write_text(folder / "per_image.csv", table.to_csv(index=False, na_rep="nan"))
+        runtime.write_text(folder / "per_image.csv", text)
         runtime.write_json(folder / "metrics.json", report, sealed=True)
     return report
+
+
+def sha256_text(text: str) -> str:
+    """SHA-256 of a text as :func:`runtime.write_text` writes it, on any system."""
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()
 
 
 def inputs_of(data: str, checkpoint: Path, config: Config) -> dict:

@@ -173,13 +173,17 @@ def run_job(job: Job) -> None:
 
 
 def _scored(job: Job) -> bool:
-    """The job's scores are of its present checkpoint, data and keys of evaluation."""
+    """The job's scores are whole, and of its present checkpoint, data and keys of evaluation."""
     path, best = job.folder / "metrics.json", job.folder / "checkpoints" / "best.pt"
-    if not path.is_file():
+    photos = job.folder / "per_image.csv"
+    if not (path.is_file() and photos.is_file()):
         return False
     report = runtime.read_json(path, "the sweep")
     wanted = evaluation.inputs_of(Prepared.read(job.data).digest, best, job.config)
     wanted["split"] = job.split
+    if evaluation.PER_IMAGE in report:  # early versions did not note it
+        text = photos.read_text(encoding="utf-8", errors="replace")
+        wanted[evaluation.PER_IMAGE] = evaluation.sha256_text(text)
     return all(report.get(key) == value for key, value in wanted.items())
 
 

@@ -20,6 +20,7 @@ from mlnet_utils.metrics import baselines
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.model import checkpoints
 from mlnet_utils.model.network import MLNet
+from mlnet_utils.runtime import sha256_file
 
 
 @pytest.fixture(scope="module")
@@ -237,6 +238,20 @@ def test_a_network_is_not_scored_on_other_data_than_its_own(run, tmp_path):
         evaluation.evaluate(folder)
     elsewhere = shutil.move(best, tmp_path / "other.pt")
     assert evaluation.evaluate(folder, elsewhere, models=(evaluation.MODEL,))["photos"] == 4
+
+
+def test_scores_name_the_network_that_was_scored(run, tmp_path, monkeypatch):
+    folder = shutil.copytree(run, tmp_path / "copy")
+    best = folder / "checkpoints" / "best.pt"
+    digest, score_models = sha256_file(best), evaluation.TestSet.score_models
+
+    def train_on_meanwhile(*arguments):
+        best.write_bytes(b"of a later epoch")
+        return score_models(*arguments)
+
+    monkeypatch.setattr(evaluation.TestSet, "score_models", train_on_meanwhile)
+    report = evaluation.evaluate(folder, models=(evaluation.MODEL,))
+    assert report["checkpoint_sha256"] == digest
 
 
 def test_missing_inputs_name_what_makes_them(tmp_path, run):

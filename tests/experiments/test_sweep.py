@@ -20,7 +20,7 @@ import yaml
 
 from mlnet_utils import __main__ as cli
 from mlnet_utils.data.photos import Prepared
-from mlnet_utils.experiments import study, sweep
+from mlnet_utils.experiments import evaluation, study, sweep
 from mlnet_utils.experiments.sweep import Grid, read_grid
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.model import checkpoints
@@ -112,6 +112,17 @@ def test_scores_are_of_the_present_checkpoint_whatever_the_clock_says(done):
     assert (done / "three-levels" / "0" / "metrics.json").read_text() != scored
 
 
+def test_damaged_scores_of_photos_are_made_again(done):
+    run_cells(done, {"Three levels": {}})
+    expected = (done / sweep.PER_IMAGE).read_text()
+    scores = done / "three-levels" / "0" / "per_image.csv"
+    text = scores.read_text()
+    scores.write_text(text.replace("0.", "1.", 1))
+    assert scores.read_text() != text
+    assert run_cells(done, {"Three levels": {}}) == {}
+    assert (done / sweep.PER_IMAGE).read_text() == expected
+
+
 def test_a_split_without_truth_is_refused_before_training(done, tmp_path):
     (data,) = (done / "data").iterdir()
     prepared = Prepared.read(data)
@@ -159,6 +170,7 @@ def test_photos_whose_score_is_infinite_are_counted(done):
         scores.to_csv(folder / "per_image.csv", index=False)
         report = read_json(folder / "metrics.json", "the sweep")
         report["rows"][0]["metrics"]["IG"]["infinite"] = len(photos)
+        del report[evaluation.PER_IMAGE]
         (folder / "metrics.json").write_text(json.dumps(report))
     run_sweep(done)
     table = table_of(done)
