@@ -116,7 +116,7 @@ def both(tmp_path, monkeypatch):
 
 def test_two_datasets_are_trained_on_together(both):
     prepared, alone, crowd = (
-        prepare(tiny_config(dataset=name), both, both / "run")
+        prepare(tiny_config(dataset=name), both, both / "run" / name)
         for name in ("osie+eyecrowd", "osie", "eyecrowd")
     )
     assert prepared.meta["photos"] == {"train": 14, "val": 1, "test": 2}

@@ -230,7 +230,7 @@ def test_processes_hang_up_and_end_at_once(preset, run_folder, tmp_path):
         "atexit.register(print, 'dismantled')\n"
         "end = os._exit\n"
         "def watched(code):\n"
-        "    print('connected', distributed.is_initialized(), flush=True)\n"
+        "    print(f'connected {distributed.is_initialized()}\\n', end='', flush=True)\n"
         "    end(code)\n"
         "os._exit = watched\n"
         "runpy.run_module('mlnet_utils', run_name='__main__')\n"
