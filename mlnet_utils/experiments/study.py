@@ -97,8 +97,7 @@ LADDER: dict[str, dict[str, Any]] = {
     "MLNet-Pytorch as is": {
         **_OWN, **_AS_THEY_ARE, "compat": "mlnet-pytorch", "prior_penalty": 1,
         "prior_cells": [3, 4], "dropout_at_test": True, "freeze": [*_FROZEN, "prior"],
-        "optimizer": "adam", "schedule": "constant", "weight_decay": 1e-4, "batch_size": 16,
-        "epochs": 6, "flip": 0,
+        **OPTIMISERS["MLNet-Pytorch's Adam"], "batch_size": 16, "epochs": 6, "flip": 0,
     },
     "levels standardised": {"standardise": True},
     "dropout off at test": {"dropout_at_test": False},
