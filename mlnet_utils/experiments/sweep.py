@@ -10,7 +10,6 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -359,8 +358,7 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
     for job in jobs:
         report = runtime.read_json(job.folder / "metrics.json", "the sweep")
         name = {"cell": job.cell, "seed": job.config.seed, "dataset": report["dataset"]}
-        times = job.folder / "times.csv"  # missing where training was killed before its last act
-        seconds = pd.read_csv(times)["train_seconds"].sum() if times.is_file() else math.nan
+        seconds = pd.read_csv(job.folder / "times.csv")["train_seconds"].sum()
         epochs = len(pd.read_csv(job.folder / "log.csv"))
         row = {"split": report["split"], "epochs": epochs, "train_seconds": round(seconds, 1)}
         scores = report["rows"][0]["metrics"]

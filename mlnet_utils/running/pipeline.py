@@ -66,7 +66,7 @@ def _changed_sources(folder: Path) -> str:
 
 STAGES = (
     Stage("01_data_preparation", ("data/meta.json",), stale=_changed_sources),
-    Stage("02_training", ("checkpoints/best.pt", "log.csv"), resumes="checkpoints"),
+    Stage("02_training", ("checkpoints/best.pt", "log.csv", "times.csv"), resumes="checkpoints"),
     Stage("03_evaluation", ("metrics.json", "per_image.csv")),
     Stage("04_visualization", ("figures/*.png",)),
 )

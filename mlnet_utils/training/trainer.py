@@ -48,7 +48,7 @@ SECONDS_ON_DRIVE = 300  # between checkpoints on Google Drive, which uploads eac
 VALIDATION_BATCH = 16
 # The part of a checkpoint that belongs to the loop itself, beside weights and optimiser.
 PROGRESS = ("epoch", "batch", "updates", "loss_sum", "loss_count", "best_loss", "bad_epochs",
-            "finished", "history", "micro_batch")  # fmt: skip
+            "finished", "history", "times", "micro_batch")  # fmt: skip
 
 
 class TrainingDied(RuntimeError):
@@ -135,6 +135,7 @@ class Trainer:
         self.loss_sum, self.loss_count = 0.0, 0
         self.best_loss, self.bad_epochs, self.finished = math.inf, 0, False
         self.history: list[dict[str, float]] = []
+        self.times: list[dict[str, float]] = []  # apart: the log is the same to the bit
         self.saved = -math.inf  # when this process wrote its last step checkpoint
         self.unread: list[Tensor] = []  # (loss, stop) of updates that were not read yet
         self.signals = StopSignals()
@@ -154,7 +155,6 @@ class Trainer:
                 self.train_epoch()
                 trained = time.monotonic()
                 scores = self.validate()
-                # Before the checkpoint, with which the last epoch would count as done without it.
                 self.note_time(trained - begun, time.monotonic() - trained, self.updates - updates)
                 self.end_epoch(scores)
         return FitResult(self.folder / "best.pt", self.history, time.monotonic() - started)
@@ -378,7 +378,7 @@ class Trainer:
         self.epoch, self.batch = self.epoch + 1, 0
         self.finished = self.epoch >= config.epochs or 0 < config.patience <= self.bad_epochs
         if self.accelerator.is_main_process:
-            write_text(self.run_dir / "log.csv", format_log(self.history))
+            self.write_tables()
             if improved:
                 best, state = self.folder / "best.pt", self.judged.state_dict()
                 sha256 = self.model.backbone.sha256
@@ -388,16 +388,17 @@ class Trainer:
         self.save_unless_recent()
 
     def note_time(self, trained: float, validated: float, updates: int) -> None:
-        """Add a row to ``times.csv``, apart from the log so that the log can be bit-identical.
+        """Add a row of ``times.csv``; of an interrupted epoch, for the part after the resume."""
+        speed = updates * self.config.batch_size / max(trained, 1e-9)
+        seconds = (round(value, 2) for value in (trained, validated, speed))
+        self.times.append(dict(zip(TIME_FIELDS, (self.epoch + 1, updates, *seconds), strict=True)))
 
-        An interrupted epoch has a row for the part after the resume.
-        """
-        if self.accelerator.is_main_process:
-            path = self.run_dir / "times.csv"
-            text = path.read_text("utf-8") if path.exists() else ",".join(TIME_FIELDS) + "\n"
-            speed = updates * self.config.batch_size / max(trained, 1e-9)
-            row = f"{self.epoch + 1},{updates},{trained:.2f},{validated:.2f},{speed:.2f}\n"
-            write_text(path, text + row)
+    def write_tables(self) -> None:
+        """Write the rows there are: ``log.csv``, and ``times.csv``, which early versions lack."""
+        tables = {"log.csv": (LOG_FIELDS, self.history), "times.csv": (TIME_FIELDS, self.times)}
+        for name, (fields, rows) in tables.items():
+            if rows:
+                write_text(self.run_dir / name, format_rows(fields, rows))
 
     def save_unless_recent(self) -> None:
         """Write a step checkpoint; on Google Drive only if the last one is minutes old."""
@@ -437,12 +438,11 @@ class Trainer:
             raise ValueError(f"{found}: use a run folder on storage that all machines share")
         if not self.accelerator.is_main_process:
             return
-        files = (self.folder / "next.pt", self.folder / "best.pt", self.run_dir / "log.csv")
-        remove_temporaries(files)
-        if content is None:  # times are added to the file: those of a training before this one go
-            (self.run_dir / "times.csv").unlink(missing_ok=True)
+        tables = (self.run_dir / "log.csv", self.run_dir / "times.csv")
+        remove_temporaries((self.folder / "next.pt", self.folder / "best.pt", *tables))
+        if content is None:
             return
-        write_text(self.run_dir / "log.csv", format_log(self.history))
+        self.write_tables()
         where = f"resuming at epoch {self.epoch + 1}, batch {self.batch + 1}"
         print("this training has finished before" if self.finished else where, flush=True)
 
@@ -570,7 +570,7 @@ def advice(config: Config) -> str:
     return f"Try a smaller lr (now {config.lr:g}), clip_norm=1, or precision='fp32'."
 
 
-def format_log(history: list[dict[str, float]]) -> str:
-    """The training log as CSV with full precision."""
-    rows = [LOG_FIELDS, *([row[name] for name in LOG_FIELDS] for row in history)]
-    return "".join(",".join(map(str, row)) + "\n" for row in rows)
+def format_rows(fields: Sequence[str], rows: list[dict[str, float]]) -> str:
+    """A table as CSV with full precision."""
+    lines = [fields, *([row[name] for name in fields] for row in rows)]
+    return "".join(",".join(map(str, line)) + "\n" for line in lines)

@@ -155,10 +155,13 @@ def test_the_tables_leave_out_another_configuration_s_scores(done):
     assert sweep.summary(done) == "no training has finished"
 
 
-def test_seconds_that_were_not_written_are_empty(done):
-    (done / "three-levels" / "0" / "times.csv").unlink()  # killed before this file was written
+def test_damaged_times_are_written_again(done):
+    expected = table_of(done)["train_seconds"].to_list()
+    times = [done / "three-levels" / seed / "times.csv" for seed in "01"]
+    times[0].write_text(times[0].read_text().replace(".", "9."))
+    times[1].unlink()
     assert run_sweep(done) == {}
-    assert table_of(done)["train_seconds"].isna().to_list() == [True, False, False, False]
+    assert table_of(done)["train_seconds"].to_list() == expected
 
 
 def test_photos_whose_score_is_infinite_are_counted(done):
