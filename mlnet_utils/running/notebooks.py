@@ -4,6 +4,7 @@ import ast
 import contextlib
 import hashlib
 import json
+import os
 import posixpath
 import re
 import sys
@@ -16,9 +17,11 @@ import nbformat
 import papermill
 from jupyter_client.kernelspec import KernelSpecManager
 from jupyter_client.manager import AsyncKernelManager
+from jupyter_core.paths import jupyter_runtime_dir
 from nbclient.exceptions import DeadKernelError
 from nbformat import NotebookNode
 from papermill.exceptions import PapermillExecutionError
+from traitlets.config import Config
 
 from mlnet_utils.runtime import display_path, reading, write_text
 
@@ -160,6 +163,7 @@ def run_notebook(
             kernel_name="python3",
             language="python",
             kernel_manager_class=ThisPython,
+            config=Config(ThisPython={"connection_file": _connection_file(executed)}),
             # At its usual level the kernel warns about sockets and about its own shutdown.
             extra_arguments=["--IPKernelApp.log_level=CRITICAL"],
             progress_bar=False,
@@ -179,6 +183,18 @@ def run_notebook(
         text = f"{source.name}: {problem}\nThe executed copy is {display_path(failed)}"
         raise NotebookError(text) from error
     failed.unlink(missing_ok=True)
+
+
+def _connection_file(executed: Path) -> str:
+    """The file that tells a kernel its ports: of a killed run, the next one's place as well.
+
+    It lies in Jupyter's own folder; ``""``, a temporary file, where that cannot be written.
+    """
+    folder = Path(jupyter_runtime_dir())
+    with contextlib.suppress(OSError):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    name = hashlib.sha256(os.fsencode(executed.absolute())).hexdigest()[:16]
+    return str(folder / f"kernel-mlnet-{name}.json") if os.access(folder, os.W_OK) else ""
 
 
 def _describe(error: Exception, notebook: NotebookNode) -> str:

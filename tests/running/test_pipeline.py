@@ -20,7 +20,7 @@ from mlnet_utils import runtime
 from mlnet_utils.config import load_config
 from mlnet_utils.data.photos import ARRAYS
 from mlnet_utils.running import pipeline
-from mlnet_utils.running.notebooks import NotebookError
+from mlnet_utils.running.notebooks import NotebookError, ThisPython
 from mlnet_utils.running.pipeline import PublishError, Stage, reproduce
 from mlnet_utils.runtime import sha256_file
 
@@ -310,12 +310,15 @@ def test_a_second_call_waits_for_the_first(finished, monkeypatch):
 
 
 def test_a_killed_run_leaves_nothing_for_long(finished, monkeypatch):
-    """Its unfinished copy lies in the run folder, where the next run takes its place."""
+    """The next run takes the place of its unfinished copy and of its kernel's file."""
     root, real, copies = finished / "runs/tiny/notebooks", papermill.execute_notebook, []
+    connections = finished / "jupyter"
+    monkeypatch.setenv("JUPYTER_RUNTIME_DIR", str(connections))
 
-    def killed(source, executed, **_):
+    def killed(source, executed, config, **_):
         copies.append(Path(executed))
         copies[0].write_text("half")
+        ThisPython(config=config).write_connection_file()
         raise SystemExit
 
     change_notebook(finished, monkeypatch)
@@ -323,9 +326,11 @@ def test_a_killed_run_leaves_nothing_for_long(finished, monkeypatch):
     with pytest.raises(SystemExit):
         run(finished)
     assert copies[0].parent == root
+    assert len(os.listdir(connections)) == 1
     monkeypatch.setattr(papermill, "execute_notebook", real)
     run(finished)
     assert sorted(os.listdir(root)) == ["01_first.ipynb", "02_second.ipynb"]
+    assert os.listdir(connections) == []
 
 
 def test_other_backbone_weights_train_anew(finished, would_run, monkeypatch, tmp_path):
