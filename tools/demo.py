@@ -8,7 +8,6 @@ Python and, the first time, npm.
 """
 
 import argparse
-import base64
 import contextlib
 import hashlib
 import os
@@ -27,16 +26,16 @@ from typing import ClassVar
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "demo"
 VERSION = "1.30.0"
-# `npm view onnxruntime-web@VERSION dist.integrity`
-INTEGRITY = (
-    "sha512-q0y+JrrtukXSzsBWEMccVfqX25LRmosXHF+CaRJmg8pZClzcV7svNc4rKY3jL02V"
-    "b7QmRMDs1SigqR4CXAfKYQ=="
-)
-FILES = ("ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm")
+FILES = {  # of the package, with their SHA-256
+    "ort.wasm.bundle.min.mjs": "11e64bd8ffe11bd1a2a2f0d6275fdfbbba7262f0b76b99b53d228a8a22ef3d90",
+    "ort-wasm-simd-threaded.wasm": (
+        "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2"
+    ),
+}
 
 
 def place_runtime(folder: Path) -> Path:
-    """Fetch what the page needs of onnxruntime-web, unless this version is there already.
+    """Fetch what the page needs of onnxruntime-web, unless it is there, undamaged.
 
     Args:
         folder: of the page.
@@ -47,11 +46,10 @@ def place_runtime(folder: Path) -> Path:
     Raises:
         FileNotFoundError: npm is not installed.
         subprocess.CalledProcessError: npm cannot reach its registry.
-        ValueError: the package is not the one that was pinned.
+        ValueError: the package does not hold the files that were pinned.
     """
     runtime = folder / "runtime"
-    stamp = runtime / "version.txt"
-    if stamp.is_file() and stamp.read_text(encoding="utf-8") == VERSION:
+    if not changed_files(runtime):
         return runtime
     npm = shutil.which("npm")
     if npm is None:
@@ -60,28 +58,25 @@ def place_runtime(folder: Path) -> Path:
         pack = [npm, "pack", "--silent", f"onnxruntime-web@{VERSION}"]
         subprocess.run(pack, cwd=temporary, check=True, stdout=subprocess.DEVNULL)
         (package,) = Path(temporary).glob("*.tgz")
-        check_integrity(package)
         complete = Path(temporary) / "runtime"
         complete.mkdir()
         with tarfile.open(package) as archive:
             for name in FILES:
                 content = archive.extractfile(f"package/dist/{name}").read()
                 (complete / name).write_bytes(content)
-        (complete / "version.txt").write_text(VERSION, encoding="utf-8")
+        if changed := changed_files(complete):
+            found = f"npm's onnxruntime-web {VERSION} has another {', '.join(changed)}"
+            raise ValueError(f"{found} than tools/demo.py knows: is npm's registry the right one?")
         shutil.rmtree(runtime, ignore_errors=True)
         complete.replace(runtime)
     return runtime
 
 
-def check_integrity(package: Path) -> None:
-    """Compare a file with :data:`INTEGRITY`.
-
-    Raises:
-        ValueError: it is another file.
-    """
-    digest = base64.b64encode(hashlib.sha512(package.read_bytes()).digest()).decode()
-    if f"sha512-{digest}" != INTEGRITY:
-        raise ValueError(f"{package.name} has the checksum sha512-{digest}, not {INTEGRITY}")
+def changed_files(folder: Path) -> list[str]:
+    """Names of the :data:`FILES` that a folder lacks, or has with another SHA-256."""
+    files = {name: folder / name for name in FILES}
+    contents = {name: file.read_bytes() if file.is_file() else b"" for name, file in files.items()}
+    return [n for n in FILES if hashlib.sha256(contents[n]).hexdigest() != FILES[n]]
 
 
 class Handler(SimpleHTTPRequestHandler):
@@ -124,7 +119,7 @@ VISIT = """\
 <!doctype html><meta charset="utf-8"><link rel="icon" href="data:,"><body><script>
 const post = (path, body) => fetch(path, { method: "POST", body });
 const until = async (holds) => { while (!holds()) await new Promise((go) => setTimeout(go, 20)); };
-/** Open the page in `folder`, `width` pixels wide, with its network loaded. */
+/** Open the page in `folder`, `width` pixels wide, with its network loaded or refused. */
 async function open(folder, width) {
   const frame = Object.assign(document.createElement("iframe"), { width, height: 900 });
   frame.style.border = 0;
@@ -132,7 +127,8 @@ async function open(folder, width) {
   document.body.replaceChildren(frame);
   await new Promise((go) => (frame.onload = go));
   const page = frame.contentDocument;
-  await until(() => page.getElementById("status").textContent === "The network is ready.");
+  const [status, problem] = ["status", "problem"].map((id) => page.getElementById(id));
+  await until(() => status.textContent === "The network is ready." || !problem.hidden);
   return page;
 }
 const parcel = async (path) => {

@@ -1,10 +1,12 @@
 """The page in docs/demo, in headless Chromium: the maps are PyTorch's, and nothing is uploaded."""
 
+import hashlib
 import importlib.util
 import io
 import json
 import re
 import subprocess
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,7 @@ for (const network of NETWORKS) {
 }
 const page = await open(NETWORKS[0], 1280);
 report.desktop = page.documentElement.scrollWidth;
+report.flipped = (await open("flipped", 400)).getElementById("problem").textContent;
 await post("report", JSON.stringify(report));
 """
 
@@ -113,6 +116,9 @@ def site(demo, tmp_path_factory) -> Path:
         page = demo.link_page(site / name, runtime)
         checkpoint = tiny_checkpoint(page / "best.pt", **overrides)
         export(checkpoint, page / "network.onnx", photos=[site / "photos" / "astronaut.png"])
+    flipped = bytearray((page / "network.onnx").read_bytes())
+    flipped[len(flipped) // 2] ^= 1
+    (demo.link_page(site / "flipped", runtime) / "network.onnx").write_bytes(flipped)
     return site
 
 
@@ -167,7 +173,27 @@ def test_the_saved_picture_shows_the_map_as_strongly_as_wanted(site, visit):
     assert changes[2] > changes[1] > 5
 
 
-def test_another_package_is_refused(demo, tmp_path):
-    (tmp_path / "x.tgz").write_bytes(b"another package")
-    with pytest.raises(ValueError, match=re.escape("x.tgz")):
-        demo.check_integrity(tmp_path / "x.tgz")
+def test_a_flipped_bit_in_the_network_is_noticed(report):
+    assert "network.onnx is damaged: export it again" in report["flipped"]
+
+
+def test_another_runtime_is_fetched_anew_or_refused(demo, tmp_path, monkeypatch):
+    def pack(command, cwd, **_):
+        with tarfile.open(Path(cwd) / "x.tgz", "w:gz") as archive:
+            for name, content in fetched.items():
+                info = tarfile.TarInfo(f"package/dist/{name}")
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+
+    monkeypatch.setattr(demo.shutil, "which", str)
+    monkeypatch.setattr(demo.subprocess, "run", pack)
+    right = {name: name.encode() for name in demo.FILES}
+    digests = {name: hashlib.sha256(content).hexdigest() for name, content in right.items()}
+    monkeypatch.setattr(demo, "FILES", digests)
+    name, fetched = next(iter(right)), right
+    (demo.place_runtime(tmp_path) / name).write_bytes(b"flipped")
+    fetched = {**right, name: b"another package"}
+    with pytest.raises(ValueError, match=re.escape(name)):
+        demo.place_runtime(tmp_path)
+    fetched = right
+    assert (demo.place_runtime(tmp_path) / name).read_bytes() == right[name]
