@@ -190,18 +190,22 @@ def locked(target: str | Path) -> Iterator[None]:
         lock.acquire(blocking=False)
     except filelock.Timeout:
         with contextlib.suppress(OSError):
-            holder = file.read_text("utf-8")
+            holder = " ".join(file.read_text("utf-8").split())
             print(f"waiting for {holder}, which uses {display_path(target)}", flush=True)
         lock.acquire()
+    # On a disk without flock the file itself is the lock, and holds what filelock needs there.
+    free = not isinstance(lock, filelock.SoftFileLock)
     try:
         with contextlib.suppress(OSError):  # a full disk, or Windows, where locked is unreadable
             holder = f"process {os.getpid()} on {platform.node()} ({given_command()})"
-            file.write_text(holder, encoding="utf-8")
+            if free:
+                file.write_text(holder, encoding="utf-8")
         yield
     finally:
         # Still locked: a process that waits for this very file notices that it is gone.
         with contextlib.suppress(OSError):
-            file.unlink()
+            if free:
+                file.unlink()
         lock.release()
 
 
@@ -223,7 +227,8 @@ def reading(path: str | Path, expected: str, remedy: str = "get it again") -> It
     """Turn whatever goes wrong while a file is read into one error that a user can act on.
 
     It names the file, what was ``expected`` ("a photo") and the ``remedy``. A missing package
-    stays an ImportError, and a ValueError that names the file already is left as it is.
+    stays an ImportError, a wrong name in the code what it is, and a ValueError that names the file
+    already is left as it is.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -236,16 +241,26 @@ def reading(path: str | Path, expected: str, remedy: str = "get it again") -> It
         if path.is_dir():
             raise ValueError("it is a folder")
         yield
-    except ImportError:
-        raise
     # Readers check little of what they read: struct.error, IndexError, zlib.error, BadZipFile...
     except Exception as error:
-        if isinstance(error, ValueError) and str(path) in str(error):
+        named = isinstance(error, ValueError) and str(path) in str(error)
+        if named or isinstance(error, ImportError) or _is_mistake(error):
             raise
         said = isinstance(error, ValueError | OSError)
         reason = textwrap.shorten(str(error) if said else f"{type(error).__name__}: {error}", 300)
         problem = f"'{path}' cannot be read ({reason})"
         raise ValueError(f"{problem}: expected {expected}; {remedy}") from error
+
+
+def _is_mistake(error: Exception) -> bool:
+    """True for a name that the code has wrong, which no file can cause.
+
+    Attributes that a list or None lacks are a file's fault, and so are assertions: of libraries.
+    """
+    if isinstance(error, AttributeError):
+        of = error.obj
+        return isinstance(of, ModuleType) or type(of).__module__.startswith(__package__)
+    return type(error) is NameError  # not UnboundLocalError, which input may cause in a library
 
 
 def _digest(value: Any) -> str:

@@ -1,6 +1,8 @@
 """Folders, atomic writes, records, seeds, signals and progress."""
 
 import contextlib
+import errno
+import json
 import os
 import signal
 import subprocess
@@ -257,6 +259,35 @@ def test_outside_the_main_thread_signals_are_left_alone():
 
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(handler).result() is signal.getsignal(signal.SIGINT)
+
+
+def test_on_a_disk_without_flock_the_lock_stays_as_filelock_wrote_it(tmp_path, monkeypatch):
+    """There the file itself is the lock: with another content it counts as a dead process's."""
+
+    def flock(*_):
+        raise OSError(errno.ENOSYS, "not implemented")
+
+    monkeypatch.setattr("fcntl.flock", flock)
+    with pytest.warns(UserWarning, match="flock"), runtime.locked(tmp_path / "x"):
+        assert (tmp_path / ".x.lock").read_text().split()[0] == str(os.getpid())
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- reading -----------------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (lambda content: json.laods(content), AttributeError),
+        (lambda content: runtime.StopSignals().recieved, AttributeError),
+        (lambda content: jsno.loads(content), NameError),  # noqa: F821
+        (lambda content: json.loads(content).items(), ValueError),  # a list
+    ],
+)
+def test_a_mistake_of_the_code_is_no_damaged_file(tmp_path, wrong, error):
+    path = tmp_path / "x.json"
+    path.write_text("[]")
+    with pytest.raises(error), runtime.reading(path, "an object"):
+        wrong(path.read_text())
 
 
 # ---- progress ----------------------------------------------------------------------------------
