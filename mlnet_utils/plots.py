@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.axis import XAxis, YAxis
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
@@ -49,7 +50,9 @@ COLUMNS = 2
 TITLE_INCHES = 0.35  # of a picture, in a grid
 BAR = {"location": "bottom", "shrink": 0.7, "aspect": 30, "pad": 0.03}  # of colours
 BAR_INCHES = 0.7
-FEW_TICKS = {"nbins": 4, "steps": (1, 2, 5, 10)}  # three or four, seldom five
+# Three or four, seldom five.
+FEW_TICKS = {"nbins": 4, "steps": (1, 1.5, 2, 2.5, 4, 5, 10), "min_n_ticks": 3}
+FEW_POINTS = 12  # are drawn large
 CLIPPED = 60  # per cent: a larger change has a colour of its own
 BAND = 1 << 20  # pixels that are painted at a time
 
@@ -123,7 +126,8 @@ def _draw(axis: Axes, content: object) -> AxesImage:
     axis.set(xticks=[], yticks=[], frame_on=False)
     axis.grid(False)
     if points is not None:
-        style = {"s": 9, "c": POINTS, "edgecolors": "black", "linewidths": 0.4}
+        size = 9 if len(points) > FEW_POINTS else 60
+        style = {"s": size, "c": POINTS, "edgecolors": "black", "linewidths": 0.4}
         axis.scatter(points[:, 0], points[:, 1], **style)
         axis.set(xlim=(-0.5, photo.shape[1] - 0.5), ylim=(photo.shape[0] - 0.5, -0.5))
     return image
@@ -162,8 +166,9 @@ def plot_maps(
             image.set(clim=(low, high), cmap=DIFFERENCE_COLOURS if diverging else MAP_COLOURS)
         place = {"location": "bottom", "shrink": 0.7, "aspect": 30, "pad": 0.03}
         figure.colorbar(
-            images[0], ax=list(axes), label=unit, ticks=MaxNLocator(**FEW_TICKS), **place
-        )
+            images[0], ax=list(axes), label=unit, ticks=MaxNLocator(**FEW_TICKS),
+            format=_short, **place,
+        )  # fmt: skip
     return figure
 
 
@@ -205,11 +210,19 @@ def plot_looks(
     for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
         _draw(axis, picture)
         axis.set_title(title)
+    # Margins give the crop the shape of the photo: all panels are then equally large.
+    wide, tall = right - left, bottom - top
+    scale = max(wide / photo.shape[1], tall / photo.shape[0])
+    across, down = (scale * side / 2 for side in (photo.shape[1], photo.shape[0]))
+    axes[3].set(
+        xlim=(wide / 2 - across, wide / 2 + across), ylim=(tall / 2 + down, tall / 2 - down)
+    )
     for x, y, share, radius in looks:
         for colour, width in (("black", 3), (POINTS, 1.5)):
             circle = plt.Circle((x, y), radius, fill=False, color=colour, linewidth=width)
             axes[2].add_patch(circle)
-        label = axes[2].text(x, y, f"{share:.0%}", ha="center", va="center", color="white")
+        style = {"ha": "center", "va": "center", "color": "white", "fontsize": "small"}
+        label = axes[2].text(x, y, f"{share:.0%}", **style)
         label.set_bbox({"facecolor": "black", "alpha": 0.6, "pad": 1.5, "linewidth": 0})
     return figure
 
@@ -231,9 +244,9 @@ def plot_history(log: pd.DataFrame) -> Figure:
     for axis, label in zip(axes, labels, strict=True):
         axis.axvline(best, color="grey", lw=1.2, ls=":", label=f"best epoch, {best:.0f}")
         axis.set_title(label)
-        axis.xaxis.set_major_locator(MaxNLocator(**FEW_TICKS, integer=True))
+        _few_ticks(axis.xaxis, integer=True)
         if axis is not axes[3]:
-            axis.yaxis.set_major_locator(MaxNLocator(**FEW_TICKS))
+            _few_ticks(axis.yaxis)
     axes[3].yaxis.set_major_locator(LogLocator(numticks=4))
     for axis in axes[2:]:
         axis.set_xlabel("epoch")
@@ -328,7 +341,7 @@ def plot_amounts(table: pd.DataFrame, metrics: Sequence[str], amount: str) -> Fi
         sns.lineplot(table, x=amount, y=metric, ax=axis, errorbar=None, color="C0")
         sns.scatterplot(table, x=amount, y=metric, ax=axis, color="C0", s=22)
         axis.set(title=metric, ylabel=UNITS.get(metric, ""), xscale="log")
-        axis.yaxis.set_major_locator(MaxNLocator(**FEW_TICKS))
+        _few_ticks(axis.yaxis)
         ticks = sorted(table[amount].unique())
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45)
         axis.minorticks_off()
@@ -338,13 +351,25 @@ def plot_amounts(table: pd.DataFrame, metrics: Sequence[str], amount: str) -> Fi
 def _name(axis: Axes, metric: str) -> None:
     """Title, unit and a few ticks of a panel whose x axis is a metric."""
     axis.set(title=metric, xlabel=UNITS.get(metric, ""))
-    axis.xaxis.set_major_locator(MaxNLocator(**FEW_TICKS))
+    _few_ticks(axis.xaxis)
+
+
+def _few_ticks(ticks: XAxis | YAxis, integer: bool = False) -> None:
+    """Three or four ticks, as short as they can be written."""
+    ticks.set_major_locator(MaxNLocator(**FEW_TICKS, integer=integer))
+    ticks.set_major_formatter(_short)
+
+
+def _short(value: float, _: int | None = None) -> str:
+    """A tick's number: 0 and 0.01, not 0.000 and 0.010, which touch in narrow panels."""
+    return f"{round(value, 9) + 0.0:g}".replace("-", "\N{MINUS SIGN}")
 
 
 def _say(axis: Axes, reason: str, y: float | None = None) -> None:
     """Write why a panel is empty, or the row at ``y`` of a panel."""
     where = axis.transAxes if y is None else axis.get_yaxis_transform()
     style = {"ha": "center", "va": "center", "color": "0.4", "fontsize": "small"}
+    style["bbox"] = {"facecolor": "white", "pad": 1.5, "linewidth": 0}  # over lines and bands
     axis.text(0.5, 0.5 if y is None else y, reason, transform=where, **style)
 
 
@@ -373,7 +398,7 @@ def plot_fixation_statistics(
         axis.axvline(median, color="C3", lw=1.5)
         axis.set_title(f"median {median:.3g}", color="C3")
         for ticks in (axis.xaxis, axis.yaxis):
-            ticks.set_major_locator(MaxNLocator(**FEW_TICKS))
+            _few_ticks(ticks)
     return figure
 
 
@@ -432,7 +457,7 @@ def plot_life(curves: Mapping[str, pd.DataFrame]) -> Figure:
     for axis in axes:
         axis.set_xlabel("update")
         for ticks in (axis.xaxis, axis.yaxis):
-            ticks.set_major_locator(MaxNLocator(**FEW_TICKS))
+            _few_ticks(ticks)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
@@ -492,8 +517,8 @@ def plot_curves(
     for (name, values), dash in zip(curves.items(), dashes, strict=False):
         axis.plot(x, values, dash, lw=2.5, label=name)
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.xaxis.set_major_locator(MaxNLocator(**FEW_TICKS))
-    axis.yaxis.set_major_locator(MaxNLocator(**FEW_TICKS))
+    _few_ticks(axis.xaxis)
+    _few_ticks(axis.yaxis)
     if len(curves) > 1:
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2, frameon=False)
     return figure

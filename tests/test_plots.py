@@ -1,5 +1,7 @@
 """Figures are made from arrays, whatever their size, and saved without traces of the machine."""
 
+import itertools
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -188,6 +190,39 @@ def test_amounts_have_a_tick_each_and_a_point_per_training():
     axis = plots.plot_amounts(table, ["CC"], "photos").axes[0]
     assert [label.get_text() for label in axis.get_xticklabels()] == ["50", "500"]
     assert len(axis.collections[0].get_offsets()) == 3
+
+
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [
+        (-0.008, 0.012),
+        (-0.088, 0.014),
+        (-0.035, 0.013),
+        (0.48, 0.88),
+        (1.2, 2.2),
+        (0, 370),
+        (1, 12),
+    ],
+)
+def test_ticks_are_few_and_do_not_touch(low, high):
+    scores = pd.DataFrame({"model": ["a"] * 2, "AUC": [low, high], "CC": [low, high]})
+    figure = plots.plot_distributions(scores, ["AUC", "CC"])
+    figure.draw_without_rendering()
+    axis = figure.axes[0]
+    seen = [label for label in axis.get_xticklabels() if low <= label.get_position()[0] <= high]
+    assert 3 <= len(seen) <= 5
+    assert all(label.get_text() == "0" for label in seen if abs(label.get_position()[0]) < 1e-9)
+    boxes = [label.get_window_extent() for label in seen]
+    assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
+
+
+@pytest.mark.parametrize("crop", [(10, 5, 50, 45), (0, 20, 80, 30), (30, 0, 40, 60)])
+def test_a_crop_of_any_shape_takes_as_much_room_as_the_photo(crop):
+    photo = np.zeros((60, 80, 3), np.uint8)
+    figure = plots.plot_looks(photo, np.ones((60, 80)), [], crop)
+    figure.draw_without_rendering()
+    whole, cropped = (figure.axes[number].get_position() for number in (0, 3))
+    assert (cropped.width, cropped.height) == pytest.approx((whole.width, whole.height), rel=0.02)
 
 
 def test_looks_are_drawn_over_the_photo():
