@@ -18,11 +18,13 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import measure
+import seaborn as sns
 import torch
 
+from mlnet_utils import plots
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.data import preparation
-from mlnet_utils.runtime import atomic_path, set_determinism
+from mlnet_utils.runtime import set_determinism
 from mlnet_utils.training.trainer import fit
 
 FIGURE = measure.RESULTS.parent.parent / "figures" / "techniques.png"
@@ -109,24 +111,30 @@ def speed(names: dict[str, dict], smoke: bool, rounds: int, folder: Path) -> dic
 
 def draw(found: dict, path: Path) -> None:
     """Loss curves, and their distance from the reference beside that of other seeds."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    plots.use_style()
+    figure, (upper, lower) = plt.subplots(2, 1, figsize=(plots.WIDTH, 7), layout="constrained")
     epochs = range(1, 1 + len(found[REFERENCE]["val_loss"]))
+    others = (name for name in found if name not in SEEDS)
+    colours = dict(zip(others, sns.color_palette(plots.PALETTE), strict=False))
     for name, values in found.items():
         same = name != REFERENCE and not any(differences(found, name))
         if name in SEEDS:
             label = "other seeds" if name == next(iter(SEEDS)) else None
-            style = {"color": "0.7", "zorder": 1}
+            style = {"color": "0.7", "zorder": 1, "lw": 1.5}
         else:
             label = f"{name} (identical)" if same else name
-            style = {"color": f"C{list(found).index(name)}", "marker": "o", "ms": 3, "lw": 1}
-        left.plot(epochs, values["val_loss"], label=label, **style)
+            style = {"color": colours[name], "marker": "o", "ms": 4}
+            style["ls"] = "--" if same else "-"
+        upper.plot(epochs, values["val_loss"], label=label, **style)
         if name != REFERENCE and not same:
-            right.plot(epochs, differences(found, name), **style)
-    left.set(xlabel="epoch", ylabel="validation loss (KL)", title="Loss curves")
-    right.set(xlabel="epoch", ylabel="|difference|", ylim=(0, None), title="Distance to reference")
-    left.legend(frameon=False, fontsize=8)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=130)
+            lower.plot(epochs, differences(found, name), **style)
+    upper.set(title="validation loss", ylabel="KL, nats")
+    lower.set(title="distance to the reference", xlabel="epoch", ylabel="KL, nats", ylim=(0, None))
+    for axis in (upper, lower):
+        plots.few_ticks(axis.xaxis, integer=True)
+        plots.few_ticks(axis.yaxis)
+    figure.legend(loc="outside lower center", ncols=2)
+    plots.save(figure, path)
     plt.close(figure)
 
 

@@ -54,6 +54,12 @@ BAR_INCHES = 0.7
 FEW_TICKS = {"nbins": 4, "steps": (1, 1.5, 2, 2.5, 4, 5, 10), "min_n_ticks": 3}
 FEW_POINTS = 12  # are drawn large
 CLIPPED = 60  # per cent: a larger change has a colour of its own
+# For pages made by nbconvert and nbviewer: on a phone, outputs are as wide as the text around them
+# (template classic); code in an output has the letters of code (template lab).
+PAGE_STYLE = """<style>
+@media (max-width: 767px) { div.output_subarea { max-width: 100%; } }
+.jp-RenderedMarkdown .highlight pre { font-family: var(--jp-code-font-family, monospace); }
+</style>"""
 BAND = 1 << 20  # pixels that are painted at a time
 
 
@@ -63,9 +69,11 @@ def use_style() -> None:
     plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 100, "axes.titlesize": "medium"})
     if "ipykernel" in sys.modules:
         # Photos as PNG would make the saved notebooks several MB; nbviewer and git dislike that.
+        from IPython.display import HTML, display
         from matplotlib_inline.backend_inline import set_matplotlib_formats
 
         set_matplotlib_formats("jpeg", pil_kwargs={"quality": 82})
+        display(HTML(PAGE_STYLE))
 
 
 def overlay(photo: np.ndarray, density: np.ndarray, strength: float = 0.65) -> np.ndarray:
@@ -244,9 +252,9 @@ def plot_history(log: pd.DataFrame) -> Figure:
     for axis, label in zip(axes, labels, strict=True):
         axis.axvline(best, color="grey", lw=1.2, ls=":", label=f"best epoch, {best:.0f}")
         axis.set_title(label)
-        _few_ticks(axis.xaxis, integer=True)
+        few_ticks(axis.xaxis, integer=True)
         if axis is not axes[3]:
-            _few_ticks(axis.yaxis)
+            few_ticks(axis.yaxis)
     axes[3].yaxis.set_major_locator(LogLocator(numticks=4))
     for axis in axes[2:]:
         axis.set_xlabel("epoch")
@@ -341,7 +349,7 @@ def plot_amounts(table: pd.DataFrame, metrics: Sequence[str], amount: str) -> Fi
         sns.lineplot(table, x=amount, y=metric, ax=axis, errorbar=None, color="C0")
         sns.scatterplot(table, x=amount, y=metric, ax=axis, color="C0", s=22)
         axis.set(title=metric, ylabel=UNITS.get(metric, ""), xscale="log")
-        _few_ticks(axis.yaxis)
+        few_ticks(axis.yaxis)
         ticks = sorted(table[amount].unique())
         axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks], rotation=45)
         axis.minorticks_off()
@@ -351,10 +359,10 @@ def plot_amounts(table: pd.DataFrame, metrics: Sequence[str], amount: str) -> Fi
 def _name(axis: Axes, metric: str) -> None:
     """Title, unit and a few ticks of a panel whose x axis is a metric."""
     axis.set(title=metric, xlabel=UNITS.get(metric, ""))
-    _few_ticks(axis.xaxis)
+    few_ticks(axis.xaxis)
 
 
-def _few_ticks(ticks: XAxis | YAxis, integer: bool = False) -> None:
+def few_ticks(ticks: XAxis | YAxis, integer: bool = False) -> None:
     """Three or four ticks, as short as they can be written."""
     ticks.set_major_locator(MaxNLocator(**FEW_TICKS, integer=integer))
     ticks.set_major_formatter(_short)
@@ -398,7 +406,7 @@ def plot_fixation_statistics(
         axis.axvline(median, color="C3", lw=1.5)
         axis.set_title(f"median {median:.3g}", color="C3")
         for ticks in (axis.xaxis, axis.yaxis):
-            _few_ticks(ticks)
+            few_ticks(ticks)
     return figure
 
 
@@ -457,7 +465,7 @@ def plot_life(curves: Mapping[str, pd.DataFrame]) -> Figure:
     for axis in axes:
         axis.set_xlabel("update")
         for ticks in (axis.xaxis, axis.yaxis):
-            _few_ticks(ticks)
+            few_ticks(ticks)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
@@ -517,8 +525,8 @@ def plot_curves(
     for (name, values), dash in zip(curves.items(), dashes, strict=False):
         axis.plot(x, values, dash, lw=2.5, label=name)
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    _few_ticks(axis.xaxis)
-    _few_ticks(axis.yaxis)
+    few_ticks(axis.xaxis)
+    few_ticks(axis.yaxis)
     if len(curves) > 1:
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2, frameon=False)
     return figure
