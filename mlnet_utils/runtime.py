@@ -453,9 +453,10 @@ class StopSignals:
 def progress(
     iterable: Iterable, description: str, total: int | None = None, unit: str = "it"
 ) -> Iterator:
-    """Iterate with a bar on a terminal (stderr), and with a line every 15 s (stdout) elsewhere.
+    """Iterate with a bar on a terminal (stderr), and with lines (stdout) elsewhere.
 
-    Notebooks and log files thus hold no redrawn bars and no stderr, and nothing of short loops.
+    The lines come after 15 s, and then twice as long after each other, up to 5 minutes: notebooks
+    and log files hold no redrawn bars, no stderr, few lines, and nothing of short loops.
     """
     if total is None and hasattr(iterable, "__len__"):
         total = len(iterable)
@@ -465,9 +466,11 @@ def progress(
         yield from tqdm(iterable, desc=description, total=total, unit=unit, leave=False)
         return
     started = last = time.monotonic()
+    pause = 15
     for done, item in enumerate(iterable, start=1):
         yield item
         now = time.monotonic()
-        if now - last >= 15:
-            last, of = now, f"/{total}" if total else ""
-            print(f"{description}: {done}{of} {unit}, {now - started:.0f} s", flush=True)
+        if now - last >= pause:
+            pause = min(2 * pause, 300)
+            last, of = now, f"/{total}" if total else f" {unit}"
+            print(f"{description}: {done}{of}, {now - started:.0f} s", flush=True)

@@ -292,11 +292,11 @@ def test_a_mistake_of_the_code_is_no_damaged_file(tmp_path, wrong, error):
 
 # ---- progress ----------------------------------------------------------------------------------
 def test_progress_prints_lines_for_long_loops_only(monkeypatch, capsys):
-    seconds = iter([0, 1, 16, 17, 40])
+    seconds = iter([0, 1, 16, 40, 47])
     monkeypatch.setattr(runtime, "time", SimpleNamespace(monotonic=lambda: next(seconds)))
     assert list(runtime.progress(range(4), "reading", unit="photo")) == [0, 1, 2, 3]
     captured = capsys.readouterr()
-    assert captured.out == "reading: 2/4 photo, 16 s\nreading: 4/4 photo, 40 s\n"
+    assert captured.out == "reading: 2/4, 16 s\nreading: 4/4, 47 s\n"
     assert captured.err == ""
 
 
