@@ -232,21 +232,24 @@ def describe(config: Config) -> str:
     paper, own = Config().to_dict(), config.to_dict()
     differing = [key for key in own if own[key] != paper[key]]
     same = [key for key in own if own[key] == paper[key]]
+    shown = _table(("key", "here", "paper"), [(key, own[key], paper[key]) for key in differing])
     rest = _table(("key", "value"), [(key, own[key]) for key in same])
-    return (
-        _table(("key", "here", "paper"), [(key, own[key], paper[key]) for key in differing])
-        + f"<details><summary>▸ {len(same)} keys as in the paper</summary>{rest}</details>"
-    )
+    head = f'<summary style="display: list-item">{len(same)} keys as in the paper</summary>'
+    return f"{shown}<details>{head}{rest}</details>"
 
 
 def _table(heads: tuple[str, ...], rows: list[tuple]) -> str:
-    """An HTML table; the first column names the rows."""
-    lines = "".join(
-        f"<tr><th>{key}</th>" + "".join(f"<td>{html.escape(str(v))}</td>" for v in values) + "</tr>"
-        for key, *values in rows
-    )
+    """An HTML table; the first column names the rows. Long values go on in the next line."""
+
+    def cell(value: object) -> str:
+        text = html.escape(str(value))
+        style = ' style="overflow-wrap: anywhere"' if len(text) > 40 else ""
+        return f"<td{style}>{text}</td>"
+
+    lines = "".join(f"<tr><th>{key}</th>{''.join(map(cell, values))}</tr>" for key, *values in rows)
     top = "".join(f"<th>{name}</th>" for name in heads)
-    return f"<table><thead><tr>{top}</tr></thead><tbody>{lines}</tbody></table>"
+    body = f"<thead><tr>{top}</tr></thead><tbody>{lines}</tbody>"
+    return f'<table style="max-width: 40em">{body}</table>'
 
 
 def backbone_file(config: Config) -> str:

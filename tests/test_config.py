@@ -199,6 +199,8 @@ def test_describe_says_what_differs_from_the_paper():
     shown, folded = describe(load_config("paper", epochs=3, backbone="a<b")).split("<details>")
     differing = re.findall(r"<th>(\w+)</th><td>(.*?)</td><td>(.*?)</td>", shown)
     assert differing == [("backbone", "a&lt;b", "vgg16"), ("epochs", "3", "20")]
+    assert "overflow-wrap" not in shown
+    assert "overflow-wrap" in describe(load_config("paper", start_from="x" * 41))
     same = set(re.findall(r"<th>(\w+)</th>", folded.split("</thead>")[1]))
     assert same == KEYS - {"backbone", "epochs"}
 
