@@ -36,6 +36,7 @@ LOW_LEVEL = "spectral residual"
 UNIFORM_SHARE = 0.01  # mixed into it: one fixation on a zero would make the mean IG -infinity
 JUDGED = ("CC", "NSS", "IG")  # metrics of a verdict
 ALIVE_CC = 0.1  # a network that learned nothing but the centre bias of OSIE has three times as much
+BARELY = 0.001  # of a map above zero: it shows and learns next to nothing
 COMPARISON = (
     *("model", "reference", "metric", "mean", "low", "high"),
     *("seeds", "seed_low", "seed_high", "infinite", "side"),
@@ -271,7 +272,7 @@ def verdicts(differences: pd.DataFrame) -> pd.DataFrame:
         found = part.set_index("metric").loc[list(JUDGED)]
         texts = {metric: _short(row) for metric, row in found.iterrows()}
         name = {"change": cell, "against": reference}
-        rows.append({**name, **texts, "verdict": _verdict(found["side"])})
+        rows.append({**name, **texts, "verdict": _verdict(found)})
     return pd.DataFrame(rows, columns=["change", "against", *JUDGED, "verdict"])
 
 
@@ -297,19 +298,21 @@ def sentence(differences: pd.DataFrame) -> str:
             for metric, row in rows.iterrows()
         )
         than = "the reference" if reference == REFERENCE else f"*{reference}*"
-        lines.append(f"- **{cell}** is {_verdict(rows['side'])} than {than}: {numbers}")
+        lines.append(f"- **{cell}** is {_verdict(rows)} than {than}: {numbers}")
     return "\n".join(lines)
 
 
-def _verdict(sides: pd.Series) -> str:
+def _verdict(rows: pd.DataFrame) -> str:
     """In words, from the side of every judged metric (larger is better in all of them)."""
-    words = {"better": sides.index[sides > 0], "worse": sides.index[sides < 0]}
+    sides = rows["side"]
+    metrics_of = {"better": sides.index[sides > 0], "worse": sides.index[sides < 0]}
     found = [
         word if len(metrics) == len(sides) else f"{word} in {' and '.join(metrics)}"
-        for word, metrics in words.items()
+        for word, metrics in metrics_of.items()
         if len(metrics)
     ]
-    return ", ".join(found) or "neither clearly better nor worse"
+    words = ", ".join(found) or "neither clearly better nor worse"
+    return f"{words} (one seed)" if rows["seeds"].max() == 1 else words
 
 
 # ---- why the head dies -------------------------------------------------------------------------
@@ -368,6 +371,17 @@ def life(config: Config, data: str | Path, updates: int) -> pd.DataFrame:
             trainer.read_losses()
             rows[-1]["loss"] = (trainer.loss_sum - before) / len(batch["index"])
     return pd.DataFrame(rows)
+
+
+def fate(curve: pd.DataFrame) -> str:
+    """What became of the map whose :func:`life` was watched, in words."""
+    above = curve.set_index("update")["above zero"]
+    if above.iloc[-1] < BARELY:
+        return f"dead, or nearly so: {above.iloc[-1]:.2%} of the map is above zero at the end"
+    return (
+        f"alive: {above.iloc[-1]:.0%} of the map is above zero at the end; the least was "
+        f"{above.min():.2%}, at update {above.idxmin()}"
+    )
 
 
 # ---- the ladder, photos, floors and ceilings ---------------------------------------------------

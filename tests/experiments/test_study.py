@@ -105,6 +105,17 @@ def test_missing_scores_are_left_out_and_infinite_ones_said():
 
 
 @pytest.mark.parametrize(
+    ("above", "words"),
+    [
+        ([0.5, 0.1, 0, 0.0002], "dead, or nearly so: 0.02% of the map"),
+        ([0.5, 0, 0.2, 0.3], "alive: 30% of the map"),
+    ],
+)
+def test_a_map_that_recovers_did_not_die(above, words):
+    assert study.fate(pd.DataFrame({"update": range(4), "above zero": above})).startswith(words)
+
+
+@pytest.mark.parametrize(
     ("sides", "words"),
     [
         ((1, 1, 1), "is better than the reference"),
@@ -119,13 +130,14 @@ def test_verdicts_follow_the_sides(sides, words):
     table = pd.DataFrame(
         {"model": "a cell", "reference": study.REFERENCE, "metric": metric, "side": side}
         | {"mean": 0.15, "low": 0.1, "high": 0.2, "seed_low": 0.12, "seed_high": 0.17}
-        | {"infinite": 0}
+        | {"infinite": 0, "seeds": 3}
         for metric, side in zip(study.JUDGED, sides, strict=True)
     )
     text = study.sentence(table)
     assert words in text
     assert "CC +0.150 [+0.100, +0.200], seeds +0.120 to +0.170;" in text
     assert "than *no prior*: CC" in study.sentence(table.assign(reference="no prior"))
+    assert f"{words.split(' than')[0]} (one seed) than" in study.sentence(table.assign(seeds=1))
 
 
 def test_the_low_level_model_is_scored(run_folder):
