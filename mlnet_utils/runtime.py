@@ -232,14 +232,14 @@ def reading(path: str | Path, expected: str, remedy: str = "get it again") -> It
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is a folder, not readable, damaged, or something else than expected.
+        ValueError: it is no file, not readable, damaged, or something else than expected.
     """
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"'{path}' does not exist: expected {expected}; {remedy}")
     try:
-        if path.is_dir():
-            raise ValueError("it is a folder")
+        if not path.is_file():  # opening a named pipe would wait for ever
+            raise ValueError("it is a folder, a pipe or a device")
         yield
     # Readers check little of what they read: struct.error, IndexError, zlib.error, BadZipFile...
     except Exception as error:

@@ -290,6 +290,14 @@ def test_a_mistake_of_the_code_is_no_damaged_file(tmp_path, wrong, error):
         wrong(path.read_text())
 
 
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_what_is_no_file_is_not_opened(tmp_path, make):
+    make(tmp_path / "x.png")
+    reading = runtime.reading(tmp_path / "x.png", "a map")
+    with pytest.raises(ValueError, match=r"x\.png' cannot be read"), reading:
+        pytest.fail("reading a pipe would wait for ever")
+
+
 # ---- progress ----------------------------------------------------------------------------------
 def test_progress_prints_lines_for_long_loops_only(monkeypatch, capsys):
     seconds = iter([0, 1, 16, 40, 47])

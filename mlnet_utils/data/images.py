@@ -79,13 +79,10 @@ def output_stems(places: Mapping[Path, Path], endings: Sequence[str] = ("",)) ->
 def open_image(path: str | Path) -> Image.Image:
     """Open a photo of any of Pillow's own formats, or HEIC (the extra ``heic``).
 
-    Raises:
-        ValueError: HEIC without the extra, a pipe or a device, or more pixels than
-            :func:`photo_limit` allows; names the file and what to do.
-        Exception: Pillow raises many types for a file that is no photo, see ``runtime.reading``.
+    Call it in ``runtime.reading``, for Pillow raises many types for a file that is no photo. A
+    ValueError, which names the file and what to do, for HEIC without the extra and for more pixels
+    than :func:`photo_limit` allows.
     """
-    if not Path(path).is_file():  # opening a named pipe would wait for ever
-        raise ValueError(f"'{path}' is no photo, but a link to nothing, a pipe or a device")
     with open(path, "rb") as file:
         head = file.read(32)  # of HEIC as phones write it, whatever its name
         heif = head[4:12] in (b"ftypmif1", b"ftypmsf1") and b"avif" not in head

@@ -177,7 +177,8 @@ class MapFiles:
         name = self.files[photo.stem]
         path = self.place / name
         if not self.place.is_dir():
-            with require("h5py", "legacy").File(self.place) as file:
+            place, expected = self.place, f"the map {name!r}"
+            with reading(place, expected), require("h5py", "legacy").File(place) as file:
                 values = file[name][()]
         elif path.suffix.lower() == ".mat":
             with reading(path, "a MATLAB file of one matrix", "keep the map only"):

@@ -203,6 +203,21 @@ def test_maps_that_would_give_wrong_scores_are_refused(change, message, photos, 
         scoring.MapFiles(place, photos)
 
 
+def test_a_damaged_map_in_hdf5_is_named(photos, tmp_path):
+    h5py = pytest.importorskip("h5py")
+    path = tmp_path / "maps.h5"
+    with h5py.File(path, "w") as file:
+        for photo in photos:
+            values = np.random.default_rng(0).random((photo.height, photo.width))
+            file.create_dataset(photo.stem, data=values, compression=9)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2  # of some values, which are compressed
+    content[middle : middle + 64] = bytes(64)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"maps\.h5"):
+        scoring.MapFiles(path, photos)
+
+
 def test_places_that_are_none_are_named(photos, maps, tmp_path, run_folder):
     with pytest.raises(FileNotFoundError, match="absent"):
         scoring.MapFiles(tmp_path / "absent", photos)
