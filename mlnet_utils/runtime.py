@@ -273,7 +273,7 @@ def read_json(path: str | Path, made_by: str, *keys: str) -> dict[str, Any]:
 
     Where a digest seals the object, it is compared, and left out.
     """
-    remedy = f"delete it, if it is there, and run {made_by}"
+    remedy = f"{'delete it and ' if Path(path).exists() else ''}run {made_by}"
     with reading(path, f"the JSON that {made_by} writes", remedy):
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict) or not set(keys) <= set(value):

@@ -195,7 +195,7 @@ def test_a_killed_process_keeps_nobody_waiting(tmp_path, holder, capsys, monkeyp
 
 def test_json_round_trip_and_errors(tmp_path):
     path = tmp_path / "record.json"
-    with pytest.raises(FileNotFoundError, match=r"record.json.*notebook 01"):
+    with pytest.raises(FileNotFoundError, match=r"record.json.*writes; run notebook 01"):
         runtime.read_json(path, "notebook 01")
     runtime.write_json(path, {"µ": [1, 2.5]})
     assert runtime.read_json(path, "notebook 01") == {"µ": [1, 2.5]}
