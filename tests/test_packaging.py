@@ -269,6 +269,15 @@ def test_declaration_check_fires():
     assert undeclared("running.pipeline", "import papermill") == []
 
 
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_one_extra_brings_what_a_module_requires(path):
+    """`make demo` and a verb's error name one extra: no part of it may wait in another."""
+    wanted = re.findall(r'require\("([\w.]+)", "(\w+)"\)', path.read_text("utf-8"))
+    extras = {extra for _, extra in wanted}
+    assert len(extras) <= 1
+    assert all(module.split(".")[0] in import_names(EXTRAS[extra]) for module, extra in wanted)
+
+
 # ---- light import, one version -----------------------------------------------------------------
 def test_one_version_everywhere():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text("utf-8"))

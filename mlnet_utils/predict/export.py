@@ -189,7 +189,7 @@ def _photo_files(checkpoint: Path, photos: Sequence[str | Path], int8: bool) -> 
         prepared = Prepared.read(run / "data")
         files = [prepared.root / photo.image for photo in hash_order(prepared.split("train"))]
     elif checkpoint == runtime.SHIPPED:
-        folder = Path(runtime.require("skimage.data", "notebooks").__file__).parent
+        folder = Path(runtime.require("skimage.data", "export").__file__).parent
         files = [folder / name for name in ("astronaut.png", "chelsea.png", "coffee.png")]
     else:
         missing = "does not lie in the checkpoints/ of a run with prepared data"
