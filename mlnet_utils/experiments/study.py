@@ -114,7 +114,6 @@ LADDER: dict[str, dict[str, Any]] = {
     "density head": {"head": "density", "prior_penalty": 0},
     "KL, not ML-Net's loss": {"loss": "kl"},
     "KL + CC": {"loss": "kl + cc"},
-    "gradients clipped": {"clip_norm": 1},
     "mirrored photos in training": {"flip": 0.5},
     "averaged weights": {"ema_decay": 0.98},
     "mirrored photo at test": {"test_flip": True},
@@ -194,7 +193,7 @@ def grid(preset: str, seeds: Sequence[int] = (0, 1, 2)) -> Grid:
         "osie": {
             "height": 240, "width": 320, "freeze": ["backbone.*"], "cache_features": True,
             "backbone_lr_scale": 0.3, "loss": "kl", "epochs": 4, "ema_decay": 0, "test_flip": False,
-            "test_scales": [1.0], "checkpoint_every": 1000, "clip_norm": 0,
+            "test_scales": [1.0], "checkpoint_every": 1000,
         },
         "tiny": {"epochs": 1},
     }[preset]  # fmt: skip
