@@ -60,7 +60,11 @@ def ce_loss(prediction: Tensor, density: Tensor, fixations: Tensor) -> Tensor:
 
 
 def cc_loss(prediction: Tensor, density: Tensor, fixations: Tensor) -> Tensor:
-    """1 - Pearson's correlation of prediction and density."""
+    """1 - Pearson's correlation of prediction and density.
+
+    Its slope, like that of NSS, has no bound where the prediction is constant, as that of a new
+    density head is, and AdamW remembers it for hundreds of updates: set ``clip_norm``.
+    """
     p, q = _centred(prediction), _centred(density)
     norm = (p.square().sum((1, 2, 3)) * q.square().sum((1, 2, 3)) + EPS).sqrt()
     return 1 - (p * q).sum((1, 2, 3)) / norm

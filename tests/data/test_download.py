@@ -242,7 +242,7 @@ def test_the_transfer_is_reported(server, sources, tmp_path, monkeypatch, capsys
     clock = iter(range(0, 10_000, 20))
     monkeypatch.setattr("mlnet_utils.runtime.time.monotonic", lambda: next(clock))
     acquire("tiny", tmp_path)
-    assert "downloading photos.zip: 2 blocks of 0.5 MB" in capsys.readouterr().out
+    assert "downloading photos.zip: 3 blocks of 0.5 MB" in capsys.readouterr().out
 
 
 # ---- the table of sources ----------------------------------------------------------------------
