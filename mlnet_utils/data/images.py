@@ -184,6 +184,10 @@ def read_map(path: str | Path) -> np.ndarray:
         elif path.suffix.lower() == ".npz":
             with np.load(path, allow_pickle=False) as arrays:
                 (name,) = ["density"] if "density" in arrays else arrays
+                size = sum(part.file_size for part in arrays.zip.infolist())
+                most = Image.MAX_IMAGE_PIXELS  # half of what photo_limit allows; None: no limit
+                if most and size > 2 * most * 8:  # float64
+                    raise ValueError(f"it unpacks to {size / 1e9:.1f} GB, more than any photo has")
                 values = arrays[name]
         else:
             with Image.open(path, formats=FORMATS) as image:

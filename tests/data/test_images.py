@@ -15,6 +15,7 @@ from mlnet_utils.data.images import (
     decode,
     output_stems,
     photo_limit,
+    read_density,
     read_image,
     to_bytes,
     visible_files,
@@ -188,6 +189,15 @@ def test_a_bomb_is_refused(tmp_path, monkeypatch):
         assert read_image(tmp_path / "x.png").shape == (3, 40, 50)
     with photo_limit(0.0019), pytest.raises(ValueError, match="over 0 megapixels"):
         read_image(tmp_path / "x.png")
+
+
+def test_an_archive_that_unpacks_to_more_than_a_photo_is_refused(tmp_path):
+    path = tmp_path / "map.npz"
+    np.savez_compressed(path, density=np.eye(50))
+    with photo_limit(0.003):
+        assert read_density(path).shape == (50, 50)
+    with photo_limit(0.002), pytest.raises(ValueError, match=r"map\.npz.*unpacks to"):
+        read_density(path)
 
 
 def test_a_folder_is_no_photo(tmp_path):
