@@ -172,10 +172,9 @@ def plot_maps(
             low = -high
         for image in images:
             image.set(clim=(low, high), cmap=DIFFERENCE_COLOURS if diverging else MAP_COLOURS)
-        place = {"location": "bottom", "shrink": 0.7, "aspect": 30, "pad": 0.03}
         figure.colorbar(
             images[0], ax=list(axes), label=unit, ticks=MaxNLocator(**FEW_TICKS),
-            format=_short, **place,
+            format=_short, **BAR,
         )  # fmt: skip
     return figure
 

@@ -13,7 +13,7 @@ import pandas as pd
 from mlnet_utils import plots
 from mlnet_utils.data.images import read_image
 from mlnet_utils.data.photos import Prepared
-from mlnet_utils.predict.predictor import load
+from mlnet_utils.predict.predictor import MODEL, load
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     prepared = Prepared.read(options.run / "data")
     photos = {photo.stem: photo for photo in prepared.photos}
     scores = pd.read_csv(options.run / "per_image.csv", dtype={"stem": str})
-    worst = scores[scores["model"] == "ML-Net"].set_index("stem")["CC"].nsmallest(options.photos)
+    worst = scores[scores["model"] == MODEL].set_index("stem")["CC"].nsmallest(options.photos)
     network, rows = load(options.run / "checkpoints" / "best.pt"), []
     for stem, cc in worst.items():
         image = read_image(prepared.root / photos[stem].image).permute(1, 2, 0).numpy()
