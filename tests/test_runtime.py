@@ -213,6 +213,25 @@ def test_keyed_seeds_depend_on_every_part_of_the_key():
     assert seeds == [runtime.keyed_seed(*key) for key in keys]
 
 
+def test_freed_memory_is_kept_where_glibc_is_asked_to():
+    measure = """
+import resource, sys
+import torch
+from mlnet_utils import runtime
+kept = runtime.keep_freed_memory() if "keep" in sys.argv else None
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    torch.ones(40, 1024, 1024, dtype=torch.uint8)
+print(kept, resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    run = [sys.executable, "-c", measure]
+    kept, faults = subprocess.check_output([*run, "keep"], text=True).split()
+    if kept == "False":
+        pytest.skip("not glibc")
+    given_back = subprocess.check_output(run, text=True).split()[1]
+    assert int(faults) < int(given_back) / 5
+
+
 def test_determinism_switch_works_both_ways(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     runtime.set_determinism(True)

@@ -25,6 +25,7 @@ from mlnet_utils.model.losses import Objective, cc_loss, kl_loss, nss_loss
 from mlnet_utils.model.network import Adaptation, MLNet, network_input
 from mlnet_utils.runtime import (
     StopSignals,
+    keep_freed_memory,
     keyed_seed,
     locked,
     native_precision,
@@ -96,6 +97,8 @@ class Trainer:
         self.accelerator, self.device = accelerator, accelerator.device
         self.rank, self.world = rank, world = accelerator.process_index, accelerator.num_processes
         set_determinism(config.deterministic)
+        if self.device.type == "cpu":
+            keep_freed_memory()
 
         # Batches depend on the seed and the epoch, not on the number of processes: of a training
         # batch each process takes its share, of the validation batches every world-th.
