@@ -199,7 +199,7 @@ def plot_looks(
     looks: Sequence[tuple[float, float, float, float]],
     crop: tuple[int, int, int, int],
 ) -> Figure:
-    """A photo four times: as it is, under its saliency map, with likely first looks, and cropped.
+    """A photo four times: as it is, under its saliency map, with likely looks, and cropped.
 
     ``photo`` is (H, W, 3) uint8, ``density`` (H, W). A look is x, y, share and radius in pixels of
     the photo; the crop is left, top, right, bottom, the last two exclusive.
@@ -209,7 +209,7 @@ def plot_looks(
     pictures = {
         "photo": photo,
         "saliency map": overlay(photo, density),
-        "likely first looks": photo,
+        "likely looks": photo,
         f"crop with {kept:.0%} of the looks": photo[top:bottom, left:right],
     }
     height = WIDTH / 2 * photo.shape[0] / photo.shape[1] + TITLE_INCHES

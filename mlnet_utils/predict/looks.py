@@ -1,4 +1,4 @@
-"""Statements drawn from a saliency map: likely first looks, and a crop that keeps what is seen."""
+"""Statements drawn from a saliency map: likely looks, and a crop that keeps what is seen."""
 
 import warnings
 from collections.abc import Iterable
