@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -95,7 +96,7 @@ def overlay(photo: np.ndarray, density: np.ndarray, strength: float = 0.65) -> n
 
 
 # ---- photos and maps ---------------------------------------------------------------------------
-def plot_panels(rows: Sequence[Mapping[str, object]], width: float = WIDTH) -> Figure:
+def plot_panels(rows: Sequence[Mapping[str, object]]) -> Figure:
     """Rows of pictures: each row maps a title to a photo (H, W, 3), a map (H, W) or
     ``(photo, points)`` for fixations on a photo. A key ``"label"`` names the row.
 
@@ -110,9 +111,9 @@ def plot_panels(rows: Sequence[Mapping[str, object]], width: float = WIDTH) -> F
     columns = max(len(pictures) for _, pictures in lines)
     firsts = [pictures[0][1] for _, pictures in lines]  # rows may hold photos of different shapes
     shapes = [np.shape(first[0] if isinstance(first, tuple) else first) for first in firsts]
-    heights = [width / columns * shape[0] / shape[1] for shape in shapes]
+    heights = [WIDTH / columns * shape[0] / shape[1] for shape in shapes]
     titled = {0, *range(len(lines))} if len(lines) > len(rows) else {0}
-    options = {"figsize": (width, sum(heights) + len(titled) * TITLE_INCHES)}
+    options = {"figsize": (WIDTH, sum(heights) + len(titled) * TITLE_INCHES)}
     # Pictures have shapes of their own: no gaps between them.
     options |= {"height_ratios": heights, "squeeze": False, "layout": "compressed"}
     figure, axes = plt.subplots(len(lines), columns, **options)
@@ -157,7 +158,7 @@ def plot_maps(
     height, side = np.shape(next(iter(maps.values())))[:2]
     inches = width / columns * height / side + TITLE_INCHES
     bar = BAR_INCHES if unit or diverging else 0
-    figure, axes = _grid(len(maps), columns, inches, "compressed", width=width, bar=bar)
+    figure, axes = _grid(len(maps), inches, columns, width, bar, layout="compressed")
     images = []
     for axis, (title, content) in zip(axes, maps.items(), strict=True):
         axis.set_title(title)
@@ -180,13 +181,12 @@ def plot_maps(
 
 
 def _grid(
-    count: int, columns: int, height: float, layout: str, sharey: bool = False,
-    width: float = WIDTH, bar: float = 0,
+    count: int, height: float, columns: int = COLUMNS, width: float = WIDTH, bar: float = 0,
+    **options: Any,
 ) -> tuple[Figure, Sequence[Axes]]:  # fmt: skip
-    """A figure of ``count`` panels in so many columns; ``height`` is that of a row, and ``bar``
-    that of what stands below the panels, in inches."""
+    """A figure of ``count`` panels; in inches the height of a row, and of the bar below them."""
     rows = -(-count // columns)
-    options = {"figsize": (width, height * rows + bar), "layout": layout, "sharey": sharey}
+    options = {"figsize": (width, height * rows + bar), "layout": "constrained", **options}
     figure, axes = plt.subplots(rows, columns, squeeze=False, **options)
     for axis in axes.flat[count:]:
         axis.axis("off")
@@ -212,11 +212,8 @@ def plot_looks(
         "likely looks": photo,
         f"crop with {kept:.0%} of the looks": photo[top:bottom, left:right],
     }
-    height = WIDTH / 2 * photo.shape[0] / photo.shape[1] + TITLE_INCHES
-    figure, axes = _grid(4, COLUMNS, height, "compressed")
-    for axis, (title, picture) in zip(axes, pictures.items(), strict=True):
-        _draw(axis, picture)
-        axis.set_title(title)
+    figure = plot_maps(pictures)
+    axes = figure.axes
     # Margins give the crop the shape of the photo: all panels are then equally large.
     wide, tall = right - left, bottom - top
     scale = max(wide / photo.shape[1], tall / photo.shape[0])
@@ -237,7 +234,7 @@ def plot_looks(
 # ---- scores ------------------------------------------------------------------------------------
 def plot_history(log: pd.DataFrame) -> Figure:
     """Learning curves: losses, validation scores and learning rate, with the best epoch marked."""
-    figure, axes = _grid(4, COLUMNS, 2.2, "constrained", bar=0.4)
+    figure, axes = _grid(4, 2.2, bar=0.4)
     best, dots = log.loc[log["val_loss"].idxmin(), "epoch"], {"marker": "o", "ms": 4}
     axes[0].plot(log["epoch"], log["train_loss"], **dots, label="train")
     axes[0].plot(log["epoch"], log["val_loss"], **dots, color="C1", label="validation")
@@ -264,7 +261,6 @@ def plot_history(log: pd.DataFrame) -> Figure:
 def plot_scores(
     table: pd.DataFrame,
     metrics: Sequence[str],
-    columns: int = COLUMNS,
     zero: bool = False,
     negligible: Mapping[str, float] | None = None,
 ) -> Figure:
@@ -283,7 +279,7 @@ def plot_scores(
         axis.axis("off")
         return figure
     height = 0.3 * len(models) + 1.0
-    figure, axes = _grid(len(metrics), columns, height, "constrained", sharey=True, bar=0.4)
+    figure, axes = _grid(len(metrics), height, sharey=True, bar=0.4)
     for axis, metric in zip(axes, metrics, strict=True):
         part = table[table["metric"] == metric].set_index("model").reindex(models)
         axis.margins(x=0.1)  # no dot on the frame
@@ -313,16 +309,14 @@ def plot_scores(
     return figure
 
 
-def plot_distributions(
-    scores: pd.DataFrame, metrics: Sequence[str], columns: int = COLUMNS
-) -> Figure:
+def plot_distributions(scores: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     """Per-photo scores of each model as violins with quartiles, a panel per metric.
 
     ``scores`` has a row per photo and model, with ``model`` and a column per metric.
     """
     models = list(scores["model"].unique())
     height = 0.4 * len(models) + 1.0
-    figure, axes = _grid(len(metrics), columns, height, "constrained", sharey=True)
+    figure, axes = _grid(len(metrics), height, sharey=True)
     colours = {model: COLOURS.get(model, NO_COLOUR) for model in models}
     for axis, metric in zip(axes, metrics, strict=True):
         finite = scores[np.isfinite(scores[metric])]
@@ -343,7 +337,7 @@ def plot_amounts(table: pd.DataFrame, metrics: Sequence[str], amount: str) -> Fi
 
     ``table`` has a row per training, with a column per metric and the column ``amount``.
     """
-    figure, axes = _grid(len(metrics), COLUMNS, 2.4, "constrained")
+    figure, axes = _grid(len(metrics), 2.4)
     for axis, metric in zip(axes, metrics, strict=True):
         sns.lineplot(table, x=amount, y=metric, ax=axis, errorbar=None, color="C0")
         sns.scatterplot(table, x=amount, y=metric, ax=axis, color="C0", s=22)
@@ -361,10 +355,11 @@ def _name(axis: Axes, metric: str) -> None:
     few_ticks(axis.xaxis)
 
 
-def few_ticks(ticks: XAxis | YAxis, integer: bool = False) -> None:
+def few_ticks(*axes: XAxis | YAxis, integer: bool = False) -> None:
     """Three or four ticks, as short as they can be written."""
-    ticks.set_major_locator(MaxNLocator(**FEW_TICKS, integer=integer))
-    ticks.set_major_formatter(_short)
+    for ticks in axes:
+        ticks.set_major_locator(MaxNLocator(**FEW_TICKS, integer=integer))
+        ticks.set_major_formatter(_short)
 
 
 def _short(value: float, _: int | None = None) -> str:
@@ -387,7 +382,7 @@ def plot_fixation_statistics(
 
     Saccades are distances between consecutive fixations of an observer. What is unknown is empty.
     """
-    figure, axes = _grid(3, COLUMNS, 2.6, "constrained")
+    figure, axes = _grid(3, 2.6)
     panels = (
         (per_photo, "fixations per photo", "photos", "no photos"),
         (per_observer, "fixations per observer", "observers of photos", "observers unknown"),
@@ -404,8 +399,7 @@ def plot_fixation_statistics(
         median = np.median(values)
         axis.axvline(median, color="C3", lw=1.5)
         axis.set_title(f"median {median:.3g}", color="C3")
-        for ticks in (axis.xaxis, axis.yaxis):
-            few_ticks(ticks)
+        few_ticks(axis.xaxis, axis.yaxis)
     return figure
 
 
@@ -455,7 +449,7 @@ def plot_life(curves: Mapping[str, pd.DataFrame]) -> Figure:
 
     Tables have columns ``update``, ``above zero`` (0..1) and ``loss``.
     """
-    figure, axes = _grid(2, COLUMNS, 2.6, "constrained", bar=BAR_INCHES)
+    figure, axes = _grid(2, 2.6, bar=BAR_INCHES)
     for name, curve in curves.items():
         axes[0].plot(curve["update"], 100 * curve["above zero"], label=name, lw=2)
         axes[1].plot(curve["update"], curve["loss"], lw=1.5)
@@ -463,8 +457,7 @@ def plot_life(curves: Mapping[str, pd.DataFrame]) -> Figure:
     axes[1].set(title="loss of the update's photos", ylabel="ML-Net's loss")
     for axis in axes:
         axis.set_xlabel("update")
-        for ticks in (axis.xaxis, axis.yaxis):
-            few_ticks(ticks)
+        few_ticks(axis.xaxis, axis.yaxis)
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     return figure
 
@@ -476,7 +469,7 @@ def plot_ladder(start: Mapping[str, float], steps: pd.DataFrame, metrics: Sequen
     ``metric``, ``mean``, ``low``, ``high`` and ``side`` (0: the sign is not clear, drawn grey).
     """
     rungs = list(steps["model"].unique())
-    figure, axes = _grid(len(metrics), COLUMNS, 0.34 * len(rungs) + 1, "constrained", sharey=True)
+    figure, axes = _grid(len(metrics), 0.34 * len(rungs) + 1, sharey=True)
     better, worse, unclear = "#0173b2", "#d55e00", "0.65"
     for axis, metric in zip(axes, metrics, strict=True):
         part = steps[steps["metric"] == metric].set_index("model").loc[rungs]
@@ -485,9 +478,8 @@ def plot_ladder(start: Mapping[str, float], steps: pd.DataFrame, metrics: Sequen
         colours = [{1: better, -1: worse}.get(side, unclear) for side in part["side"]]
         axis.barh(range(len(rungs)), part["mean"], left=begins, color=colours, height=0.6)
         spread = [part["mean"] - part["low"], part["high"] - part["mean"]]
-        axis.errorbar(
-            ends, range(len(rungs)), xerr=spread, fmt="none", ecolor="black", elinewidth=1
-        )
+        style = {"fmt": "none", "ecolor": "black", "elinewidth": 1}
+        axis.errorbar(ends, range(len(rungs)), xerr=spread, **style)
         axis.axvline(start[metric], color="grey", lw=1, ls=":")
         axis.set(yticks=range(len(rungs)), yticklabels=rungs, ylim=(len(rungs) - 0.5, -0.5))
         _name(axis, metric)
@@ -524,8 +516,7 @@ def plot_curves(
     for (name, values), dash in zip(curves.items(), dashes, strict=False):
         axis.plot(x, values, dash, lw=2.5, label=name)
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    few_ticks(axis.xaxis)
-    few_ticks(axis.yaxis)
+    few_ticks(axis.xaxis, axis.yaxis)
     if len(curves) > 1:
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2, frameon=False)
     return figure

@@ -21,24 +21,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
-from mlnet_utils.data.geometry import (
-    Letterbox,
-    density_from_points,
-    density_on_grid,
-    inside,
-    map_on_grid,
-)
+from mlnet_utils import runtime
+from mlnet_utils.data import geometry
+from mlnet_utils.data.geometry import Letterbox, density_from_points, inside
 from mlnet_utils.data.images import PHOTO_SUFFIXES, read_density, visible_files
-from mlnet_utils.runtime import (
-    atomic_path,
-    first_of_launch,
-    progress,
-    read_json,
-    reading,
-    sha256_file,
-    write_json,
-    write_text,
-)
+from mlnet_utils.runtime import progress, read_json, reading, sha256_file
 
 SPLITS = ("train", "val", "test")
 NOBODY = -1  # observer of fixations that are published without observers, and without an order
@@ -245,8 +232,8 @@ class Prepared:
     def grid_density(self, photo: Photo, box: Letterbox, grid: tuple[int, int]) -> Tensor:
         """(h, w) float64: the same density on the grid that covers the letterboxed photo."""
         if photo.density and not len(photo.fixations):
-            return map_on_grid(photo.read_density(self.root), box, grid)
-        return density_on_grid(photo.fixations, box, grid, photo.sigma or self.sigma)
+            return geometry.map_on_grid(photo.read_density(self.root), box, grid)
+        return geometry.density_on_grid(photo.fixations, box, grid, photo.sigma or self.sigma)
 
     # ---- the folder ----------------------------------------------------------------------------
     def write(self) -> None:
@@ -268,16 +255,16 @@ class Prepared:
             row["fixations"] = len(photo.fixations)
             row["observers"] = len(photo.known_observers)
             rows.append(json.dumps({**row, "dropped": photo.dropped}) + "\n")
-        write_text(self.folder / "index.jsonl", "".join(rows))
+        runtime.write_text(self.folder / "index.jsonl", "".join(rows))
         arrays = {"offsets": np.cumsum([0] + [len(photo.fixations) for photo in self.photos])}
         for name, (key, dtype) in ARRAYS.items():
             values = [getattr(photo, name) for photo in self.photos]
             arrays[key] = np.concatenate(values).astype(dtype)
-        with atomic_path(self.folder / "fixations.npz") as temporary:
+        with runtime.atomic_path(self.folder / "fixations.npz") as temporary:
             np.savez_compressed(temporary, **arrays)
-        write_json(self.folder / SOURCES, self._sources())
+        runtime.write_json(self.folder / SOURCES, self._sources())
         self.meta["files"] = {name: sha256_file(self.folder / name) for name in INDEX_FILES}
-        write_json(self.folder / "meta.json", self.meta, sealed=True)
+        runtime.write_json(self.folder / "meta.json", self.meta, sealed=True)
 
     def _sources(self) -> dict[str, Any]:
         """``files``, see :func:`fingerprints`, and ``read_from``, the parts that these lie in."""
@@ -364,9 +351,9 @@ class Prepared:
                     files[name], noted = [digest, *now], True
         listed = _listed(self.root, sources["read_from"]) if sources["read_from"] else set()
         problems += [f"{self.root / name} was added" for name in sorted(listed - files.keys())]
-        if noted and first_of_launch():  # of several processes, one writes
+        if noted and runtime.first_of_launch():  # of several processes, one writes
             with contextlib.suppress(OSError):  # a folder that may only be read
-                write_json(self.folder / SOURCES, sources)
+                runtime.write_json(self.folder / SOURCES, sources)
         return problems
 
 

@@ -25,19 +25,10 @@ import numpy as np
 from PIL import Image
 from scipy.special import logsumexp
 
+from mlnet_utils import runtime
 from mlnet_utils.data.images import FORMATS, stored_size, visible_files
 from mlnet_utils.predict.folders import predict_folder
-from mlnet_utils.runtime import (
-    atomic_path,
-    data_root,
-    display_path,
-    first_of_launch,
-    locked,
-    progress,
-    reading,
-    remove_temporaries,
-    require,
-)
+from mlnet_utils.runtime import progress, reading, require
 
 # Share of a uniform density that is mixed in before the logarithm: a network with a ReLU head
 # predicts zeros, and one fixation on a zero would make the mean information gain -infinity.
@@ -83,7 +74,7 @@ def benchmark_photos(
     benchmark = BENCHMARKS[dataset]
     if split not in benchmark.splits:
         raise ValueError(f"{dataset} takes the split {' or '.join(benchmark.splits)}, not {split}")
-    folder = Path(photos) if str(photos) else data_root(root) / benchmark.photos.format(split=split)
+    folder = Path(photos or runtime.data_root(root) / benchmark.photos.format(split=split))
     files = progress(visible_files(folder), "reading sizes", unit="photo")
     sizes = {file.relative_to(folder).as_posix(): stored_size(file) for file in files}
     if len(sizes) != benchmark.count:
@@ -121,16 +112,16 @@ def write_submission(
     if suffix == ".hdf5":
         require("h5py", "legacy")  # fail before the work, not after it
     maps = out.with_name(f"{out.stem}_maps")
-    with locked(out):  # another call would lose the maps
+    with runtime.locked(out):  # another call would lose the maps
         result = predict_folder(checkpoint, [folder], maps, npy=suffix == ".hdf5", upright=False)
         if result.failed:
             raise RuntimeError(f"the submission would not be complete: {result.summary()}")
-        if first_of_launch():
-            remove_temporaries([out])
-            with atomic_path(out) as temporary:
+        if runtime.first_of_launch():
+            runtime.remove_temporaries([out])
+            with runtime.atomic_path(out) as temporary:
                 _pack(maps, sizes, temporary)
                 if problems := "; ".join(validate_submission(temporary, sizes)):
-                    raise RuntimeError(f"{display_path(out)} would be refused: {problems}")
+                    raise RuntimeError(f"{runtime.display_path(out)} would be refused: {problems}")
             shutil.rmtree(maps)
     return out
 
