@@ -159,6 +159,17 @@ def tiny_checkpoint(path: Path, seed: int = 0, scores: dict | None = None, **ove
     return path
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A random network for all who only read it."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("network") / "best.pt")
+
+
+def files(folder: Path) -> set[str]:
+    """The files below a folder, relative to it."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
 def linear(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """OpenCV's bilinear resize: two neighbours per axis, centres aligned, the border repeated."""
     for axis, size in enumerate((height, width)):

@@ -26,7 +26,6 @@ MAY_IMPORT = {
 }
 NO_CODE = {"presets", "weights"}  # rooms of files
 FEWEST = 14  # entries at the package's top
-MAY_PRINT = {"__main__", "running", "experiments", "training", "runtime"}
 
 TRAINING_PATH = (
     *("config", "runtime", "data.geometry", "data.photos", "data.loading", "data.download"),
@@ -86,21 +85,6 @@ def direction_problems(sources):
     return problems
 
 
-def style_problems(module, source):
-    problems = []
-    for node in ast.walk(ast.parse(source)):
-        if isinstance(node, ast.ImportFrom) and any(a.name == "*" for a in node.names):
-            problems.append(f"{module}:{node.lineno}: import *")
-        if isinstance(node, ast.ExceptHandler) and node.type is None:
-            problems.append(f"{module}:{node.lineno}: bare except")
-        is_print = isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print"
-        if is_print and room_of(module) not in MAY_PRINT:
-            problems.append(f"{module}:{node.lineno}: print")
-    if module.split(".")[-1] in ("utils", "helpers", "misc", "common"):
-        problems.append(f"{module}: a name that says nothing")
-    return problems
-
-
 def test_imports_go_one_way():
     assert direction_problems(modules()) == []
 
@@ -122,8 +106,9 @@ def test_init_imports_nothing_at_import_time():
     assert not [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
 
 
-def test_style():
-    assert [line for item in modules().items() for line in style_problems(*item)] == []
+def test_every_name_says_something():
+    names = {module.split(".")[-1] for module in modules()}
+    assert not names & {"utils", "helpers", "misc", "common"}
 
 
 @pytest.mark.parametrize(
@@ -146,19 +131,6 @@ def test_direction_check_knows_all_rooms():
     assert direction_problems({"newcomer": ""}) == ["newcomer: newcomer is no room"]
     with pytest.raises(ValueError, match="relative"):
         direction_problems({"data.photos": "from . import images"})
-
-
-@pytest.mark.parametrize(
-    ("module", "source", "message"),
-    [
-        ("model.network", "from math import *", "model.network:1: import *"),
-        ("model.network", "try:\n    x\nexcept:\n    y", "model.network:3: bare except"),
-        ("model.network", "def f():\n    print(1)", "model.network:2: print"),
-        ("data.utils", "", "data.utils: a name that says nothing"),
-    ],
-)
-def test_style_check_fires(module, source, message):
-    assert style_problems(module, source) == [message]
 
 
 def test_import_is_light():

@@ -13,7 +13,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import tiny_checkpoint
 from PIL import Image
 
 from mlnet_utils import __main__ as cli
@@ -118,11 +117,6 @@ def test_prepare_check_train_and_evaluate(tmp_path, capsys):
     photo.write_bytes(b"changed")
     assert cli.main(["prepare", *run, "--check"]) == 1
     assert "has changed since preparation" in capsys.readouterr().out
-
-
-@pytest.fixture
-def checkpoint(tmp_path):
-    return tiny_checkpoint(tmp_path / "best.pt")
 
 
 def album(folder, names):

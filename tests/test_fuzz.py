@@ -317,10 +317,7 @@ CASES = {
         text('{"files": {"a": [1, "0"], "b": [2, "1"]}}'),
         lambda path: check_unpacked(path.parent),
     ),
-    "x.ipynb": (
-        notebook,
-        lambda path: (notebooks.parameters_of(path), notebooks.machine_paths(path)),
-    ),
+    "x.ipynb": (notebook, read_notebook),
     **{f"submission{kind}": (submission, validated) for kind in (".zip", ".json", ".hdf5")},
     "archive.zip": (lambda path: path.write_bytes(zipped({"a": b"1" * 99, "b/c": b"2"})), unpacked),
 }

@@ -6,9 +6,7 @@ import json
 import os
 import re
 import runpy
-import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
@@ -173,25 +171,6 @@ def test_colab_has_what_a_notebook_imports(path):
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     used = {top for text in code for top, _ in third_party_imports(text.replace("%pip", "pass #"))}
     assert used - import_names(COLAB) == set()
-
-
-@pytest.mark.slow
-def test_pip_changes_no_version_in_colab(tmp_path):
-    """The same by pip, in an environment in which Colab's packages count as installed."""
-    venv.create(tmp_path / "env", symlinks=True)
-    (site,) = (tmp_path / "env/lib").glob("python*/site-packages")
-    for name, version in COLAB.items():
-        (site / f"{name.replace('-', '_')}-{version}.dist-info").mkdir()
-        metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
-        (site / f"{name.replace('-', '_')}-{version}.dist-info/METADATA").write_text(metadata)
-    pip = [sys.executable, "-m", "pip", "--python", tmp_path / "env/bin/python", "--retries", "1"]
-    options = ["install", "--dry-run", "--quiet", "--report", "-", *FOR_COLAB]
-    result = subprocess.run([*pip, *options], capture_output=True, text=True)
-    if result.returncode and "No matching distribution" in result.stderr:
-        pytest.skip("no package index answers")
-    assert result.returncode == 0, result.stderr
-    added = {item["metadata"]["name"] for item in json.loads(result.stdout)["install"]}
-    assert set(map(canonicalize_name, added)) == set(map(name_of, EXTRAS["colab"]))
 
 
 # ---- no registry address -----------------------------------------------------------------------

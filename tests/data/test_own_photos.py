@@ -76,7 +76,6 @@ def test_a_list_of_fixations(listed):
         ("image,x,y\na,1,2\na,one,2\n", "line 3: .*'one'"),
         ("image,x,y\na,1\n", "line 2: y missing"),
         ("# of May\nimage,x,y\na,1,2\na,one,2\n", "line 4: .*'one'"),
-        ("File name,X (px),Y\na,1,2\n", "is 'file name' the 'image'. is 'x .px.' the 'x'."),
         ("image,x,y\na,1,5,2\n", "line 2: "),
         ("image,x,y\na,\x00,1\n", "line 2: "),
         ("image,x,y\na,1,1\nd,1,1\n", r"2 photos .*: 'b', 'c.v2'; 1 rows .*: 'd'"),

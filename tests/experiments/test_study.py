@@ -2,7 +2,6 @@
 
 import itertools
 import shutil
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -147,12 +146,6 @@ def test_the_low_level_model_is_scored(run_folder):
     # The test photos are a bright disc on noise, where the observers looked.
     assert row["metrics"]["AUC"]["mean"] > 0.6
     assert row["metrics"]["IG"]["infinite"] == 0
-
-
-def test_a_missing_opencv_is_named(run_folder, monkeypatch):
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(ImportError, match=r"cv2.*\[study\]"):
-        study.low_level(run_folder)
 
 
 @pytest.mark.slow

@@ -287,12 +287,6 @@ def test_submitit_runs_the_jobs(tmp_path):
     assert list(table_of(tmp_path)["cell"]) == ["tame"]
 
 
-def test_a_cluster_needs_submitit(done, monkeypatch):
-    monkeypatch.setitem(sys.modules, "submitit", None)
-    with pytest.raises(ImportError, match=r"submitit.*\[cluster\]"):
-        sweep.run_sweep(grid(), done, RAW, cluster="slurm")
-
-
 # ---- a cell that starts from another -----------------------------------------------------------
 @pytest.mark.slow
 def test_a_cell_starts_from_what_the_same_seed_of_another_found(tmp_path):
@@ -350,8 +344,6 @@ def test_impossible_grids(values, words):
         ("cells: {a: {}}\nsedes: [1]", "sedes"),
         ("cells: {a: {", "grid.yaml"),
         ("cells: {a: {}, b: {}, a: {levels: 1}}", "'a' is there twice"),
-        ("cells: {a: {levels: 1, levels: 2}}", "'levels' is there twice"),
-        ("cells: {a: {}}\nseeds: [0]\nseeds: [1]", r"'seeds' is there twice\s.* line 3"),
     ],
 )
 def test_files_that_are_no_grids(text, words, tmp_path):

@@ -53,25 +53,6 @@ def same(first, second, tolerance=0.0, skip=()):
 
 
 # ---- identities --------------------------------------------------------------------------------
-def test_kl_of_a_known_pair_of_distributions():
-    p = torch.tensor([[[0.5, 0.25, 0.25]]], dtype=torch.float64)
-    g = torch.tensor([[[0.25, 0.5, 0.25]]], dtype=torch.float64)
-    found = metrics.kl_divergence(p, g).item()
-    assert found == pytest.approx(0.25 * math.log(0.5) + 0.5 * math.log(2), abs=1e-12)
-    assert metrics.similarity(p, g).item() == pytest.approx(0.75, abs=1e-12)
-
-
-def test_auc_of_a_perfect_and_of_a_reversed_ranking():
-    prediction = torch.arange(100.0).reshape(1, 10, 10)
-    top = torch.zeros(1, 10, 10, dtype=torch.int64)
-    top[0, 9, 9] = 1
-    # Against all pixels the fixated one ties with itself: 1 - 0.5 / 100.
-    assert metrics.auc(prediction, top).item() == pytest.approx(0.995, abs=1e-12)
-    assert metrics.auc(-prediction, top).item() == pytest.approx(0.005, abs=1e-12)
-    found = metrics.score_all(prediction, top, metrics=["AUC-unfixated", "AUC-Judd"])
-    assert found["AUC-unfixated"].item() == found["AUC-Judd"].item() == 1.0
-
-
 def test_emd_of_one_moved_pixel_is_its_distance():
     pytest.importorskip("ot", reason="needs the extra emd")
     here, there = torch.zeros(2, 1, 6, 7)

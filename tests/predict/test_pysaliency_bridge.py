@@ -1,6 +1,5 @@
 """Datasets to and from pysaliency, and a predictor in pysaliency's evaluation."""
 
-import sys
 import warnings
 from dataclasses import replace
 
@@ -159,9 +158,3 @@ def test_predictions_that_are_no_densities(density, message):
     model = as_pysaliency_model(lambda image: density)
     with pytest.raises(ValueError, match=message):
         model.log_density(np.zeros((4, 6, 3), np.uint8))
-
-
-def test_without_pysaliency_the_remedy_is_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "pysaliency", None)
-    with pytest.raises(ImportError, match=r"\[parity\]"):
-        as_pysaliency_model(left_to_right)

@@ -6,18 +6,13 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
-from conftest import tiny_checkpoint
+from conftest import files
 
 from mlnet_utils.__main__ import main
 from mlnet_utils.plots import overlay
 from mlnet_utils.predict.folders import to_8_bits
 from mlnet_utils.predict.predictor import load
 from mlnet_utils.predict.video import predict_videos
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return tiny_checkpoint(tmp_path_factory.mktemp("network") / "best.pt")
 
 
 def video(path: Path, size=(64, 48), times=range(5), rate=10) -> Path:
@@ -55,10 +50,6 @@ def read(path: Path) -> tuple[list[np.ndarray], list[float]]:
     with av.open(path) as container:
         frames = list(container.decode(video=0))
     return [frame.to_ndarray(format="rgb24") for frame in frames], [f.time for f in frames]
-
-
-def files(folder: Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +118,3 @@ def test_command_line(checkpoint, tmp_path, capsys):
     assert "1 done, 0 were done before" in capsys.readouterr().out
     assert main([*call, "--npy", str(source)]) == 1
     assert "--npy is for photos" in capsys.readouterr().err
-    source.write_bytes(b"no video")
-    assert main([*call, "--force", str(source)]) == 1
-    assert "failed: " in capsys.readouterr().out
