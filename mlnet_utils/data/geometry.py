@@ -197,9 +197,7 @@ def density_from_points(
 
     (H, W) float64 that sums to 1; all zeros if there is no fixation. The blur is separable, so the
     map is a sum of outer products, one per fixation: exact, and cheaper than filtering an image.
-
-    Raises:
-        ValueError: a point lies outside the photo, or sigma is not positive.
+    Raises ValueError: a point lies outside the photo, or sigma is not positive.
     """
     x, y = _checked_pixels(points, height, width)
     rows = blur_matrix(height, sigma)[:, y].to(device)  # (H, N)

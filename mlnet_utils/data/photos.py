@@ -50,8 +50,7 @@ ARRAYS = {  # attribute of a photo: its key in fixations.npz, its type
 class Photo:
     """A photo and who looked where. Paths are relative to the dataset's root.
 
-    Raises:
-        ValueError: the numbers of fixations, observers and durations differ.
+    Raises ValueError: the numbers of fixations, observers and durations differ.
     """
 
     stem: str  # file name without extension; photos, fixations and maps are paired by it
@@ -94,10 +93,8 @@ class Photo:
         """A photo of this (width, height) with the (N, 2) recorded points that lie on it.
 
         The others are dropped and counted: trackers and web pages record them. ``observers`` are
-        (N,) numbers from 0, None = published without; ``durations`` (N,) ms, None = unknown.
-
-        Raises:
-            ValueError: the arrays differ in length, or an observer's number exceeds int16.
+        (N,) numbers from 0, None = published without; ``durations`` (N,) ms, None = unknown. Raises
+        ValueError: the arrays differ in length, or an observer's number exceeds int16.
         """
         points = np.asarray(points, np.float32).reshape(-1, 2)
         observers = np.full(len(points), NOBODY) if observers is None else np.asarray(observers)

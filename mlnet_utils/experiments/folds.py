@@ -34,8 +34,7 @@ PER_IMAGE_A = "per_image_a.csv"
 def without_first(photo: Photo) -> Photo:
     """A photo without the first fixation of each scanpath on it.
 
-    Raises:
-        ValueError: its fixations are published without observers, so that they have no order.
+    Raises ValueError: its fixations are published without observers, so that they have no order.
     """
     if NOBODY in photo.observers:
         raise ValueError(f"photo {photo.stem}: fixations without observers have no first one")
@@ -48,9 +47,7 @@ def score_a(photos: Sequence[Photo], predict: Mapping[str, Predict]) -> pd.DataF
 
     ``photos`` are all of the dataset; the functions of ``predict`` give a photo's (H, W) density,
     None where it is not to be scored. The cross-validated centre bias is scored on every photo.
-
-    Raises:
-        ValueError: see :func:`without_first`; or fewer than two photos have fixations.
+    Raises ValueError: see :func:`without_first`; or fewer than two photos have fixations.
     """
     later, rows = [without_first(photo) for photo in photos], []
     bias = CentreBias.fit(later)

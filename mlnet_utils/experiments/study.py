@@ -181,8 +181,7 @@ CLAIMS = {
 def grid(preset: str, seeds: Sequence[int] = (0, 1, 2)) -> Grid:
     """The trainings of a preset's study.
 
-    Raises:
-        ValueError: there is no study of this preset.
+    Raises ValueError: there is no study of this preset.
     """
     if preset not in QUESTIONS:
         raise ValueError(f"there is a study of {', '.join(QUESTIONS)}, not of {preset!r}")
@@ -433,10 +432,8 @@ def low_level(run_dir: str | Path, split: str = "test", protocol: str = "mit300"
     """Scores of a training-free model: spectral residual (Hou & Zhang, CVPR 2007), by OpenCV.
 
     Its map is blurred with the dataset's sigma, and mixed with 1 % of a uniform density. Returns a
-    row as those of ``metrics.json``: ``model`` and ``metrics``.
-
-    Raises:
-        ImportError: the extra ``study`` is not installed.
+    row as those of ``metrics.json``: ``model`` and ``metrics``. Raises ImportError: the extra
+    ``study`` is not installed.
     """
     model = require("cv2", "study").saliency.StaticSaliencySpectralResidual_create()
     data, rows = TestSet(Path(run_dir), split), []
@@ -456,10 +453,7 @@ def reachable_cc(run_dir: str | Path, split: str = "test", draws: int = 5) -> di
     correlate with r. Averaging both halves makes a density of reliability R = 2r / (1 + r)
     (Spearman 1910, Brown 1910), and a perfect prediction correlates with a measurement of
     reliability R as sqrt(R). Returns the means over photos: ``halves`` of r, ``reachable`` of
-    sqrt(R).
-
-    Raises:
-        ValueError: the split is empty, or no photo has two known observers.
+    sqrt(R). Raises ValueError: the split is empty, or no photo has two known observers.
     """
     prepared = Prepared.read(Path(run_dir) / "data")
     generator, agreements = np.random.default_rng(0), []

@@ -54,10 +54,8 @@ class CentreBias:
     def fit(cls, photos: Sequence[Photo]) -> "CentreBias":
         """Choose bandwidth and uniform share by the likelihood of held-out photos.
 
-        Fold k of 5 holds out every training photo with index % 5 == k.
-
-        Raises:
-            ValueError: fewer than two photos have fixations.
+        Fold k of 5 holds out every training photo with index % 5 == k. Raises ValueError: fewer
+        than two photos have fixations.
         """
         seen = [photo for photo in photos if len(photo.fixations)]
         source = f"{sum(len(photo.fixations) for photo in seen)} training fixations"
@@ -142,10 +140,8 @@ class LeaveOneOut:
     """Where people looked on all the other photos of a split.
 
     Fixations of photos of another size are scaled: pixel x becomes floor(x * width / their width),
-    as in pysaliency.
-
-    Raises:
-        ValueError: two photos have one stem, or, when called, the photo is not one of the split.
+    as in pysaliency. Raises ValueError: two photos have one stem, or, when called, the photo is not
+    one of the split.
     """
 
     def __init__(self, photos: Sequence[Photo]):
@@ -190,12 +186,10 @@ def inter_observer(
 ) -> Iterator[tuple[int, Tensor, np.ndarray]]:
     """Each observer predicted by the blurred fixations of all the others.
 
-    ``sigma`` is that of the Gaussian, in pixels of the photo; ``prior``, a (H, W) density such as
-    a centre bias (default: uniform), is mixed in by ``prior_share``. Yields (observer, (H, W)
-    float64 density that predicts them, their own (N, 2) fixations).
-
-    Raises:
-        ValueError: the photo has fewer than two observers.
+    ``sigma`` is that of the Gaussian, in pixels of the photo; ``prior``, a (H, W) density such as a
+    centre bias (default: uniform), is mixed in by ``prior_share``. Yields (observer, (H, W) float64
+    density that predicts them, their own (N, 2) fixations). Raises ValueError: the photo has fewer
+    than two observers.
     """
     observers = np.unique(photo.observers)
     if len(observers) < 2:
@@ -222,8 +216,7 @@ class GoldStandard:
     def fit(cls, photos: Sequence[Photo], prior: Callable = uniform) -> "GoldStandard":
         """Choose both values by the likelihood of each observer given the others.
 
-        Raises:
-            ValueError: no photo has two observers.
+        Raises ValueError: no photo has two observers.
         """
         photos = [photo for photo in photos if len(np.unique(photo.observers)) > 1]
         if not photos:

@@ -301,10 +301,8 @@ def score_all(
     Args as in the module; CC, KL, SIM and EMD need ``density``, sAUC ``negatives``, IG
     ``baseline``. ``metrics`` are keys of ``DEFINITIONS[protocol]``; None = those of :data:`METRICS`
     that the protocol defines and that have their inputs. Returns {metric: (B,) float64}, equal to
-    the single functions' results.
-
-    Raises:
-        ValueError: a metric is unknown or lacks its input; see the module for the others.
+    the single functions' results. Raises ValueError: a metric is unknown or lacks its input; see
+    the module for the others.
     """
     maps = {
         "prediction": prediction, "fixations": fixations, "density": density,

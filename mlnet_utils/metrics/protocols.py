@@ -65,10 +65,8 @@ def score(
 
     Each image has one thread, so the number of threads does not change a bit of the sums.
     ``metrics`` are keys of ``DEFINITIONS[protocol]``, ``maps`` (B, H, W) tensors under keys of
-    :data:`MAPS`, ``options`` those of the formulas. Returns {metric: (B,) float64}.
-
-    Raises:
-        ValueError: a metric or protocol is unknown, an input is missing or refused.
+    :data:`MAPS`, ``options`` those of the formulas. Returns {metric: (B,) float64}. Raises
+    ValueError: a metric or protocol is unknown, an input is missing or refused.
     """
     if protocol not in DEFINITIONS:
         raise ValueError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")

@@ -24,9 +24,8 @@ def resize(maps: Tensor, height: int, width: int, *, protocol: str = "mit300") -
       Can overshoot. Has no gradient.
 
     Takes (B, h, w) of any number type; returns (B, height, width) float64 on the maps' device.
-
-    Raises:
-        ValueError: the maps are not (B, h, w), a size is not positive, or the protocol is unknown.
+    Raises ValueError: the maps are not (B, h, w), a size is not positive, or the protocol is
+    unknown.
     """
     if maps.ndim != 3 or height < 1 or width < 1:
         shape = tuple(maps.shape)

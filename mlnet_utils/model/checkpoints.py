@@ -32,10 +32,8 @@ OTHER_RUN = "choose another run folder, or train anew with `reproduce --force`"
 def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any) -> None:
     """Write a checkpoint atomically: configuration, weights, versions and any further state.
 
-    The state holds tensors and plain values only: the file loads with ``weights_only=True``.
-
-    Raises:
-        OSError: the file could not be written; what was there before is still there.
+    The state holds tensors and plain values only: the file loads with ``weights_only=True``. Raises
+    OSError: the file could not be written; what was there before is still there.
     """
     content = {
         "format": FORMAT,
@@ -122,10 +120,8 @@ def load_latest(folder: Path, config: Config, data: str) -> dict[str, Any] | Non
     """The newest readable training checkpoint of this run, or None if there is none.
 
     ``data`` is the digest of the prepared data, as stored by ``rotate_and_save(..., data=digest)``.
-
-    Raises:
-        ValueError: checkpoints exist but none is readable, or they come from another
-            configuration or other data; training never restarts silently.
+    Raises ValueError: checkpoints exist but none is readable, or they come from another
+    configuration or other data; training never restarts silently.
     """
     path, content, errors = _newest(folder)
     best = folder / "best.pt"
@@ -242,9 +238,8 @@ def locate(start_from: str) -> tuple[Path, str]:
 def read_start(start_from: str) -> tuple[dict[str, Any], str]:
     """The checkpoint to start from, and ``start_from`` with the file's checksum.
 
-    Raises:
-        FileNotFoundError, ValueError: see :func:`load_checkpoint`; or not the file that the
-            checksum names.
+    Raises FileNotFoundError, ValueError: see :func:`load_checkpoint`; or not the file that the
+    checksum names.
     """
     path, wanted = locate(start_from)
     content = load_checkpoint(path)
@@ -258,11 +253,8 @@ def read_start(start_from: str) -> tuple[dict[str, Any], str]:
 def load_start(model: MLNet, config: Config) -> None:
     """Give a network the weights that its training starts from, if any are named.
 
-    The checksum of the backbone's ImageNet weights comes along.
-
-    Raises:
-        FileNotFoundError, ValueError: it is gone, cannot be read, has changed since, or lacks
-            weights of the network.
+    The checksum of the backbone's ImageNet weights comes along. Raises FileNotFoundError,
+    ValueError: it is gone, cannot be read, has changed since, or lacks weights of the network.
     """
     if not config.start_from:
         return

@@ -112,8 +112,7 @@ TERMS: dict[str, Callable[..., Tensor]] = {
 def parse_loss(expression: str) -> list[tuple[float, str]]:
     """``"kl + 0.5*cc"`` -> ``[(1.0, "kl"), (0.5, "cc")]``.
 
-    Raises:
-        ValueError: anything that is not a sum of known terms with positive weights.
+    Raises ValueError: anything that is not a sum of known terms with positive weights.
     """
     terms = []
     for part in expression.split("+"):

@@ -217,8 +217,7 @@ def theano_upsampling(cells: int, size: int) -> Tensor:
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
     """Stop the gradient of parameters whose names match a pattern; return the frozen names.
 
-    Raises:
-        ValueError: a pattern that matches nothing (a typo would otherwise train silently).
+    Raises ValueError: a pattern that matches nothing (a typo would otherwise train silently).
     """
     names = [name for name, _ in model.named_parameters()]
     for pattern in patterns:

@@ -76,10 +76,8 @@ def first_looks(density: np.ndarray, count: int = 5, radius: float = RADIUS) -> 
     """The ``count`` most likely places of a look, in falling order; no pixel is counted twice.
 
     ``density`` is (H, W), non-negative, as ``Predictor.predict`` gives it; ``radius`` that of a
-    place, as a share of the photo's longer side.
-
-    Raises:
-        ValueError: the density is not 2-D, is negative or not finite somewhere, or is all zero.
+    place, as a share of the photo's longer side. Raises ValueError: the density is not 2-D, is
+    negative or not finite somewhere, or is all zero.
     """
     small, scale = _reduced(density)
     size = max(1, round(radius * max(small.shape)))
@@ -100,12 +98,10 @@ def first_looks(density: np.ndarray, count: int = 5, radius: float = RADIUS) -> 
 def crop_that_keeps(density: np.ndarray, share: float = 0.9) -> tuple[int, int, int, int]:
     """A small rectangle that keeps a share of the looks: left, top, right, bottom in pixels.
 
-    Row by row and column by column, the side goes that holds the least probability per pixel.
-    Right and bottom are exclusive: ``photo[top:bottom, left:right]``. ``density`` is (H, W), as for
-    :func:`first_looks`; ``share``, which the crop keeps at least, is above 0 and at most 1.
-
-    Raises:
-        ValueError: the share is outside that range, or the density as for :func:`first_looks`.
+    Row by row and column by column, the side goes that holds the least probability per pixel. Right
+    and bottom are exclusive: ``photo[top:bottom, left:right]``. ``density`` is (H, W), as for
+    :func:`first_looks`; ``share``, which the crop keeps at least, is above 0 and at most 1. Raises
+    ValueError: the share is outside that range, or the density as for :func:`first_looks`.
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share} must be above 0 and at most 1")

@@ -97,8 +97,7 @@ class Predictor:
     def prepare(self, photo: Tensor) -> tuple[Tensor, Letterbox]:
         """(3, H, W) uint8 photo -> the network's uint8 input and its geometry.
 
-        Raises:
-            ValueError: a side is shorter than 32 pixels.
+        Raises ValueError: a side is shorter than 32 pixels.
         """
         (rows, columns), height, width = photo.shape[1:], self.config.height, self.config.width
         if min(rows, columns) < SMALLEST_SIDE:

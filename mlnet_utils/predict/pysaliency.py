@@ -72,8 +72,7 @@ def from_pysaliency(stimuli: Any, fixations: Any, folder: str | Path) -> list[Ph
 def to_pysaliency(photos: list[Photo], root: str | Path) -> tuple[Any, Any]:
     """Photos as ``(FileStimuli, Fixations)``; the photos' paths are relative to ``root``.
 
-    Raises:
-        ValueError: a photo is turned by its EXIF.
+    Raises ValueError: a photo is turned by its EXIF.
     """
     pysaliency = require("pysaliency", "parity")
     counts = [len(photo.fixations) for photo in photos]

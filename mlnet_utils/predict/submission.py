@@ -64,10 +64,8 @@ def benchmark_photos(
 
     ``dataset`` is a name in ``BENCHMARKS``, ``split`` ``"test"``, or ``"val"`` where it is taken.
     ``photos`` is their folder, by default the dataset's place in the raw data below ``root`` (see
-    :func:`~mlnet_utils.runtime.data_root`).
-
-    Raises:
-        ValueError: unknown dataset or split, or not the benchmark's number of photos.
+    :func:`~mlnet_utils.runtime.data_root`). Raises ValueError: unknown dataset or split, or not the
+    benchmark's number of photos.
     """
     if dataset not in BENCHMARKS:
         raise ValueError(f"unknown benchmark {dataset!r}: use one of {', '.join(BENCHMARKS)}")

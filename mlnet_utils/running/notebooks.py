@@ -146,10 +146,8 @@ def run_notebook(
     The executed copy, without machine paths, widgets and stderr, goes to ``target`` on success;
     otherwise to ``<name>.failed.ipynb`` beside it, and ``target`` is left alone. ``parameters`` are
     injected after the cell tagged ``parameters``. ``check``, called after the last cell, returns
-    the fault of the results, or ``""``.
-
-    Raises:
-        NotebookError: a cell failed, the kernel died, or ``check`` found a fault.
+    the fault of the results, or ``""``. Raises NotebookError: a cell failed, the kernel died, or
+    ``check`` found a fault.
     """
     failed, error = target.with_suffix(".failed.ipynb"), None
     executed = target.with_suffix(".running.ipynb")  # of a killed run, the next one's place

@@ -188,12 +188,9 @@ def publish(run_dir: str | Path, stages: Sequence[Stage] = STAGES) -> list[Path]
     Those of another preset than the notebooks' own go into ``results/<preset>/notebooks/``: their
     titles say on which dataset they were executed, their links open the copies, and they must not
     show the dataset's photos. Returns the files written, in the checkout that this package is
-    imported from.
-
-    Raises:
-        PublishError: a stage has not succeeded or is out of date, a notebook was changed after
-            the run, ran with other parameters than its own, or holds this machine's paths.
-            Nothing has been copied.
+    imported from. Raises PublishError: a stage has not succeeded or is out of date, a notebook was
+    changed after the run, ran with other parameters than its own, or holds this machine's paths.
+    Nothing has been copied.
     """
     run_dir, repository = Path(run_dir), runtime.checkout_root()
     if repository is None:

@@ -30,10 +30,8 @@ def read_mat(path: Path) -> dict[str, Any]:
     """The variables of a file, as arrays of MATLAB's shape, sparse ones too.
 
     Cells are arrays of objects, structs are arrays of objects with the fields as attributes, and
-    texts are arrays of a string for each row.
-
-    Raises:
-        Exception: many types for a damaged file or one of another kind, see ``runtime.reading``.
+    texts are arrays of a string for each row. Raises Exception: many types for a damaged file or
+    one of another kind, see ``runtime.reading``.
     """
     content, variables = memoryview(path.read_bytes()), {}
     order = {b"IM": "<", b"MI": ">"}.get(bytes(content[126:128]))

@@ -157,12 +157,9 @@ def check_coordinates(
 
     ``sizes`` are width and height of the photos by stem, ``points`` (N, 2) x, y of each, 0-based,
     not finite where gaze was lost. A pixel that is recorded in most photos, as trackers write lost
-    gaze, is a warning.
-
-    Raises:
-        ValueError: nine tenths of the points lie within 0..1, or within 0..100 of photos at least
-            twice as large, or over a tenth lies outside the photos (a fiftieth, if exchanging x and
-            y mends it).
+    gaze, is a warning. Raises ValueError: nine tenths of the points lie within 0..1, or within
+    0..100 of photos at least twice as large, or over a tenth lies outside the photos (a fiftieth,
+    if exchanging x and y mends it).
     """
     size = np.concatenate([np.tile(sizes[stem], (len(points[stem]), 1)) for stem in points])
     xy = np.concatenate(list(points.values()))

@@ -91,10 +91,8 @@ def fit_sigma(photos: list[Photo], root: str | Path) -> float:
     """The blur that turns the fixations into the published maps; for 2017 nobody states it.
 
     It is the sigma of 2 to 60 pixels, to 0.05, by which densities correlate best with the maps on
-    average. A few dozen ``photos`` are enough, with paths below ``root``.
-
-    Raises:
-        ValueError: no photo has fixations and a map, or see :meth:`Photo.read_density`.
+    average. A few dozen ``photos`` are enough, with paths below ``root``. Raises ValueError: no
+    photo has fixations and a map, or see :meth:`Photo.read_density`.
     """
     from scipy.optimize import minimize_scalar
 
