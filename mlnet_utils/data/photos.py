@@ -70,14 +70,12 @@ class Photo:
     sigma: float = 0.0  # its own blur in its pixels, where datasets are mixed; 0 = the dataset's
 
     def __post_init__(self):
-        n = len(self.fixations)
         if self.durations is None:
-            self.durations = np.full(n, np.nan, np.float32)
-        if len(self.observers) != n or len(self.durations) != n:
-            raise ValueError(
-                f"photo {self.stem}: {n} fixations but {len(self.observers)} observers and "
-                f"{len(self.durations)} durations"
-            )
+            self.durations = np.full(len(self.fixations), np.nan, np.float32)
+        lengths = {name: len(getattr(self, name)) for name in ARRAYS}
+        if len(set(lengths.values())) > 1:
+            counts = ", ".join(f"{length} {name}" for name, length in lengths.items())
+            raise ValueError(f"photo {self.stem}: {counts}, but there must be as many of each")
 
     @classmethod
     def from_points(
@@ -198,10 +196,9 @@ class Prepared:
         """The photos of one split; a ValueError if there are none, or some cannot be scored."""
         photos = self.split(name)
         if secret := [photo for photo in photos if not photo.has_truth]:
-            raise ValueError(
-                f"{len(secret)} of the {len(photos)} {name} photos in {self.folder} have no ground "
-                "truth (of benchmarks it is secret): evaluate the split 'val', or `submit`"
-            )
+            said = f"{len(secret)} of the {len(photos)} {name} photos in {self.folder}"
+            remedy = "evaluate the split 'val', or `submit`"
+            raise ValueError(f"{said} have no ground truth (of benchmarks it is secret): {remedy}")
         return photos
 
     def split(self, name: str) -> list[Photo]:

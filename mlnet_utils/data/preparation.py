@@ -38,9 +38,7 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
     sigma = config.sigma or spec.sigma
     if np.isnan(sigma) and not config.sigma_share:
         remedy = "`sigma` (pixels of a degree of visual angle) or `sigma_share` (of the width)"
-        raise ValueError(
-            f"dataset {spec.name!r} has no sigma of its own: set {remedy} in the preset"
-        )
+        raise ValueError(f"{spec.name!r} has no sigma of its own: set {remedy} in the preset")
     if config.coordinates and not spec.own:
         raise ValueError(f"config: coordinates are for own photos, not for {spec.name!r}")
     if spec.name == "synthetic":
@@ -161,9 +159,7 @@ def hash_split(photos: list[Photo], n_val: int, n_test: int) -> list[Photo]:
     """
     if n_val + n_test >= len(photos):
         taken = f"cannot take {n_val} validation and {n_test} test photos out of {len(photos)}"
-        raise ValueError(
-            f"{taken}: add photos, or with at least {FOLDS} set `fold: 0` in the preset"
-        )
+        raise ValueError(f"{taken}: add photos, or with {FOLDS} at least set `fold: 0`")
     split = {photo.stem: "val" for photo in hash_order(photos)[: n_test + n_val]}
     split |= {photo.stem: "test" for photo in hash_order(photos)[:n_test]}
     return [replace(photo, split=split.get(photo.stem, "train")) for photo in photos]
@@ -193,9 +189,7 @@ def split_photos(photos: list[Photo], spec: DatasetSpec, fold: int = -1) -> list
         _refuse_fold(fold, spec.name)
         if spec.test and unsplit:
             lone = f"{len(unsplit)} photos are in none of the folders {', '.join(SPLITS)}"
-            raise ValueError(
-                f"{spec.name}: {lone}, e.g. {unsplit[0]}, while others are: move them in"
-            )
+            raise ValueError(f"{spec.name}: {lone}, e.g. {unsplit[0]}, while others are: move them")
         return photos
     if fold >= 0:
         return fold_split(photos, fold)

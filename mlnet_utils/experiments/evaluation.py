@@ -120,12 +120,9 @@ class TestSet:
     ) -> list[dict]:
         """All metrics of every photo by every model, in the models' order and that of the stems.
 
-        Of several processes each scores its share of the photos, and all return the same rows.
-
-        Args:
-            predict: the maps of the models that are no baselines.
-            protocol: see docs/metrics.md.
-            models: keys of ``predict`` and baselines; what the data lack inputs for is left out.
+        ``models`` are baselines, and keys of ``predict``, which gives the maps of all others; what
+        the data lack inputs for is left out. Of several processes each scores its share of the
+        photos, and all return the same rows.
         """
         processes, split = runtime.processes(), self.photos[0].split
         share: Iterable[Photo] = self.photos[processes.process_index :: processes.num_processes]
@@ -260,11 +257,7 @@ def evaluate(
 
 
 def save_scores(folder: Path, report: dict, rows: Sequence[dict], resamples: int) -> dict:
-    """Write ``per_image.csv``, the rows, and ``metrics.json``, the report with their means.
-
-    Returns:
-        The contents of ``metrics.json``.
-    """
+    """Write the rows, ``per_image.csv``, and the report with their means, ``metrics.json``."""
     table = pd.DataFrame(rows, columns=["model", "stem", *METRICS])
     table.insert(0, "dataset", report["dataset"])
     text = table.to_csv(index=False, na_rep="nan", lineterminator="\n")

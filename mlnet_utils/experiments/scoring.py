@@ -40,21 +40,13 @@ def score(
 ) -> dict:
     """Score saliency maps and the baselines; write ``metrics.json`` and ``per_image.csv``.
 
-    Args:
-        maps: see :class:`MapFiles`.
-        data: a run with prepared data, or the prepared folder.
-        out: the folder to write into.
-        split: default: test, or val where the test photos' fixations are secret.
-        protocol: metric definitions, and the way that maps are resized; see docs/metrics.md.
-        other: maps that are scored too, and subtracted photo by photo.
-        resamples: of the bootstrap.
-
-    Returns:
-        The contents of ``metrics.json``: as :func:`evaluation.evaluate`, and ``maps``, a line on
-        every place, and ``differences``, rows of :func:`study.compare`.
-
-    Raises:
-        FileNotFoundError, ValueError: the data, see :class:`TestSet`, or the maps.
+    ``maps``, and ``other`` ones, which are scored too and subtracted photo by photo, are places as
+    of :class:`MapFiles`. ``data`` is a run with prepared data, or the prepared folder, ``out`` the
+    folder to write into; ``split`` is by default test, or val where the test photos' fixations are
+    secret. ``protocol`` decides definitions and the way that maps are resized (docs/metrics.md);
+    ``resamples`` are the bootstrap's. Returns the contents of ``metrics.json``: as
+    :func:`evaluation.evaluate`, and ``maps``, a line on every place, and ``differences``, rows of
+    :func:`study.compare`. Raises the errors of :class:`TestSet` and :class:`MapFiles`.
     """
     testset = TestSet(Path(data), split)
     places = [MapFiles(Path(place), testset.photos) for place in (maps, other) if place]
@@ -125,10 +117,9 @@ class MapFiles:
 
     def _refuse(self, problem: str, names: Collection[str]) -> None:
         if names:
-            raise ValueError(
-                f"{self.place}: {len(names)} {problem}: {named(sorted(names))}. Every photo "
-                "of the split needs one map, named as the photo and of its shape, of any size"
-            )
+            found = f"{len(names)} {problem}: {named(sorted(names))}"
+            wanted = "every photo of the split needs one map of its name and shape, of any size"
+            raise ValueError(f"{self.place}: {found}; {wanted}")
 
     def _inspect(self, photos: Sequence[Photo]) -> dict[str, list[str]]:
         """Stems of the maps of each kind; an error where some have another shape."""
@@ -189,7 +180,6 @@ class MapFiles:
         is_log = values.ndim == 2 and values.size and abs(logsumexp(values)) < LOG_SUM
         values = np.exp(values) if is_log else values
         if values.ndim != 2 or not values.size or not np.isfinite(values).all():
-            raise ValueError(
-                f"{path} is no map: expected a matrix of finite numbers, got shape {values.shape}"
-            )
+            expected = f"a matrix of finite numbers, got shape {values.shape}"
+            raise ValueError(f"{path} is no map: expected {expected}")
         return torch.from_numpy(values), bool(is_log)

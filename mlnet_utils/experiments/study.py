@@ -378,10 +378,8 @@ def fate(curve: pd.DataFrame) -> str:
     above = curve.set_index("update")["above zero"]
     if above.iloc[-1] < BARELY:
         return f"dead, or nearly so: {above.iloc[-1]:.2%} of the map is above zero at the end"
-    return (
-        f"alive: {above.iloc[-1]:.0%} of the map is above zero at the end; the least was "
-        f"{above.min():.2%}, at update {above.idxmin()}"
-    )
+    least = f"the least was {above.min():.2%}, at update {above.idxmin()}"
+    return f"alive: {above.iloc[-1]:.0%} of the map is above zero at the end; {least}"
 
 
 # ---- the ladder, photos, floors and ceilings ---------------------------------------------------

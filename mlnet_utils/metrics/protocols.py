@@ -113,10 +113,8 @@ def _check_shapes(maps: dict[str, Tensor], names: Sequence[str] | None) -> None:
     for kind, value in maps.items():
         odd = isinstance(value, Tensor) and (value.is_complex() or value.is_meta)
         if odd or getattr(value, "layout", torch.strided) != torch.strided:
-            raise ValueError(
-                f"{kind} must be a dense tensor of real numbers, got {value.dtype}, {value.layout} "
-                f"on {value.device}"
-            )
+            got = f"{value.dtype}, {value.layout} on {value.device}"
+            raise ValueError(f"{kind} must be a dense tensor of real numbers, got {got}")
     shape = tuple(getattr(maps["prediction"], "shape", ()))
     for kind, value in maps.items():
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__

@@ -53,9 +53,8 @@ class MLNet(nn.Module):
         if config.standardise and config.head == "density":
             nn.init.zeros_(self.to_map.weight)  # the first map is uniform, not noise
         # 3.3 learned prior: W starts at zero, which is neutral in both heads
-        self.prior = (
-            nn.Parameter(torch.zeros(1, 1, *config.prior_cells)) if config.prior_cells else None
-        )
+        cells = config.prior_cells
+        self.prior = nn.Parameter(torch.zeros(1, 1, *cells)) if cells else None
         if config.adapt and config.head != "density":
             raise ValueError(f"config: adapt needs head='density', not head={config.head!r}")
         self.adaptation = Adaptation() if config.adapt else nn.Identity()

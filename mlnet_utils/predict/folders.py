@@ -62,22 +62,18 @@ def predict_folder(
     """Write the saliency maps of photos and of folders of photos, into the folder ``out``.
 
     Every photo gets ``<stem>.png`` (8 bits, its own size, maximum 255), with ``overlay`` also
-    ``<stem>_overlay.png`` (the photo with its map on top), and with ``npy`` ``<stem>.npy``
-    (float32 density that sums to 1). Where two photos differ in their suffix only, it is kept:
-    ``x.jpg.png``. Photos inside a given folder keep their sub-folders. Photos with all outputs in
-    place are skipped, so that an interrupted call can be repeated, unless they were changed since
-    (a map's metadata hold the SHA-256 of its photo); ``force`` redoes them, and first
+    ``<stem>_overlay.png`` (the photo under its map), and with ``npy`` ``<stem>.npy`` (float32
+    density, sum 1). Where two photos differ in their suffix only, it is kept: ``x.jpg.png``; photos
+    of a folder keep their sub-folders. Photos with all outputs in place are skipped, unless they
+    changed since (a map's metadata hold its photo's SHA-256); ``force`` redoes them, and first
     removes files of another checkpoint that will be made again. Under ``accelerate launch`` every
     process takes its share on its own GPU; all return the same result.
 
     The checkpoint may be an exported one; ``batch_size`` photos pass at once, by default 8, 1 on a
     CPU, which more make slower; ``device`` and ``fast`` are those of :func:`load`. ``upright``
     turns photos as their EXIF data say; benchmarks want False. Photos of more ``megapixels`` fail;
-    the largest takes 20 bytes of memory per pixel.
-
-    Returns:
-        The photos that were done, skipped, failed and why, or left out; a broken photo, or one
-        whose files would overwrite another file, stops nothing.
+    the largest takes 20 bytes of memory per pixel. A photo that is broken, or whose files would
+    overwrite another file, stops nothing: the result names it.
 
     Raises:
         FileNotFoundError: a path or the checkpoint does not exist.

@@ -231,9 +231,7 @@ def _injections(
             raise ValueError(f"notebook {name} has no parameter {', '.join(sorted(missing))}")
     free = {key for known in defaults.values() for key in known} - set(OWN_PARAMETERS)
     if unknown := set(extra) - free:
-        there = (
-            f"{', '.join(sorted(free)) or 'none'}, and {', '.join(OWN_PARAMETERS)} by other means"
-        )
+        there = f"{', '.join(sorted(free)) or 'none'}, and {', '.join(OWN_PARAMETERS)} otherwise"
         raise ValueError(f"parameters {', '.join(sorted(unknown))}: the notebooks have {there}")
     result = {}
     for name, known in defaults.items():

@@ -24,11 +24,9 @@ MOST_MARKED = 0.5  # share of a map's pixels
 def need(path: Path, dataset: str) -> Path:
     """The path, or a FileNotFoundError that says how the dataset comes there."""
     if not path.exists():
-        raise FileNotFoundError(
-            f"{dataset}: {path} is missing; `python -m mlnet_utils download {dataset}` fetches "
-            "it (`--root` names a folder other than data/), or set MLNET_DATA to the folder that "
-            "holds the datasets (see data/README.md)"
-        )
+        fetch = f"`python -m mlnet_utils download {dataset}` fetches it"
+        where = "`--root` or $MLNET_DATA names the folder of the datasets (data/README.md)"
+        raise FileNotFoundError(f"{dataset}: {path} is missing; {fetch}; {where}")
     return path
 
 
@@ -43,10 +41,8 @@ def by_stem(paths: Iterable[Path], dataset: str, strip: str = "") -> dict[str, P
         found[composed(path.stem).removesuffix(strip)].append(path)
     twice = [sorted(repr(str(path)) for path in same) for same in found.values() if len(same) > 1]
     if twice:
-        raise ValueError(
-            f"{dataset}: {len(twice)} stems belong to several files, such as "
-            f"{' and '.join(twice[0])}: rename or remove one of them"
-        )
+        first = " and ".join(twice[0])
+        raise ValueError(f"{dataset}: {len(twice)} stems belong to several files ({first}): rename")
     return {stem: found[stem][0] for stem in sorted(found)}
 
 
@@ -64,9 +60,7 @@ def check_pairs(dataset: str, first: str, ours: Iterable[str], second: str, thei
         if lone
     ]
     if parts:
-        raise ValueError(
-            f"{dataset}: {'; '.join(parts)}. Files pair by name: complete or remove these"
-        )
+        raise ValueError(f"{dataset}: {'; '.join(parts)}. Files pair by name: complete or remove")
 
 
 def check_looked_at(dataset: str, photos: list[Photo]) -> list[Photo]:
@@ -74,18 +68,16 @@ def check_looked_at(dataset: str, photos: list[Photo]) -> list[Photo]:
     empty = [photo for photo in photos if not len(photo.fixations) and not photo.density]
     if empty:
         outside = sum(photo.dropped for photo in empty)
-        raise ValueError(
-            f"{dataset}: {len(empty)} photos have no fixation on them ({outside} lie outside): "
-            f"{named([photo.stem for photo in empty])}. Correct their coordinates or remove them"
-        )
+        said = f"{len(empty)} photos have no fixation on them ({outside} lie outside)"
+        names = named([photo.stem for photo in empty])
+        raise ValueError(f"{dataset}: {said}: {names}. Correct their coordinates or remove them")
     return photos
 
 
 def named(names: Sequence[str]) -> str:
     """The first five names, in quotes."""
-    return ", ".join(map(repr, names[:5])) + (
-        f" and {len(names) - 5} more" if len(names) > 5 else ""
-    )
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(repr, names[:5])) + more
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -134,10 +126,8 @@ def fixated_pixels(path: Path, size: tuple[int, int], variable: str = "") -> np.
                 values = image.convert("F")
         values = np.asarray(values, np.float64)
     if values.shape != size[::-1]:
-        shape = "x".join(map(str, values.shape[::-1]))
-        raise ValueError(
-            f"map {path} is {shape}, but its photo is {size[0]}x{size[1]}: get the unresized matrix"
-        )
+        shape, photo = ("x".join(map(str, sides)) for sides in (values.shape[::-1], size))
+        raise ValueError(f"map {path} is {shape}, but its photo is {photo}: get the unresized map")
     if not np.isfinite(values).all():
         raise ValueError(f"map {path} holds values that are not finite: use 0 where nobody looked")
     top = values.max()

@@ -59,9 +59,8 @@ def read_own(root: str | Path, coordinates: Mapping[str, Any] | None = None) -> 
     there = {key: root / name for name, key in reversed(PARTS.items()) if (root / name).exists()}
     if not there and (root / "images").is_dir():
         found = files.named(sorted(path.name for path in root.iterdir()))
-        raise ValueError(
-            f"own photos: {root} holds none of {', '.join(PARTS)}/ (lists by observer), but {found}"
-        )
+        wanted = f"{', '.join(PARTS)}/ (lists by observer)"
+        raise ValueError(f"own photos: {root} holds none of {wanted}, but {found}")
     photos = read_folder(root / "images", **there, coordinates=coordinates)
     for photo in photos:
         photo.image = f"images/{photo.image}"
@@ -101,9 +100,7 @@ def read_folder(
         if not Path(path).exists():
             raise FileNotFoundError(f"own photos: {path} does not exist")
     if (fixations_csv and fixation_maps) or not (fixations_csv or fixation_maps or density_maps):
-        raise ValueError(
-            "own photos: give a fixation list or fixation maps (not both), or density maps"
-        )
+        raise ValueError("own photos: give a list or maps of fixations (not both), or density maps")
     paths = files.by_stem(visible_files(images), "own photos")
     if not paths:
         raise ValueError(f"own photos: {images} holds none of {', '.join(PHOTO_SUFFIXES)}")
@@ -175,9 +172,7 @@ def check_coordinates(
     for unit, top in SHARES.items():
         corner = ((xy >= 0) & (xy <= top)).all(axis=1)[seen]
         if corner.size and corner.mean() > 1 - OUTSIDE and (size >= 2 * top).all():
-            said = (
-                f"{corner.sum()} of {len(corner)} points lie within 0..{top}, shares of the photo"
-            )
+            said = f"{corner.sum()} of {len(corner)} points lie within 0..{top}, shares of a side"
             remedy = f"set `coordinates: {{unit: {unit}}}` in the preset"
             raise ValueError(f"own photos: {path}: {said}: {remedy}")
     out, swapped = outside(xy), outside(xy[:, ::-1])
@@ -215,10 +210,9 @@ def _split(place: Path) -> str:
     for folder in folders:
         words = re.findall("[a-z]+", folder.lower())
         if any(re.sub("(set|data|images|photos)$", "", word) in SPLIT_NAMES for word in words):
-            raise ValueError(
-                f"own photos: the folder {folder!r} of {place} looks like a split: splits lie "
-                f"directly in the folder of photos, as {', '.join(SPLIT_NAMES)}; rename or move it"
-            )
+            said = f"own photos: the folder {folder!r} of {place} looks like a split"
+            rule = f"splits lie directly in the folder of photos, as {', '.join(SPLIT_NAMES)}"
+            raise ValueError(f"{said}: {rule}; rename or move it")
     return ""
 
 
