@@ -16,8 +16,9 @@ from PIL import Image
 
 from mlnet_utils.__main__ import main
 from mlnet_utils.data.geometry import density_from_points
-from mlnet_utils.data.photos import Prepared
+from mlnet_utils.data.photos import NOBODY, Prepared
 from mlnet_utils.data.preparation import prepare
+from mlnet_utils.data.readers.own import to_pixels
 from mlnet_utils.running import pipeline
 
 SIZE = np.array((160, 120))
@@ -127,6 +128,13 @@ def test_coordinates_that_the_preset_describes(study, case):
     assert found.meta["coordinates"] == coordinates
 
 
+def test_to_pixels():
+    points = np.array([[0, 0], [1, 1]])
+    edges = to_pixels(points, (160, 120), unit="normalised")
+    assert edges.tolist() == [[-0.5, -0.5], [159.5, 119.5]]
+    assert to_pixels(points, (160, 120), origin=1, offset=(3, 4)).tolist() == [[-4, -5], [-3, -4]]
+
+
 REFUSED = {
     "shares": (table(rows(CONVERTED["normalised"][0])), r"0\.\.1, .*`coordinates: {unit: normal"),
     "screen": (table(rows(CONVERTED["screen"][0])), r"of 360 points lie outside .*offset: \["),
@@ -137,6 +145,7 @@ REFUSED = {
         "is 'file' the 'image'.*'x_pos' the 'x'.*'y_pos' the 'y'",
     ),
     "thousands": (table(['001.jpg,"1,024.5",3,P1,9', *rows()]), r"csv, line 2: .*1,024\.5"),
+    "a word": (table([*rows()[:5], "001.jpg,left,3,P1,9"]), "csv, line 7: .*'left'"),
 }
 
 
@@ -246,6 +255,7 @@ NO_DENSITY = {
     "painted.png": (painted, "in colours"),
     "alpha.png": (rgba(np.ones_like, np.asarray), "transparent"),
     "constant.png": (lambda path, v: drawn("L")(path, np.ones_like(v)), "the same everywhere"),
+    "part.png": (lambda path, v: drawn("L")(path, v[:80]), "160x80, but its photo is 160x120"),
     "nothing.npy": (lambda path, v: np.save(path, 0 * v), "sum 0"),
     "negative.npy": (lambda path, v: np.save(path, -v), "not negative"),
 }
@@ -284,6 +294,21 @@ def test_density_maps_that_are_none(study, name):
     draw(study, name, write)
     with pytest.raises(ValueError, match=rf"001\..*{said}"):
         prepared(study, loss="kl")
+
+
+@pytest.mark.parametrize("hot", [False, True])
+@pytest.mark.parametrize("suffix", ["npy", "png"])
+def test_maps_that_count_are_read_as_counts(study, suffix, hot):
+    (study / "fixation_maps").mkdir()
+    for stem in STEMS:
+        counts = np.zeros((120, 160), np.uint8)
+        np.add.at(counts, tuple(gaze(stem).round().astype(int).T[::-1]), 1)
+        counts[5, 5] = 9 * hot
+        path = study / "fixation_maps" / f"{stem}.{suffix}"
+        np.save(path, counts) if suffix == "npy" else Image.fromarray(counts).save(path)
+    found = prepared(study)
+    assert found.meta["fixations"] == 12 * (30 + 9 * hot)
+    assert (found.photos[0].observers == NOBODY).all()
 
 
 # ---- the way through the verbs -----------------------------------------------------------------

@@ -252,6 +252,11 @@ def test_command_line_reports_and_ends_with_1(album, checkpoint, tmp_path, capsy
             {"2/y.jpg": "y.png"},
             {"1/x.jpg": "2/x.jpg", "2/x.jpg": "1/x.jpg"},
         ),
+        # Only the suffix tells them apart, or capitals, which some file systems take for equal.
+        *(
+            ((f"1/{a}", f"1/{b}"), ("1",), {f"1/{a}": f"{a}.png", f"1/{b}": f"{b}.png"}, {})
+            for a, b in (("x.jpg", "x.png"), ("x.jpg", "X.jpeg"), ("x.jpg", "x_overlay.jpg"))
+        ),
         # A photo would be overwritten.
         (("out/x.png", "y.png"), ("out/x.png", "y.png"), {"y.png": "y.png"}, {"out/x.png": "x"}),
     ],
