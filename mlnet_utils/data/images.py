@@ -125,15 +125,6 @@ def orientation(image: Image.Image) -> int:
         return 1
 
 
-def to_upright(image: Image.Image) -> Image.Transpose | None:
-    """Decode a photo; the turn that makes it upright, None = it is.
-
-    Pillow's ``exif_transpose`` would write the EXIF anew, and fail for damage anywhere in it.
-    """
-    image.load()  # which turns a TIFF, and then there is no orientation any more
-    return _UPRIGHT.get(orientation(image))
-
-
 def read_image(path: str | Path, upright: bool = True) -> Tensor:
     """Decode a photo: (3, H, W) uint8 RGB, alpha over white.
 
@@ -147,8 +138,11 @@ def read_image(path: str | Path, upright: bool = True) -> Tensor:
 
 def decode(image: Image.Image, upright: bool = True) -> Tensor:
     """A PIL image of any mode as (3, H, W) uint8 RGB, see :func:`read_image`."""
-    if upright and (turn := to_upright(image)) is not None:
-        image = image.transpose(turn)
+    if upright:
+        image.load()  # which turns a TIFF, and then there is no orientation any more
+        # Pillow's exif_transpose would write the EXIF anew, and fail for damage anywhere in it.
+        turn = _UPRIGHT.get(orientation(image))
+        image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I"):  # 16-bit greyscale, which convert("RGB") would clip
         values = np.asarray(image)
         pixels = (values // 256).clip(0, 255).astype(np.uint8)

@@ -136,8 +136,6 @@ def validate_submission(path: str | Path, sizes: Sizes) -> list[str]:
         ImportError: HDF5 and h5py is not installed.
     """
     path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"submission {path} does not exist")
     if path.suffix not in NAMES:
         raise ValueError(f"a submission ends in {', '.join(NAMES)}, not {path.name}")
     names: dict[str, list[str]] = defaultdict(list)

@@ -7,7 +7,7 @@ import torch
 from conftest import SIGMA, tiny_config
 
 from mlnet_utils.data.geometry import Letterbox, density_on_grid
-from mlnet_utils.data.loading import EpochSampler, SaliencyDataset, make_loader
+from mlnet_utils.data.loading import EpochSampler, SaliencyDataset
 from mlnet_utils.data.photos import Prepared
 
 
@@ -60,29 +60,11 @@ def test_augmentation_depends_on_seed_epoch_and_photo_only(tiny_photos):
     assert any(not same(ahead[key], other[key]) for key in keys)
 
 
-def test_the_cache_changes_nothing(tiny_photos):
-    dataset = make_dataset(tiny_photos, cache=True, augment=True, flip=0.5)
-    before = [dataset[(0, i)] for i in range(10)]
-    assert len(dataset.images) == len(dataset.truths) == 10
-    assert all(same(dataset[(0, i)], before[i]) for i in range(10))
-
-
 def test_a_photo_that_changed_size_is_an_error(tiny_photos):
     dataset = make_dataset(tiny_photos)
     dataset.photos = [replace(dataset.photos[0], width=99)]
     with pytest.raises(ValueError, match=r"train0.png is 61x75, but was prepared as 99x75"):
         dataset[0]
-
-
-def test_items_do_not_depend_on_the_worker(tiny_photos):
-    dataset = make_dataset(tiny_photos, augment=True, flip=0.5)
-    sampler = EpochSampler(10, 4, 0, True)
-    alone, shared = (make_loader(dataset, sampler, workers) for workers in (0, 2))
-    for epoch in (0, 1):  # the second time with the same workers
-        sampler.epoch = epoch
-        pairs = list(zip(alone, shared, strict=True))
-        assert len(pairs) == 3
-        assert all(same(a, b) for a, b in pairs)
 
 
 # ---- order -------------------------------------------------------------------------------------

@@ -43,8 +43,6 @@ def build(seed=0, **overrides) -> MLNet:
 
 
 # ---- shapes and outputs ------------------------------------------------------------------------
-
-
 def test_a_density_sums_to_one(image):
     model = build().eval()
     output = model(image)
@@ -103,14 +101,6 @@ def test_a_failed_download_says_where_a_file_goes(monkeypatch, backbone):
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", unreachable)
     with pytest.raises(ValueError, match=rf"{backbone}.*no route to the hub.*\$BACKBONE_WEIGHTS"):
         build(backbone=backbone, backbone_weights="imagenet")
-
-
-def test_normalisation():
-    for name, (mean, std) in NORMALISATIONS.items():
-        model = build(normalisation=name)
-        assert model.mean.flatten().tolist() == pytest.approx([255 * value for value in mean])
-        assert model.std.flatten().tolist() == pytest.approx([255 * value for value in std])
-        assert model.swap_to_bgr == (name == "caffe")
 
 
 # ---- the learned prior -------------------------------------------------------------------------
