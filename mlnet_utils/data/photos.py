@@ -390,11 +390,9 @@ def _photo(row: dict[str, Any], arrays: dict[str, np.ndarray]) -> Photo:
 def fixation_statistics(photos: list[Photo], px_per_degree: float | None = None) -> dict:
     """Numbers of fixations and saccade amplitudes, for the figure of notebook 01.
 
-    Returns:
-        ``per_photo`` and ``per_observer`` (fixation counts), ``saccades`` (distances between an
-        observer's consecutive fixations) and ``unit``: "degrees", or "pixels" where
-        ``px_per_degree`` is unknown. Fixations that are published without observers have no order:
-        they count in ``per_photo`` only.
+    Returns ``per_photo`` and ``per_observer`` (fixation counts), ``saccades`` (distances between an
+    observer's consecutive fixations) and ``unit``: "degrees", or "pixels" where ``px_per_degree``
+    is unknown. Fixations that are published without observers count in ``per_photo`` only.
     """
     per_observer, saccades = [], [np.zeros(0)]
     for photo in photos:

@@ -209,19 +209,16 @@ def evaluate(
 ) -> dict:
     """Score the network and the baselines; write ``metrics.json`` and ``per_image.csv``.
 
-    Of several processes (torchrun, ``accelerate launch``) each scores its share of the photos;
-    the first writes the files, and all return the same report, equal to the bit to a single
-    process's.
+    ``checkpoint`` is by default the run's ``checkpoints/best.pt``, ``split`` ``"test"``, or
+    ``"val"`` where the test photos' fixations are secret, and ``protocol`` (docs/metrics.md) the
+    configuration's. ``models`` are some of ``MODELS``. ``config`` is the run's present one: where
+    it is of the checkpoint's preset, its keys of evaluation count, which may have changed since the
+    training. Of several processes (torchrun, ``accelerate launch``) each scores its share of the
+    photos, and the first writes the files.
 
-    ``checkpoint`` is by default the run's ``checkpoints/best.pt``. ``split`` is ``"test"``, or
-    ``"val"`` while choosing; default: test, or val where the test photos' fixations are secret.
-    ``protocol``: see docs/metrics.md; default: the configuration's. ``models``: some of ``MODELS``.
-    ``config`` is the run's present one: where it is of the checkpoint's preset, its keys of
-    evaluation count, which may have changed since the training.
-
-    Returns:
-        The contents of ``metrics.json``: data, ground truth and checkpoint; per model and metric
-        the mean over photos, its 95 % bootstrap interval, and the number of defined values.
+    Returns the contents of ``metrics.json``: data, ground truth and checkpoint; per model and
+    metric the mean over photos, its 95 % bootstrap interval, and the number of defined values. All
+    processes return the same, which is equal to the bit to a single process's.
 
     Raises:
         FileNotFoundError: prepared data or checkpoint are missing.

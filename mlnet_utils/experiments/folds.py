@@ -73,11 +73,8 @@ def cross_validate(
 
     What is done is not done again, as in :func:`sweep.run_sweep`, whose ``per_image.csv`` holds the
     scores by our protocol; ``per_image_a.csv`` beside it those of protocol "A". ``common`` are
-    changes of the preset.
-
-    Returns:
-        ``photos``; ``fixations`` of protocol "A"; ``ours``: metric -> the ``summary`` over all
-        photos; ``a``: model -> the same.
+    changes of the preset. Returns ``photos``; ``fixations`` of protocol "A"; ``ours``: metric ->
+    the ``summary`` over all photos; ``a``: model -> the same.
 
     Raises:
         ValueError: the dataset has its own split, or see :func:`score_a`.

@@ -209,18 +209,15 @@ def compare(
     """Paired differences of cells to the reference, with 95 % bootstrap intervals over photos.
 
     ``scores`` has columns ``cell``, ``seed``, ``stem`` and a column per metric, as the sweep's
-    ``per_image.csv``; cells without any score are left out.
+    ``per_image.csv``; cells without any score are left out. Raises ValueError: the reference has
+    none.
 
-    Returns:
-        Columns ``model`` (the cell), ``reference``, ``metric``, ``mean``, ``low``, ``high`` of the
-        difference; ``seeds``, the number of seeds that both have; ``seed_low`` and ``seed_high``,
-        a single seed's smallest and largest difference; ``infinite``, the number of photos with an
-        infinite score in either cell. The difference is then NaN: a mean over the other photos
-        would flatter. ``side`` is +1 or -1 where the difference is clear (the interval leaves out
-        zero and all seeds agree, or only one of the cells has infinite scores), else 0.
-
-    Raises:
-        ValueError: the reference has no scores.
+    Returns columns ``model`` (the cell), ``reference``, ``metric``, ``mean``, ``low``, ``high`` of
+    the difference; ``seeds``, the number of seeds that both have; ``seed_low`` and ``seed_high``, a
+    single seed's smallest and largest difference; ``infinite``, the number of photos with an
+    infinite score in either cell. The difference is then NaN: a mean over the other photos would
+    flatter. ``side`` is +1 or -1 where the difference is clear (the interval leaves out zero and
+    all seeds agree, or only one of the cells has infinite scores), else 0.
     """
     table = scores.set_index(["cell", "seed", "stem"])[list(METRICS)].sort_index()
     if reference not in table.index:

@@ -80,10 +80,9 @@ class MLNet(nn.Module):
     def explain(self, image: Tensor) -> dict[str, Tensor]:
         """Take a prediction apart, in the units of the raw map (log-density with that head).
 
-        Returns:
-            ``"level 1"``...: (B, 1, h, w) change of the raw map made by what is specific to each
-            place in that level (against the level's mean over the photo); ``"raw"``: the raw map
-            before the prior; ``"prior"``: (1, 1, h, w); ``"saliency"``: the output.
+        Returns ``"level 1"``...: (B, 1, h, w) change of the raw map made by what is specific to
+        each place in that level (against the level's mean over the photo); ``"raw"``: the raw map
+        before the prior; ``"prior"``: (1, 1, h, w); ``"saliency"``: the output.
         """
         levels = self.extract(image)[-self.levels :]
         raw = self.encode_levels(levels)
