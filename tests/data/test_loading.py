@@ -60,6 +60,13 @@ def test_augmentation_depends_on_seed_epoch_and_photo_only(tiny_photos):
     assert any(not same(ahead[key], other[key]) for key in keys)
 
 
+def test_the_cache_changes_nothing(tiny_photos):
+    dataset = make_dataset(tiny_photos, cache=True, augment=True, flip=0.5)
+    before = [dataset[(0, i)] for i in range(10)]
+    assert len(dataset.images) == len(dataset.truths) == 10
+    assert all(same(dataset[(0, i)], before[i]) for i in range(10))
+
+
 def test_a_photo_that_changed_size_is_an_error(tiny_photos):
     dataset = make_dataset(tiny_photos)
     dataset.photos = [replace(dataset.photos[0], width=99)]
