@@ -190,9 +190,7 @@ def _spread_matrix(axis: Axis, cells: int) -> Tensor:
     return torch.from_numpy(np.clip(high - low, 0, None) * photo / content)
 
 
-def density_from_points(
-    points: np.ndarray, height: int, width: int, sigma: float, device: torch.device | str = "cpu"
-) -> Tensor:
+def density_from_points(points: np.ndarray, height: int, width: int, sigma: float) -> Tensor:
     """Fixation density at the photo's size: (N, 2) x, y blurred with a Gaussian, ``sigma`` pixels.
 
     (H, W) float64 that sums to 1; all zeros if there is no fixation. The blur is separable, so the
@@ -200,8 +198,8 @@ def density_from_points(
     Raises ValueError: a point lies outside the photo, or sigma is not positive.
     """
     x, y = _checked_pixels(points, height, width)
-    rows = blur_matrix(height, sigma)[:, y].to(device)  # (H, N)
-    columns = blur_matrix(width, sigma)[:, x].to(device)  # (W, N)
+    rows = blur_matrix(height, sigma)[:, y]  # (H, N)
+    columns = blur_matrix(width, sigma)[:, x]  # (W, N)
     return rows @ columns.T / max(len(x), 1)
 
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -210,18 +209,16 @@ class Prepared:
         return photos
 
     # ---- ground truth --------------------------------------------------------------------------
-    def density(
-        self, photo: Photo, sigma: float | None = None, device: torch.device | str = "cpu"
-    ) -> Tensor:
+    def density(self, photo: Photo, sigma: float | None = None) -> Tensor:
         """(H, W) float64 density at the photo's size; zero where nothing is known of the photo.
 
         ``sigma`` is the blur of the fixations in pixels of the photo; None = the photo's own or the
         dataset's. Raises the errors of :meth:`Photo.read_density`.
         """
         if photo.density and not len(photo.fixations):
-            return photo.read_density(self.root).to(device)
+            return photo.read_density(self.root)
         sigma = photo.sigma or self.sigma if sigma is None else sigma
-        return density_from_points(photo.fixations, photo.height, photo.width, sigma, device)
+        return density_from_points(photo.fixations, photo.height, photo.width, sigma)
 
     def grid_density(self, photo: Photo, box: Letterbox, grid: tuple[int, int]) -> Tensor:
         """(h, w) float64: the same density on the grid that covers the letterboxed photo."""

@@ -159,7 +159,7 @@ def hash_split(photos: list[Photo], n_val: int, n_test: int) -> list[Photo]:
     """
     if n_val + n_test >= len(photos):
         taken = f"cannot take {n_val} validation and {n_test} test photos out of {len(photos)}"
-        raise ValueError(f"{taken}: add photos, or with {FOLDS} at least set `fold: 0`")
+        raise ValueError(f"{taken}: add photos, or with {FOLDS} or more set `fold: 0`")
     split = {photo.stem: "val" for photo in hash_order(photos)[: n_test + n_val]}
     split |= {photo.stem: "test" for photo in hash_order(photos)[:n_test]}
     return [replace(photo, split=split.get(photo.stem, "train")) for photo in photos]

@@ -36,17 +36,16 @@ def score(
     split: str = "",
     protocol: str = "mit300",
     other: str | Path | None = None,
-    resamples: int = 2000,
 ) -> dict:
     """Score saliency maps and the baselines; write ``metrics.json`` and ``per_image.csv``.
 
     ``maps``, and ``other`` ones, which are scored too and subtracted photo by photo, are places as
     of :class:`MapFiles`. ``data`` is a run with prepared data, or the prepared folder, ``out`` the
     folder to write into; ``split`` is by default test, or val where the test photos' fixations are
-    secret. ``protocol`` decides definitions and the way that maps are resized (docs/metrics.md);
-    ``resamples`` are the bootstrap's. Returns the contents of ``metrics.json``: as
-    :func:`evaluation.evaluate`, and ``maps``, a line on every place, and ``differences``, rows of
-    :func:`study.compare`. Raises the errors of :class:`TestSet` and :class:`MapFiles`.
+    secret. ``protocol`` decides definitions and the way that maps are resized (docs/metrics.md).
+    Returns the contents of ``metrics.json``: as :func:`evaluation.evaluate`, and ``maps``, a line
+    on every place, and ``differences``, rows of :func:`study.compare`. Raises the errors of
+    :class:`TestSet` and :class:`MapFiles`.
     """
     testset = TestSet(Path(data), split)
     places = [MapFiles(Path(place), testset.photos) for place in (maps, other) if place]
@@ -61,10 +60,10 @@ def score(
     report["maps"] = {place.name: place.describe() for place in places}
     if other:
         table = pd.DataFrame(rows).assign(seed=0).rename(columns={"model": "cell"})
-        found = compare(table, names[:1], names[1], resamples)
+        found = compare(table, names[:1], names[1])
         found = found[["model", "reference", "metric", "mean", "low", "high", "infinite"]]
         report["differences"] = found.astype(object).where(found.notna(), None).to_dict("records")
-    return save_scores(Path(out), report, rows, resamples)
+    return save_scores(Path(out), report, rows, 2000)
 
 
 def describe(report: dict) -> str:

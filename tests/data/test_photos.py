@@ -129,14 +129,6 @@ def test_a_map_of_another_size_or_lost_is_an_error(mapped):
         mapped.density(replace(photo, density="lost.png"))
 
 
-@pytest.mark.gpu
-def test_densities_are_made_on_the_device(mapped):
-    for photo in (*mapped.photos, looked_at("a.npz")):
-        found = mapped.density(photo, device="cuda")
-        assert found.is_cuda
-        torch.testing.assert_close(found.cpu(), mapped.density(photo))
-
-
 # ---- the prepared folder -----------------------------------------------------------------------
 def test_a_round_trip_keeps_everything(run_folder, tiny_photos):
     photos, root = tiny_photos
