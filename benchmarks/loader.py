@@ -63,7 +63,7 @@ def load(photos: list[Photo], folder: Path, config: Config, workers: int) -> flo
     Those are not timed that the workers load ahead while the first is waited for.
     """
     dataset = SaliencyDataset(prepared(photos, folder), "train", config, augment=True)
-    batches = EpochSampler(len(photos), config.batch_size, seed=0, shuffle=True)
+    batches = EpochSampler(len(photos), config.batch_size, seed=0)
     loader = iter(make_loader(dataset, batches, workers))
     for _ in range(1 + 2 * workers):
         next(loader)
@@ -76,7 +76,7 @@ def load(photos: list[Photo], folder: Path, config: Config, workers: int) -> flo
 def memory_over_an_epoch(photos: list[Photo], folder: Path, config: Config) -> list[dict]:
     """Resident memory of the loading process, ten times in a pass over all photos."""
     dataset = SaliencyDataset(prepared(photos, folder), "train", config, augment=True)
-    batches = EpochSampler(len(photos), config.batch_size, seed=0, shuffle=True)
+    batches = EpochSampler(len(photos), config.batch_size, seed=0)
     rows, seen, step = [], 0, len(photos) // 10
     for batch in make_loader(dataset, batches, workers=0):
         before, seen = seen, seen + len(batch["image"])

@@ -90,10 +90,8 @@ class EpochSampler(Sampler):
     In a run of several processes each takes every ``world``-th photo of the same global batch.
     """
 
-    def __init__(
-        self, n: int, batch_size: int, seed: int, shuffle: bool, rank: int = 0, world: int = 1
-    ):
-        self.n, self.batch_size, self.seed, self.shuffle = n, batch_size, seed, shuffle
+    def __init__(self, n: int, batch_size: int, seed: int, rank: int = 0, world: int = 1):
+        self.n, self.batch_size, self.seed = n, batch_size, seed
         self.rank, self.world = rank, world
         self.epoch = self.first_batch = 0
 
@@ -101,9 +99,7 @@ class EpochSampler(Sampler):
         return -(-self.n // self.batch_size) - self.first_batch
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = np.arange(self.n)
-        if self.shuffle:
-            order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
         for start in range(self.first_batch * self.batch_size, self.n, self.batch_size):
             batch = order[start : start + self.batch_size]
             # A process left without a photo by a short last batch loads one all the same, so that

@@ -107,7 +107,7 @@ class Trainer:
         train = SaliencyDataset(prepared, "train", config, augment=True)
         val = SaliencyDataset(prepared, "val", config)
         self.data = {"train": train, "val": val}
-        self.sampler = EpochSampler(len(train), config.batch_size, config.seed, True, rank, world)
+        self.sampler = EpochSampler(len(train), config.batch_size, config.seed, rank, world)
         self.train_loader = make_loader(train, self.sampler, config.workers)
         batches = list(BatchSampler([(0, i) for i in range(len(val))], VALIDATION_BATCH, False))
         self.val_loader = make_loader(val, batches[rank::world], config.workers)

@@ -80,17 +80,16 @@ def indices(sampler):
 
 
 def test_an_epoch_is_a_fixed_permutation():
-    sampler = EpochSampler(10, 4, 0, True)
+    sampler = EpochSampler(10, 4, 0)
     assert len(sampler) == 3
     assert indices(sampler) == [[4, 6, 2, 7], [3, 5, 9, 0], [8, 1]]
     sampler.epoch = 1
     assert indices(sampler) == [[9, 1, 3, 8], [7, 6, 0, 4], [2, 5]]
     assert next(iter(sampler))[0] == (1, 9)  # keys carry the epoch
-    assert indices(EpochSampler(5, 2, 0, False)) == [[0, 1], [2, 3], [4]]
 
 
 def test_an_epoch_can_be_entered_at_any_batch():
-    sampler = EpochSampler(10, 4, 7, True)
+    sampler = EpochSampler(10, 4, 7)
     whole = list(sampler)
     for first in range(4):
         sampler.first_batch = first
@@ -100,8 +99,8 @@ def test_an_epoch_can_be_entered_at_any_batch():
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_processes_share_the_same_global_batches(world):
-    whole = indices(EpochSampler(10, 4, 0, True))
-    shares = [EpochSampler(10, 4, 0, True, rank, world) for rank in range(world)]
+    whole = indices(EpochSampler(10, 4, 0))
+    shares = [EpochSampler(10, 4, 0, rank, world) for rank in range(world)]
     for number, batch in enumerate(whole):
         own = [list(share)[number] for share in shares]
         sizes = [share.batch_sizes(number) for share in shares]

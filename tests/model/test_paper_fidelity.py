@@ -365,7 +365,7 @@ def test_nesterov_momentum_is_kerass(network, decay, tolerance):
 
 def test_photos_are_shuffled_anew_every_epoch():
     """And every photo is seen once; the order is a function of the seed and the epoch."""
-    sampler = EpochSampler(95, batch_size=10, seed=0, shuffle=True)
+    sampler = EpochSampler(95, batch_size=10, seed=0)
     orders = []
     for sampler.epoch in (0, 1, 0):
         batches = list(sampler)
