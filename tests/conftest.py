@@ -2,6 +2,7 @@
 
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 # Before torch is imported, for this process and those that tests start: the networks are tiny, and
@@ -13,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mlnet_utils.config import Config, load_config
-from mlnet_utils.data.photos import Photo, Prepared
+from mlnet_utils.data.photos import ARRAYS, Photo, Prepared
 from mlnet_utils.runtime import sha256_file
 
 SPLIT_SIZES = {"train": 10, "val": 5, "test": 4}
@@ -132,6 +133,12 @@ def prepare_run(folder: Path, photos: list[Photo], root: Path) -> Path:
 def run_folder(tmp_path, tiny_photos) -> Path:
     """A fresh run folder on the tiny dataset."""
     return prepare_run(tmp_path / "run", *tiny_photos)
+
+
+def unseen(photo: Photo, **changes) -> Photo:
+    """The photo without its fixations."""
+    nothing = {name: getattr(photo, name)[:0] for name in ARRAYS}
+    return replace(photo, **nothing, **changes)
 
 
 def tiny_config(**overrides) -> Config:

@@ -7,6 +7,9 @@ import numpy as np
 from PIL import Image
 from scipy.io import savemat
 
+TURNED = Image.Exif()
+TURNED[0x0112] = 6  # the camera was held upright
+
 
 def save_photo(path, width=64, height=48, seed=0):
     """A photo of noise, which JPEG cannot shorten to nothing."""

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from miniatures import cells, save_mat, save_photo, truncate
+from miniatures import TURNED, cells, save_mat, save_photo, truncate
 from PIL import Image
 from scipy.io import loadmat, savemat
 from scipy.ndimage import gaussian_filter
@@ -36,9 +36,7 @@ def test_mismatches_are_counted_and_named():
 # ---- files -------------------------------------------------------------------------------------
 def test_photo_sizes(tmp_path):
     assert photo_size(save_photo(tmp_path / "a.jpg", 31, 17)) == (31, 17)
-    exif = Image.Exif()
-    exif[0x0112] = 6
-    Image.new("RGB", (31, 17)).save(tmp_path / "turned.jpg", exif=exif)
+    Image.new("RGB", (31, 17)).save(tmp_path / "turned.jpg", exif=TURNED)
     assert photo_size(tmp_path / "turned.jpg") == (17, 31)
 
 

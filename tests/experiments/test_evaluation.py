@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import unseen
 
 from mlnet_utils.__main__ import main
 from mlnet_utils.config import load_config
@@ -100,10 +101,7 @@ def means_of(report):
 
 @pytest.mark.slow
 def test_density_maps_alone_are_scored_by_what_needs_no_points(poorer):
-    nothing = {"fixations": np.zeros((0, 2), np.float32), "observers": np.zeros(0, np.int16)}
-    folder, report = poorer(
-        lambda photo: dataclasses.replace(photo, **nothing, durations=np.zeros(0, np.float32))
-    )
+    folder, report = poorer(unseen)
     means = means_of(report)
     assert list(means) == ["ML-Net", "uniform", "centre bias"]
     for row in means.values():

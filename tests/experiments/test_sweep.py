@@ -17,6 +17,7 @@ import pandas as pd
 import processes
 import pytest
 import yaml
+from conftest import unseen
 
 from mlnet_utils import __main__ as cli
 from mlnet_utils.data.photos import Prepared
@@ -126,9 +127,8 @@ def test_damaged_scores_of_photos_are_made_again(done):
 def test_a_split_without_truth_is_refused_before_training(done, tmp_path):
     (data,) = (done / "data").iterdir()
     prepared = Prepared.read(data)
-    nothing = {"density": "", "density_sha256": "", "durations": None}
-    nothing |= {"fixations": np.zeros((0, 2), np.float32), "observers": np.zeros(0, np.int16)}
-    photos = [replace(p, **nothing) if p.split == "test" else p for p in prepared.photos]
+    secret = {"density": "", "density_sha256": ""}
+    photos = [unseen(p, **secret) if p.split == "test" else p for p in prepared.photos]
     replace(prepared, photos=photos).write()
     with pytest.raises(ValueError, match=r"6 of the 6 test photos .* 'val'"):
         run_cells(done, {"New": {"levels": 2}})

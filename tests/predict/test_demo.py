@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import tiny_checkpoint
+from miniatures import TURNED
 from PIL import Image
 
 from mlnet_utils.predict.export import export
@@ -102,9 +103,7 @@ def site(demo, tmp_path_factory) -> Path:
     (site / "photos").mkdir()
     astronaut, cat = Image.fromarray(data.astronaut()), Image.fromarray(data.chelsea())
     astronaut.save(site / "photos" / "astronaut.png")
-    turned = Image.Exif()
-    turned[0x0112] = 6  # the camera was held upright
-    cat.save(site / "photos" / "turned.jpg", exif=turned, quality=90)
+    cat.save(site / "photos" / "turned.jpg", exif=TURNED, quality=90)
     cat.putalpha(Image.linear_gradient("L").resize(cat.size))
     cat.save(site / "photos" / "transparent.png")
     astronaut.convert("L").resize((333, 90)).save(site / "photos" / "grey.png")

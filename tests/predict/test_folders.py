@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import files, tiny_checkpoint
+from miniatures import TURNED
 from PIL import Image
 from test_runtime import abandon
 
@@ -37,14 +38,12 @@ def photo(path: Path, size=(80, 60), mode="RGB", **options) -> Path:
 def album(tmp_path) -> Path:
     """Seven good photos of all kinds."""
     folder = tmp_path / "album"
-    rotated = Image.Exif()
-    rotated[0x0112] = 6
     photo(folder / "plain.jpg")
     photo(folder / "grey.jpeg", (50, 90), "L")
     photo(folder / "alpha.png", (33, 200), "RGBA")
     photo(folder / "print.JPG", (64, 64), "CMYK")
     photo(folder / "sub" / "plain.webp", (90, 50))
-    photo(folder / "sub" / "turned.v2.jpg", (100, 40), exif=rotated)
+    photo(folder / "sub" / "turned.v2.jpg", (100, 40), exif=TURNED)
     deep = np.linspace(0, 65535, 32 * 32).reshape(32, 32).astype(np.uint16)
     Image.fromarray(deep).save(folder / "small.png")
     return folder

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from miniatures import save_photo
+from miniatures import TURNED, save_photo
 from PIL import Image
 
 from mlnet_utils.data.geometry import pixel_indices
@@ -85,11 +85,9 @@ def test_what_does_not_fit_is_an_error(stimuli, trains, tmp_path):
 
 
 def test_photos_turned_by_their_exif(trains, tmp_path):
-    exif = Image.Exif()
-    exif[0x0112] = 6
     pixels = np.arange(10 * 26 * 3, dtype=np.uint8).reshape(10, 26, 3)
     for name in ("turned.png", "upright.png"):
-        options = {"exif": exif} if name == "turned.png" else {}
+        options = {"exif": TURNED} if name == "turned.png" else {}
         Image.fromarray(pixels).save(tmp_path / name, **options)
     stimuli = pysaliency.FileStimuli([tmp_path / "turned.png", tmp_path / "upright.png"])
     photos = from_pysaliency(stimuli, trains, tmp_path)

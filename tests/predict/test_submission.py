@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import tiny_checkpoint, tiny_config
+from miniatures import TURNED
 from PIL import Image
 from test_runtime import abandon
 
@@ -43,11 +44,9 @@ def photos(tmp_path) -> Path:
     """Three photos where SALICON has its test photos; one with a rotation to be ignored."""
     folder = tmp_path / "data" / "salicon" / "images" / "test"
     folder.mkdir(parents=True)
-    turned = Image.Exif()
-    turned[0x0112] = 6
     for number, name in enumerate(NAMES):
         pixels = np.random.default_rng(number).integers(0, 256, (48, 64, 3), np.uint8)
-        options = {"exif": turned} if number == 0 else {}
+        options = {"exif": TURNED} if number == 0 else {}
         Image.fromarray(pixels).save(folder / f"{name}.jpg", **options)
     return folder
 

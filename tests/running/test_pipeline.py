@@ -14,11 +14,10 @@ from threading import Barrier, BrokenBarrierError
 import nbformat
 import papermill
 import pytest
-from conftest import prepare_run
+from conftest import prepare_run, unseen
 
 from mlnet_utils import runtime
 from mlnet_utils.config import load_config
-from mlnet_utils.data.photos import ARRAYS
 from mlnet_utils.running import pipeline
 from mlnet_utils.running.notebooks import NotebookError, ThisPython
 from mlnet_utils.running.pipeline import PublishError, Stage, reproduce
@@ -474,8 +473,7 @@ def test_a_second_cell_of_parameters_is_an_error(tmp_path, monkeypatch, tag, mes
 
 def test_a_split_without_truth_is_refused_before_training(tmp_path, tiny_photos, monkeypatch):
     photos, root = tiny_photos
-    nothing = {name: getattr(photos[0], name)[:0] for name in ARRAYS}
-    secret = [replace(p, **nothing) if p.split == "test" else p for p in photos]
+    secret = [unseen(p) if p.split == "test" else p for p in photos]
     ran, folder = [], prepare_run(tmp_path / "run", secret, root)
 
     def run_stage(folder, stage, source, inputs, state, force):

@@ -10,7 +10,7 @@ import processes
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import prepare_run, tiny_config
+from conftest import prepare_run, tiny_config, unseen
 
 from mlnet_utils.data.loading import make_loader
 from mlnet_utils.data.photos import Prepared
@@ -156,9 +156,7 @@ def test_photos_without_fixations_are_left_out_of_the_validation_nss(run_folder)
     trainer = Trainer(tiny_config(), run_folder, Accelerator())
     expected = trainer.validate()
     data = trainer.data["val"]
-    arrays = ("fixations", "observers", "durations")
-    none = {name: getattr(data.photos[0], name)[:0] for name in arrays}
-    data.photos.append(dataclasses.replace(data.photos[0], **none))
+    data.photos.append(unseen(data.photos[0]))
     trainer.val_loader = make_loader(data, [[(0, index) for index in range(len(data))]], 0)
     assert trainer.validate()["val_nss"] == pytest.approx(expected["val_nss"])
 
