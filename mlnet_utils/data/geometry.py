@@ -31,10 +31,6 @@ class Letterbox:
     height: int
     width: int
 
-    def __post_init__(self):
-        if min(self.photo_height, self.photo_width, self.height, self.width) < 1:
-            raise ValueError(f"{self}: every side must be at least 1 pixel")
-
     @property
     def content_height(self) -> int:
         """Rows of the resized photo inside the input."""

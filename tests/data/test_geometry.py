@@ -35,8 +35,6 @@ def test_the_content_fits_and_touches_two_sides(height, width, rows, columns):
 
 
 def test_letterbox_refuses_nonsense():
-    with pytest.raises(ValueError, match="photo_width=0"):
-        Letterbox(3, 0, 32, 32)
     with pytest.raises(ValueError, match="expected 3, got 2"):
         letterbox(torch.zeros(4, 4), 32, 32)
     with pytest.raises(ValueError, match="sigma"):
