@@ -79,7 +79,9 @@ def first_looks(density: np.ndarray, count: int = 5, radius: float = RADIUS) -> 
     place, as a share of the photo's longer side. Raises ValueError: the density is not 2-D, is
     negative or not finite somewhere, or is all zero.
     """
-    small, scale = _reduced(density)
+    small = _reduced(density)
+    down, across = np.divide(np.shape(density), small.shape).tolist()  # a cell's sides
+    longer = max(np.shape(density)) / max(small.shape)
     size = max(1, round(radius * max(small.shape)))
     y, x = np.ogrid[-size : size + 1, -size : size + 1]
     window = np.exp(-(x**2 + y**2) / (2 * (size / 2) ** 2))  # a disc's sum has no clear peak
@@ -89,8 +91,8 @@ def first_looks(density: np.ndarray, count: int = 5, radius: float = RADIUS) -> 
         nearby = fftconvolve(small, window, mode="same")
         row, column = np.unravel_index(int(nearby.argmax()), nearby.shape)
         within = (rows - row) ** 2 + (columns - column) ** 2 <= size**2
-        place = ((column + 0.5) * scale - 0.5, (row + 0.5) * scale - 0.5)
-        looks.append(Look(*place, float(small[within].sum()), size * scale))
+        place = ((column + 0.5) * across - 0.5, (row + 0.5) * down - 0.5)
+        looks.append(Look(*place, float(small[within].sum()), size * longer))
         small = np.where(within, 0, small)
     return sorted(looks, key=lambda look: -look.share)
 
@@ -105,7 +107,7 @@ def crop_that_keeps(density: np.ndarray, share: float = 0.9) -> tuple[int, int, 
     """
     if not 0 < share <= 1:
         raise ValueError(f"share={share} must be above 0 and at most 1")
-    small, scale = _reduced(density)
+    small = _reduced(density)
     sums = np.pad(small.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
 
     def mass(box: tuple[int, int, int, int]) -> float:
@@ -130,15 +132,14 @@ def crop_that_keeps(density: np.ndarray, share: float = 0.9) -> tuple[int, int, 
         if not kept:
             break
         box = min(kept)[1]
-    height, width = density.shape
-    left, top = (int(np.floor(side * scale)) for side in box[:2])
-    right, bottom = (int(np.ceil(side * scale)) for side in box[2:])
-    return left, top, min(right, width), min(bottom, height)
+    (height, width), (rows, columns), (left, top, right, bottom) = density.shape, small.shape, box
+    right, bottom = -(-right * width // columns), -(-bottom * height // rows)  # rounded up
+    return left * width // columns, top * height // rows, right, bottom
 
 
-def _reduced(density: np.ndarray) -> tuple[np.ndarray, float]:
-    """The density summed into at most ``WORKING_SIDE`` cells a side, and a cell's side."""
-    density = np.asarray(density, dtype=np.float64)
+def _reduced(density: np.ndarray) -> np.ndarray:
+    """The density summed into at most ``WORKING_SIDE`` cells a side."""
+    density = np.ascontiguousarray(density, dtype=np.float64)  # torch takes no turned ones
     if density.ndim != 2 or not np.isfinite(density).all() or density.min() < 0:
         raise ValueError(f"a density is (H, W), finite and not negative, not {density.shape}")
     if density.sum() == 0:
@@ -146,4 +147,4 @@ def _reduced(density: np.ndarray) -> tuple[np.ndarray, float]:
     scale = max(1.0, max(density.shape) / WORKING_SIDE)
     size = [max(1, round(side / scale)) for side in density.shape]
     small = F.interpolate(torch.from_numpy(density)[None, None], size=size, mode="area")[0, 0]
-    return (small / small.sum()).numpy(), scale
+    return (small / small.sum()).numpy()

@@ -48,6 +48,17 @@ def test_the_crop_keeps_its_share(share, scale):
         assert bottom < 60 * scale
 
 
+@pytest.mark.parametrize("shape", [(601, 800), (443, 700), (40, 3000)])
+def test_no_row_or_column_is_lost_where_cells_are_no_whole_pixels(shape):
+    last = np.zeros(shape)
+    last[-1, -1] = 1
+    for density in (last, last[::-1, ::-1]):
+        left, top, right, bottom = crop_that_keeps(density)
+        assert density[top:bottom, left:right].sum() == 1
+    (look,) = first_looks(last, count=1)
+    assert (look.y, look.x) == pytest.approx(np.subtract(shape, 1), abs=max(shape) / 320)
+
+
 @pytest.mark.parametrize("call", [first_looks, crop_that_keeps])
 @pytest.mark.parametrize("bad", [np.zeros((4, 4)), np.full((4, 4), -1.0), np.ones(4), [[np.nan]]])
 def test_no_density_is_refused(call, bad):
