@@ -21,7 +21,7 @@ from mlnet_utils.data.geometry import (
     fixation_counts,
     pixel_indices,
 )
-from mlnet_utils.data.photos import Photo
+from mlnet_utils.data.photos import ARRAYS, NOBODY, Photo
 
 FOLDS = 5
 CELLS = 256  # the unit square's grid on which kernel densities are fitted
@@ -187,11 +187,12 @@ def inter_observer(
     """Each observer predicted by the blurred fixations of all the others.
 
     ``sigma`` is that of the Gaussian, in pixels of the photo; ``prior``, a (H, W) density such as a
-    centre bias (default: uniform), is mixed in by ``prior_share``. Yields (observer, (H, W) float64
-    density that predicts them, their own (N, 2) fixations). Raises ValueError: the photo has fewer
-    than two observers.
+    centre bias (default: uniform), is mixed in by ``prior_share``. Fixations without an observer
+    predict nobody: they may be of the one who is left out. Yields (observer, (H, W) float64 density
+    that predicts them, their own (N, 2) fixations). Raises ValueError: the photo has fewer than two
+    known observers.
     """
-    observers = np.unique(photo.observers)
+    photo, observers = _attributed(photo), photo.known_observers
     if len(observers) < 2:
         raise ValueError(f"photo {photo.stem}: leaving one observer out needs at least two")
     for observer in observers:
@@ -218,7 +219,7 @@ class GoldStandard:
 
         Raises ValueError: no photo has two observers.
         """
-        photos = [photo for photo in photos if len(np.unique(photo.observers)) > 1]
+        photos = [_attributed(photo) for photo in photos if len(photo.known_observers) > 1]
         if not photos:
             raise ValueError("a gold standard needs photos with at least two observers")
         best = (-np.inf, 0.0, 0.0)
@@ -236,6 +237,12 @@ class GoldStandard:
         """(H, W) float64 density of the photo's fixations; the prior alone without any."""
         prior, sigma = self.prior(photo.height, photo.width), self.sigma_share * photo.width
         return _mixed(photo, photo.fixations, sigma, prior, self.prior_share)
+
+
+def _attributed(photo: Photo) -> Photo:
+    """The photo with the fixations of known observers only."""
+    known = photo.observers != NOBODY
+    return replace(photo, **{name: getattr(photo, name)[known] for name in ARRAYS})
 
 
 def _mixed(

@@ -1,12 +1,14 @@
 """Baselines are densities, follow their data, and leave out what they must."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
 from mlnet_utils import metrics
 from mlnet_utils.data.geometry import density_from_points, fixation_counts
-from mlnet_utils.data.photos import Photo
+from mlnet_utils.data.photos import NOBODY, Photo
 from mlnet_utils.metrics import baselines
 
 H, W = 30, 40
@@ -155,3 +157,17 @@ def test_what_has_no_observers():
         baselines.GoldStandard.fit(photos(2, observers=1))
     with pytest.raises(ValueError, match="photo a: leaving one observer out needs at least two"):
         list(baselines.inter_observer(photo("a", observers=1), 2.0))
+
+
+def test_fixations_without_an_observer_are_no_observer_s():
+    """They may be of the observer that is left out: nobody is predicted from them."""
+    known = photo("a", observers=3)
+    every = {"observers": np.append(known.observers, [NOBODY] * 2), "durations": None}
+    mixed = replace(known, fixations=np.tile(known.fixations, (2, 1))[: 18 + 2], **every)
+    pairs = zip(baselines.inter_observer(known, 4), baselines.inter_observer(mixed, 4), strict=True)
+    for (observer, density, own), (same, found, theirs) in pairs:
+        assert observer == same != NOBODY
+        assert torch.equal(density, found)
+        assert np.array_equal(own, theirs)
+    fitted = [baselines.GoldStandard.fit([single]) for single in (known, mixed)]
+    assert fitted[0] == fitted[1]
