@@ -105,7 +105,7 @@ def score_table(report: dict) -> str:
             notes += [
                 f"{row['model']}, {metric}: {found[kind]} photos {kind}"
                 for kind in ("skipped", "infinite")
-                if found[kind] and found["mean"] is not None
+                if found[kind] and (kind == "infinite" or found["mean"] is not None)
             ]
     table = pd.DataFrame.from_dict(rows, orient="index", columns=list(METRICS))
     text = format_table(table.rename_axis(f"{report['dataset']}, {report['split']}"))

@@ -72,6 +72,11 @@ def test_score_table_has_dataset_models_intervals_and_notes(summaries):
     assert "b, " not in lines[-1]
 
 
+def test_score_table_says_that_all_photos_are_infinite():
+    table = score_table(report_of(summarise(rows_of("a", -math.inf, -math.inf), resamples=50)))
+    assert "a, IG: 2 photos infinite" in table
+
+
 def test_score_table_says_why_columns_are_empty(summaries):
     assert "need fixations" in score_table(report_of(summaries, fixations=0))
     assert score_table(report_of([])).startswith("| toy, val | AUC |")
