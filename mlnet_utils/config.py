@@ -115,7 +115,7 @@ class Config:
     test_flip: bool = False  # average the prediction with that of the mirrored photo
     # Average predictions at these multiples of the input size.
     test_scales: tuple[float, ...] = _key((1.0,), at_least=0.1, at_most=4)
-    bootstrap: int = _key(2000, at_least=0)  # resamples of the confidence intervals
+    bootstrap: int = _key(2000, at_least=1)  # resamples of the confidence intervals
 
     # Keys that a preset or its user has set: those that a checkpoint to start from may not
     # contradict (model.checkpoints.with_start). Neither compared nor stored.

@@ -114,7 +114,7 @@ OUTSIDE = yaml.safe_load("""
 - {channels: 0, prior_cells: [0, 8], prior_penalty: .nan, lr: -1e-3, lr_decay: -1, momentum: -1}
 - {backbone_lr_scale: -1, warmup: -0.1, weight_decay: .inf, clip_norm: -1, batch_size: 0}
 - {epochs: 0, patience: -1, ema_decay: 1.0, flip: 1.5, micro_batch: -2, workers: -2, seed: -1}
-- {checkpoint_every: 0, bootstrap: -1, test_scales: []}
+- {checkpoint_every: 0, bootstrap: 0, test_scales: []}
 - {test_scales: [0]}
 """)
 
