@@ -85,9 +85,10 @@ def cross_validate(
     grid = sweep.Grid("folds", str(preset), cells, common=common)
     if failed := sweep.run_sweep(grid, folder, data_root, workers):
         raise RuntimeError("; ".join(f"{title}: {error}" for title, error in failed.items()))
-    runs = {}
+    runs, photos = {}, []
     for job in sweep.jobs_of(grid, folder, Path(data_root)):
         prepared = Prepared.read(job.data)
+        photos += prepared.split("test")
         runs |= {photo.stem: job.folder for photo in prepared.split("test")}
     network = functools.lru_cache(maxsize=1)(load)
 
@@ -95,7 +96,7 @@ def cross_validate(
         predictor = network(runs[photo.stem] / "checkpoints" / "best.pt")
         return predictor.predict(prepared.root / photo.image)
 
-    photos = sorted(prepared.photos, key=lambda photo: (str(runs[photo.stem]), photo.stem))
+    photos = sorted(photos, key=lambda photo: (str(runs[photo.stem]), photo.stem))
     scores = score_a(photos, {MODEL: predict})
     runtime.write_text(folder / PER_IMAGE_A, scores.to_csv(index=False))
     ours = pd.read_csv(folder / sweep.PER_IMAGE, dtype={"stem": str})

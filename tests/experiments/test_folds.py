@@ -6,16 +6,21 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import make_photo
 
+from mlnet_utils.data import preparation
+from mlnet_utils.data.images import read_image
 from mlnet_utils.data.photos import NOBODY, Prepared
+from mlnet_utils.data.readers import DATASETS
 from mlnet_utils.data.readers.osie import read_osie
-from mlnet_utils.experiments import folds
+from mlnet_utils.experiments import folds, sweep
 from mlnet_utils.experiments.evaluation import CENTRE
+from mlnet_utils.metrics import METRICS
 from mlnet_utils.metrics.baselines import CentreBias
 from mlnet_utils.predict.predictor import MODEL
 
@@ -96,6 +101,29 @@ def test_one_command_scores_all_photos_by_networks_that_never_saw_them(
         scored = set(pd.read_csv(job / "per_image.csv")["stem"])
         assert scored == {photo.stem for photo in prepared.split("test")}
         assert not scored & {photo.stem for photo in prepared.split("train")}
+
+
+def test_fewer_training_photos_leave_no_photo_unscored(photos, tmp_path, monkeypatch):
+    raw, out = tmp_path / "raw", tmp_path / "out"
+    spec = SimpleNamespace(**vars(DATASETS["folder"]) | {"read": lambda root, **_: photos})
+    (raw / "folder").mkdir(parents=True)
+    for photo in photos:
+        (tmp_path / photo.image).rename(raw / "folder" / photo.image)
+    spec.read_from = ()
+    monkeypatch.setitem(DATASETS, "folder", spec)
+
+    def run_sweep(grid, folder, data_root, workers):
+        for job in sweep.jobs_of(grid, folder, data_root):
+            preparation.ensure(job.config, data_root, job.data)
+        scores = {name: [0.0] * 6 for name in METRICS} | {"stem": [p.stem for p in photos]}
+        pd.DataFrame(scores).to_csv(folder / sweep.PER_IMAGE, index=False)
+
+    monkeypatch.setattr(sweep, "run_sweep", run_sweep)
+    network = SimpleNamespace(predict=lambda path: np.ones(read_image(path).shape[1:]))
+    monkeypatch.setattr(folds, "load", lambda path: network)
+    few = {"dataset": "folder", "sigma": 6, "train_limit": 1}
+    found = folds.cross_validate("tiny", out, raw, **few)
+    assert found["photos"] == found["a"][MODEL]["AUC"]["n"] == 6
 
 
 @pytest.mark.slow
