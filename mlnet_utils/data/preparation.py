@@ -60,11 +60,7 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
         photos = split_photos(photos, spec, config.fold)
         if config.limit:
             photos = first(photos, config.limit, SPLITS)
-        unseen = [p.stem for p in photos if p.split != "test" and not len(p.fixations)]
-        if unseen and NEEDS_POINTS.search(config.loss):
-            said = f"{len(unseen)} photos to learn from have no fixations, e.g. {unseen[0]}"
-            wanted = f"loss={config.loss!r} needs fixations; use mse, mlnet, kl, cc or sim"
-            raise ValueError(f"{spec.name}: {said}, and {wanted}")
+        check_points(config, photos)
         root = str(source.resolve())
     if config.train_limit:
         photos = first(photos, config.train_limit, ("train",))
@@ -127,6 +123,15 @@ def _joined(names: Iterable[str], root: Path) -> list[Photo]:
             if photo.split == "train" or not sigma
         ]
     return photos
+
+
+def check_points(config: Config, photos: list[Photo]) -> None:
+    """Raise a ValueError where the loss needs fixations that photos to learn from have none of."""
+    unseen = [p.stem for p in photos if p.split != "test" and not len(p.fixations)]
+    if unseen and NEEDS_POINTS.search(config.loss):
+        said = f"{len(unseen)} photos to learn from have no fixations, e.g. {unseen[0]}"
+        wanted = f"loss={config.loss!r} needs fixations; use mse, mlnet, kl, cc or sim"
+        raise ValueError(f"{config.dataset}: {said}, and {wanted}")
 
 
 def check_same_data(config: Config, meta: dict) -> None:

@@ -20,6 +20,7 @@ from torch.utils.data import BatchSampler, default_collate
 from mlnet_utils.config import Config
 from mlnet_utils.data.loading import EpochSampler, SaliencyDataset, make_loader
 from mlnet_utils.data.photos import Prepared
+from mlnet_utils.data.preparation import check_points
 from mlnet_utils.model import checkpoints
 from mlnet_utils.model.losses import Objective, cc_loss, kl_loss, nss_loss
 from mlnet_utils.model.network import Adaptation, MLNet, network_input
@@ -104,6 +105,7 @@ class Trainer:
         # batch each process takes its share, of the validation batches every world-th.
         prepared = Prepared.read(run_dir / "data")
         self.data_digest = prepared.digest
+        check_points(config, prepared.photos)
         train = SaliencyDataset(prepared, "train", config, augment=True)
         val = SaliencyDataset(prepared, "val", config)
         self.data = {"train": train, "val": val}

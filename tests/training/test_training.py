@@ -377,3 +377,14 @@ def test_continuing_in_another_precision_warns(run_folder, capsys):
     with pytest.warns(UserWarning, match="'fp16'"):
         fit(config, run_folder)
     assert "resuming at epoch 2, batch 1" in capsys.readouterr().out
+
+
+def test_a_loss_on_fixations_is_refused_where_only_maps_are_known(run_folder, tmp_path):
+    """Also where the data were prepared for another loss, or by another program."""
+    prepared = Prepared.read(run_folder / "data")
+    nothing = {"fixations": np.zeros((0, 2)), "observers": np.zeros(0, int), "durations": None}
+    photos = [dataclasses.replace(photo, **nothing, density="map.png") for photo in prepared.photos]
+    run = prepare_run(tmp_path / "maps", photos, prepared.root)
+    (prepared.root / "map.png").touch()
+    with pytest.raises(ValueError, match=r"15 photos .* loss='kl \+ nss' needs fixations"):
+        fit(tiny_config(loss="kl + nss"), run)
