@@ -239,13 +239,17 @@ class Trainer:
         All else is frozen, so that every photo passes through the network once. The log's epoch 0
         is the network as it was.
         """
+        if self.batch:  # stopped in the validation that follows
+            return
         model, data, scores = self.model.eval(), self.data["train"], self.validate()
         batches = BatchSampler([(0, i) for i in range(len(data))], VALIDATION_BATCH, False)
         loader, found = make_loader(data, list(batches), self.config.workers), []
         for batch in progress(loader, f"predicting {len(data)} photos", unit="batch"):
             batch = {key: value.to(self.device) for key, value in batch.items()}
             with self.accelerator.autocast():
-                raw = model.encode_levels(model.extract(batch["image"])[-model.levels :])
+                cached = "features" in batch
+                levels = [batch["features"].float()] if cached else model.extract(batch["image"])
+                raw = model.encode_levels(levels[-model.levels :])
             found.append((model.apply_prior(raw), batch["density"], batch["fixations"]))
         maps, *truth = (torch.cat(parts) for parts in zip(*found, strict=True))
         optimizer = self.optimizer.optimizer  # without accelerate's cover
@@ -254,7 +258,8 @@ class Trainer:
             self.average.update_parameters(model)
         row = {"epoch": 0, "updates": 0, "lr": self.config.lr, "train_loss": before, **scores}
         self.history.append(row)
-        self.loss_sum, self.loss_count, self.updates = after * len(data), len(data), 1
+        self.loss_sum, self.loss_count = after * len(data), len(data)
+        self.updates = self.batch = 1
 
     def read_losses(self) -> None:
         """Add the losses since the last call; raise if one is not finite, stop if asked to."""
@@ -456,10 +461,10 @@ class Trainer:
         for name, value in content["progress"].items():
             setattr(self, name, value)
         best = self.folder / "best.pt"
-        if self.history and not best.is_file():
+        if self.epoch and not best.is_file():
             missing = f"{best} is missing, but its training is at epoch {self.epoch + 1}"
             raise ValueError(f"{missing}: put it back, or delete the folder to train anew")
-        if self.history:
+        if self.epoch:
             checkpoints.load_checkpoint(best)  # or an error, where it is damaged
         before, now = content["precision"], self.accelerator.mixed_precision
         if before != now:

@@ -17,7 +17,7 @@ from mlnet_utils.model import checkpoints
 from mlnet_utils.model.network import Adaptation, MLNet, trainable
 from mlnet_utils.predict.predictor import load
 from mlnet_utils.runtime import sha256_file
-from mlnet_utils.training.trainer import fit
+from mlnet_utils.training.trainer import Trainer, fit
 
 SIZE = {"height": 96, "width": 128}
 FIXATIONS = 4000  # on each photo
@@ -141,6 +141,34 @@ def test_more_fixations_are_needed_for_a_bias_that_costs(start, shifted):
         for cost, run in ((0.0, shifted), (10.0, prepare_copy(shifted)))
     )
     assert dear.abs().max() < 0.1 * free.abs().max()
+
+
+def test_one_that_was_stopped_while_it_is_validated_goes_on(start, shifted, monkeypatch):
+    copy = prepare_copy(shifted)
+    whole = fit(adapt(start), copy)
+    real, calls = Trainer.validate, []
+
+    def stopped(trainer):
+        calls.append(trainer)
+        if len(calls) == 2:  # the first is of the network as it was
+            trainer.signals.received = "SIGINT"
+        return real(trainer)
+
+    monkeypatch.setattr(Trainer, "validate", stopped)
+    with pytest.raises(KeyboardInterrupt, match="run the same command again"):
+        fit(adapt(start), shifted)
+    found = fit(adapt(start), shifted)
+    assert found.history == whole.history
+    first, second = (checkpoints.load_checkpoint(r.best)["model"] for r in (whole, found))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_cached_features_give_the_same(start, shifted, tmp_path, monkeypatch):
+    monkeypatch.setenv("MLNET_RUNS", str(tmp_path / "runs"))
+    frozen = {"freeze_norm": True, "flip": 0}
+    plain = fit(adapt(start, **frozen), prepare_copy(shifted)).history[-1]
+    cached = fit(adapt(start, **frozen, cache_features=True), shifted).history[-1]
+    assert cached["train_loss"] == pytest.approx(plain["train_loss"], abs=0.01)
 
 
 def prepare_copy(run):
