@@ -265,9 +265,13 @@ def evaluate(options: argparse.Namespace) -> Outcome:
     """
     from mlnet_utils.experiments import evaluation
 
-    config = load_config(options.preset, **dict(options.overrides))
+    changes = dict(options.overrides)
+    if other := sorted(changes.keys() - set(evaluation.EVALUATION_KEYS)):
+        known = ", ".join(evaluation.EVALUATION_KEYS)
+        raise ValueError(f"--set {', '.join(other)}: `evaluate` takes {known}; `train` the others")
     what = (options.run_dir, options.checkpoint, options.split, options.protocol)
-    return _scores(evaluation.evaluate(*what, config=config))
+    config = load_config(options.preset, **changes)
+    return _scores(evaluation.evaluate(*what, config=config, changes=changes))
 
 
 def score(options: argparse.Namespace) -> Outcome:

@@ -206,6 +206,7 @@ def evaluate(
     protocol: str | None = None,
     models: Sequence[str] = MODELS,
     config: Config | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> dict:
     """Score the network and the baselines; write ``metrics.json`` and ``per_image.csv``.
 
@@ -213,8 +214,9 @@ def evaluate(
     ``"val"`` where the test photos' fixations are secret, and ``protocol`` (docs/metrics.md) the
     configuration's. ``models`` are some of ``MODELS``. ``config`` is the run's present one: where
     it is of the checkpoint's preset, its keys of evaluation count, which may have changed since the
-    training. Of several processes (torchrun, ``accelerate launch``) each scores its share of the
-    photos, and the first writes the files.
+    training. ``changes`` are values of such keys that count for every checkpoint. Of several
+    processes (torchrun, ``accelerate launch``) each scores its share of the photos, and the first
+    writes the files.
 
     Returns the contents of ``metrics.json``: data, ground truth and checkpoint; per model and
     metric the mean over photos, its 95 % bootstrap interval, and the number of defined values. All
@@ -235,9 +237,10 @@ def evaluate(
     if checkpoint.resolve() == own.resolve() and predictor.data not in ("", digest):
         other = f"was trained on other prepared data than {data.prepared.folder} holds now"
         raise ValueError(f"{checkpoint} {other}: train anew (`reproduce --force` does)")
-    predictor.config = config = as_asked(predictor.config, config)
+    config = replace(as_asked(predictor.config, config), **changes or {})
     if protocol:
         config = replace(config, protocol=protocol)
+    predictor.config = config
     inputs = inputs_of(digest, checkpoint, config)  # now: a training may go on meanwhile
     network = {MODEL: lambda photo: predictor.predict(data.image(photo))}
     rows = data.score_models(network, config.protocol, [m for m in MODELS if m in models])

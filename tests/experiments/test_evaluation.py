@@ -192,6 +192,16 @@ def test_reports_describe_the_ground_truth_of_their_protocol(run, report, tmp_pa
     assert json.loads((tmp_path / "metrics.json").read_text())["protocol"] == "salicon"
 
 
+def test_changes_count_for_a_network_of_any_preset_or_are_refused(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    call = ["evaluate", "--run-dir", str(tmp_path / "run"), "--preset", "sample"]
+    assert main([*call, "--set", "epochs=3"]) == 1
+    assert "--set epochs: `evaluate` takes protocol, test_flip" in capsys.readouterr().err
+    assert main([*call, "--set", "test_flip=true", "--set", "bootstrap=7"]) == 0
+    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert (found["test_flip"], found["bootstrap"]) == (True, 7)
+
+
 def test_photos_with_an_infinite_gain_are_counted_in_comparisons(run, monkeypatch):
     zeros = {
         "unchanged": lambda p, centre: p,
