@@ -25,8 +25,9 @@ from mlnet_utils.predict.predictor import Predictor, load, predict_maps, to_dens
 
 LARGE = 16e6  # pixels of a photo that has the memory for itself
 RECORD = "prediction.json"  # in the output folder: the checkpoint that made the maps
-MADE_OF = "photo_sha256"  # in the metadata of every map
+MADE_OF = "made_of"  # in the metadata of every map: the text that `begin` makes of its photo
 Targets = dict[Path, list[Path]]  # photo or video -> its output files, the map itself last
+Mark = Callable[[str], str]  # SHA-256 of a photo or video -> the text in its map's metadata
 
 
 @dataclass
@@ -65,9 +66,10 @@ def predict_folder(
     ``<stem>_overlay.png`` (the photo under its map), and with ``npy`` ``<stem>.npy`` (float32
     density, sum 1). Where two photos differ in their suffix only, it is kept: ``x.jpg.png``; photos
     of a folder keep their sub-folders. Photos with all outputs in place are skipped, unless they
-    changed since (a map's metadata hold its photo's SHA-256); ``force`` redoes them, and first
-    removes files of another checkpoint that will be made again. Under ``accelerate launch`` every
-    process takes its share on its own GPU; all return the same result.
+    changed since, or some outputs are of another call (a map's metadata hold the SHA-256 of photo
+    and checkpoint, and name the files made with it); ``force`` redoes them, and first removes files
+    of another checkpoint that will be made again. Under ``accelerate launch`` every process takes
+    its share on its own GPU; all return the same result.
 
     The checkpoint may be an exported one; ``batch_size`` photos pass at once, by default 8, 1 on a
     CPU, which more make slower; ``device`` and ``fast`` are those of :func:`load`. ``upright``
@@ -83,8 +85,8 @@ def predict_folder(
     if batch_size is None:
         batch_size = 1 if (device or runtime.pick_device()) == "cpu" else 8
     call = (checkpoint, paths, Path(out), endings, force, batch_size, device, fast)
-    with begin(*call) as (predictor, targets, result), images.photo_limit(megapixels):
-        _predict_photos(predictor, targets, result, endings, batch_size, upright)
+    with begin(*call) as (predictor, targets, result, mark), images.photo_limit(megapixels):
+        _predict_photos(predictor, targets, result, mark, endings, batch_size, upright)
         return gather(result)
 
 
@@ -92,6 +94,7 @@ def _predict_photos(
     predictor: Predictor,
     targets: Targets,
     result: FolderResult,
+    mark: Mark,
     endings: Sequence[str],
     batch_size: int,
     upright: bool,
@@ -120,7 +123,7 @@ def _predict_photos(
                         Image.fromarray(paint_overlay(pixels, density)).save(temporary)
                     else:
                         about = PngImagePlugin.PngInfo()
-                        about.add_text(MADE_OF, digest)
+                        about.add_text(MADE_OF, mark(digest))
                         # Level 6, the usual one, takes twice as long for a fifth less.
                         how = {"compress_level": 3, "pnginfo": about}
                         Image.fromarray(to_8_bits(density)).save(temporary, **how)
@@ -181,12 +184,11 @@ def begin(
     fast: bool,
     suffixes: Sequence[str] = images.PHOTO_SUFFIXES,
     made_of: Callable[[Path], str] = _made_of,
-) -> Iterator[tuple[Predictor, Targets, FolderResult]]:
-    """The network, this process's share of the work, and a result with what was done before.
+) -> Iterator[tuple[Predictor, Targets, FolderResult, Mark]]:
+    """The network, this process's share of the work, a result with what was done before, the marks.
 
     Meanwhile other calls that would write into ``out`` wait. Arguments and errors as those of
-    :func:`list_targets` and :func:`predict_folder`; ``made_of`` reads from a map the SHA-256 of the
-    file that it was made of.
+    :func:`list_targets` and :func:`predict_folder`; ``made_of`` reads the mark of a map.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
@@ -195,6 +197,10 @@ def begin(
     targets, result = list_targets(paths, out, endings, suffixes)
     record = {"checkpoint": runtime.display_path(checkpoint), "versions": runtime.versions()}
     record |= {"sha256": runtime.sha256_file(checkpoint), "fast": fast}
+
+    def mark(digest: str) -> str:
+        return " ".join((digest, f"{record['sha256']}{'-fast' * fast}", *endings))
+
     with runtime.locked(out):
         processes.wait_for_everyone()
         before = {} if force else record  # of the network that made the maps in ``out``
@@ -206,7 +212,8 @@ def begin(
         if other_maps and not force:
             other = f"were made by another checkpoint ({before.get('checkpoint')}), or not as fast"
             raise ValueError(f"the maps in {out} {other}; choose another folder, or force new ones")
-        done = {f for f, made in targets.items() if not force and _is_done(f, made, made_of)}
+        kept = {} if force else targets
+        done = {f for f, made in kept.items() if _is_done(f, made, made_of, mark)}
         todo = {file: made for file, made in targets.items() if file not in done}
         processes.wait_for_everyone()  # all have the same list before the first one writes
         if processes.is_main_process:
@@ -220,15 +227,15 @@ def begin(
         processes.wait_for_everyone()
         share = list(todo)[processes.process_index :: processes.num_processes]
         result.skipped = sorted(done)
-        yield predictor, {file: todo[file] for file in share}, result
+        yield predictor, {file: todo[file] for file in share}, result, mark
 
 
-def _is_done(file: Path, made: Sequence[Path], made_of: Callable[[Path], str]) -> bool:
-    """All output files of a photo are there, the last one of the photo as it is now."""
+def _is_done(file: Path, made: Sequence[Path], made_of: Callable[[Path], str], mark: Mark) -> bool:
+    """All output files of a photo are there, made together, by this network, of it as it is now."""
     if not all(path.is_file() for path in (file, *made)):
         return False
     try:
-        return made_of(made[-1]) == runtime.sha256_file(file)
+        return {*mark(runtime.sha256_file(file)).split()} <= {*made_of(made[-1]).split()}
     except Exception:  # a damaged map is made again; of a damaged photo its reader will tell
         return False
 

@@ -40,10 +40,10 @@ def predict_videos(
     require("av", "video")
     endings = ["_overlay.mp4", ".mp4"] if overlay else [".mp4"]
     call = (checkpoint, paths, Path(out), endings, force, batch_size, device, fast, VIDEO_SUFFIXES)
-    with begin(*call, _made_of) as (predictor, targets, result):
+    with begin(*call, _made_of) as (predictor, targets, result, mark):
         for video, made in targets.items():
             try:
-                _predict_video(predictor, video, made, batch_size)
+                _predict_video(predictor, video, made, mark(sha256_file(video)), batch_size)
             except Exception as error:  # whatever it is, the other videos go on
                 result.failed[video] = str(error) or type(error).__name__
             else:
@@ -51,9 +51,10 @@ def predict_videos(
         return gather(result)
 
 
-def _predict_video(predictor: Predictor, video: Path, paths: list[Path], batch_size: int) -> None:
-    """Write one video's files: the overlay, if wanted, and the map."""
-    digest = sha256_file(video)
+def _predict_video(
+    predictor: Predictor, video: Path, paths: list[Path], mark: str, batch_size: int
+) -> None:
+    """Write one video's files: the overlay, if wanted, and the map, with its mark."""
     with contextlib.ExitStack() as stack:
         source = stack.enter_context(require("av", "video").open(video))
         frames = _frames(source)
@@ -61,7 +62,7 @@ def _predict_video(predictor: Predictor, video: Path, paths: list[Path], batch_s
         if first is None:
             raise ValueError(f"{video} holds no pictures")
         stream, size = source.streams.video[0], first[0].shape[1::-1]
-        form = (stream, size, digest)
+        form = (stream, size, mark)
         writers = [
             stack.enter_context(_writer(stack.enter_context(atomic_path(path)), *form))
             for path in paths
@@ -90,11 +91,11 @@ def _frames(source) -> Iterator[tuple[np.ndarray, int]]:
 
 
 @contextlib.contextmanager
-def _writer(path: Path, timing, size: tuple[int, int], digest: str) -> Iterator[Callable]:
+def _writer(path: Path, timing, size: tuple[int, int], mark: str) -> Iterator[Callable]:
     """A new video of given size, with the timing of another: call it with picture and time."""
     av = require("av", "video")
     with av.open(path, "w") as container:
-        container.metadata["comment"] = f"{MADE_OF}={digest}"
+        container.metadata["comment"] = f"{MADE_OF}={mark}"
         # Quality 18 of 0 (best) to 51: hardly to be told from the original.
         stream = container.add_stream(
             "libx264", rate=timing.average_rate or timing.guessed_rate, options={"crf": "18"}

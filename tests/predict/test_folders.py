@@ -183,6 +183,24 @@ def test_maps_of_two_checkpoints_are_not_mixed(album, checkpoint, tmp_path, monk
     assert all(path.is_file() for path in bystanders)
 
 
+def test_files_that_earlier_calls_left_are_not_taken_for_done(checkpoint, tmp_path):
+    """Calls that did not write them, for a photo that had changed, or did not force all photos."""
+    album, out, other = tmp_path / "album", tmp_path / "out", tmp_path / "other.pt"
+    tiny_checkpoint(other, seed=1)
+    first, second = (photo(album / f"{name}.jpg") for name in "ab")
+    predict_folder(checkpoint, [album], out, npy=True)
+    photo(first, (90, 60))
+    assert predict_folder(checkpoint, [album], out).done == [first]
+    assert predict_folder(checkpoint, [album], out, npy=True).done == [first]
+    assert np.load(out / "a.npy").shape == (60, 90)
+    predict_folder(other, [first], out, force=True)
+    assert predict_folder(other, [album], out, npy=True).done == [first, second]
+    for path in (first, second):
+        density = np.load(out / f"{path.stem}.npy")
+        np.testing.assert_array_equal(density, load(other).predict(path))
+    assert predict_folder(other, [album], out).done == []
+
+
 def test_maps_that_were_made_fast_are_not_mixed_with_others(album, checkpoint, tmp_path):
     call = ["predict", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), str(album)]
     assert main([*call, "--fast"]) == 0
