@@ -318,13 +318,13 @@ def predict(options: argparse.Namespace) -> Outcome:
     if options.video:
         from mlnet_utils.predict.video import predict_videos as predict
 
-        if options.npy:
-            raise ValueError("--npy is for photos; a video's maps are written as a video only")
+        if options.npy or options.megapixels:
+            raise ValueError("--npy and --megapixels are for photos; a video's maps are a video")
     else:
         from mlnet_utils.predict.folders import predict_folder as predict
 
         how["npy"] = options.npy
-        if options.megapixels:
+        if options.megapixels is not None:
             how["megapixels"] = options.megapixels
     result = predict(options.checkpoint, options.paths, options.out, **how)
     return result.summary(), 1 if result.failed else 0

@@ -117,4 +117,5 @@ def test_command_line(checkpoint, tmp_path, capsys):
     assert main([*call, str(source)]) == 0
     assert "1 done, 0 were done before" in capsys.readouterr().out
     assert main([*call, "--npy", str(source)]) == 1
-    assert "--npy is for photos" in capsys.readouterr().err
+    assert "--npy and --megapixels are for photos" in capsys.readouterr().err
+    assert main([*call, "--megapixels", "300", str(source)]) == 1
