@@ -56,7 +56,9 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
         ]
         sources = fingerprints(source, parts)  # before they are read: a change meanwhile shows
         more = {"coordinates": config.coordinates} if spec.own else {}
-        photos = _joined(spec.joins, source) if spec.joins else spec.read(source, **more)
+        photos = (
+            _joined(spec.joins, source, config.sigma) if spec.joins else spec.read(source, **more)
+        )
         photos = split_photos(photos, spec, config.fold)
         if config.limit:
             photos = first(photos, config.limit, SPLITS)
@@ -111,16 +113,17 @@ def ensure(config: Config, data_root: Path, folder: Path) -> Prepared:
         return _prepare(config, data_root, folder)
 
 
-def _joined(names: Iterable[str], root: Path) -> list[Photo]:
-    """All photos of the first dataset, and the others' training photos with their own sigma."""
+def _joined(names: Iterable[str], root: Path, sigma: float) -> list[Photo]:
+    """All photos of the first dataset, and the others' training photos with their own sigma, or
+    with ``sigma`` where it is not 0."""
     photos = []
     for spec in map(dataset_spec, names):
         read = split_photos(spec.read(root / spec.folder), spec)
-        sigma = spec.sigma if photos else 0.0
+        own = (sigma or spec.sigma) if photos else 0.0
         photos += [
-            replace(photo, image=f"{spec.folder}/{photo.image}", sigma=sigma)
+            replace(photo, image=f"{spec.folder}/{photo.image}", sigma=own)
             for photo in read
-            if photo.split == "train" or not sigma
+            if photo.split == "train" or not own
         ]
     return photos
 

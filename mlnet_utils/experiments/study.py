@@ -242,6 +242,7 @@ def compare(
             seed_low, seed_high = by_seed[metric].min(), by_seed[metric].max()
             clear = int(min(low, seed_low) > 0) - int(max(high, seed_high) < 0)
             side = int(better[metric]) if infinite[metric] else clear
+            side *= bool(len(shared))  # without a seed in common, the seeds cannot agree
             row = (cell, reference, metric, difference[metric].mean(), low, high)
             rows.append((*row, len(shared), seed_low, seed_high, infinite[metric], side))
     return pd.DataFrame(rows, columns=COMPARISON)

@@ -175,6 +175,9 @@ def test_a_list_of_each_observer(study):
     found = prepared(study)
     assert_as_looked(found)
     assert len(found.photos[0].known_observers) == 3
+    with pytest.raises(UserWarning, match=r"fixations/ beside it is not"):
+        listed(study, table(rows()))
+    (study / "fixations.csv").unlink()
     (study / "fixations").rename(study / "gaze")
     with pytest.raises(ValueError, match=r"none of fixations\.csv.*fixations/.* but 'gaze', 'imag"):
         prepared(study)

@@ -128,6 +128,8 @@ def test_two_datasets_are_trained_on_together(both):
         assert stems == wanted
     added = [photo.stem for photo in prepared.photos if photo.width == 1024]
     assert added == [photo.stem for photo in crowd.split("train")]
+    wider = prepare(tiny_config(dataset="osie+eyecrowd", sigma=30), both, both / "run" / "wider")
+    assert (wider.sigma, {photo.sigma for photo in wider.split("train")}) == (30, {0, 30})
     with pytest.raises(ValueError, match=r"fold=0, but osie\+eyecrowd has its own split"):
         prepare(tiny_config(dataset="osie+eyecrowd", fold=0), both, both / "run")
 

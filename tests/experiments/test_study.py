@@ -84,6 +84,7 @@ def test_only_the_seeds_that_both_have_are_compared():
     alone = study.compare(table[(table["cell"] == "up") | (table["seed"] == 2)], ["up"])
     assert (alone["seeds"] == 0).all()
     assert alone["seed_low"].isna().all()
+    assert (alone["side"] == 0).all()
 
 
 def test_missing_scores_are_left_out_and_infinite_ones_said():

@@ -57,6 +57,8 @@ def read_own(root: str | Path, coordinates: Mapping[str, Any] | None = None) -> 
     """
     root = Path(root)
     there = {key: root / name for name, key in reversed(PARTS.items()) if (root / name).exists()}
+    if (root / "fixations.csv").exists() and (root / "fixations").exists():
+        warnings.warn(f"{root}: fixations.csv is read, fixations/ beside it is not", stacklevel=2)
     if not there and (root / "images").is_dir():
         found = files.named(sorted(path.name for path in root.iterdir()))
         wanted = f"{', '.join(PARTS)}/ (lists by observer)"
