@@ -98,7 +98,7 @@ $(PY):
 # Stamps: nothing is installed again until the requirements change.
 $(VENV)/.reproduce: pyproject.toml constraints.txt | $(PY)
 	@echo "Installing into $(VENV), once; torch alone is several hundred MB, with CUDA several GB."
-	$(PY) -m pip install --constraint constraints.txt --editable ".[notebooks,backbone]"
+	$(PY) -m pip install --constraint constraints.txt --editable ".[notebooks,backbone,study]"
 	@touch $@
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(PY)
