@@ -145,7 +145,8 @@ def decode(image: Image.Image, upright: bool = True) -> Tensor:
         image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I"):  # 16-bit greyscale, which convert("RGB") would clip
         values = np.asarray(image)
-        pixels = (values // 256).clip(0, 255).astype(np.uint8)
+        bytes_in_32_bits = image.mode == "I" and values.max() < 256  # as NumPy's integers save them
+        pixels = (values // (1 if bytes_in_32_bits else 256)).clip(0, 255).astype(np.uint8)
         if "transparency" in image.info:  # one grey level
             pixels[values == image.info["transparency"]] = 255
         image = Image.fromarray(pixels)

@@ -77,6 +77,11 @@ def test_16_bits_keep_their_range(tmp_path, name, dtype):
     assert np.abs(pixels[1].numpy() - RAMP / 257).max() <= 1
 
 
+def test_32_bits_that_hold_bytes_are_bytes(tmp_path):
+    pixels = saved(tmp_path, Image.fromarray((RAMP / 257).astype(np.int32)), "x.tif")
+    assert np.abs(pixels[0].numpy() - RAMP / 257).max() <= 1
+
+
 @pytest.mark.parametrize("top", [1, 255])
 def test_float_photos_in_either_range(tmp_path, top):
     pixels = saved(tmp_path, Image.fromarray((RAMP / 65535 * top).astype(np.float32)), "x.tif")
