@@ -466,12 +466,18 @@ def plot_ladder(start: Mapping[str, float], steps: pd.DataFrame, metrics: Sequen
     """A waterfall: from the scores of the first rung by the difference of every further one.
 
     ``start`` holds the first rung's mean of each metric; ``steps`` has columns ``model``,
-    ``metric``, ``mean``, ``low``, ``high`` and ``side`` (0: the sign is not clear, drawn grey).
+    ``metric``, ``mean``, ``low``, ``high`` and ``side`` (0: the sign is not clear, drawn grey). A
+    metric that is infinite at the first rung has an empty panel, which says so.
     """
     rungs = list(steps["model"].unique())
     figure, axes = _grid(len(metrics), 0.34 * len(rungs) + 1, sharey=True)
     better, worse, unclear = "#0173b2", "#d55e00", "0.65"
     for axis, metric in zip(axes, metrics, strict=True):
+        axis.set(yticks=range(len(rungs)), yticklabels=rungs, ylim=(len(rungs) - 0.5, -0.5))
+        _name(axis, metric)
+        if not np.isfinite(start[metric]):
+            _say(axis, "infinite at the first rung")
+            continue
         part = steps[steps["metric"] == metric].set_index("model").loc[rungs]
         ends = start[metric] + part["mean"].cumsum()
         begins = ends - part["mean"]
@@ -481,8 +487,6 @@ def plot_ladder(start: Mapping[str, float], steps: pd.DataFrame, metrics: Sequen
         style = {"fmt": "none", "ecolor": "black", "elinewidth": 1}
         axis.errorbar(ends, range(len(rungs)), xerr=spread, **style)
         axis.axvline(start[metric], color="grey", lw=1, ls=":")
-        axis.set(yticks=range(len(rungs)), yticklabels=rungs, ylim=(len(rungs) - 0.5, -0.5))
-        _name(axis, metric)
     return figure
 
 

@@ -248,3 +248,12 @@ def test_the_architecture_names_every_shape():
     texts = " ".join(text.get_text() for text in figure.axes[0].texts)
     for shape in ("3 × 480 × 640", "256 × 60 × 80", "768 × 60 × 80", "64 × 60 × 80", "6 × 8"):
         assert shape in texts
+
+
+def test_a_ladder_from_an_infinite_score_says_so():
+    row = {"model": "rung", "mean": 0.1, "low": 0.0, "high": 0.2, "side": 1}
+    steps = pd.DataFrame([{**row, "metric": "CC"}, {**row, "metric": "IG", "mean": np.nan}])
+    figure = plots.plot_ladder({"CC": 0.5, "IG": -np.inf}, steps, ["CC", "IG"])
+    drawn, empty = figure.axes
+    assert (len(drawn.patches), len(drawn.texts)) == (1, 0)
+    assert (len(empty.patches), len(empty.texts)) == (0, 1)
