@@ -141,9 +141,13 @@ class StaleError(ValueError):
     """Prepared data whose sources have changed since; ``problem`` names the first."""
 
     def __init__(self, folder: Path, problems: list[str]):
+        super().__init__(folder, problems)  # both, so that other processes can raise it here
         self.problem = problems[0]
+
+    def __str__(self) -> str:
+        folder, problems = self.args
         more = f" (and {len(problems) - 1} more files)" if problems[1:] else ""
-        super().__init__(
+        return (
             f"the prepared data in {folder} are out of date: {self.problem}{more}. Put it back, or "
             "run `prepare` again; a network trained on the old data then needs another run folder, "
             "or `reproduce --force`"

@@ -64,9 +64,13 @@ class MLNet(nn.Module):
         freeze(self, config.freeze)
 
     def forward(self, image: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        raw = self.raw_map(image, features)
+        return self.adaptation(self.apply_prior(raw))  # 3.3; the adaptation is none in the paper
+
+    def raw_map(self, image: Tensor | None = None, features: Tensor | None = None) -> Tensor:
+        """(B, 1, H/8, W/8) float32: the map before the prior, of photos or of their features."""
         levels = self.extract(image)[-self.levels :] if features is None else [features]  # 3.1
-        x = self.encode_levels(levels)  # 3.2
-        return self.adaptation(self.apply_prior(x))  # 3.3; the adaptation is none in the paper
+        return self.encode_levels(levels)  # 3.2
 
     def extract(self, image: Tensor) -> list[Tensor]:
         """All levels of the backbone, shallow to deep, each (B, C, H/8, W/8)."""

@@ -247,9 +247,7 @@ class Trainer:
         for batch in progress(loader, f"predicting {len(data)} photos", unit="batch"):
             batch = {key: value.to(self.device) for key, value in batch.items()}
             with self.accelerator.autocast():
-                cached = "features" in batch
-                levels = [batch["features"].float()] if cached else model.extract(batch["image"])
-                raw = model.encode_levels(levels[-model.levels :])
+                raw = model.raw_map(**network_input(batch))
             found.append((model.apply_prior(raw), batch["density"], batch["fixations"]))
         maps, *truth = (torch.cat(parts) for parts in zip(*found, strict=True))
         optimizer = self.optimizer.optimizer  # without accelerate's cover
@@ -399,7 +397,9 @@ class Trainer:
 
     def note_time(self, trained: float, validated: float, updates: int) -> None:
         """Add a row of ``times.csv``; of an interrupted epoch, for the part after the resume."""
-        speed = updates * self.config.batch_size / max(trained, 1e-9)
+        # The last batch of an epoch may be shorter.
+        photos = min(updates * self.config.batch_size, len(self.data["train"]))
+        speed = photos / max(trained, 1e-9)
         seconds = (round(value, 2) for value in (trained, validated, speed))
         self.times.append(dict(zip(TIME_FIELDS, (self.epoch + 1, updates, *seconds), strict=True)))
 

@@ -4,6 +4,7 @@ Every case changes one thing of a study with twelve photos of 160x120 and three 
 looked ten times each; each stands for a kind of mistake that was reported in public.
 """
 
+import re
 import unicodedata
 import warnings
 
@@ -154,6 +155,19 @@ def test_lists_that_are_refused(study, case):
     content, said = REFUSED[case]
     with pytest.raises(ValueError, match=said):
         listed(study, content)
+
+
+@pytest.mark.parametrize("given", [{"offset": [200, 0]}, {"unit": "percent"}])
+def test_a_wrong_conversion_is_mended_and_not_added_to(study, given):
+    content = table(rows(CONVERTED["screen"][0]))
+    with pytest.raises(ValueError, match="points lie outside") as caught:
+        listed(study, content, coordinates=given)
+    said = re.search(r"offset: \[(-?\d+), (-?\d+)\]", str(caught.value))
+    if "unit" in given:
+        assert not said
+        assert "not percent" in str(caught.value)
+    else:  # near the offset that there is, from which the points' median differs a little
+        assert [int(part) for part in said.groups()] == pytest.approx([80, 60], abs=30)
 
 
 def test_columns_that_are_not_used_are_named(study):

@@ -1,6 +1,7 @@
 """Splits that never change, and the preparation of datasets."""
 
 import hashlib
+import pickle
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -156,8 +157,10 @@ def test_changed_sources_are_prepared_again_unless_something_was_trained_on_them
     save_photo(root / "folder/images/more.png")
     (tmp_path / "run/checkpoints").mkdir()
     (tmp_path / "run/checkpoints/best.pt").touch()
-    with pytest.raises(StaleError, match=r"more\.png was added"):
+    with pytest.raises(StaleError, match=r"more\.png was added") as caught:
         ensure(config, root, data)
+    sent = pickle.loads(pickle.dumps(caught.value))  # as a loader's process or a study's does
+    assert str(sent) == str(caught.value)
 
 
 def test_maps_alone_serve_losses_that_need_no_points(tmp_path):

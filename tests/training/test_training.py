@@ -97,6 +97,12 @@ def test_a_training_writes_log_times_and_checkpoints(run_folder, capsys):
     assert trainer.validate().items() <= content["scores"].items()
 
 
+def test_photos_per_second_counts_a_short_last_batch_as_it_is(run_folder):
+    trainer = Trainer(tiny_config(batch_size=5), run_folder, Accelerator())
+    trainer.note_time(2.0, 1.0, updates=3)
+    assert trainer.times[-1]["images_per_second"] == 5  # 10 photos, not 15
+
+
 def test_a_finished_training_returns_at_once(run_folder, capsys):
     first = fit(tiny_config(), run_folder)
     before = {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()}

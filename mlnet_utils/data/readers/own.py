@@ -125,7 +125,8 @@ def read_folder(
             photos[-1].read_density(images)  # or an error: training would meet it hours later
     if rows:
         sizes = {photo.stem: (photo.width, photo.height) for photo in photos}
-        check_coordinates(fixations_csv, sizes, {stem: row[0] for stem, row in rows.items()})
+        written = {stem: row[0] for stem, row in rows.items()}
+        check_coordinates(fixations_csv, sizes, written, coordinates)
     return files.check_looked_at("own photos", photos)
 
 
@@ -150,15 +151,18 @@ def to_pixels(
 
 
 def check_coordinates(
-    path: str | Path, sizes: dict[str, tuple[int, int]], points: dict[str, np.ndarray]
+    path: str | Path,
+    sizes: dict[str, tuple[int, int]],
+    points: dict[str, np.ndarray],
+    coordinates: Mapping[str, Any] | None = None,
 ) -> None:
     """Refuse a list (``path``) with coordinates that are evidently no pixels of its photos.
 
     ``sizes`` are width and height of the photos by stem, ``points`` (N, 2) x, y of each, 0-based,
-    not finite where gaze was lost. A pixel that is recorded in most photos, as trackers write lost
-    gaze, is a warning. Raises ValueError: nine tenths of the points lie within 0..1, or within
-    0..100 of photos at least twice as large, or over a tenth lies outside the photos (a fiftieth,
-    if exchanging x and y mends it).
+    not finite where gaze was lost; ``coordinates`` what they were converted by. A pixel that is
+    recorded in most photos, as trackers write lost gaze, is a warning. Raises ValueError: nine
+    tenths of the points lie within 0..1, or within 0..100 of photos at least twice as large, or
+    over a tenth lies outside the photos (a fiftieth, if exchanging x and y mends it).
     """
     size = np.concatenate([np.tile(sizes[stem], (len(points[stem]), 1)) for stem in points])
     xy = np.concatenate(list(points.values()))
@@ -185,11 +189,15 @@ def check_coordinates(
         if exchanged and swapped <= moved:
             cause = f"x and y are exchanged (exchanged back, {swapped} lie outside): exchange them"
         else:
+            used = {"unit": "pixel", "offset": (0, 0), **(coordinates or {})}
+            offset += used["offset"]
             cause = (
                 f"they are pixels of the screen: set `coordinates: {{offset: [{offset[0]:.0f}, "
                 f"{offset[1]:.0f}]}}` in the preset ({moved} then lie outside), or of another size "
                 "of the photos: scale them"
             )
+            if used["unit"] != "pixel":
+                cause = f"they are not {used['unit']}, as `coordinates` in the preset says"
         said = f"{out} of {len(xy)} points lie outside their photos. Likely {cause}"
         raise ValueError(f"own photos: {path}: {said}")
     pixels = Counter()
