@@ -361,11 +361,13 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
         seconds = pd.read_csv(job.folder / "times.csv")["train_seconds"].sum()
         epochs = len(pd.read_csv(job.folder / "log.csv"))
         row = {"split": report["split"], "epochs": epochs, "train_seconds": round(seconds, 1)}
-        scores = report["rows"][0]["metrics"]
+        (scores,) = (r["metrics"] for r in report["rows"] if r["model"] == evaluation.MODEL)
         row |= {metric: scores[metric]["mean"] for metric in METRICS}
         row |= {f"{metric} infinite": scores[metric]["infinite"] for metric in METRICS}
         rows.append(name | row)
-        photos.append(pd.read_csv(job.folder / "per_image.csv", dtype={"stem": str}).assign(**name))
+        found = pd.read_csv(job.folder / "per_image.csv", dtype={"stem": str})
+        # The verb `evaluate`, called for a cell, scores the baselines too.
+        photos.append(found[found["model"] == evaluation.MODEL].assign(**name))
     table = pd.DataFrame(rows, columns=[*COLUMNS, *METRICS, *INFINITE])
     table = table.drop(columns=[name for name in INFINITE if not table[name].any()])
     runtime.write_text(folder / TABLE, table.to_csv(index=False))

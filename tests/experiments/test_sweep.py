@@ -124,6 +124,14 @@ def test_damaged_scores_of_photos_are_made_again(done):
     assert (done / sweep.PER_IMAGE).read_text() == expected
 
 
+def test_baselines_that_evaluate_adds_to_a_cell_are_not_its_scores(done):
+    run_cells(done, {"Three levels": {}})
+    expected = (done / sweep.PER_IMAGE).read_text()
+    evaluation.evaluate(done / "three-levels" / "0")  # the verb scores the baselines too
+    run_cells(done, {"Three levels": {}})
+    assert (done / sweep.PER_IMAGE).read_text() == expected
+
+
 def test_a_split_without_truth_is_refused_before_training(done, tmp_path):
     (data,) = (done / "data").iterdir()
     prepared = Prepared.read(data)
