@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mlnet_utils.data.images import FORMATS, orientation
-from mlnet_utils.data.photos import Photo
+from mlnet_utils.data.photos import NOBODY, Photo
 from mlnet_utils.data.readers.files import check_looked_at
 from mlnet_utils.runtime import progress, reading, require
 
@@ -27,7 +27,7 @@ def from_pysaliency(stimuli: Any, fixations: Any, folder: str | Path) -> list[Ph
 
     ``Stimuli`` are written as PNG, ``FileStimuli`` copied, into ``folder/images/``; the photos'
     paths are relative to ``folder``. ``fixations`` are ``Fixations`` or ``FixationTrains``; a
-    ``duration`` is in seconds.
+    ``duration`` is in seconds, the subject -1 is nobody known.
 
     Raises:
         ValueError: no stimuli, fixations on stimuli that do not exist, or stimuli without any.
@@ -50,7 +50,9 @@ def from_pysaliency(stimuli: Any, fixations: Any, folder: str | Path) -> list[Ph
     if not stems or len(set(stems)) < len(stems):
         stems = [f"stimulus_{number:05d}" for number in range(len(stimuli))]
     points = _half_a_pixel_less(np.stack([fixations.x, fixations.y], axis=1).reshape(-1, 2))
-    _, observers = np.unique(np.asarray(fixations.subjects), return_inverse=True)
+    subjects = np.asarray(fixations.subjects)
+    observers = np.searchsorted(np.unique(subjects[subjects != NOBODY]), subjects)
+    observers = np.where(subjects == NOBODY, NOBODY, observers)
     seconds = np.asarray(getattr(fixations, "duration", np.full(len(owners), np.nan)), np.float64)
     photos = []
     for number, stem in enumerate(progress(stems, "reading stimuli", unit="photo")):

@@ -10,7 +10,7 @@ from PIL import Image
 
 from mlnet_utils.data.geometry import pixel_indices
 from mlnet_utils.data.images import read_image
-from mlnet_utils.data.photos import Photo
+from mlnet_utils.data.photos import NOBODY, Photo
 from mlnet_utils.predict.pysaliency import as_pysaliency_model, from_pysaliency, to_pysaliency
 
 with warnings.catch_warnings():
@@ -109,6 +109,13 @@ def test_there_and_back(stimuli, trains, tmp_path):
     for one, other in zip(photos, back, strict=True):
         np.testing.assert_array_equal(one.fixations, other.fixations)
         np.testing.assert_array_equal(one.observers, other.observers)
+
+
+def test_unknown_observers_stay_unknown(tmp_path):
+    looked = {"fixations": np.ones((3, 2), np.float32), "observers": np.array([-1, 0, 1])}
+    photo = Photo("a", save_photo(tmp_path / "a.png", 20, 10).name, 20, 10, **looked)
+    (back,) = from_pysaliency(*to_pysaliency([photo], tmp_path), tmp_path / "back")
+    assert back.observers.tolist() == [NOBODY, 0, 1]
 
 
 # ---- a predictor as a model --------------------------------------------------------------------
