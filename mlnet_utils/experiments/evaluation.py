@@ -23,6 +23,7 @@ from mlnet_utils.data.photos import Photo, Prepared
 from mlnet_utils.metrics import METRICS, PROTOCOLS, baselines, score_all
 from mlnet_utils.metrics.summary import score_table as format_table  # noqa: F401 (notebook 03)
 from mlnet_utils.metrics.summary import summarise
+from mlnet_utils.model.checkpoints import warn_of_other_fold
 from mlnet_utils.predict.predictor import MODEL, load
 
 UNIFORM, CENTRE = "uniform", "centre bias"
@@ -237,6 +238,8 @@ def evaluate(
     if checkpoint.resolve() == own.resolve() and predictor.data not in ("", digest):
         other = f"was trained on other prepared data than {data.prepared.folder} holds now"
         raise ValueError(f"{checkpoint} {other}: train anew (`reproduce --force` does)")
+    meta = data.prepared.meta
+    warn_of_other_fold(predictor.config.to_dict(), meta["dataset"], meta.get("fold", -1))
     config = replace(as_asked(predictor.config, config), **changes or {})
     if protocol:
         config = replace(config, protocol=protocol)

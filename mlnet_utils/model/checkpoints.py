@@ -215,10 +215,20 @@ def with_start(config: Config, folder: Path | None = None) -> Config:
     if different:
         problem = f"{'; '.join(different)} (start_from={start_from.partition(PIN)[0]})"
         raise ValueError(f"config: {problem}; leave these keys out to take the checkpoint's")
+    warn_of_other_fold(stored, config.dataset, config.fold)
     taken = {key: stored[key] for key in (*ARCHITECTURE, *(k for k in USUAL if k not in chosen))}
     taken["adapt"] = stored["adapt"] or config.adapt  # what was adapted stays so
     given = config.given.union(ARCHITECTURE, USUAL)
     return dataclasses.replace(config, **taken, start_from=start_from, given=given)
+
+
+def warn_of_other_fold(trained: dict[str, Any], dataset: str, fold: int) -> None:
+    """Warn where a network that was ``trained`` so may know the test photos of another fold."""
+    shared = {*trained["dataset"].split("+")} & {*dataset.split("+")}
+    if shared and trained["fold"] != fold:
+        folds = f"fold {trained['fold']} of {trained['dataset']!r}, and here is fold {fold}"
+        said = "test photos may be among those that it learned from, which flatters its scores"
+        warnings.warn(f"the network was trained on {folds}: {said}", stacklevel=3)
 
 
 def locate(start_from: str) -> tuple[Path, str]:

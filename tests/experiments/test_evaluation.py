@@ -248,6 +248,15 @@ def test_a_network_is_not_scored_on_other_data_than_its_own(run, tmp_path):
     assert evaluation.evaluate(folder, elsewhere, models=(evaluation.MODEL,))["photos"] == 4
 
 
+def test_a_network_of_another_fold_is_warned_of(run, tmp_path):
+    model, config, _ = checkpoints.load_model(run / "checkpoints" / "best.pt")
+    other = dataclasses.replace(config, fold=1)
+    checkpoints.save_checkpoint(tmp_path / "other.pt", other, model.state_dict())
+    folder = shutil.copytree(run, tmp_path / "copy")
+    with pytest.warns(UserWarning, match="fold 1 of 'synthetic', and here is fold -1"):
+        evaluation.evaluate(folder, tmp_path / "other.pt", models=(evaluation.MODEL,))
+
+
 def test_scores_name_the_network_that_was_scored(run, tmp_path, monkeypatch):
     folder = shutil.copytree(run, tmp_path / "copy")
     best = folder / "checkpoints" / "best.pt"

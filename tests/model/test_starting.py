@@ -69,6 +69,18 @@ def test_the_file_is_recorded_with_its_checksum_and_without_the_machine(start, m
     assert finetune(config.start_from) == config
 
 
+def test_a_network_that_may_know_the_test_photos_of_a_fold_is_warned_of():
+    for preset, dataset, fold in (("finetune", "osie", 0), ("adapt", "eyecrowd", 4)):
+        with pytest.warns(UserWarning, match=rf"fold -1 of 'osie\+eyecrowd', .* fold {fold}"):
+            with_start(load_config(preset, dataset=dataset, fold=fold))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("dataset", "fold"), [("osie", -1), ("folder", 0)])
+def test_a_network_that_cannot_know_them_is_not(dataset, fold):
+    with_start(load_config("finetune", dataset=dataset, fold=fold))
+
+
 def test_a_relative_path_is_also_looked_for_in_the_checkout(start, monkeypatch):
     monkeypatch.setattr(runtime, "checkout_root", lambda: start.parent)
     assert finetune("start.pt").channels == OTHER["channels"]
