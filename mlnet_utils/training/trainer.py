@@ -255,7 +255,8 @@ class Trainer:
         if self.average is not None:
             self.average.update_parameters(model)
         row = {"epoch": 0, "updates": 0, "lr": self.config.lr, "train_loss": before, **scores}
-        self.history.append(row)
+        if not self.history:
+            self.history.append(row)
         self.loss_sum, self.loss_count = after * len(data), len(data)
         self.updates = self.batch = 1
 
