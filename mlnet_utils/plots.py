@@ -269,7 +269,8 @@ def plot_scores(
     ``table`` has columns ``model``, ``metric``, ``mean``, ``low``, ``high``. ``zero`` is for
     differences: it marks zero, and the dot of an unclear difference is hollow: the interval holds
     zero, or the column ``side``, where there is one, is 0. ``negligible`` is the size per metric
-    up to which a difference does not count, a grey band.
+    up to which a difference does not count, a grey band. A column ``infinite`` counts the photos
+    that a mean leaves out.
     """
     models = list(table["model"].unique())
     bands = {} if negligible is None else dict(negligible)
@@ -297,6 +298,7 @@ def plot_scores(
             axis.plot([row["low"], row["high"]], [y, y], color=colour, lw=2.5)
             face = "white" if unclear else colour
             axis.plot(row["mean"], y, "o", color=colour, ms=7, mfc=face, mew=1.5)
+            _say_endless(axis, row.get("infinite", 0), y)
         axis.set(yticks=range(len(models)), yticklabels=models, ylim=(len(models) - 0.5, -0.5))
         _name(axis, metric)
     style = {"color": NO_COLOUR, "lw": 2.5, "marker": "o"}
@@ -312,6 +314,8 @@ def plot_scores(
 def plot_distributions(scores: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     """Per-photo scores of each model as violins with quartiles, a panel per metric.
 
+    Photos with infinite scores are counted beside the violin that leaves them out.
+
     ``scores`` has a row per photo and model, with ``model`` and a column per metric.
     """
     models = list(scores["model"].unique())
@@ -324,9 +328,12 @@ def plot_distributions(scores: pd.DataFrame, metrics: Sequence[str]) -> Figure:
             finite, x=metric, y="model", hue="model", ax=axis, cut=0, inner="quart", linewidth=0.8,
             order=models, hue_order=models, palette=colours, legend=False,
         )  # fmt: skip
+        endless = scores["model"][np.isinf(scores[metric])].value_counts()
         for y, model in enumerate(models):
             if model not in set(finite["model"]):
-                _say(axis, "undefined", y)
+                _say(axis, "infinite" if model in endless else "undefined", y)
+            else:
+                _say_endless(axis, endless.get(model, 0), y)
         axis.set_ylabel("")
         _name(axis, metric)
     return figure
@@ -373,6 +380,14 @@ def _say(axis: Axes, reason: str, y: float | None = None) -> None:
     style = {"ha": "center", "va": "center", "color": "0.4", "fontsize": "small"}
     style["bbox"] = {"facecolor": "white", "pad": 1.5, "linewidth": 0}  # over lines and bands
     axis.text(0.5, 0.5 if y is None else y, reason, transform=where, **style)
+
+
+def _say_endless(axis: Axes, photos: int, y: float) -> None:
+    """Write above the row at ``y`` how many photos with infinite scores it leaves out, if any."""
+    if photos:
+        style = {"ha": "right", "va": "center", "color": "0.25", "fontsize": "x-small"}
+        text, where = f"without {photos:.0f} infinite photos", axis.get_yaxis_transform()
+        axis.text(0.99, y - 0.36, text, transform=where, **style)
 
 
 def plot_fixation_statistics(
@@ -467,7 +482,8 @@ def plot_ladder(start: Mapping[str, float], steps: pd.DataFrame, metrics: Sequen
 
     ``start`` holds the first rung's mean of each metric; ``steps`` has columns ``model``,
     ``metric``, ``mean``, ``low``, ``high`` and ``side`` (0: the sign is not clear, drawn grey). A
-    metric that is infinite at the first rung has an empty panel, which says so.
+    metric that is infinite at the first rung has an empty panel, which says so; where it is
+    infinite at a later one, the bars end there.
     """
     rungs = list(steps["model"].unique())
     figure, axes = _grid(len(metrics), 0.34 * len(rungs) + 1, sharey=True)
@@ -479,7 +495,7 @@ def plot_ladder(start: Mapping[str, float], steps: pd.DataFrame, metrics: Sequen
             _say(axis, "infinite at the first rung")
             continue
         part = steps[steps["metric"] == metric].set_index("model").loc[rungs]
-        ends = start[metric] + part["mean"].cumsum()
+        ends = start[metric] + part["mean"].cumsum(skipna=False)
         begins = ends - part["mean"]
         colours = [{1: better, -1: worse}.get(side, unclear) for side in part["side"]]
         axis.barh(range(len(rungs)), part["mean"], left=begins, color=colours, height=0.6)
@@ -487,6 +503,9 @@ def plot_ladder(start: Mapping[str, float], steps: pd.DataFrame, metrics: Sequen
         style = {"fmt": "none", "ecolor": "black", "elinewidth": 1}
         axis.errorbar(ends, range(len(rungs)), xerr=spread, **style)
         axis.axvline(start[metric], color="grey", lw=1, ls=":")
+        for y in np.flatnonzero(ends.isna()):
+            known = np.isfinite(part["mean"].iloc[y])
+            _say(axis, "beyond an infinite score" if known else "infinite", y)
     return figure
 
 

@@ -98,6 +98,18 @@ def test_scores_leave_out_what_is_undefined():
     assert [text.get_text() for text in figure.axes[0].texts] == ["no scores"]
 
 
+def test_photos_that_a_mean_or_a_violin_leaves_out_are_counted():
+    columns = ["model", "metric", "mean", "low", "high", "infinite"]
+    table = pd.DataFrame([("a", "IG", 1, 0.5, 2, 3), ("b", "IG", 1, 0.5, 2, 0)], columns=columns)
+    scores = pd.DataFrame({"model": [*"aaaaabbbbbc"], "IG": [-np.inf] * 3 + [1.0] * 7 + [-np.inf]})
+    for figure, more in (
+        (plots.plot_scores(table, ["IG"]), []),
+        (plots.plot_distributions(scores, ["IG"]), ["infinite"]),
+    ):
+        texts = [text.get_text() for text in figure.axes[0].texts]
+        assert texts == ["without 3 infinite photos", *more]
+
+
 def test_differences_that_are_unclear_or_negligible_are_marked():
     rows = [
         ("a", "CC", 0.2, 0.1, 0.3, 1),
@@ -257,3 +269,13 @@ def test_a_ladder_from_an_infinite_score_says_so():
     drawn, empty = figure.axes
     assert (len(drawn.patches), len(drawn.texts)) == (1, 0)
     assert (len(empty.patches), len(empty.texts)) == (0, 1)
+
+
+def test_a_ladder_does_not_go_on_beyond_an_infinite_score():
+    rows = [(f"rung {n}", mean) for n, mean in enumerate([0.1, np.nan, np.nan, 0.2])]
+    steps = pd.DataFrame(rows, columns=["model", "mean"]).assign(metric="IG", side=1)
+    steps = steps.assign(low=steps["mean"], high=steps["mean"])
+    axis = plots.plot_ladder({"IG": 1.0}, steps, ["IG"]).axes[0]
+    lefts = [bar.get_x() for bar in axis.patches if np.isfinite(bar.get_x())]
+    assert lefts == [1.0]  # where the last rung begins is not known
+    assert len(axis.texts) == 3
