@@ -185,19 +185,18 @@ def check_coordinates(
     exchanged = 4 * swapped < out
     if out > OUTSIDE * len(xy) * (0.2 if exchanged else 1):
         offset = np.median(xy - (size - 1) / 2, axis=0).round()
-        moved = outside(xy - offset)
+        moved, used = outside(xy - offset), coordinates or {}
         if exchanged and swapped <= moved:
             cause = f"x and y are exchanged (exchanged back, {swapped} lie outside): exchange them"
+        elif used.get("unit", "pixel") != "pixel":
+            cause = f"they are not {used['unit']}, as `coordinates` in the preset says"
         else:
-            used = {"unit": "pixel", "offset": (0, 0), **(coordinates or {})}
-            offset += used["offset"]
+            offset += used.get("offset", (0, 0))
             cause = (
                 f"they are pixels of the screen: set `coordinates: {{offset: [{offset[0]:.0f}, "
                 f"{offset[1]:.0f}]}}` in the preset ({moved} then lie outside), or of another size "
                 "of the photos: scale them"
             )
-            if used["unit"] != "pixel":
-                cause = f"they are not {used['unit']}, as `coordinates` in the preset says"
         said = f"{out} of {len(xy)} points lie outside their photos. Likely {cause}"
         raise ValueError(f"own photos: {path}: {said}")
     pixels = Counter()
