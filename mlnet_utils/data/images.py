@@ -27,6 +27,7 @@ OTHER_PICTURES = (
 # Formats that Pillow decodes itself (JPEG reads MPO too); others, e.g. EPS, start programs.
 FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "BMP", "GIF", "JPEG2000", "PPM", "AVIF")
 MEGAPIXELS = 178  # of a photo, unless more is asked for: a small file may hold any number of them
+SMALLEST_SIDE = 32  # pixels; anything smaller is an icon, not a photo
 GREY = 8  # levels of 255 by which JPEG may let the channels of a grey picture differ
 _ORIENTATION = 0x0112  # EXIF tag
 _UPRIGHT = {

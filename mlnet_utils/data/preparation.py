@@ -11,6 +11,7 @@ import numpy as np
 
 from mlnet_utils.config import Config
 from mlnet_utils.data import synthetic
+from mlnet_utils.data.images import SMALLEST_SIDE
 from mlnet_utils.data.photos import MADE_BY, SPLITS, Photo, Prepared, StaleError, fingerprints
 from mlnet_utils.data.readers import DATASETS, dataset_spec
 from mlnet_utils.data.readers.spec import DatasetSpec
@@ -73,6 +74,10 @@ def _prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
         if not any(photo.split == split for photo in photos):
             needed = "`train` needs train and val, `evaluate` test"
             warnings.warn(f"{spec.name}: no {split} photos; {needed}", stacklevel=3)
+    if tiny := [photo for photo in photos if min(photo.width, photo.height) < SMALLEST_SIDE]:
+        said = f"{len(tiny)} photo(s) have a side shorter than {SMALLEST_SIDE} pixels"
+        size = f"{tiny[0].width}x{tiny[0].height}"
+        raise ValueError(f"{spec.name}: {said}, e.g. {tiny[0].image} ({size}): remove them")
     used = {name for photo in photos for name in (photo.image, photo.density) if name}
     sources |= fingerprints(source, used - sources.keys())
     for photo in photos:

@@ -198,7 +198,8 @@ def _link_data(job: Job) -> None:
 
 def _identity(job: Job) -> str:
     """A digest that is equal for trainings that must end alike, on the same machine."""
-    values = json.dumps([job.start().to_dict(), job.data.name], default=str)
+    data = Prepared.read(job.data).digest
+    values = json.dumps([job.start().to_dict(), data], default=str)
     return f"configuration {hashlib.sha256(values.encode()).hexdigest()[:16]}"
 
 

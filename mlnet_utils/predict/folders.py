@@ -85,7 +85,10 @@ def predict_folder(
     if batch_size is None:
         batch_size = 1 if (device or runtime.pick_device()) == "cpu" else 8
     call = (checkpoint, paths, Path(out), endings, force, batch_size, device, fast)
-    with begin(*call) as (predictor, targets, result, mark), images.photo_limit(megapixels):
+    with (
+        begin(*call, upright=upright) as (predictor, targets, result, mark),
+        images.photo_limit(megapixels),
+    ):
         _predict_photos(predictor, targets, result, mark, endings, batch_size, upright)
         return gather(result)
 
@@ -184,6 +187,7 @@ def begin(
     fast: bool,
     suffixes: Sequence[str] = images.PHOTO_SUFFIXES,
     made_of: Callable[[Path], str] = _made_of,
+    upright: bool = True,
 ) -> Iterator[tuple[Predictor, Targets, FolderResult, Mark]]:
     """The network, this process's share of the work, a result with what was done before, the marks.
 
@@ -199,7 +203,8 @@ def begin(
     record |= {"sha256": runtime.sha256_file(checkpoint), "fast": fast}
 
     def mark(digest: str) -> str:
-        return " ".join((digest, f"{record['sha256']}{'-fast' * fast}", *endings))
+        photo = f"{digest}{'' if upright else '-stored'}"
+        return " ".join((photo, f"{record['sha256']}{'-fast' * fast}", *endings))
 
     with runtime.locked(out):
         processes.wait_for_everyone()
@@ -211,7 +216,8 @@ def begin(
         other_maps = made_by != (record["sha256"], fast)
         if other_maps and not force:
             other = f"were made by another checkpoint ({before.get('checkpoint')}), or not as fast"
-            raise ValueError(f"the maps in {out} {other}; choose another folder, or force new ones")
+            remedy = "choose another folder, delete this one, or force new ones"
+            raise ValueError(f"the maps in {out} {other}; {remedy}")
         kept = {} if force else targets
         done = {f for f, made in kept.items() if _is_done(f, made, made_of, mark)}
         todo = {file: made for file, made in targets.items() if file not in done}

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 
 from mlnet_utils.config import Config
 from mlnet_utils.data.geometry import Letterbox, letterbox, unletterbox
-from mlnet_utils.data.images import decode, read_image, to_bytes
+from mlnet_utils.data.images import SMALLEST_SIDE, decode, read_image, to_bytes
 from mlnet_utils.model.checkpoints import load_model
 from mlnet_utils.runtime import native_precision, pick_device
 
 MODEL = "ML-Net"  # the network's name in tables of scores
 EXPORTED = (".onnx", ".pt2")  # suffixes of networks in another form, see ``export``
-SMALLEST_SIDE = 32  # pixels; anything smaller is an icon, not a photo
 FLOOR = 1e-12  # of a probability, before its logarithm is taken
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMOOTHLY = {"mode": "bilinear", "antialias": True, "align_corners": False}

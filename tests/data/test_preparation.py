@@ -144,6 +144,13 @@ def test_own_photos_are_split_by_shares(tmp_path):
         prepare(tiny_config(dataset="folder"), root, tmp_path / "run")
 
 
+def test_photos_that_no_network_takes_are_refused_before_they_are_trained_on(tmp_path):
+    root = own_photos(tmp_path, [f"{x},4" for x in range(3, 22)])
+    save_photo(tmp_path / "folder/images/c.png", height=31)
+    with pytest.raises(ValueError, match=r"1 photo.* images/c.png \(64x31\)"):
+        prepare(tiny_config(dataset="folder", sigma=5.0), root, tmp_path / "run")
+
+
 def test_changed_sources_are_prepared_again_unless_something_was_trained_on_them(tmp_path):
     root = own_photos(tmp_path, ["3,4"])
     config, data = tiny_config(dataset="folder", sigma=5.0), tmp_path / "run/data"

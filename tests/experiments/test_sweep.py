@@ -222,6 +222,10 @@ def test_a_death_is_remembered_until_the_cell_or_the_file_is_gone(tmp_path):
     assert not output.exists()  # it has not begun
     note.unlink()
     assert run_cells(tmp_path, {"wild": WILD}) == {"wild, seed 0": first}
+    output.unlink()
+    data = Prepared.read(tmp_path / "wild/0/data")
+    replace(data, photos=data.photos[1:]).write()  # as where mended sources were prepared again
+    assert run_cells(tmp_path, {"wild": WILD}) == {"wild, seed 0": first}
     assert output.exists()
     assert note.exists()
     assert run_cells(tmp_path, {"wild": {"limit": 8}}) == {}

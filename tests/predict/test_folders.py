@@ -90,6 +90,9 @@ def test_maps_alone_by_default_and_from_single_files(album, checkpoint, tmp_path
         assert image.size == (100, 40)  # the orientation as it is stored, on request
     record = json.loads((tmp_path / "out" / "prediction.json").read_text())
     assert record["sha256"] == sha256_file(checkpoint)
+    again = predict_folder(checkpoint, paths, tmp_path / "out")
+    assert again.done == paths  # those are of the photos as they are stored
+    assert predict_folder(checkpoint, paths, tmp_path / "out").skipped == paths
 
 
 # ---- resuming ----------------------------------------------------------------------------------
