@@ -30,6 +30,7 @@ def benchmarks(monkeypatch):
         ("finetuning", ["random weights", "sample model, as it is", "ImageNet backbone", "CC"]),
         ("inference", ["PyTorch --fast", "ONNX --fast", "cpu_s", "peak GB"]),
         ("adapting", ["as it is", "adapt ", "finetune", "brought back"]),
+        ("random_splits", ["seed", "sAUC"]),
         ("techniques", ["reference", "micro-batches of 4", "seed 1", "of the seeds'"]),
         ("scaling", ["exchange's share", "gradient MB", "speed-up"]),
         ("in_a_browser", ["Chromium, one thread", "PyTorch, threads: 1"]),
