@@ -220,7 +220,7 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, value: Any, sealed: bool = False) -> None:
     """Write ``value`` as indented JSON, atomically; ``sealed`` adds a digest of it, ``SEAL``."""
     if sealed:
-        value = {**value, SEAL: _digest(value)}
+        value = {**value, SEAL: digest_of(value)}
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -265,7 +265,8 @@ def _is_mistake(error: Exception) -> bool:
     return type(error) is NameError  # not UnboundLocalError, which input may cause in a library
 
 
-def _digest(value: Any) -> str:
+def digest_of(value: Any) -> str:
+    """SHA-256 of a value as it is written in JSON, whatever the order of its keys."""
     text = json.dumps(json.loads(json.dumps(value)), sort_keys=True)  # keys as they are read
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -280,7 +281,7 @@ def read_json(path: str | Path, made_by: str, *keys: str) -> dict[str, Any]:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
         if not isinstance(value, dict) or not set(keys) <= set(value):
             raise ValueError(f"it is no object with {', '.join(keys) or 'keys'}")
-        if value.pop(SEAL, None) not in (None, _digest(value)):
+        if value.pop(SEAL, None) not in (None, digest_of(value)):
             raise ValueError("its SHA-256 is another")
     return value
 

@@ -5,7 +5,6 @@ extra ``notebooks`` (``pip install "mlnet-utils[notebooks]"``).
 """
 
 import functools
-import hashlib
 import itertools
 import json
 import time
@@ -19,7 +18,7 @@ import yaml
 from mlnet_utils import __version__, runtime
 from mlnet_utils.config import Config, backbone_file, load_config
 from mlnet_utils.running import notebooks
-from mlnet_utils.runtime import display_path, sha256_file, write_json
+from mlnet_utils.runtime import digest_of, display_path, sha256_file, write_json
 
 STATE_FILE = "pipeline.json"
 WEIGHTS = "backbone weights"  # an input: the checksum of their file, None where there is none
@@ -123,7 +122,7 @@ def reproduce(
     split = injections.get("03_evaluation", {}).get("SPLIT", "")
     weights = Path(backbone_file(config)).expanduser()
     shared = {
-        "preset": _digest(config.to_dict()),
+        "preset": digest_of(config.to_dict()),
         "package": f"{__version__} {_package_digest()}",
         "data folder": str(raw),
         WEIGHTS: sha256_file(weights) if weights.is_file() else None,
@@ -242,16 +241,12 @@ def _injections(
 
 
 # ---- changes since the last run ----------------------------------------------------------------
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
 def _package_digest() -> str:
     """Digest of the code that a notebook may use: all rooms but this one and the command line."""
     here = Path(__file__).resolve().parent
     files = sorted(here.parent.rglob("*.py"))
     used = [f for f in files if f.parent != here and f.name != "__main__.py"]
-    return _digest({f.relative_to(here.parent).as_posix(): sha256_file(f) for f in used})
+    return digest_of({f.relative_to(here.parent).as_posix(): sha256_file(f) for f in used})
 
 
 def _records(folder: Path, stages: Sequence[Stage]) -> dict[str, str]:

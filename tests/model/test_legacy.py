@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import linear
+from miniatures import truncate
 from scipy.signal import convolve2d
 
 import mlnet_utils
@@ -384,12 +385,6 @@ def keras_with(path, number=0, layer=None, edit=None, **changes):
             edit(file)
 
 
-def cut_short(path, write):
-    write(path)
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-
-
 def torch_with(path, drop="", **added):
     state = {name: value for name, value in torch_state().items() if name != drop}
     torch.save({**state, **added}, path)
@@ -405,7 +400,7 @@ GUARDS = {
     "empty": (lambda w: w.write_bytes(b""), "neither HDF5 nor PyTorch"),
     "web page": (lambda w: w.write_text("\n<!DOCTYPE html><html>"), "web page"),
     "truncated Keras": (
-        lambda w: cut_short(w, lambda w: write_keras_mlnet(w, SHORT, None)),
+        lambda w: (write_keras_mlnet(w, SHORT, None), truncate(w)),
         "cannot be read",
     ),
     "other HDF5": (lambda w: h5py.File(w, "w").create_group("maps").file.close(), "maps"),
@@ -429,7 +424,7 @@ GUARDS = {
     "integers": (lambda w: keras_with(w, 0, kernel(1)), "convolution2d_27_W"),
     "wrong prior": (lambda w: keras_with(w, prior=(6,)), r"\(1, 1, 6\)"),
     "missing VGG layer": (lambda w: write_keras_vgg(w, empty_layers()[:12]), "param_0"),
-    "truncated PyTorch": (lambda w: cut_short(w, torch_with), "cannot be read"),
+    "truncated PyTorch": (lambda w: (torch_with(w), truncate(w)), "cannot be read"),
     "other PyTorch": (lambda w: torch.save({"a": torch.zeros(1)}, w), "with a in it"),
     "own checkpoint": (lambda w: torch.save({"format": "x"}, w), "tensors by name"),
     "missing tensor": (

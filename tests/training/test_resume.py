@@ -12,6 +12,7 @@ import processes
 import pytest
 import torch
 from conftest import prepare_run, tiny_config
+from miniatures import truncate
 from processes import assert_identical, outcome, signal_at, train
 
 from mlnet_utils.data.photos import Prepared
@@ -125,13 +126,9 @@ def stopped(run_folder):
     return run_folder
 
 
-def cut(path: Path, share: float) -> None:
-    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * share)])
-
-
 @pytest.mark.parametrize("share", [0, 0.5])
 def test_an_unreadable_checkpoint_gives_way_to_the_one_before(stopped, uninterrupted, share):
-    cut(stopped / "checkpoints" / "last.pt", share)
+    truncate(stopped / "checkpoints" / "last.pt", share)
     with pytest.warns(UserWarning, match=r"last\.pt.*previous\.pt"):
         fit(tiny_config(**OPTIONS), stopped)
     assert_identical(stopped, uninterrupted[0])
@@ -139,7 +136,7 @@ def test_an_unreadable_checkpoint_gives_way_to_the_one_before(stopped, uninterru
 
 def damage_both(folder: Path) -> None:
     for name in ("last.pt", "previous.pt"):
-        cut(folder / "checkpoints" / name, 0.5)
+        truncate(folder / "checkpoints" / name)
 
 
 def lose_the_best(folder: Path) -> None:
