@@ -114,10 +114,8 @@ def export(
     return ExportReport(out, metadata, deviation, correlation)
 
 
-def load_exported(path: str | Path, threads: int = 0) -> Predictor:
+def load_exported(path: str | Path) -> Predictor:
     """An exported file as a predictor on the CPU: the same pre- and postprocessing as ever.
-
-    onnxruntime uses ``threads``; 0 = its own choice.
 
     Raises:
         ImportError: the extra ``export`` is not installed.
@@ -126,7 +124,7 @@ def load_exported(path: str | Path, threads: int = 0) -> Predictor:
     path = Path(path)
     with runtime.reading(path, "a network that `mlnet_utils export` wrote", "export it again"):
         if path.suffix == ".onnx":
-            network = OnnxNetwork(path, threads)
+            network = OnnxNetwork(path)
             metadata = network.metadata
         else:
             network, metadata = _read_pt2(path)
@@ -160,16 +158,14 @@ def _read_pt2(path: Path) -> tuple[MLNet, dict[str, str]]:
 class OnnxNetwork(nn.Module):
     """An ONNX file in the place of :class:`MLNet`, run by onnxruntime."""
 
-    def __init__(self, path: Path, threads: int = 0):
+    def __init__(self, path: Path):
         super().__init__()
         engine = runtime.require("onnxruntime", "export")
         content = path.read_bytes()
         seal = _seal(content[: -len(_seal(b""))])
         if not content.endswith(seal):
             raise ValueError("its end is not its SHA-256: damaged, or of another version")
-        options = engine.SessionOptions()
-        options.intra_op_num_threads = threads
-        self.session = engine.InferenceSession(content, options, ["CPUExecutionProvider"])
+        self.session = engine.InferenceSession(content, providers=["CPUExecutionProvider"])
         self.metadata = self.session.get_modelmeta().custom_metadata_map
         self.metadata.pop("sha256")  # of the file, see _seal()
 

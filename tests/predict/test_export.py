@@ -65,7 +65,7 @@ def test_predictions_equal_those_of_pytorch(name, checkpoint, request):
     report = request.getfixturevalue(name)
     assert report.deviation < 1e-5
     assert report.correlation == pytest.approx(1)
-    ours, theirs = load(checkpoint, "cpu"), load_exported(report.path, threads=1)
+    ours, theirs = load(checkpoint, "cpu"), load_exported(report.path)
     rng = np.random.default_rng(5)
     batch = [rng.integers(0, 256, (*size, 3), np.uint8) for size in ((40, 90), (77, 33), (64, 64))]
     for photo, density in zip(batch, theirs.predict_batch(batch), strict=True):
@@ -78,7 +78,7 @@ def test_8_bits_are_close_and_small(checkpoint, int8_report, onnx_report, photos
     assert 0.95 < int8_report.correlation < 1
     assert int8_report.deviation > onnx_report.deviation
     assert int8_report.path.stat().st_size < 0.5 * onnx_report.path.stat().st_size
-    ours, theirs = load(checkpoint, "cpu"), load_exported(int8_report.path, threads=1)
+    ours, theirs = load(checkpoint, "cpu"), load_exported(int8_report.path)
     photo = next(photos.iterdir())
     pair = np.stack([ours.predict(photo).ravel(), theirs.predict(photo).ravel()])
     assert np.corrcoef(pair)[0, 1] > 0.95
