@@ -357,7 +357,7 @@ def plot_amounts(table: pd.DataFrame, metrics: Sequence[str], amount: str) -> Fi
 
 
 def _name(axis: Axes, metric: str) -> None:
-    """Title, unit and a few ticks of a panel whose x axis is a metric."""
+    """Title, unit and a few ticks of a panel with a metric on its x axis."""
     axis.set(title=metric, xlabel=UNITS.get(metric, ""))
     few_ticks(axis.xaxis)
 

@@ -140,7 +140,7 @@ def _fetch(name: str, archive: Archive, path: Path) -> Path:
 
 
 def _by_hand(name: str, archive: Archive, path: Path) -> str:
-    """What a person can do where a program cannot."""
+    """The remedy that needs a person: a browser, or a file in its place."""
     quota = " (a quota of Google Drive passes within a day)" if archive.drive else ""
     file = archive.published or archive.name
     return (

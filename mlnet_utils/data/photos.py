@@ -138,7 +138,7 @@ class Photo:
 
 
 class StaleError(ValueError):
-    """Prepared data whose sources have changed since; ``problem`` names the first."""
+    """The sources of prepared data have changed since; ``problem`` names the first."""
 
     def __init__(self, folder: Path, problems: list[str]):
         super().__init__(folder, problems)  # both, so that other processes can raise it here

@@ -1,4 +1,4 @@
-"""Stimuli made from a seed whose fixation density is KNOWN: the embedded sample.
+"""Stimuli made from a seed, with a KNOWN fixation density: the embedded sample.
 
 A scene is a textured ground with many similar items. A few differ in colour, orientation, size or
 luminance, and "pop out" (Treisman & Gelade 1980; Itti, Koch & Niebur 1998). The density is a

@@ -278,7 +278,7 @@ def sha256_text(text: str) -> str:
 
 
 def inputs_of(data: str, checkpoint: Path, config: Config) -> dict:
-    """What scores were computed from, in the form of ``metrics.json``: equal inputs, equal scores.
+    """The inputs of scores, in the form of ``metrics.json``: equal inputs, equal scores.
 
     ``data`` is the digest of the prepared data. Beside these the split counts, and the package.
     """

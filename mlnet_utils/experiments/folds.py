@@ -71,7 +71,7 @@ def cross_validate(
 ) -> dict:
     """Train the five folds of a dataset without a split of its own; score all its photos.
 
-    What is done is not done again, as in :func:`sweep.run_sweep`, whose ``per_image.csv`` holds the
+    What is done is not done again, as in :func:`sweep.run_sweep`; its ``per_image.csv`` holds the
     scores by our protocol; ``per_image_a.csv`` beside it those of protocol "A". ``common`` are
     changes of the preset. Returns ``photos``; ``fixations`` of protocol "A"; ``ours``: metric ->
     the ``summary`` over all photos; ``a``: model -> the same.

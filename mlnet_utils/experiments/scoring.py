@@ -84,8 +84,8 @@ class MapFiles:
     """A map for each photo, in a folder of files or in an HDF5 file as pysaliency writes it.
 
     Files are pictures, ``.npy``, ``.npz`` and ``.mat``. Maps belong to photos by their stem; of
-    those that share one, floats come before pictures, which have 8 bits. A map whose exponentials
-    sum to 1 is a log-density, as pysaliency and the verb `submit` write it.
+    those that share one, floats come before pictures, which have 8 bits. A map with exponentials
+    that sum to 1 is a log-density, as pysaliency and the verb `submit` write it.
 
     Attributes:
         name: the place, which names the model in tables.

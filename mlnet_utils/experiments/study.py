@@ -263,7 +263,7 @@ def _together(tables: Iterable[pd.DataFrame]) -> pd.DataFrame:
 def verdicts(differences: pd.DataFrame) -> pd.DataFrame:
     """One row per comparison: the differences in ``JUDGED`` as text, and the ``verdict`` in words.
 
-    A difference is followed by its interval; ° marks one whose sign is not clear.
+    A difference is followed by its interval; ° marks an unclear sign.
     """
     rows = []
     for (cell, reference), part in differences.groupby(["model", "reference"], sort=False):
@@ -372,7 +372,7 @@ def life(config: Config, data: str | Path, updates: int) -> pd.DataFrame:
 
 
 def fate(curve: pd.DataFrame) -> str:
-    """What became of the map whose :func:`life` was watched, in words."""
+    """The fate, in words, of a map that :func:`life` has watched."""
     above = curve.set_index("update")["above zero"]
     if above.iloc[-1] < BARELY:
         return f"dead, or nearly so: {above.iloc[-1]:.2%} of the map is above zero at the end"

@@ -137,7 +137,7 @@ def _cell_counts(photo: Photo) -> Tensor:
 
 # ---- other photos ------------------------------------------------------------------------------
 class LeaveOneOut:
-    """Where people looked on all the other photos of a split.
+    """Counts of the fixations on all the other photos of a split.
 
     Fixations of photos of another size are scaled: pixel x becomes floor(x * width / their width),
     as in pysaliency. Raises ValueError: two photos have one stem, or, when called, the photo is not

@@ -30,7 +30,7 @@ FETCHING = ("checkpoint_path", "cache_dir")  # arguments of timm that lead to ot
 
 
 class VGG16Levels(nn.Module):
-    """VGG-16 whose fourth pool has stride 1, so that three levels share 1/8 resolution."""
+    """VGG-16, its fourth pool with stride 1, so that three levels share 1/8 resolution."""
 
     channels = (256, 512, 512)  # pool3, pool4, conv5_3
     sha256 = ""  # of the weights that were loaded

@@ -157,10 +157,10 @@ class Centring(nn.Module):
 
 
 class Adaptation(nn.Module):
-    """What differs between datasets beside the photos, in 14 numbers: a new one is neutral.
+    """Differences between datasets beside the photos, in 14 numbers, neutral at first.
 
     A (B, 1, h, w) density is taken to the power 1 / temperature, blurred, and multiplied by a
-    coarse bias, upsampled as the prior is. So do Kuemmerer et al. (2025, arXiv:2505.10169), whose
+    coarse bias, upsampled as the prior is. So do Kuemmerer et al. (2025, arXiv:2505.10169); their
     fewer than 20 numbers of a dataset hold sizes of the photo too.
     """
 
@@ -192,7 +192,7 @@ def _softmax(x: Tensor) -> Tensor:
 
 
 def network_input(batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What :meth:`MLNet.forward` takes of a batch: photos, or features where they are cached."""
+    """The input of :meth:`MLNet.forward` in a batch: photos, or features where they are cached."""
     cached = "features" in batch
     return {"features": batch["features"].float()} if cached else {"image": batch["image"]}
 
@@ -217,7 +217,7 @@ def theano_upsampling(cells: int, size: int) -> Tensor:
 
 
 def freeze(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:
-    """Stop the gradient of parameters whose names match a pattern; return the frozen names.
+    """Stop the gradient of parameters with names that match a pattern; return these names.
 
     Raises ValueError: a pattern that matches nothing (a typo would otherwise train silently).
     """

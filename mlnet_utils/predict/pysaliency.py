@@ -131,7 +131,7 @@ def _as_rgb(stimulus: np.ndarray) -> np.ndarray:
 
 
 def _half_a_pixel_less(points: np.ndarray) -> np.ndarray:
-    """(N, 2) float32 coordinates whose pixel here is pysaliency's, whatever the rounding."""
+    """(N, 2) float32 coordinates with pysaliency's pixels here, whatever the rounding."""
     # int() rounds towards zero: what is just above and left of a photo counts as its first pixel.
     whole = np.trunc(np.where(np.isfinite(points), points, -1))
     moved = (points - 0.5).astype(np.float32)
@@ -139,6 +139,6 @@ def _half_a_pixel_less(points: np.ndarray) -> np.ndarray:
 
 
 def _is_upright(path: str | Path) -> bool:
-    """Whether pysaliency, which does not look at EXIF, sees a photo as it is shown."""
+    """True where pysaliency, which ignores EXIF, sees a photo as it is shown."""
     with reading(path, "a photo"), Image.open(path, formats=FORMATS) as image:
         return orientation(image) == 1

@@ -39,7 +39,7 @@ class Archive:
 
 @dataclass(frozen=True)
 class DatasetSpec:
-    """What is known of a dataset."""
+    """The facts that are known of a dataset."""
 
     name: str
     title: str
