@@ -270,7 +270,7 @@ def verdicts(differences: pd.DataFrame) -> pd.DataFrame:
         found = part.set_index("metric").loc[list(JUDGED)]
         texts = {metric: _short(row) for metric, row in found.iterrows()}
         name = {"change": cell, "against": reference}
-        rows.append({**name, **texts, "verdict": _verdict(found)})
+        rows.append({**name, **texts, "verdict": _verdict(found) or "none from one seed"})
     return pd.DataFrame(rows, columns=["change", "against", *JUDGED, "verdict"])
 
 
@@ -296,12 +296,20 @@ def sentence(differences: pd.DataFrame) -> str:
             for metric, row in rows.iterrows()
         )
         than = "the reference" if reference == REFERENCE else f"*{reference}*"
-        lines.append(f"- **{cell}** is {_verdict(rows)} than {than}: {numbers}")
+        found = f"is {verdict} than {than}" if (verdict := _verdict(rows)) else f"against {than}"
+        lines.append(
+            f"- **{cell}** {found}: {numbers}{'' if verdict else '; no verdict from one seed'}"
+        )
     return "\n".join(lines)
 
 
 def _verdict(rows: pd.DataFrame) -> str:
-    """In words, from the side of every judged metric (larger is better in all of them)."""
+    """In words, from the side of every judged metric (larger is better in all of them).
+
+    One seed gives none, ``""``: another could turn it round.
+    """
+    if rows["seeds"].max() == 1:
+        return ""
     sides = rows["side"]
     metrics_of = {"better": sides.index[sides > 0], "worse": sides.index[sides < 0]}
     found = [
@@ -309,8 +317,7 @@ def _verdict(rows: pd.DataFrame) -> str:
         for word, metrics in metrics_of.items()
         if len(metrics)
     ]
-    words = ", ".join(found) or "neither clearly better nor worse"
-    return f"{words} (one seed)" if rows["seeds"].max() == 1 else words
+    return ", ".join(found) or "neither clearly better nor worse"
 
 
 # ---- why the head dies -------------------------------------------------------------------------
