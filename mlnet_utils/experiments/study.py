@@ -296,10 +296,10 @@ def sentence(differences: pd.DataFrame) -> str:
             for metric, row in rows.iterrows()
         )
         than = "the reference" if reference == REFERENCE else f"*{reference}*"
-        found = f"is {verdict} than {than}" if (verdict := _verdict(rows)) else f"against {than}"
-        lines.append(
-            f"- **{cell}** {found}: {numbers}{'' if verdict else '; no verdict from one seed'}"
-        )
+        if verdict := _verdict(rows):
+            lines.append(f"- **{cell}** is {verdict} than {than}: {numbers}")
+        else:
+            lines.append(f"- **{cell}** against {than}: {numbers}; no verdict from one seed")
     return "\n".join(lines)
 
 
