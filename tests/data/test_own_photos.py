@@ -161,3 +161,28 @@ def test_the_dataset_called_folder(images, tmp_path):
     photo = read_own(tmp_path)[0]
     assert (photo.image, photo.density) == ("images/a.jpg", "density_maps/a.png")
     assert len(photo.fixations) == 2
+
+
+def test_a_linked_folder_of_photos_has_its_maps(images, tmp_path):
+    """In the dataset, not beside the photos that the link leads to."""
+    own = tmp_path / "own"
+    own.mkdir()
+    (own / "images").symlink_to(images, target_is_directory=True)
+    make_maps(own / "density_maps", ("a.png", "b.jpg", "c.v2.png"))
+    assert read_own(own)[0].read_density(own).shape == (48, 64)
+    wrong = make_maps(tmp_path / "density_maps", ("a.png", "b.jpg", "c.v2.png"))
+    (own / "density_maps/a.png").write_bytes((wrong / "a.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match=r"own/density_maps/a\.png"):
+        read_own(own)
+
+
+def test_observers_are_as_many_as_there_are(images, listed):
+    """Neither one for two lists of one name, nor one that a missing value makes."""
+    (a, *_) = listed(CSV.replace("Bob", "NA"))
+    assert a.observers.tolist() == [0, NOBODY]
+    for observer in ("Ann", "Bob"):
+        (images.parent / f"lists/{observer}").mkdir(parents=True)
+        text = "image,x,y\na,1,1\nb,1,1\nc.v2,1,1\n"
+        (images.parent / f"lists/{observer}/gaze.csv").write_text(text)
+    with pytest.raises(ValueError, match=r"Ann/gaze\.csv' and '.*Bob/gaze\.csv"):
+        read_folder(images, images.parent / "lists")

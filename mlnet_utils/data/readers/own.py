@@ -30,7 +30,7 @@ NEAR = {  # column: pattern of names that may mean it
     "x": r"(\b|_)x|x(\b|_)|column|left",
     "y": r"(\b|_)y|y(\b|_)|row|top",
 }
-LOST = {"", ".", "-", "na", "n/a", "nan", "none", "null", "missing"}  # gaze, in any case
+LOST = {"", ".", "-", "na", "n/a", "nan", "none", "null", "missing"}  # values, in any case
 LISTS = (".csv", ".tsv", ".txt")
 PARTS = {  # of the dataset ``folder``: the argument of read_folder that each is, first ones first
     "fixations.csv": "fixations_csv",
@@ -118,11 +118,11 @@ def read_folder(
             rows[stem] = looked = to_pixels(points, size, **coordinates or {}), *rest
         if stem in marked:
             looked = (files.fixated_pixels(marked[stem], size),)
-        density = Path(os.path.relpath(drawn[stem], images)).as_posix() if drawn else ""
-        rest = {"split": _split(place), "density": density}
+        rest = {"split": _split(place), "density": str(drawn.get(stem, ""))}
         photos.append(Photo.from_points(stem, place.as_posix(), size, *looked, **rest))
         if drawn:
-            photos[-1].read_density(images)  # or an error: training would meet it hours later
+            photos[-1].read_density("")  # or an error: training would meet it hours later
+            photos[-1].density = Path(os.path.relpath(drawn[stem], images)).as_posix()
     if rows:
         sizes = {photo.stem: (photo.width, photo.height) for photo in photos}
         written = {stem: row[0] for stem, row in rows.items()}
@@ -264,6 +264,7 @@ def _read_lists(
     ``path`` is a list, or a folder with a list of each observer.
     """
     lists = visible_files(path, LISTS) if path.is_dir() else [path]
+    files.by_stem(lists, "own photos")  # or an error: a stem is an observer
     rows, names = defaultdict(list), {"": NOBODY}
     for file in lists:
         for row in _rows(file):
@@ -300,6 +301,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
                 text = row.get(name, "")
                 number = text if separator == "," else text.replace(",", ".")
                 row[name] = math.nan if text.lower() in LOST else float(number)
+            if row.get("observer", "known").lower() in LOST:
+                row["observer"] = ""
             if row["x"] == row["y"] == -1:  # lost gaze
                 row["x"] = row["y"] = math.nan
             yield row
