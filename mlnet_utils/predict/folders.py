@@ -212,6 +212,9 @@ def begin(
         if (out / RECORD).exists():
             with suppress(ValueError) if force else nullcontext():
                 before = runtime.read_json(out / RECORD, "predict")
+        elif there := [p for made in before and targets.values() for p in made if p.is_file()]:
+            remedy = "choose another folder, or force"
+            raise ValueError(f"'{there[0]}' exists, and `predict` did not make it: {remedy}")
         made_by = (before.get("sha256"), before.get("fast", False))
         other_maps = made_by != (record["sha256"], fast)
         if other_maps and not force:

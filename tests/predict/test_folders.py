@@ -321,6 +321,17 @@ def test_nothing_to_do_is_an_error(tmp_path, checkpoint):
     assert not (tmp_path / "out").exists()
 
 
+def test_files_that_were_there_before_the_first_call_are_not_overwritten(checkpoint, tmp_path):
+    """However often it is repeated; by force they are."""
+    taken, own = photo(tmp_path / "x.jpg"), photo(tmp_path / "x.png")
+    content = own.read_bytes()
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"x\.png' exists"):
+            predict_folder(checkpoint, [taken], tmp_path)
+    assert own.read_bytes() == content
+    assert predict_folder(checkpoint, [taken], tmp_path, force=True).done == [taken]
+
+
 def test_to_8_bits_spans_the_range():
     density = np.array([[0, 1e-9], [5e-10, 2e-10]], np.float32)
     np.testing.assert_array_equal(to_8_bits(density), [[0, 255], [128, 51]])
