@@ -91,9 +91,9 @@ def write_submission(
 ) -> Path:
     """Predict all photos of a benchmark and pack the maps as it wants them, into ``out``.
 
-    The maps are collected in ``<out>_maps/`` until the file is complete, so that a call that was
-    interrupted can be repeated; another call for the same file waits. Under ``accelerate launch``
-    the processes share the work. The 2015 edition wants the name
+    The maps are collected in ``<out>_maps/``, of a.zip ``a.zip_maps/``, until the file is complete,
+    so that a call that was interrupted can be repeated; another call for the same file waits. Under
+    ``accelerate launch`` the processes share the work. The 2015 edition wants the name
     ``fixations_<split>2014_<algorithm>_results.json``. The checkpoint is a trained or imported one;
     the photos are those of :func:`benchmark_photos`.
 
@@ -109,7 +109,7 @@ def write_submission(
         raise ValueError(f"{dataset} takes a file ending in {suffix}, not {out.name}")
     if suffix == ".hdf5":
         require("h5py", "legacy")  # fail before the work, not after it
-    maps = out.with_name(f"{out.stem}_maps")
+    maps = out.with_name(f"{out.name}_maps")  # of this file: it is deleted
     with runtime.locked(out):  # another call would lose the maps
         result = predict_folder(checkpoint, [folder], maps, npy=suffix == ".hdf5", upright=False)
         if result.failed:

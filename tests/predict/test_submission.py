@@ -152,7 +152,7 @@ def test_an_interrupted_submission_continues(photos, checkpoint, tmp_path, monke
         patched.setattr(submission, "_pack", stop)
         with pytest.raises(KeyboardInterrupt):
             write_submission(checkpoint, "salicon-2017", tmp_path / "out.zip", photos=photos)
-    maps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out_maps").glob("*.png")}
+    maps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.zip_maps").glob("*.png")}
     assert len(maps) == 3
     with monkeypatch.context() as patched:
         patched.setattr(submission.shutil, "rmtree", lambda folder: None)
@@ -174,6 +174,12 @@ def test_what_a_killed_call_left_goes_and_another_call_waits(
     monkeypatch.setattr(submission, "_pack", watched)
     write_submission(checkpoint, "salicon-2017", out, photos=photos)
     assert {path.name for path in tmp_path.iterdir()} == {"data", "out.zip"}
+
+
+def test_maps_of_the_user_stay(photos, checkpoint, tmp_path):
+    submission.predict_folder(checkpoint, [photos], tmp_path / "out_maps", upright=False)
+    write_submission(checkpoint, "salicon-2017", tmp_path / "out.zip", photos=photos)
+    assert len(list((tmp_path / "out_maps").glob("*.png"))) == 3
 
 
 def test_an_incomplete_submission_is_not_written(photos, checkpoint, tmp_path):
@@ -200,7 +206,7 @@ def test_hdf5_without_h5py_is_an_error_before_the_work(
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ImportError, match=r"h5py.*\[legacy\]"):
         write_submission(checkpoint, "cat2000", tmp_path / "out.hdf5", photos=categories)
-    assert not (tmp_path / "out_maps").exists()
+    assert not (tmp_path / "out.hdf5_maps").exists()
 
 
 # ---- the validator: zip ------------------------------------------------------------------------
