@@ -38,6 +38,10 @@ GRID_KEYS = ("preset", "seeds", "split", "common", "cells")
 COLUMNS = ("cell", "seed", "dataset", "split", "epochs", "train_seconds")
 INFINITE = tuple(f"{metric} infinite" for metric in METRICS)
 TABLE, PER_IMAGE = "sweep.csv", "per_image.csv"
+AS_WRITTEN = {  # to pandas "None" is no value, and 0.001 and 1e-3 are one cell
+    "dtype": {"cell": str, "stem": str},
+    **{"keep_default_na": False, "na_values": ["", "nan"]},
+}
 DIED = "died.txt"  # in a run folder: which configuration died, and of what
 GRACE_SECONDS = 10  # for processes that stop by themselves, as they do after a terminal's Ctrl-C
 
@@ -366,7 +370,7 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
         row |= {metric: scores[metric]["mean"] for metric in METRICS}
         row |= {f"{metric} infinite": scores[metric]["infinite"] for metric in METRICS}
         rows.append(name | row)
-        found = pd.read_csv(job.folder / "per_image.csv", dtype={"stem": str})
+        found = pd.read_csv(job.folder / "per_image.csv", **AS_WRITTEN)
         # The verb `evaluate`, called for a cell, scores the baselines too.
         photos.append(found[found["model"] == evaluation.MODEL].assign(**name))
     table = pd.DataFrame(rows, columns=[*COLUMNS, *METRICS, *INFINITE])
@@ -382,12 +386,12 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
 
 def summary(folder: str | Path) -> str:
     """The table as text: per cell the seeds, the means, and how many photos are infinite."""
-    table = pd.read_csv(Path(folder) / TABLE)
+    table = pd.read_csv(Path(folder) / TABLE, **AS_WRITTEN)
     if table.empty:
         return "no training has finished"
     means = table.groupby("cell", sort=False)[list(METRICS)].mean()
     means.insert(0, "seeds", table.groupby("cell", sort=False).size())
-    photos = pd.read_csv(Path(folder) / PER_IMAGE, dtype={"stem": str})
+    photos = pd.read_csv(Path(folder) / PER_IMAGE, **AS_WRITTEN)
     endless = np.isinf(photos[list(METRICS)]).groupby([photos["cell"], photos["stem"]]).any()
     counts = endless.groupby("cell").sum().add_suffix(" infinite")  # with any seed, as in `study`
     means = means.join(counts.loc[:, counts.any()])

@@ -197,6 +197,17 @@ def test_photos_whose_score_is_infinite_are_counted(done):
     assert judged.set_index("metric").loc["IG", "infinite"] == 2
 
 
+def test_every_cell_keeps_its_name(tmp_path):
+    """pandas takes "None" for no value, and two spellings of a number for one cell."""
+    cells = ("None", "0.001", "1e-3")
+    rows = [dict.fromkeys(METRICS, 0.5) | {"cell": cell, "stem": "null"} for cell in cells]
+    table = pd.DataFrame(rows).assign(dataset="osie", split="test")
+    for name in (sweep.TABLE, sweep.PER_IMAGE):
+        table.to_csv(tmp_path / name, index=False)
+    found = [line.split()[1:4] for line in sweep.summary(tmp_path).splitlines()[3:6]]
+    assert found == [[cell, "|", "1"] for cell in cells]
+
+
 # ---- failures ----------------------------------------------------------------------------------
 @pytest.mark.slow
 def test_a_failing_cell_is_reported_and_the_others_go_on(tmp_path, capsys):
