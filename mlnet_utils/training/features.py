@@ -81,7 +81,7 @@ class FeatureCache:
 
     def path(self, photo: Photo, mirrored: bool) -> Path:
         """The file of one photo; ValueError for a photo without a hash to tell it from others."""
-        if not photo.sha256:
+        if not photo.sha256.isalnum():  # nor "../../x"
             raise ValueError(f"photo {photo.stem} has no SHA-256; prepare the data again")
         return self.folder / f"{photo.sha256}{'-mirrored' if mirrored else ''}.npz"
 

@@ -112,8 +112,9 @@ def test_damaged_files_and_photos_without_a_hash_are_named(run_folder):
     np.savez(path, features=np.zeros((3, 4, 5), np.float16))
     with pytest.raises(ValueError, match=rf"{path.name}.*\(3, 4, 5\)"):
         data.features(photo, False)
-    with pytest.raises(ValueError, match=photo.stem):
-        data.features(dataclasses.replace(photo, sha256=""), False)
+    for sha256 in ("", "../../outside"):
+        with pytest.raises(ValueError, match=photo.stem):
+            data.features.path(dataclasses.replace(photo, sha256=sha256), False)
 
 
 def test_a_disk_without_room_is_an_error_before_the_work(run_folder, monkeypatch):
