@@ -101,6 +101,11 @@ def test_every_room_says_what_lives_in_it():
     assert all(ast.get_docstring(ast.parse((r / "__init__.py").read_text("utf-8"))) for r in rooms)
 
 
+def test_init_imports_nothing_at_import_time():
+    body = ast.parse(modules()["__init__"]).body
+    assert not [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)]
+
+
 def test_every_name_says_something():
     names = {module.split(".")[-1] for module in modules()}
     assert not names & {"utils", "helpers", "misc", "common"}
@@ -113,6 +118,8 @@ def test_every_name_says_something():
         ("model.losses", "def f():\n    from mlnet_utils import experiments", "experiments"),
         ("model.network", "import mlnet_utils.running.pipeline", "running"),
         ("data.readers.osie", "from mlnet_utils.model.network import MLNet", "model"),
+        ("plots", "from mlnet_utils.config import Config", "config"),
+        ("training.trainer", "from mlnet_utils.predict import predictor", "predict"),
         ("data.photos", "from mlnet_utils import __version__", "__init__"),
     ],
 )

@@ -11,8 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
-from miniatures import save_photo
+from PIL import Image
 
 from mlnet_utils import __main__ as cli
 from mlnet_utils.predict import export, submission
@@ -120,8 +121,10 @@ def test_prepare_check_train_and_evaluate(tmp_path, capsys):
 
 def album(folder, names):
     """Small photos of noise."""
+    folder.mkdir(parents=True)
     for number, name in enumerate(names):
-        save_photo(folder / name, seed=number)
+        pixels = np.random.default_rng(number).integers(0, 256, (48, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / name)
     return folder
 
 
@@ -129,6 +132,10 @@ def album(folder, names):
 def test_export_writes_what_predict_takes(checkpoint, tmp_path, capsys):
     photos, out = album(tmp_path / "album", ["a.jpg", "b.jpg"]), tmp_path / "network.pt2"
     call = ["export", "--checkpoint", str(checkpoint), "--out", str(out)]
+    assert cli.main([*call, str(photos)]) == 1
+    assert "onnx is written to a file ending in .onnx" in capsys.readouterr().err
+    assert cli.main([*call, "--format", "torch-export"]) == 1
+    assert "best.pt" in capsys.readouterr().err
     assert cli.main([*call, "--format", "torch-export", str(photos)]) == 0
     assert "network.pt2: " in capsys.readouterr().out
     call = ["predict", "--checkpoint", str(out), "--out", str(tmp_path / "maps"), str(photos)]

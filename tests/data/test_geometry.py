@@ -23,6 +23,22 @@ SIZES = [(600, 800), (480, 640), (100, 800), (800, 100), (333, 501), (501, 333),
 
 
 # ---- letterbox ---------------------------------------------------------------------------------
+@given(st.integers(1, 3000), st.integers(1, 3000), st.integers(4, 80), st.integers(4, 80))
+@settings(max_examples=200, deadline=None)
+def test_the_content_fits_and_touches_two_sides(height, width, rows, columns):
+    box = Letterbox(height, width, 8 * rows, 8 * columns)
+    assert 1 <= box.content_height <= box.height
+    assert 1 <= box.content_width <= box.width
+    assert box.content_height == box.height or box.content_width == box.width
+    assert 0 <= box.top <= box.height - box.content_height - box.top <= box.top + 1
+    assert 0 <= box.left <= box.width - box.content_width - box.left <= box.left + 1
+
+
+def test_letterbox_refuses_nonsense():
+    with pytest.raises(ValueError, match="expected 3, got 2"):
+        letterbox(torch.zeros(4, 4), 32, 32)
+    with pytest.raises(ValueError, match="sigma"):
+        blur_matrix(5, 0.0)
 
 
 @pytest.mark.parametrize(("height", "width"), SIZES)
@@ -128,11 +144,6 @@ def test_blur_matrix_is_scipys_filter(size, sigma):
     matrix = blur_matrix(size, sigma).numpy()
     np.testing.assert_allclose(matrix, expected, rtol=0, atol=1e-12)
     np.testing.assert_allclose(matrix.sum(0), 1, rtol=0, atol=1e-12)
-
-
-def test_a_blur_without_width_is_an_error():
-    with pytest.raises(ValueError, match="sigma"):
-        blur_matrix(5, 0.0)
 
 
 @given(st.integers(1, 90), st.integers(1, 90), st.floats(0.5, 30), st.integers(0, 2**31))

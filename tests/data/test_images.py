@@ -205,6 +205,11 @@ def test_an_archive_that_unpacks_to_more_than_a_photo_is_refused(tmp_path):
         read_density(path)
 
 
+def test_a_folder_is_no_photo(tmp_path):
+    with pytest.raises(ValueError, match="folder"):
+        read_image(tmp_path)
+
+
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
 
 

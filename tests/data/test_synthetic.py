@@ -43,6 +43,14 @@ def test_fixations_follow_the_density_also_at_the_border():
     assert abs(z.mean()) < 0.3
 
 
+def test_the_mean_log_likelihood_is_the_negative_entropy():
+    scene = stimulus(5)
+    points, _ = synthetic.draw_fixations(scene, np.random.default_rng(6), observers=3000)
+    x, y = pixel_indices(points).T
+    entropy = -(scene.density * np.log(scene.density)).sum()
+    assert -np.log(scene.density[y, x]).mean() == pytest.approx(entropy, rel=0.01)
+
+
 @pytest.fixture(scope="module")
 def gaze():
     """Observers of many fixations on a scene, and the distances (N, 2) to the nearest odd item."""

@@ -125,6 +125,13 @@ def test_one_unknown_observer_leaves_the_rows_that_need_several_out(poorer, repo
         assert means["ML-Net"][metric] == complete["ML-Net"][metric]
 
 
+@pytest.mark.slow
+def test_scoring_twice_gives_the_same_bytes(run, report):
+    before = (run / "per_image.csv").read_bytes(), (run / "metrics.json").read_bytes()
+    evaluation.evaluate(run)
+    assert before == ((run / "per_image.csv").read_bytes(), (run / "metrics.json").read_bytes())
+
+
 def test_explained_information_is_a_share_of_the_gold_standard(report):
     shares = evaluation.explained_information(report)
     assert shares["gold standard"] == 1

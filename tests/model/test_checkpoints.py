@@ -1,6 +1,7 @@
 """Checkpoints and published networks: damage is noticed and named, and what is kept."""
 
 import shutil
+import warnings
 
 import numpy as np
 import pytest
@@ -9,8 +10,9 @@ from conftest import tiny_checkpoint
 from safetensors.torch import save_file
 
 from mlnet_utils import runtime
+from mlnet_utils.model import checkpoints
 from mlnet_utils.model.backbones import read_weights
-from mlnet_utils.model.checkpoints import load_checkpoint, load_model, save_published
+from mlnet_utils.model.checkpoints import load_checkpoint, load_latest, load_model, save_published
 from mlnet_utils.predict.predictor import load
 
 
@@ -77,6 +79,23 @@ def test_weights_of_others_are_checked_as_far_as_their_files_allow(tmp_path):
     (tmp_path / "w.pth").write_bytes(damaged[: place + 9] + b"\xff" + damaged[place + 10 :])
     with pytest.raises(ValueError, match=r"w\.pth"):
         read_weights(tmp_path / "w.pth")
+
+
+def test_a_training_falls_back_to_the_checkpoint_before(tmp_path):
+    content = load_checkpoint(tiny_checkpoint(tmp_path / "x.pt"))
+    config = load_model(tmp_path / "x.pt")[1]
+    for updates in (1, 2):
+        state = {"data": "digest", "progress": {"updates": updates}}
+        checkpoints.rotate_and_save(tmp_path, config, content["model"], **state)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert load_latest(tmp_path, config, "digest")["progress"]["updates"] == 2
+    raw = bytearray((tmp_path / "last.pt").read_bytes())
+    raw[len(raw) // 2] ^= 1  # in a tensor, where torch notices nothing
+    (tmp_path / "last.pt").write_bytes(raw)
+    torch.load(tmp_path / "last.pt", weights_only=True)
+    with pytest.warns(UserWarning, match=r"last\.pt.* continuing from previous\.pt"):
+        assert load_latest(tmp_path, config, "digest")["progress"]["updates"] == 1
 
 
 def rewritten(**changes):

@@ -385,6 +385,18 @@ def mlnet_pytorch_parameters():
 
 
 def test_the_first_23_parameters_are_the_prior_and_eleven_convolutions(as_is):
+    class Theirs(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.features = nn.ModuleList([nn.Conv2d(1, 1, 1), nn.ReLU(), nn.Conv2d(1, 1, 1)])
+            self.int_conv = nn.Conv2d(1, 1, 1)
+            self.prior = nn.Parameter(torch.ones(1))  # made last, and still the first
+
+    assert [name for name, _ in Theirs().named_parameters()][:3] == [
+        "prior",
+        "features.0.weight",
+        "features.0.bias",
+    ]
     first_23 = mlnet_pytorch_parameters()[:23]
     assert first_23[-1] == "features.24.bias"  # conv5_1
     expected = {name.replace("features", "backbone.features") for name in first_23}

@@ -227,6 +227,16 @@ def test_an_exported_network_sees_photos_in_one_size(tmp_path, photos):
     np.testing.assert_allclose(theirs.predict(photo), expected, rtol=1e-3)
 
 
+@pytest.mark.parametrize("name", ["x.onnx", "x.pt2"])
+def test_foreign_files_are_errors(tmp_path, name):
+    pytest.importorskip("onnxruntime")
+    with pytest.raises(FileNotFoundError, match=name):
+        load(tmp_path / name)
+    (tmp_path / name).write_bytes(b"something else")
+    with pytest.raises(ValueError, match=name):
+        load(tmp_path / name)
+
+
 @pytest.mark.slow
 def test_a_flipped_bit_is_noticed(onnx_report, tmp_path):
     content = onnx_report.path.read_bytes()

@@ -205,6 +205,16 @@ def test_page_links_to_what_exists_and_describes_its_images(path):
     assert checks.bare_images(text) == []
 
 
+def test_links_to_headings_of_pages_and_notebooks(tmp_path):
+    (tmp_path / "other.md").write_text("# A page: of `C`!")
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# In a book")])
+    nbformat.write(book, tmp_path / "book.ipynb")
+    good = "[a](other.md#a-page-of-c) [b](#here) [c](book.ipynb#In-a-book) `x[y](z)`\n\n## Here"
+    assert checks.broken_links(good, tmp_path / "page.md") == []
+    bad = "[a](#here) [b](book.ipynb#in-a-book)\n\n```\n# Here\n```"
+    assert len(checks.broken_links(bad, tmp_path / "page.md")) == 2
+
+
 def test_executed_copies_are_fit_for_readers_too():
     """What `results/` holds for nbviewer may hold injected parameters, but no fault to look at."""
     copies = sorted(checks.ROOT.glob("results/*/notebooks/*.ipynb"))

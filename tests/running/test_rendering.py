@@ -94,3 +94,12 @@ def test_a_picture_that_is_too_wide_is_noticed(tmp_path):
     cell = nbformat.v4.new_markdown_cell(f"# Title\n\n{wide}")
     render(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "a.html")
     assert {page["width"]: page["out"] for page in measure(tmp_path)} == {390: ["wide"], 1280: []}
+
+
+def test_alternative_text_reaches_the_reader(tmp_path):
+    output = nbformat.v4.new_output(
+        "display_data", data={"image/png": "iVBORw0KGgo="}, metadata={"alt": "A curve that falls"}
+    )
+    cell = nbformat.v4.new_code_cell("show()", outputs=[output])
+    html = render(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "a.html")
+    assert 'alt="A curve that falls"' in html
