@@ -359,6 +359,7 @@ def plot_amounts(table: pd.DataFrame, metrics: Sequence[str], amount: str) -> Fi
 def _name(axis: Axes, metric: str) -> None:
     """Title, unit and a few ticks of a panel with a metric on its x axis."""
     axis.set(title=metric, xlabel=UNITS.get(metric, ""))
+    axis.tick_params(axis="x", labelsize="small")  # −0.04 and −0.02 touch in a narrow panel
     few_ticks(axis.xaxis)
 
 
