@@ -29,7 +29,14 @@ FEWEST = 14  # entries at the package's top
 
 TRAINING_PATH = (
     *("config", "runtime", "data.geometry", "data.photos", "data.loading", "data.download"),
-    *("model.backbones", "model.network", "model.losses", "model.checkpoints", "model.legacy"),
+    *(
+        "model.tensorfiles",
+        "model.backbones",
+        "model.network",
+        "model.losses",
+        "model.checkpoints",
+        "model.legacy",
+    ),
     *("training.trainer", "training.features", "metrics", "experiments.evaluation"),
     "experiments.sweep",
 )

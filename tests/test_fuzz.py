@@ -32,10 +32,10 @@ from mlnet_utils.data.images import read_density, read_image
 from mlnet_utils.data.photos import Prepared
 from mlnet_utils.data.readers import files, mit1003, osie, own, salicon
 from mlnet_utils.experiments.sweep import read_grid
-from mlnet_utils.model.backbones import read_weights
 from mlnet_utils.model.checkpoints import load_checkpoint, save_published
 from mlnet_utils.model.legacy import import_weights
 from mlnet_utils.model.network import MLNet
+from mlnet_utils.model.tensorfiles import read_weights
 from mlnet_utils.predict.export import _save_onnx, _seal, load_exported
 from mlnet_utils.predict.submission import validate_submission
 from mlnet_utils.running import notebooks, pipeline

@@ -18,9 +18,9 @@ from mlnet_utils.data.images import read_density, read_image
 from mlnet_utils.data.photos import Prepared
 from mlnet_utils.data.readers.files import fixated_pixels, photo_size
 from mlnet_utils.experiments.sweep import Grid, read_grid
-from mlnet_utils.model.backbones import read_weights
 from mlnet_utils.model.checkpoints import load_checkpoint
 from mlnet_utils.model.legacy import import_weights
+from mlnet_utils.model.tensorfiles import read_weights
 from mlnet_utils.predict.export import export
 from mlnet_utils.predict.predictor import load
 from mlnet_utils.running.notebooks import parameters_of

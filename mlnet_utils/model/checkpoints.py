@@ -11,7 +11,7 @@ import torch
 
 from mlnet_utils import runtime
 from mlnet_utils.config import ENGINE_FIELDS, RETIRED, Config, from_dict
-from mlnet_utils.model import backbones
+from mlnet_utils.model import tensorfiles
 from mlnet_utils.model.network import MLNet
 
 FORMAT = "mlnet-checkpoint-1"
@@ -42,7 +42,7 @@ def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any)
         "model": {key: value.detach().cpu() for key, value in model.items()},
         **state,
     }
-    content["digest"] = backbones.content_digest(content)
+    content["digest"] = tensorfiles.content_digest(content)
     with runtime.atomic_path(path) as temporary:
         try:
             torch.save(content, temporary)
@@ -63,11 +63,11 @@ def save_published(path: str | Path, checkpoint: str | Path, card: dict[str, Any
     }
     texts = {"config": json.dumps(content["config"]), "card": json.dumps(card)}
     with runtime.atomic_path(path) as temporary:
-        backbones.save_safetensors(temporary, weights, {"format": FORMAT, **texts})
+        tensorfiles.save_safetensors(temporary, weights, {"format": FORMAT, **texts})
 
 
 def _load_published(path: Path) -> dict[str, Any]:
-    weights, texts = backbones.read_safetensors(path)
+    weights, texts = tensorfiles.read_safetensors(path)
     weights = {k: v.float() if v.dtype == torch.half else v for k, v in weights.items()}
     texts = {k: json.loads(v) if k in ("config", "card") else v for k, v in texts.items()}
     return {"model": weights, **texts}
@@ -82,12 +82,13 @@ def load_checkpoint(path: str | Path = "") -> dict[str, Any]:
     """
     path = Path(path).expanduser() if str(path) else runtime.SHIPPED
     with runtime.reading(path, "a checkpoint of this project", REMEDY):
-        content = (_load_published if path.suffix == ".safetensors" else backbones.read_torch)(path)
+        published = path.suffix == ".safetensors"
+        content = _load_published(path) if published else tensorfiles.read_torch(path)
         if content.get("format") != FORMAT:
             earlier = "`python -m mlnet_utils import-weights` converts weights of earlier ones"
             raise ValueError(f"it is none; {earlier}")
         from_dict(content["config"])
-        backbones.named_tensors(content["model"])
+        tensorfiles.named_tensors(content["model"])
     return content
 
 
@@ -100,7 +101,7 @@ def load_model(path: str | Path = "") -> tuple[MLNet, Config, dict[str, Any]]:
     path, config = path if str(path) else runtime.SHIPPED, from_dict(content["config"])
     with runtime.reading(path, "a checkpoint of this project", REMEDY):
         model = MLNet(from_dict({**content["config"], "backbone_weights": "none"}))
-        backbones.load_strictly(model, content["model"], "it")
+        tensorfiles.load_strictly(model, content["model"], "it")
     return model.eval(), config, content
 
 
@@ -273,5 +274,5 @@ def load_start(model: MLNet, config: Config) -> None:
     if config.adapt and not content["config"].get("adapt"):  # an adaptation begins here
         own = model.state_dict()
         weights = weights | {key: own[key] for key in own if key.startswith("adaptation.")}
-    backbones.load_strictly(model, weights, f"config: start_from={start_from.partition(PIN)[0]}")
+    tensorfiles.load_strictly(model, weights, f"config: start_from={start_from.partition(PIN)[0]}")
     model.backbone.sha256 = content.get("backbone_sha256", "")

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mlnet_utils.config import Config, load_config
-from mlnet_utils.model import backbones
+from mlnet_utils.model import backbones, tensorfiles
 from mlnet_utils.model.checkpoints import save_checkpoint
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.runtime import atomic_path, reading, require, sha256_file
@@ -56,7 +56,7 @@ def recognise(path: str | Path) -> str:
                 return "keras-vgg16"
             names = sorted(file)
     elif start.startswith(_TORCH):
-        names = sorted(backbones.read_weights(path))
+        names = sorted(tensorfiles.read_weights(path))
         if "int_conv.weight" in names or "pre_final_conv.weight" in names:
             return "mlnet-pytorch"
     found = f"a file with {', '.join(names[:5])} in it" if names else "neither HDF5 nor PyTorch"
@@ -88,9 +88,9 @@ def import_weights(path: str | Path, out: str | Path) -> Config:
     source = {"kind": kind, "file": path.name, "sha256": sha256_file(path)}
     if kind == "keras-vgg16":
         weights = _keras_vgg16(path)
-        backbones.load_strictly(backbones.VGG16Levels(), weights, str(path))
+        tensorfiles.load_strictly(backbones.VGG16Levels(), weights, str(path))
         with atomic_path(out) as temporary:
-            backbones.save_safetensors(temporary, weights, {**source, "normalisation": "caffe"})
+            tensorfiles.save_safetensors(temporary, weights, {**source, "normalisation": "caffe"})
         return load_config("paper", backbone_weights=str(out), normalisation="caffe")
     if kind == "keras-mlnet":
         weights = _keras_mlnet(path)
@@ -102,7 +102,7 @@ def import_weights(path: str | Path, out: str | Path) -> Config:
     size = {"prior_cells": (rows, columns), "height": _CELL * rows, "width": _CELL * columns}
     config = load_config(preset, backbone_weights="none", **size, **options)
     model = MLNet(config)
-    backbones.load_strictly(model, {**dict(model.named_buffers()), **weights}, str(path))
+    tensorfiles.load_strictly(model, {**dict(model.named_buffers()), **weights}, str(path))
     save_checkpoint(out, config, model.state_dict(), source=source)
     return config
 
@@ -148,7 +148,7 @@ def _keras_vgg16(path: Path) -> dict[str, Tensor]:
 def _mlnet_pytorch(path: Path) -> dict[str, Tensor]:
     """Its state dict: the same layers under other names, and a prior around 1 instead of 0."""
     weights = {}
-    for label, value in backbones.read_weights(path).items():
+    for label, value in tensorfiles.read_weights(path).items():
         module, dot, rest = label.partition(".")
         weights[f"{_RENAMED.get(module, module)}{dot}{rest}"] = _finite(path, label, value)
     if "prior" not in weights:

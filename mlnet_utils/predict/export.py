@@ -22,9 +22,9 @@ from mlnet_utils.config import from_dict
 from mlnet_utils.data.images import read_image, visible_files
 from mlnet_utils.data.photos import Prepared
 from mlnet_utils.data.preparation import hash_order
-from mlnet_utils.model.backbones import load_strictly
 from mlnet_utils.model.checkpoints import load_model
 from mlnet_utils.model.network import MLNet
+from mlnet_utils.model.tensorfiles import load_strictly
 from mlnet_utils.predict.predictor import EXPORTED, MODEL, Predictor
 
 FORMATS = dict(zip(("onnx", "torch-export"), EXPORTED, strict=True))

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from mlnet_utils import runtime
 from mlnet_utils.model import checkpoints
-from mlnet_utils.model.backbones import read_weights
 from mlnet_utils.model.checkpoints import load_checkpoint, load_latest, load_model, save_published
+from mlnet_utils.model.tensorfiles import read_weights
 from mlnet_utils.predict.predictor import load
 
 

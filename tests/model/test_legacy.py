@@ -22,10 +22,10 @@ from scipy.signal import convolve2d
 import mlnet_utils
 from mlnet_utils.__main__ import main
 from mlnet_utils.model import legacy
-from mlnet_utils.model.backbones import read_weights
 from mlnet_utils.model.checkpoints import load_checkpoint, load_model
 from mlnet_utils.model.legacy import import_weights, recognise
 from mlnet_utils.model.network import MLNet
+from mlnet_utils.model.tensorfiles import read_weights
 
 # (input, output) channels of VGG-16's convolutions, by block; then ML-Net's encoding network.
 BLOCKS = (
