@@ -91,7 +91,8 @@ class Study:
 def network_map(predictor: Predictor, prepared: Prepared, photo: Photo) -> Tensor:
     """The density that a network predicts on its grid, (1, 1, h, w)."""
     data = SaliencyDataset(replace(prepared, photos=[photo]), photo.split, predictor.config)
-    return predictor.model(data.image(0)[None])
+    image = data.image(0)[None].to(predictor.model.mean.device)
+    return predictor.model(image).cpu()
 
 
 @torch.inference_mode()
