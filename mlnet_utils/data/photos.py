@@ -258,6 +258,7 @@ class Prepared:
         with runtime.atomic_path(self.folder / "fixations.npz") as temporary:
             np.savez_compressed(temporary, **arrays)
         runtime.write_json(self.folder / SOURCES, self._sources())
+        self.meta["sources"] = _digest(self._sources())
         self.meta["files"] = {name: sha256_file(self.folder / name) for name in INDEX_FILES}
         runtime.write_json(self.folder / "meta.json", self.meta, sealed=True)
 
@@ -302,13 +303,15 @@ class Prepared:
                 for line, *values in zip(lines, *parts, strict=True)
             ]
         sources = None  # folders made before there was such a file
-        if (folder / SOURCES).is_file():
+        if (folder / SOURCES).is_file() or "sources" in meta:
             sources = read_json(folder / SOURCES, MADE_BY, "read_from", "files")
             with reading(folder / SOURCES, "lists of the files and their SHA-256", again):
                 parts, found = map(Path, sources["read_from"]), sources["files"].values()
                 within = not any(part.is_absolute() or ".." in part.parts for part in parts)
                 if not within or not all(isinstance(known, list) and known for known in found):
                     raise ValueError("paths out of the dataset, or files without SHA-256")
+                if _digest(sources) != meta.get("sources", _digest(sources)):
+                    raise ValueError("its files or their SHA-256 are others")
         prepared = cls(folder, photos, meta, sources)
         if check and (problems := prepared.check(everything=False)):
             raise StaleError(folder, problems)
@@ -366,6 +369,12 @@ def _listed(root: Path, parts: Iterable[str]) -> set[str]:
     there = [root / part for part in parts]
     paths = [path for part in there for path in (part, *visible_files(part, SOURCE_SUFFIXES))]
     return {path.relative_to(root).as_posix() for path in paths if path.is_file()}
+
+
+def _digest(sources: dict[str, Any]) -> str:
+    """SHA-256 of sources.json but for the files' states, which change when they are looked at."""
+    hashes = {name: known[0] for name, known in sources["files"].items()}
+    return runtime.digest_of([sources["read_from"], hashes])
 
 
 def _state(path: Path) -> list[int]:

@@ -20,6 +20,7 @@ from mlnet_utils.data.photos import (
     fingerprints,
     fixation_statistics,
 )
+from mlnet_utils.runtime import read_json, write_json
 
 META = {"root": ".", "sigma_px": SIGMA, "dataset": "tiny", "title": "Tiny test photos"}
 
@@ -243,6 +244,9 @@ def test_changed_and_missing_files_are_found(tmp_path):
 
 def test_folders_that_do_not_know_their_sources_know_their_photos(run_folder, tiny_photos):
     (run_folder / "data/sources.json").unlink()
+    meta = read_json(run_folder / "data/meta.json", "prepare")
+    del meta["sources"]
+    write_json(run_folder / "data/meta.json", meta, sealed=True)
     assert len(Prepared.read(run_folder / "data").photos) == 19
     prepared = Prepared.read(run_folder / "data")
     _, root = tiny_photos
@@ -250,6 +254,21 @@ def test_folders_that_do_not_know_their_sources_know_their_photos(run_folder, ti
     Image.new("RGB", (80, 60)).save(run_folder / "photos/val0.png")
     replace(prepared, meta={**prepared.meta, "root": str(run_folder / "photos")}).write()
     with pytest.raises(StaleError, match=r"val0\.png has changed"):
+        Prepared.read(run_folder / "data")
+
+
+def test_sources_that_were_edited_or_lost_vouch_for_nothing(run_folder):
+    path = run_folder / "data/sources.json"
+    known = json.loads(path.read_text())
+    Prepared.read(run_folder / "data").check()  # notes other states of the same files
+    assert path.read_text() != json.dumps(known)
+    name, other = next(iter(known["files"])), {"read_from": [], "files": {}}
+    for changed in (other, {**known, "files": {**known["files"], name: ["0" * 64]}}):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=r"sources\.json.* SHA-256 are others"):
+            Prepared.read(run_folder / "data")
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"sources\.json"):
         Prepared.read(run_folder / "data")
 
 
