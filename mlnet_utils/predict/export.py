@@ -4,11 +4,13 @@ The exported network takes the letterboxed photo as it is (uint8 RGB) and return
 own grid. The metadata hold the configuration, with which :func:`load_exported` does the rest.
 """
 
+import contextlib
 import hashlib
 import json
+import shutil
 import tempfile
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -105,7 +107,7 @@ def export(
         "versions": json.dumps(runtime.versions()),
         "checkpoint_sha256": runtime.sha256_file(checkpoint),
     }
-    with runtime.atomic_path(out) as temporary:
+    with runtime.locked(out), _work_folder(out), runtime.atomic_path(out) as temporary:
         _write_float(model, images, metadata, temporary)
         if int8:
             _compare(predictor, temporary, images[:CHECKED])
@@ -212,6 +214,24 @@ def _scores(checkpoint: Path, content: dict) -> dict:
 
 
 # ---- what comes out ----------------------------------------------------------------------------
+@contextlib.contextmanager
+def _work_folder(out: Path) -> Iterator[None]:
+    """A place beside ``out`` for temporary files, onnxruntime's too.
+
+    What a killed call left there and of the file itself is deleted: call it in ``locked``.
+    """
+    folder, before = out.with_name(f".{out.name}.work"), tempfile.tempdir
+    runtime.remove_temporaries([out])
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    tempfile.tempdir = str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _write_float(model: nn.Module, images: Tensor, metadata: dict, path: Path) -> None:
     example = (images[:1].repeat(2, 1, 1, 1),)  # a batch of 1 would be taken for a constant
     shapes = {"image": {0: torch.export.Dim("batch")}}
@@ -279,13 +299,16 @@ def _compare(
     # This process has just written the file, so that torch may trust it.
     onnx = path.suffix == ".onnx"
     network = OnnxNetwork(path) if onnx else torch.export.load(path).module()
-    deviation, correlation = 0.0, 1.0
+    deviations, correlations = [], []
     for batch in ([images], images.split(1)):
         found = torch.cat([network(part) for part in batch]).flatten(1).double()
         difference = (found - expected).abs().amax(1) / expected.amax(1).clamp_min(1e-12)
-        deviation = max(deviation, float(difference.max()))
+        deviations.append(difference.max())
         pairs = torch.stack([found, expected], dim=1)
-        correlation = min(correlation, *(float(torch.corrcoef(pair)[0, 1]) for pair in pairs))
+        correlations += [torch.corrcoef(pair)[0, 1] for pair in pairs]
+    # NaN, of a map that is none or of a constant one, passes through torch's max and min.
+    deviation = torch.stack(deviations).max().item()
+    correlation = torch.stack(correlations).min().item()
     if not (correlation >= LOWEST_CORRELATION if int8 else deviation <= TOLERANCE):
         found = f"{deviation:.1e} of the map's maximum (correlation {correlation:.3f})"
         raise RuntimeError(f"the export differs from PyTorch by {found}: nothing was written")

@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from conftest import make_photo, tiny_checkpoint
 from PIL import Image
 
+from mlnet_utils.data.images import read_image
 from mlnet_utils.predict import export as export_module
 from mlnet_utils.predict.export import CHECKED, FEWEST_CALIBRATED, export, load_exported
 from mlnet_utils.predict.folders import predict_folder
@@ -203,6 +205,35 @@ def test_a_file_that_differs_is_not_written(checkpoint, photos, tmp_path, monkey
     with pytest.raises(RuntimeError, match="differs from PyTorch"):
         export(checkpoint, tmp_path / "x.onnx", int8=int8, photos=[photos])
     assert {path.name for path in tmp_path.iterdir()} == {"other.pt"}
+
+
+@pytest.mark.parametrize("value", [np.nan, 0.5])
+def test_maps_of_nan_or_of_one_value_are_no_export(checkpoint, photos, monkeypatch, value):
+    found = torch.full((CHECKED, 1, 4, 5), value)
+    monkeypatch.setattr(export_module, "OnnxNetwork", lambda path: lambda part: found[: len(part)])
+    predictor = load(checkpoint, "cpu")
+    images = torch.stack([predictor.prepare(read_image(p))[0] for p in sorted(photos.iterdir())])
+    for int8 in (False, True):
+        with pytest.raises(RuntimeError, match="differs from PyTorch"):
+            export_module._compare(predictor, Path("x.onnx"), images[:CHECKED], int8)
+
+
+def test_a_killed_export_leaves_nothing_for_long(checkpoint, photos, tmp_path, monkeypatch):
+    """The next one takes the place of its files, and of those that other packages write."""
+    made = []
+
+    def killed(*arguments):
+        made[:] = [Path(tempfile.mkdtemp()) / "augmented.onnx", arguments[-1]]
+        raise SystemExit
+
+    monkeypatch.setattr(export_module, "_write_float", killed)
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            export(checkpoint, tmp_path / "x.pt2", "torch-export", photos=[photos])
+        assert list(tmp_path.iterdir()) == []
+        made[0].parent.mkdir(parents=True)  # as kills leave them
+        for path in made:
+            path.touch()
 
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
