@@ -8,7 +8,6 @@ differences of the single seeds stand beside the interval, which knows nothing o
 
 import itertools
 import operator
-import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -357,25 +356,23 @@ def survival_sentence(table: pd.DataFrame) -> str:
 def life(config: Config, data: str | Path, updates: int) -> pd.DataFrame:
     """Train for at most an epoch and watch the map: ``update``, ``loss`` and ``above zero``.
 
-    ``data`` is a prepared folder; ``loss`` that of the update's photos, ``above zero`` the share of
-    positive values in the maps of the first validation photos after it. Nothing is kept.
+    ``data`` is a run's folder of this name; ``loss`` that of the update's photos, ``above zero``
+    the share of positive values in the maps of the first validation photos after it. Nothing is
+    written into the run.
     """
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "data").symlink_to(Path(data).resolve(), target_is_directory=True)
-        trainer = Trainer(config, Path(folder), make_accelerator(config))
-        if config.cache_features:
-            cache_features(trainer.model, config, trainer.accelerator, trainer.data.values())
-        watched = network_input(next(iter(trainer.val_loader)))
-        for update, batch in zip(range(updates + 1), trainer.train_loader, strict=False):
-            with torch.inference_mode():
-                maps = trainer.model.eval()(**watched)
-            trainer.model.train()
-            rows.append({"update": update, "above zero": (maps > 0).float().mean().item()})
-            before = trainer.loss_sum
-            trainer.step(batch)
-            trainer.read_losses()
-            rows[-1]["loss"] = (trainer.loss_sum - before) / len(batch["index"])
+    rows, trainer = [], Trainer(config, Path(data).parent, make_accelerator(config))
+    if config.cache_features:
+        cache_features(trainer.model, config, trainer.accelerator, trainer.data.values())
+    watched = network_input(next(iter(trainer.val_loader)))
+    for update, batch in zip(range(updates + 1), trainer.train_loader, strict=False):
+        with torch.inference_mode():
+            maps = trainer.model.eval()(**watched)
+        trainer.model.train()
+        rows.append({"update": update, "above zero": (maps > 0).float().mean().item()})
+        before = trainer.loss_sum
+        trainer.step(batch)
+        trainer.read_losses()
+        rows[-1]["loss"] = (trainer.loss_sum - before) / len(batch["index"])
     return pd.DataFrame(rows)
 
 
