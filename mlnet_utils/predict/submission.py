@@ -75,6 +75,9 @@ def benchmark_photos(
     folder = Path(photos or runtime.data_root(root) / benchmark.photos.format(split=split))
     files = progress(visible_files(folder), "reading sizes", unit="photo")
     sizes = {file.relative_to(folder).as_posix(): stored_size(file) for file in files}
+    names = f"COCO_{split}2014_" if dataset.startswith("salicon") else ""
+    if other := [name for name in sizes if not PurePosixPath(name).name.startswith(names)]:
+        raise ValueError(f"{folder} holds {other[0]!r}: {dataset}'s {split} photos are {names}...")
     if len(sizes) != benchmark.count:
         wanted = f"{dataset} ({split}) has {benchmark.count}: name the folder that holds them all"
         raise ValueError(f"{folder} holds {len(sizes)} photos, but {wanted}")

@@ -65,6 +65,8 @@ def test_photos_are_found_in_the_raw_data_or_where_one_says(photos, tmp_path, mo
     assert benchmark_photos("salicon-2015", photos=photos) == (photos, SIZES)
     monkeypatch.setenv("MLNET_DATA", str(tmp_path / "data"))
     assert benchmark_photos("salicon-2017") == (photos, SIZES)
+    with pytest.raises(ValueError, match=r"val photos are COCO_val2014_\.\.\."):
+        benchmark_photos("salicon-2017", "val", photos)  # as many, of another split
 
 
 @pytest.mark.parametrize(
