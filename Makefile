@@ -93,6 +93,7 @@ clean:
 $(PY):
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' || \
 	{ echo "Python 3.10 to 3.13 is needed; name one: make PYTHON=python3.12 ..."; exit 1; }
+	@! test -e $(VENV) || { echo "$(VENV) is there, without bin/python: remove it or set VENV"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # Stamps: nothing is installed again until the requirements change.

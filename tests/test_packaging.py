@@ -6,6 +6,8 @@ import json
 import os
 import re
 import runpy
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -282,6 +284,21 @@ def test_makefile_installs_extras_that_exist():
     text = (ROOT / "Makefile").read_text("utf-8")
     default = re.search(r"^TEST_EXTRAS \?= (\S+)$", text, re.MULTILINE)[1].split(",")
     assert set(default) == set(EXTRAS)
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="needs make")
+def test_makefile_deletes_no_folder_that_it_did_not_make(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").touch()
+    python = tmp_path / "python"  # one that can make no environments, as Debian's
+    python.write_text('#!/bin/sh\ntest "$1" = -c\n')
+    python.chmod(0o755)
+    for name, there in (("mine", True), ("new", False)):
+        place = tmp_path / name
+        command = ["make", "-C", ROOT, f"PYTHON={python}", f"VENV={place}", f"{place}/bin/python"]
+        assert subprocess.run(command, capture_output=True).returncode
+        assert place.exists() == there
+    assert (tmp_path / "mine/notes.txt").is_file()
 
 
 def test_continuous_integration_calls_make_test():
