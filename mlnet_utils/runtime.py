@@ -91,7 +91,8 @@ def run_dir(value: str | Path = "", preset: str = "sample") -> Path:
     folder = runs_root() / Path(preset).stem
     note, path = folder / "preset.txt", Path(preset).resolve()
     content = path.read_bytes() if path.suffix in (".yaml", ".yml") and path.is_file() else b""
-    before = Path(note.read_text(encoding="utf-8").strip()) if note.is_file() else path
+    noted = note.read_text(encoding="utf-8", errors="replace") if note.is_file() else ""
+    before = Path(noted.strip() or path)
     if before != path and before.is_file() and before.read_bytes() != content:
         said = f"the run of the preset {before}, and {str(preset)!r} has the same name"
         raise ValueError(f"{folder} is {said}, but other content: rename one, or set a run folder")
@@ -104,6 +105,12 @@ def runs_root() -> Path:
     """Folder of the runs and of the ``features`` that they share: ``$MLNET_RUNS`` or ``runs/``."""
     base = os.environ.get("MLNET_RUNS", "")
     return Path(base).expanduser() if base else (checkout_root() or Path.cwd()) / "runs"
+
+
+def refuse_run(out: Path) -> None:
+    """Raise a ValueError where the folder to write into is a run, which has such files itself."""
+    if (out / "checkpoints").is_dir() or (out / "data" / "meta.json").is_file():
+        raise ValueError(f"'{out}' is a run, whose own files would be overwritten: set another out")
 
 
 def display_path(path: str | Path) -> str:
@@ -395,6 +402,15 @@ def versions() -> dict[str, str]:
     cpu = f"{os.cpu_count()} CPU cores ({platform.machine()})"
     found["device"] = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     return found
+
+
+def package_digest() -> str:
+    """SHA-256 over the code that results depend on: all of it but ``running`` and the verbs."""
+    here = Path(__file__).resolve().parent
+    files = {path.relative_to(here).as_posix(): path for path in here.rglob("*.py")}
+    unused = ("running/", "__main__.py")
+    used = {name: sha256_file(files[name]) for name in files if not name.startswith(unused)}
+    return digest_of(used)
 
 
 def given_command() -> str:

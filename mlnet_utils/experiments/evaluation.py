@@ -233,6 +233,7 @@ def evaluate(
     checkpoint = Path(checkpoint or own)
     processes = runtime.processes()
     data = TestSet(run_dir, split)  # first: of missing inputs, the earliest is named
+    before = runtime.sha256_file(checkpoint) if checkpoint.is_file() else ""
     predictor = load(checkpoint, str(processes.device))
     digest = data.prepared.digest
     if checkpoint.resolve() == own.resolve() and predictor.data not in ("", digest):
@@ -245,6 +246,8 @@ def evaluate(
         config = replace(config, protocol=protocol)
     predictor.config = config
     inputs = inputs_of(digest, checkpoint, config)  # now: a training may go on meanwhile
+    if inputs["checkpoint_sha256"] != before:
+        raise ValueError(f"{checkpoint} was written while it was read: run the same command again")
     network = {MODEL: lambda photo: predictor.predict(data.image(photo))}
     rows = data.score_models(network, config.protocol, [m for m in MODELS if m in models])
     report = {
@@ -265,10 +268,14 @@ def save_scores(folder: Path, report: dict, rows: Sequence[dict], resamples: int
     table.insert(0, "dataset", report["dataset"])
     text = table.to_csv(index=False, na_rep="nan", lineterminator="\n")
     means = {"rows": summarise(rows, resamples), "versions": runtime.versions()}
-    report = {**report, "command": runtime.given_command(), PER_IMAGE: sha256_text(text), **means}
+    made_by = {"command": runtime.given_command(), "package": runtime.package_digest()}
+    report = {**report, **made_by, PER_IMAGE: sha256_text(text), **means}
     if runtime.first_of_launch():
-        runtime.write_text(folder / "per_image.csv", text)
-        runtime.write_json(folder / "metrics.json", report, sealed=True)
+        files = (folder / "per_image.csv", folder / "metrics.json")
+        with runtime.locked(files[1]):  # both files are of one call
+            runtime.remove_temporaries(files)
+            runtime.write_text(files[0], text)
+            runtime.write_json(files[1], report, sealed=True)
     return report
 
 

@@ -21,10 +21,11 @@ from mlnet_utils.metrics.inputs import Map
 from mlnet_utils.metrics.resize import resize
 from mlnet_utils.metrics.summary import format_table, score_table
 from mlnet_utils.predict.predictor import MODEL
-from mlnet_utils.runtime import display_path, progress, reading, require
+from mlnet_utils.runtime import display_path, progress, reading, refuse_run, require
 
 RESIZED, LOGS, BYTES = "resized", "log-densities", "of 8 bits"
-CONSTANT, EXTRA = "constant", "more without a photo of the split"
+CONSTANT, NEGATIVE = "constant", "negative somewhere, and no log-densities that sum to 1"
+EXTRA = "more without a photo of the split"
 LOG_SUM = 0.01  # pysaliency's limit to the logarithm of a density's sum
 BASELINES = tuple(model for model in MODELS if model != MODEL)
 
@@ -45,8 +46,9 @@ def score(
     secret. ``protocol`` decides definitions and the way that maps are resized (docs/metrics.md).
     Returns the contents of ``metrics.json``: as :func:`evaluation.evaluate`, and ``maps``, a line
     on every place, and ``differences``, rows of :func:`study.compare`. Raises the errors of
-    :class:`TestSet` and :class:`MapFiles`.
+    :class:`TestSet` and :class:`MapFiles`, and a ValueError where ``out`` is a run.
     """
+    refuse_run(Path(out))
     testset = TestSet(Path(data), split)
     places = [MapFiles(Path(place), testset.photos) for place in (maps, other) if place]
     names = [place.name for place in places]
@@ -122,7 +124,7 @@ class MapFiles:
 
     def _inspect(self, photos: Sequence[Photo]) -> dict[str, list[str]]:
         """Stems of the maps of each kind; an error where some have another shape."""
-        found, misshapen = {kind: [] for kind in (RESIZED, LOGS, BYTES, CONSTANT)}, []
+        found, misshapen = {kind: [] for kind in (RESIZED, LOGS, BYTES, CONSTANT, NEGATIVE)}, []
         for photo in progress(photos, f"reading {self.name}", unit="map"):
             single, is_log = self._read(photo)
             (height, width), stored = single.shape, Map(single, "prediction", photo.stem)
@@ -131,7 +133,7 @@ class MapFiles:
                 sizes = f"{width}x{height} of {photo.width}x{photo.height}"
                 misshapen.append(f"{self.files[photo.stem]}, {sizes}")
             resized = (height, width) != (photo.height, photo.width)
-            state = (resized, is_log, stored.looks_8bit, stored.constant)
+            state = (resized, is_log, stored.looks_8bit, stored.constant, stored.low < 0)
             for kind, applies in zip(found, state, strict=True):
                 found[kind] += [photo.stem] * applies
         self._refuse("maps have another shape (width x height) than their photos", misshapen)
@@ -165,20 +167,20 @@ class MapFiles:
     def _read(self, photo: Photo) -> tuple[Tensor, bool]:
         """A map as it is stored, (h, w) float64, and True if its logarithm was stored."""
         name = self.files[photo.stem]
-        path = self.place / name
-        if not self.place.is_dir():
-            place, expected = self.place, f"the map {name!r}"
-            with reading(place, expected), require("h5py", "legacy").File(place) as file:
-                values = file[name][()]
-        elif path.suffix.lower() == ".mat":
-            with reading(path, "a MATLAB file of one matrix", "keep the map only"):
+        path = self.place / name if self.place.is_dir() else self.place
+        with reading(path, f"the map {name!r}, one matrix of finite numbers", "keep it only"):
+            if path == self.place:
+                with require("h5py", "legacy").File(path) as file:
+                    values = file[name][()]
+            elif path.suffix.lower() == ".mat":
                 (values,) = load_mat(path).values()
-        else:
-            values = read_map(path)
-        values = np.array(values, np.float64)  # a copy: those of some files cannot be written to
-        is_log = values.ndim == 2 and values.size and abs(logsumexp(values)) < LOG_SUM
-        values = np.exp(values) if is_log else values
-        if values.ndim != 2 or not values.size or not np.isfinite(values).all():
-            expected = f"a matrix of finite numbers, got shape {values.shape}"
-            raise ValueError(f"{path} is no map: expected {expected}")
+            else:
+                values = read_map(path)
+            values = np.array(values, np.float64)  # a copy: those of some files are read-only
+            if values.ndim != 2 or not values.size:
+                raise ValueError(f"its shape is {values.shape}")
+            is_log = abs(logsumexp(values)) < LOG_SUM
+            values = np.exp(values) if is_log else values
+            if not np.isfinite(values).all():
+                raise ValueError("NaN or infinity in it")
         return torch.from_numpy(values), bool(is_log)

@@ -229,14 +229,15 @@ def run_sweep(
     Returns ``"cell, seed n"`` -> error, of the trainings that failed.
 
     Raises:
-        ValueError: a cell is no valid configuration, ``workers`` is below 1, or the split has no
-            ground truth; nothing has been trained.
+        ValueError: a cell is no valid configuration, ``workers`` is below 1, ``folder`` is a run,
+            or the split has no ground truth; nothing has been trained.
         ImportError: ``cluster`` without the extra ``cluster``.
         KeyboardInterrupt: nothing new has begun, and the tables hold what this call finished.
     """
     if workers < 1:
         raise ValueError(f"sweep: workers={workers} must be at least 1")
     folder, data_root, ended = Path(folder), Path(data_root), {}
+    runtime.refuse_run(folder)
     jobs = jobs_of(grid, folder, data_root, train)
     for job in jobs:
         preparation.ensure(job.config, data_root, job.data).with_truth(job.split)
@@ -270,7 +271,8 @@ def _check_alive(job: Job) -> None:
     """Raise TrainingDied where the same training died in an earlier call: it would again."""
     note = job.folder / DIED
     if note.is_file():
-        identity, _, message = note.read_text(encoding="utf-8").partition("\n")
+        text = note.read_text(encoding="utf-8", errors="replace")
+        identity, _, message = text.partition("\n")
         if identity == _identity(job):
             again = f"so it was before; to try again, delete {runtime.display_path(note)}"
             raise TrainingDied(f"{message.strip()} ({again})")
@@ -359,8 +361,11 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
     Returns the first table: cell, seed, dataset, split, epochs, seconds, the mean of every metric's
     finite scores, and, where there are any, the number of photos with an infinite score.
     """
-    rows, photos = [], []
+    rows, photos, others, package = [], [], [], runtime.package_digest()
     for job in jobs:
+        if not _scored(job):
+            print(f"{job.title}: `evaluate` wrote other scores meanwhile: sweep again", flush=True)
+            continue
         report = runtime.read_json(job.folder / "metrics.json", "the sweep")
         name = {"cell": job.cell, "seed": job.config.seed, "dataset": report["dataset"]}
         seconds = pd.read_csv(job.folder / "times.csv")["train_seconds"].sum()
@@ -370,17 +375,23 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
         row |= {metric: scores[metric]["mean"] for metric in METRICS}
         row |= {f"{metric} infinite": scores[metric]["infinite"] for metric in METRICS}
         rows.append(name | row)
+        others += [job.title] * (report.get("package") != package)
         found = pd.read_csv(job.folder / "per_image.csv", **AS_WRITTEN)
         # The verb `evaluate`, called for a cell, scores the baselines too.
         photos.append(found[found["model"] == evaluation.MODEL].assign(**name))
+    if others:
+        kept = f"{len(others)} of {len(jobs)} trainings, e.g. {others[0]}, keep scores of other"
+        remedy = "delete their metrics.json to score them again"
+        print(f"{kept} code of the package: {remedy}", flush=True)
     table = pd.DataFrame(rows, columns=[*COLUMNS, *METRICS, *INFINITE])
     table = table.drop(columns=[name for name in INFINITE if not table[name].any()])
-    runtime.write_text(folder / TABLE, table.to_csv(index=False))
-    if photos:
-        columns = ["cell", "seed", "dataset", "stem", *METRICS]
-        runtime.write_text(folder / PER_IMAGE, pd.concat(photos)[columns].to_csv(index=False))
-    else:  # nor the photos of an earlier call
-        (folder / PER_IMAGE).unlink(missing_ok=True)
+    with runtime.locked(folder / TABLE):  # both files are of one call
+        runtime.write_text(folder / TABLE, table.to_csv(index=False))
+        if photos:
+            columns = ["cell", "seed", "dataset", "stem", *METRICS]
+            runtime.write_text(folder / PER_IMAGE, pd.concat(photos)[columns].to_csv(index=False))
+        else:  # nor the photos of an earlier call
+            (folder / PER_IMAGE).unlink(missing_ok=True)
     return table
 
 

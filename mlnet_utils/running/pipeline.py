@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from mlnet_utils import __version__, runtime
+from mlnet_utils import runtime
 from mlnet_utils.config import Config, backbone_file, load_config
 from mlnet_utils.running import notebooks
 from mlnet_utils.runtime import digest_of, display_path, sha256_file, write_json
@@ -123,7 +123,7 @@ def reproduce(
     weights = Path(backbone_file(config)).expanduser()
     shared = {
         "preset": digest_of(config.to_dict()),
-        "package": f"{__version__} {_package_digest()}",
+        "package": runtime.package_digest(),
         "data folder": str(raw),
         WEIGHTS: sha256_file(weights) if weights.is_file() else None,
     }
@@ -241,14 +241,6 @@ def _injections(
 
 
 # ---- changes since the last run ----------------------------------------------------------------
-def _package_digest() -> str:
-    """Digest of the code that a notebook may use: all rooms but this one and the command line."""
-    here = Path(__file__).resolve().parent
-    files = sorted(here.parent.rglob("*.py"))
-    used = [f for f in files if f.parent != here and f.name != "__main__.py"]
-    return digest_of({f.relative_to(here.parent).as_posix(): sha256_file(f) for f in used})
-
-
 def _records(folder: Path, stages: Sequence[Stage]) -> dict[str, str]:
     return {stage.name: sha256_file(folder / stage.record) for stage in stages}
 
@@ -323,6 +315,8 @@ def _publish_problem(
         return f"is out of date: {', '.join(stale)} changed since it ran"
     if not target.is_file() or notebooks.source_digest(target) != done["inputs"]["notebook"]:
         return f"was executed from another version than {display_path(target)}: run it again"
+    if done["inputs"].get("package") != runtime.package_digest():
+        return "was executed with other code of the package: run `reproduce` again"
     own, given = notebooks.parameters_of(target), done["inputs"]["parameters"]
     if set(given) - {"PRESET", PHOTOS}:
         return f"ran with {given} instead of the notebook's own values"

@@ -4,13 +4,15 @@ import dataclasses
 import json
 import math
 import shutil
+import threading
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import unseen
+from conftest import files, unseen
 
+from mlnet_utils import runtime
 from mlnet_utils.__main__ import main
 from mlnet_utils.config import load_config
 from mlnet_utils.data import preparation
@@ -269,6 +271,44 @@ def test_scores_name_the_network_that_was_scored(run, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation.TestSet, "score_models", train_on_meanwhile)
     report = evaluation.evaluate(folder, models=(evaluation.MODEL,))
     assert report["checkpoint_sha256"] == digest
+
+
+def test_a_network_that_is_written_while_it_is_read_is_not_scored(run, tmp_path, monkeypatch):
+    folder, read = shutil.copytree(run, tmp_path / "copy"), evaluation.load
+
+    def train_on_meanwhile(checkpoint, device):
+        predictor = read(checkpoint, device)
+        checkpoint.write_bytes(b"of a later epoch")
+        return predictor
+
+    monkeypatch.setattr(evaluation, "load", train_on_meanwhile)
+    with pytest.raises(ValueError, match=r"best\.pt was written while"):
+        evaluation.evaluate(folder, models=(evaluation.MODEL,))
+
+
+def test_both_files_are_of_one_call(tmp_path, monkeypatch):
+    """Another call comes between the two files of the first."""
+    write, others = runtime.write_json, []
+
+    def save(stem):
+        row = {"model": "ML-Net", "stem": stem, **dict.fromkeys(METRICS, 0.5)}
+        evaluation.save_scores(tmp_path, {"dataset": "tiny", "stem": stem}, [row], 10)
+
+    def slowly(*arguments, **options):
+        if not others:
+            others.append(threading.Thread(target=save, args=("second",)))
+            others[0].start()
+            others[0].join(0.3)
+        write(*arguments, **options)
+
+    monkeypatch.setattr(runtime, "write_json", slowly)
+    save("first")
+    others[0].join()
+    report = runtime.read_json(tmp_path / "metrics.json", "evaluate")
+    text = (tmp_path / "per_image.csv").read_text()
+    assert evaluation.sha256_text(text) == report[evaluation.PER_IMAGE]
+    assert report["stem"] in text
+    assert files(tmp_path) == {"metrics.json", "per_image.csv"}
 
 
 def test_missing_inputs_name_what_makes_them(tmp_path, run):

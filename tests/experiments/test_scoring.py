@@ -136,6 +136,12 @@ def test_bytes_constants_and_strays_are_counted_and_named(photos, maps, tmp_path
     assert "inter-observer" in text
 
 
+def test_negative_maps_that_are_no_log_densities_are_named(photos, maps, tmp_path):
+    lifted = {stem: np.log(values / values.sum()) + 0.5 for stem, values in maps.items()}
+    files = scoring.MapFiles(save(tmp_path / "maps", lifted), photos)
+    assert "4 negative somewhere, and no log-densities" in files.describe()
+
+
 def test_folders_of_categories_pair_with_stems_that_begin_with_them(photos, maps, tmp_path):
     renamed = [type(p)(f"Action_{p.stem}", p.image, p.width, p.height) for p in photos]
     save(tmp_path / "maps", {})
@@ -188,8 +194,8 @@ def two_matrices(place):
         (without("test1.npy"), "1 photos have no map of their stem: 'test1'"),
         (replaced(np.eye(80)), "1 maps have another shape .*80x80 of 80x60"),
         (replaced(np.ones((80, 60))), "60x80 of 80x60"),  # turned
-        (replaced(np.full((60, 80), np.nan)), "test1.npy is no map"),
-        (replaced(np.ones((60, 80, 1, 2))), r"test1.npy is no map.*\(60, 80, 1, 2\)"),
+        (replaced(np.full((60, 80), np.nan)), r"test1.npy' .*NaN or infinity .* keep it only"),
+        (replaced(np.ones((60, 80, 1, 2))), r"test1.npy' .*\(60, 80, 1, 2\).*matrix"),
         (lambda place: save_mat(place / "test1.mat", a=np.eye(60)), "1 photos have several maps"),
         (picture, "in colours"),
         (two_matrices, "one matrix"),
@@ -228,3 +234,5 @@ def test_places_that_are_none_are_named(photos, maps, tmp_path, run_folder):
         scoring.score(place, run_folder, tmp_path, other=place)
     with pytest.raises(FileNotFoundError, match="01_data_preparation"):
         scoring.score(place, tmp_path, tmp_path)
+    with pytest.raises(ValueError, match=r"run' is a run, .* set another out"):
+        scoring.score(place, run_folder, run_folder)

@@ -124,6 +124,33 @@ def test_damaged_scores_of_photos_are_made_again(done):
     assert (done / sweep.PER_IMAGE).read_text() == expected
 
 
+def test_scores_of_other_code_are_named(done, capsys):
+    run_sweep(done)
+    assert "other code" not in capsys.readouterr().out
+    path = done / "one-level" / "1" / "metrics.json"
+    report = {**read_json(path, "the sweep"), "package": "0.9.0"}
+    path.write_text(json.dumps(report))
+    run_sweep(done)
+    assert "1 of 4 trainings, e.g. One level, seed 1, keep scores of" in capsys.readouterr().out
+
+
+def test_scores_that_evaluate_wrote_meanwhile_are_not_the_sweep_s(done, capsys):
+    first = done / "three-levels" / "0"
+
+    def train(config, folder):
+        if folder != first:
+            evaluation.evaluate(first, split="val", models=(evaluation.MODEL,))
+
+    assert sweep.run_sweep(grid(seeds=(0,)), done, RAW, train=train) == {}
+    assert "Three levels, seed 0: `evaluate` wrote other scores" in capsys.readouterr().out
+    assert table_of(done)[["cell", "split"]].to_numpy().tolist() == [["One level", "test"]]
+
+
+def test_the_folder_of_a_run_is_refused(done):
+    with pytest.raises(ValueError, match="is a run"):
+        run_sweep(done / "one-level" / "1")
+
+
 def test_baselines_that_evaluate_adds_to_a_cell_are_not_its_scores(done):
     run_cells(done, {"Three levels": {}})
     expected = (done / sweep.PER_IMAGE).read_text()

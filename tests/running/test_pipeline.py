@@ -205,7 +205,7 @@ def change_record(root, monkeypatch):
 
 
 def change_version(root, monkeypatch):
-    monkeypatch.setattr(pipeline, "__version__", "0.0.0")
+    monkeypatch.setattr(runtime, "package_digest", lambda: "0.0.0")
 
 
 def lose(name):
@@ -239,9 +239,9 @@ def test_a_change_reruns_from_the_first_stage_it_concerns(
 def test_a_changed_line_in_any_room_reruns_the_stages(
     finished, would_run, monkeypatch, tmp_path, capsys, room
 ):
-    package = Path(pipeline.__file__).parents[1]
+    package = Path(runtime.__file__).parent
     other = shutil.copytree(package, tmp_path / "copy", ignore=shutil.ignore_patterns("weights"))
-    monkeypatch.setattr(pipeline, "__file__", str(other / "running" / "pipeline.py"))
+    monkeypatch.setattr(runtime, "__file__", str(other / "runtime.py"))
     for unused in ("running/notebooks.py", "__main__.py"):
         (other / unused).write_text("changed = True\n")
     run(finished)
@@ -564,6 +564,7 @@ def rewrite(root, name, old, new):
         (change_record, r"out of date: 01_first\.json"),
         (lose("figures/one.png"), r"out of date: figures/one\.png"),
         (change_notebook, "02_second was executed from another version"),
+        (change_version, "01_first was executed with other code .* run `reproduce` again"),
         (spoil_parameters, "{'EPOCHS': 3}"),
         (spoil_preset, r"presets \['', 'osie'\]"),
         (spoil_photos, "01_first shows the photos of its dataset: .*-p SHOW_PHOTOS False"),
