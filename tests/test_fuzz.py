@@ -29,9 +29,12 @@ from safetensors.torch import save_file
 from mlnet_utils.config import load_config
 from mlnet_utils.data.download import ArchiveError, check_unpacked, unpack
 from mlnet_utils.data.images import read_density, read_image
-from mlnet_utils.data.photos import Prepared
+from mlnet_utils.data.photos import Photo, Prepared
 from mlnet_utils.data.readers import files, mit1003, osie, own, salicon
+from mlnet_utils.experiments.scoring import MapFiles
 from mlnet_utils.experiments.sweep import read_grid
+from mlnet_utils.metrics.summary import score_table
+from mlnet_utils.model import legacy
 from mlnet_utils.model.checkpoints import load_checkpoint, save_published
 from mlnet_utils.model.legacy import import_weights
 from mlnet_utils.model.network import MLNet
@@ -39,7 +42,7 @@ from mlnet_utils.model.tensorfiles import read_weights
 from mlnet_utils.predict.export import _save_onnx, _seal, load_exported
 from mlnet_utils.predict.submission import validate_submission
 from mlnet_utils.running import notebooks, pipeline
-from mlnet_utils.runtime import read_json
+from mlnet_utils.runtime import read_json, write_json
 from mlnet_utils.training.features import FeatureCache
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
@@ -180,6 +183,38 @@ def keras(path):
         file.attrs["layer_names"] = [b"convolution2d_1"]
 
 
+def keras_vgg(path):
+    with pytest.importorskip("h5py").File(path, "w") as file:
+        for number in range(1, 30):
+            layer = file.create_group(f"layer_{number}")
+            layer.attrs["nb_params"] = 2
+            layer["param_0"], layer["param_1"] = np.zeros((2, 3, 3, 3)), np.zeros(2)
+
+
+def mlnet_pytorch(path):
+    torch.save({"int_conv.weight": torch.zeros(3), "prior": torch.zeros(1, 1, 2, 2)}, path)
+
+
+def hdf5_maps(path):
+    with pytest.importorskip("h5py").File(path, "w") as file:
+        file.create_dataset("photos/a.jpg", data=np.eye(*SIZE[::-1]), compression=9)
+
+
+def read_maps(path):
+    place = path if path.suffix == ".hdf5" else path.parent
+    photo = Photo("a", "a.jpg", *SIZE)
+    return MapFiles(place, [photo]).read(photo)
+
+
+REPORT = ("rows", "fixations", "dataset", "split")
+
+
+def report(path):
+    found = {"mean": 0.5, "low": 0.4, "high": 0.6, "skipped": 0, "infinite": 0}
+    rows = [{"model": "a", "metrics": {"CC": found}}]
+    write_json(path, dict(zip(REPORT, (rows, 3, "x", "test"), strict=True)), sealed=True)
+
+
 def png(width=SIZE[0], height=SIZE[1]):
     buffer = io.BytesIO()
     Image.fromarray(np.arange(width * height, dtype=np.uint8).reshape(height, width)).save(
@@ -305,6 +340,12 @@ CASES = {
         ),
         read_grid,
     ),
+    "vgg.h5": (keras_vgg, legacy._keras_vgg16),
+    "x.pkl": (mlnet_pytorch, legacy._mlnet_pytorch),
+    "maps.hdf5": (hdf5_maps, read_maps),
+    "maps/a.mat": (lambda path: save_mat(path, I=np.eye(*SIZE[::-1])), read_maps),
+    "maps/a.npy": (matrix, read_maps),
+    "metrics.json": (report, lambda path: score_table(read_json(path, "evaluate", *REPORT))),
     "prediction.json": (
         text('{"checkpoint": "x", "sha256": "0", "versions": {"a": "1"}}'),
         lambda path: read_json(path, "predict", "sha256"),

@@ -224,6 +224,15 @@ def test_a_damaged_map_in_hdf5_is_named(photos, tmp_path):
         scoring.MapFiles(path, photos)
 
 
+@pytest.mark.parametrize("values", ["text", np.zeros((60, 80), [("x", float)])])
+def test_values_in_hdf5_that_are_no_numbers_are_named(photos, tmp_path, values):
+    with pytest.importorskip("h5py").File(tmp_path / "maps.h5", "w") as file:
+        for photo in photos:
+            file[photo.stem] = values
+    with pytest.raises(ValueError, match=r"maps\.h5' cannot be read .*the map 'test0'"):
+        scoring.MapFiles(tmp_path / "maps.h5", photos)
+
+
 def test_places_that_are_none_are_named(photos, maps, tmp_path, run_folder):
     with pytest.raises(FileNotFoundError, match="absent"):
         scoring.MapFiles(tmp_path / "absent", photos)
