@@ -257,8 +257,9 @@ class Prepared:
             arrays[key] = np.concatenate(values).astype(dtype)
         with runtime.atomic_path(self.folder / "fixations.npz") as temporary:
             np.savez_compressed(temporary, **arrays)
-        runtime.write_json(self.folder / SOURCES, self._sources())
-        self.meta["sources"] = _digest(self._sources())
+        sources = self._sources()
+        runtime.write_json(self.folder / SOURCES, sources)
+        self.meta["sources"] = _digest(sources)
         self.meta["files"] = {name: sha256_file(self.folder / name) for name in INDEX_FILES}
         runtime.write_json(self.folder / "meta.json", self.meta, sealed=True)
 
@@ -310,7 +311,7 @@ class Prepared:
                 within = not any(part.is_absolute() or ".." in part.parts for part in parts)
                 if not within or not all(isinstance(known, list) and known for known in found):
                     raise ValueError("paths out of the dataset, or files without SHA-256")
-                if _digest(sources) != meta.get("sources", _digest(sources)):
+                if "sources" in meta and _digest(sources) != meta["sources"]:
                     raise ValueError("its files or their SHA-256 are others")
         prepared = cls(folder, photos, meta, sources)
         if check and (problems := prepared.check(everything=False)):
