@@ -12,6 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+try:  # where the package is not installed, that of this checkout
+    import mlnet_utils  # noqa: F401
+except ModuleNotFoundError:
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from mlnet_utils.config import Config
 from mlnet_utils.data.photos import Photo, Prepared
 from mlnet_utils.runtime import cpu_count, sha256_file, versions, write_json

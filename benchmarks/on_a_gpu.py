@@ -486,6 +486,7 @@ class Measurements:
         started = time.monotonic()
         with contextlib.suppress(OutOfTime):
             trainer.run()
+        del trainer.step  # a circle of references would keep the loader's workers alive
         found = {
             "finished": trainer.finished,
             "seconds": time.monotonic() - started,

@@ -436,7 +436,7 @@ def low_level(run_dir: str | Path, split: str = "test", protocol: str = "mit300"
     row as those of ``metrics.json``: ``model`` and ``metrics``. Raises ImportError: the extra
     ``study`` is not installed.
     """
-    model = require("cv2", "study").saliency.StaticSaliencySpectralResidual_create()
+    model = require("cv2.saliency", "study").StaticSaliencySpectralResidual_create()
     data, rows = TestSet(Path(run_dir), split), []
     for photo in progress(data.photos, f"scoring {LOW_LEVEL}", unit="photo"):
         bgr = np.ascontiguousarray(data.image(photo).permute(1, 2, 0).numpy()[..., ::-1])

@@ -116,6 +116,9 @@ class TimmLevels(nn.Module):
             setattr(modules[parent], child, nn.Identity())
         if config.checkpointing:
             self.body.set_grad_checkpointing(True)
+            for module in self.body.modules():  # a block's stored input must stay as it is
+                if hasattr(module, "inplace"):
+                    module.inplace = False
         self.channels = tuple(self.body.feature_info.channels())[-3:]
         self.dropped = config.backbone_drop
 
