@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import importlib
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -144,6 +145,15 @@ def atomic_path(path: str | Path, lasting: bool = True) -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def set_aside(path: Path) -> None:
+    """Rename a file or folder, so that nothing is found there and nothing is lost."""
+    if path.exists():
+        names = (f"{path.name}.before{number or ''}" for number in itertools.count())
+        before = next(other for other in map(path.with_name, names) if not other.exists())
+        path.rename(before)
+        print(f"{display_path(path)} was renamed to {before.name}", flush=True)
 
 
 @contextlib.contextmanager

@@ -213,7 +213,8 @@ def evaluate(
 
     ``checkpoint`` is by default the run's ``checkpoints/best.pt``, ``split`` ``"test"``, or
     ``"val"`` where the test photos' fixations are secret, and ``protocol`` (docs/metrics.md) the
-    configuration's. ``models`` are some of ``MODELS``. ``config`` is the run's present one: where
+    configuration's; where these are others than in the scores of the run's own network, those are
+    renamed and kept. ``models`` are some of ``MODELS``. ``config`` is the run's present one: where
     it is of the checkpoint's preset, its keys of evaluation count, which may have changed since the
     training. ``changes`` are values of such keys that count for every checkpoint. Of several
     processes (torchrun, ``accelerate launch``) each scores its share of the photos, and the first
@@ -274,9 +275,22 @@ def save_scores(folder: Path, report: dict, rows: Sequence[dict], resamples: int
         files = (folder / "per_image.csv", folder / "metrics.json")
         with runtime.locked(files[1]):  # both files are of one call
             runtime.remove_temporaries(files)
+            for file in files if _still_hold(folder, report) else ():
+                runtime.set_aside(file)
             runtime.write_text(files[0], text)
             runtime.write_json(files[1], report, sealed=True)
     return report
+
+
+def _still_hold(folder: Path, report: dict) -> bool:
+    """True where a run has scores of its own network, and the new ones answer something else."""
+    try:
+        old = runtime.read_json(folder / "metrics.json", "`evaluate`", "checkpoint_sha256")
+        own = runtime.sha256_file(folder / "checkpoints" / "best.pt")
+    except (FileNotFoundError, ValueError):  # none, or unreadable: nothing to keep
+        return False
+    keys = ("checkpoint_sha256", "split", "protocol")
+    return old[keys[0]] == own and any(old.get(key) != report[key] for key in keys)
 
 
 def sha256_text(text: str) -> str:

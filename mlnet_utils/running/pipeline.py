@@ -5,11 +5,10 @@ extra ``notebooks`` (``pip install "mlnet-utils[notebooks]"``).
 """
 
 import functools
-import itertools
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +118,9 @@ def reproduce(
         raise FileNotFoundError(f"{missing[0]} is missing: run from a checkout of the repository")
     injections = _injections(sources, own, parameters or {})
 
-    split = injections.get("03_evaluation", {}).get("SPLIT", "")
+    asked = injections.get("03_evaluation", {})
+    replace(config, protocol=asked.get("PROTOCOL") or config.protocol)  # an unknown one is refused
+    split = asked.get("SPLIT", "")
     weights = Path(backbone_file(config)).expanduser()
     shared = {
         "preset": digest_of(config.to_dict()),
@@ -159,7 +160,7 @@ def _run_stage(
     # A training notices other settings itself. (Early versions did not note the weights.)
     before = state.pop(stage.name, {"inputs": inputs})["inputs"]
     if stage.resumes and (force or before.get(WEIGHTS, inputs[WEIGHTS]) != inputs[WEIGHTS]):
-        _set_aside(folder / stage.resumes)
+        runtime.set_aside(folder / stage.resumes)
     # Forgotten before it starts: a stage that is interrupted or fails counts as not done.
     write_json(folder / STATE_FILE, state)
     (folder / stage.record).unlink(missing_ok=True)
@@ -280,15 +281,6 @@ def _reason_to_run(
     if touched := _touched(folder, stage, done):
         return f"changed or missing since: {', '.join(touched)}"
     return stage.stale(folder)
-
-
-def _set_aside(folder: Path) -> None:
-    """Rename a folder, so that nothing is found there and nothing is lost."""
-    if folder.is_dir():
-        names = (f"{folder.name}.before{number or ''}" for number in itertools.count())
-        before = next(path for path in map(folder.with_name, names) if not path.exists())
-        folder.rename(before)
-        print(f"{display_path(folder)} was renamed to {before.name}", flush=True)
 
 
 # ---- after a stage -----------------------------------------------------------------------------

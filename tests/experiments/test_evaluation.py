@@ -259,6 +259,29 @@ def test_a_network_of_another_fold_is_warned_of(run, tmp_path):
         evaluation.evaluate(folder, tmp_path / "other.pt", models=(evaluation.MODEL,))
 
 
+def test_scores_that_still_hold_are_kept(run, tmp_path):
+    folder = shutil.copytree(run, tmp_path / "copy")
+    _, config, _ = checkpoints.load_model(run / "checkpoints" / "best.pt")
+    torch.manual_seed(1)
+    other = MLNet(config).state_dict()
+    checkpoints.save_checkpoint(tmp_path / "other.pt", config, other)
+    only = {"models": (evaluation.MODEL,)}
+    evaluation.evaluate(folder, **only)
+    own = {name: (folder / name).read_bytes() for name in ("metrics.json", "per_image.csv")}
+    evaluation.evaluate(folder, tmp_path / "other.pt", **only)
+    for name, content in own.items():
+        assert (folder / name).read_bytes() != content
+        assert (folder / f"{name}.before").read_bytes() == content
+    evaluation.evaluate(folder, **only)  # those of the other network are not the run's
+    evaluation.evaluate(folder, protocol="salicon", **only)
+    checkpoints.save_checkpoint(folder / "checkpoints" / "best.pt", config, other)
+    evaluation.evaluate(folder, **only)  # those before hold no longer
+    assert sorted(path.name for path in folder.glob("*.before*")) == [
+        *("metrics.json.before", "metrics.json.before1"),
+        *("per_image.csv.before", "per_image.csv.before1"),
+    ]
+
+
 def test_scores_name_the_network_that_was_scored(run, tmp_path, monkeypatch):
     folder = shutil.copytree(run, tmp_path / "copy")
     best = folder / "checkpoints" / "best.pt"
