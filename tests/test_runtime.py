@@ -52,6 +52,8 @@ def test_presets_of_one_file_name_do_not_share_a_run_folder(tmp_path, monkeypatc
     assert runtime.run_dir(tmp_path / "other", first) == tmp_path / "other"
     second.unlink()
     assert runtime.run_dir("", first) == tmp_path / "runs/my"
+    (tmp_path / "runs/my/preset.txt").write_bytes(b"\xff\xfe\n")  # of no file
+    assert runtime.run_dir("", first) == tmp_path / "runs/my"
 
 
 def test_display_path_hides_where_the_machine_keeps_things(monkeypatch, tmp_path):

@@ -89,7 +89,7 @@ def export(
     config = replace(config, test_scales=(1.0,))  # exported networks take photos of one size
     predictor = Predictor(model, config)
     files = _photo_files(checkpoint, photos, int8)
-    images = torch.stack([predictor.prepare(read_image(file))[0] for file in files])
+    images = torch.stack([_input(predictor, file) for file in files])
     scale = "probability density" if config.head == "density" else "non-negative, unnormalised"
     metadata = {
         "title": "ML-Net, a deep multi-level network for saliency prediction",
@@ -177,6 +177,11 @@ class OnnxNetwork(nn.Module):
 
 
 # ---- what goes in ------------------------------------------------------------------------------
+def _input(predictor: Predictor, file: Path) -> Tensor:
+    with runtime.reading(file, "a photo to verify the export with", "name others"):
+        return predictor.prepare(read_image(file))[0]
+
+
 def _photo_files(checkpoint: Path, photos: Sequence[str | Path], int8: bool) -> list[Path]:
     """Photos to verify with, and after those the ones to calibrate with."""
     run = checkpoint.absolute().parent.parent

@@ -172,6 +172,7 @@ def test_exported_files_run_on_the_cpu_only_and_need_no_extra(
         ("x.pt2", {"format": "torch-export", "photos": ["empty"]}, "found 0 .* at least 1"),
         ("x.onnx", {"int8": True, "photos": ["one.png"]}, "found 1 .* at least 24"),
         ("x.pt2", {"format": "torch-export", "photos": ["gone.jpg"]}, r"gone\.jpg"),
+        ("x.pt2", {"format": "torch-export", "photos": ["icon.png"]}, r"icon\.png.*20x10"),
         ("x.pt2", {"format": "torch-export", "checkpoint": "gone.pt"}, r"gone\.pt"),
         ("x.pt2", {"format": "torch-export", "checkpoint": "random.pt"}, "dropout_at_test"),
     ],
@@ -181,6 +182,7 @@ def test_wrong_requests_are_errors(checkpoint, photos, tmp_path, monkeypatch, na
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Image.new("RGB", (50, 40)).save("one.png")
+    Image.new("RGB", (20, 10)).save("icon.png")
     save_network(Path("random.pt"), dropout_at_test=True)
     options = {"checkpoint": checkpoint, "photos": [photos], **options}
     error = FileNotFoundError if "gone" in words else ValueError

@@ -489,6 +489,12 @@ def test_a_split_without_truth_is_refused_before_training(tmp_path, tiny_photos,
     assert len(ran) == 1 + len(pipeline.STAGES)
 
 
+def test_an_unknown_protocol_is_refused_before_anything_runs(tmp_path):
+    with pytest.raises(ValueError, match="protocol='mit301'"):
+        reproduce("tiny", tmp_path / "run", parameters={"PROTOCOL": "mit301"})
+    assert not (tmp_path / "run").exists()
+
+
 # ---- publishing --------------------------------------------------------------------------------
 def test_publish_copies_notebooks_and_figures(finished):
     written = publish(finished)
