@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
 from matplotlib.patches import FancyBboxPatch, Patch
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, MultipleLocator, NullFormatter
 
 from mlnet_utils.runtime import atomic_path
 
@@ -56,9 +56,10 @@ FEW_TICKS = {"nbins": 4, "steps": (1, 1.5, 2, 2.5, 4, 5, 10), "min_n_ticks": 3}
 FEW_POINTS = 12  # are drawn large
 CLIPPED = 60  # per cent: a larger change has a colour of its own
 # For pages made by nbconvert and nbviewer: on a phone, outputs are as wide as the text around them
-# (template classic); code in an output has the letters of code (template lab).
+# (template classic); code can be moved sideways, and in an output has the letters of code (lab).
 PAGE_STYLE = """<style>
 @media (max-width: 767px) { div.output_subarea { max-width: 100%; } }
+.jp-InputArea-editor .highlight { overflow-x: auto; }
 .jp-RenderedMarkdown .highlight pre { font-family: var(--jp-code-font-family, monospace); }
 </style>"""
 BAND = 1 << 20  # pixels that are painted at a time
@@ -227,7 +228,8 @@ def plot_looks(
             axes[2].add_patch(circle)
         style = {"ha": "center", "va": "center", "color": "white", "fontsize": "small"}
         label = axes[2].text(x, y, f"{share:.0%}", **style)
-        label.set_bbox({"facecolor": "black", "alpha": 0.6, "pad": 1.5, "linewidth": 0})
+        # Nearly opaque: the line of a neighbour's circle looks like a digit.
+        label.set_bbox({"facecolor": "black", "alpha": 0.85, "pad": 1.5, "linewidth": 0})
     return figure
 
 
@@ -361,6 +363,10 @@ def _name(axis: Axes, metric: str) -> None:
     axis.set(title=metric, xlabel=UNITS.get(metric, ""))
     axis.tick_params(axis="x", labelsize="small")  # −0.04 and −0.02 touch in a narrow panel
     few_ticks(axis.xaxis)
+    low, high = axis.get_xlim()
+    seen = [tick for tick in axis.get_xticks() if low <= tick <= high]
+    if len(" ".join(map(_short, seen))) > 20:  # so do 0.0005 and 0.001: every second is left
+        axis.xaxis.set_major_locator(MultipleLocator(2 * (seen[1] - seen[0])))
 
 
 def few_ticks(*axes: XAxis | YAxis, integer: bool = False) -> None:
@@ -483,18 +489,19 @@ def plot_ladder(start: Mapping[str, float], steps: pd.DataFrame, metrics: Sequen
 
     ``start`` holds the first rung's mean of each metric; ``steps`` has columns ``model``,
     ``metric``, ``mean``, ``low``, ``high`` and ``side`` (0: the sign is not clear, drawn grey). A
-    metric that is infinite at the first rung has an empty panel, which says so; where it is
+    metric that is infinite at the first rung has no panel, and a line says so; where it is
     infinite at a later one, the bars end there.
     """
     rungs = list(steps["model"].unique())
-    figure, axes = _grid(len(metrics), 0.34 * len(rungs) + 1, sharey=True)
+    endless = [metric for metric in metrics if not np.isfinite(start[metric])]
+    metrics = [metric for metric in metrics if metric not in endless]
+    figure, axes = _grid(max(1, len(metrics)), 0.34 * len(rungs) + 1, sharey=True)
+    if endless:
+        figure.supxlabel(f"{', '.join(endless)}: infinite at the first rung", fontsize="small")
     better, worse, unclear = "#0173b2", "#d55e00", "0.65"
-    for axis, metric in zip(axes, metrics, strict=True):
+    for axis, metric in zip(axes, metrics, strict=False):
         axis.set(yticks=range(len(rungs)), yticklabels=rungs, ylim=(len(rungs) - 0.5, -0.5))
         _name(axis, metric)
-        if not np.isfinite(start[metric]):
-            _say(axis, "infinite at the first rung")
-            continue
         part = steps[steps["metric"] == metric].set_index("model").loc[rungs]
         ends = start[metric] + part["mean"].cumsum(skipna=False)
         begins = ends - part["mean"]
@@ -540,7 +547,8 @@ def plot_curves(
     for (name, values), dash in zip(curves.items(), dashes, strict=False):
         axis.plot(x, values, dash, lw=2.5, label=name)
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    few_ticks(axis.xaxis, axis.yaxis)
+    few_ticks(axis.xaxis, integer=all(float(value).is_integer() for value in x))
+    few_ticks(axis.yaxis)
     if len(curves) > 1:
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1), ncol=2, frameon=False)
     return figure
@@ -583,8 +591,8 @@ def plot_architecture(
     box(6, 9.6, 11.5, f"all levels, concatenated\n{total} × {grid}", 0)
     steps = {
         f"3×3 convolution, ReLU\n{channels} × {grid}": (7.4, 2),
-        f"1×1 convolution, ReLU\n1 × {grid}, the raw map": (5.2, 2),
-        f"raw map × (1 + prior), ReLU\n1 × {grid}": (3.0, 1),
+        f"1×1 convolution\n1 × {grid}, the raw map": (5.2, 2),
+        f"ReLU, × (1 + prior), ReLU\n1 × {grid}": (3.0, 1),
         f"saliency map\n1 × {grid}": (0.8, 7),
     }
     for text, (y, colour) in steps.items():

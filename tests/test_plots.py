@@ -228,6 +228,29 @@ def test_ticks_are_few_and_do_not_touch(low, high):
     assert all(a.x1 < b.x0 for a, b in itertools.pairwise(boxes))
 
 
+def test_long_ticks_beside_long_names_do_not_touch():
+    rows = {"model": ["ML-Net's head, loss as printed"], "metric": ["AUC"]}
+    table = pd.DataFrame({**rows, "mean": [0.0005], "low": [-0.0006], "high": [0.0013]})
+    with plt.rc_context():
+        plots.use_style()
+        figure = plots.plot_scores(table, ["AUC", "CC"], zero=True)
+        figure.draw_without_rendering()
+    axis = figure.axes[0]
+    low, high = axis.get_xlim()
+    seen = [label for label in axis.get_xticklabels() if low <= label.get_position()[0] <= high]
+    assert "0" in [label.get_text() for label in seen]
+    assert len(seen) > 1
+    boxes = [label.get_window_extent() for label in seen]
+    assert all(a.x1 + 3 < b.x0 for a, b in itertools.pairwise(boxes))
+
+
+def test_whole_numbers_have_whole_ticks():
+    updates = plots.plot_curves(range(1, 11), {"loss": range(10)}, "update", "loss").axes[0]
+    assert all(tick == round(tick) for tick in updates.get_xticks())
+    shares = plots.plot_curves([0, 0.5, 1], {"loss": [2, 1, 0]}, "share", "loss").axes[0]
+    assert any(tick != round(tick) for tick in shares.get_xticks())
+
+
 @pytest.mark.parametrize("crop", [(10, 5, 50, 45), (0, 20, 80, 30), (30, 0, 40, 60)])
 def test_a_crop_of_any_shape_takes_as_much_room_as_the_photo(crop):
     photo = np.zeros((60, 80, 3), np.uint8)
@@ -260,15 +283,19 @@ def test_the_architecture_names_every_shape():
     texts = " ".join(text.get_text() for text in figure.axes[0].texts)
     for shape in ("3 × 480 × 640", "256 × 60 × 80", "768 × 60 × 80", "64 × 60 × 80", "6 × 8"):
         assert shape in texts
+    raw = next(text for text in figure.axes[0].texts if "raw map" in text.get_text())
+    assert "ReLU" not in raw.get_text()  # MLNet.raw_map has none: the head begins with it
 
 
 def test_a_ladder_from_an_infinite_score_says_so():
     row = {"model": "rung", "mean": 0.1, "low": 0.0, "high": 0.2, "side": 1}
     steps = pd.DataFrame([{**row, "metric": "CC"}, {**row, "metric": "IG", "mean": np.nan}])
     figure = plots.plot_ladder({"CC": 0.5, "IG": -np.inf}, steps, ["CC", "IG"])
-    drawn, empty = figure.axes
-    assert (len(drawn.patches), len(drawn.texts)) == (1, 0)
-    assert (len(empty.patches), len(empty.texts)) == (0, 1)
+    drawn, spare = figure.axes  # of a grid of two columns
+    assert (len(drawn.patches), drawn.get_title()) == (1, "CC")
+    assert not spare.axison
+    assert figure.get_supxlabel().startswith("IG")
+    assert plots.plot_ladder({"IG": -np.inf}, steps, ["IG"]).get_supxlabel().startswith("IG")
 
 
 def test_a_ladder_does_not_go_on_beyond_an_infinite_score():
