@@ -509,11 +509,13 @@ def progress(
         yield from tqdm(iterable, desc=description, total=total, unit=unit, leave=False)
         return
     started = last = time.monotonic()
-    pause = 15
+    pause, of, done, said = 15, f"/{total}" if total else f" {unit}", 0, 0
+    line = "{}: {}{}, {:.0f} s".format
     for done, item in enumerate(iterable, start=1):
         yield item
         now = time.monotonic()
         if now - last >= pause:
-            pause = min(2 * pause, 300)
-            last, of = now, f"/{total}" if total else f" {unit}"
-            print(f"{description}: {done}{of}, {now - started:.0f} s", flush=True)
+            pause, last, said = min(2 * pause, 300), now, done
+            print(line(description, done, of, now - started), flush=True)
+    if 0 < said < done:  # lines that end halfway look like work that did
+        print(line(description, done, of, now - started), flush=True)

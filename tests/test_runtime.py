@@ -327,6 +327,9 @@ def test_progress_prints_lines_for_long_loops_only(monkeypatch, capsys):
     assert list(runtime.progress(range(4), "reading", unit="photo")) == [0, 1, 2, 3]
     captured = capsys.readouterr()
     assert captured.out == "reading: 2/4, 16 s\nreading: 4/4, 47 s\n"
+    seconds = iter([0, 16, 20])
+    assert list(runtime.progress(range(2), "reading")) == [0, 1]
+    assert capsys.readouterr().out == "reading: 1/2, 16 s\nreading: 2/2, 20 s\n"
     assert captured.err == ""
 
 

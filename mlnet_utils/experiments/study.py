@@ -217,7 +217,7 @@ def compare(
     single seed's smallest and largest difference; ``infinite``, the number of photos with an
     infinite score in either cell. The difference is then NaN: a mean over the other photos would
     flatter. ``side`` is +1 or -1 where the difference is clear (the interval leaves out zero and
-    all seeds agree, or only one of the cells has infinite scores), else 0.
+    all seeds agree, or only one of the cells has infinite scores; two seeds at least), else 0.
     """
     table = scores.set_index(["cell", "seed", "stem"])[list(METRICS)].sort_index()
     if reference not in table.index:
@@ -242,7 +242,7 @@ def compare(
             seed_low, seed_high = by_seed[metric].min(), by_seed[metric].max()
             clear = int(min(low, seed_low) > 0) - int(max(high, seed_high) < 0)
             side = int(better[metric]) if infinite[metric] else clear
-            side *= bool(len(shared))  # without a seed in common, the seeds cannot agree
+            side *= len(shared) > 1  # fewer seeds in common cannot agree
             row = (cell, reference, metric, difference[metric].mean(), low, high)
             rows.append((*row, len(shared), seed_low, seed_high, infinite[metric], side))
     return pd.DataFrame(rows, columns=COMPARISON)
