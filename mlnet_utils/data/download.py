@@ -101,7 +101,7 @@ def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) ->
 def _fetch(name: str, archive: Archive, path: Path) -> Path:
     """Fetch an archive, from Google Drive or any other server, into a ``.part`` of its file.
 
-    gdown 6 retries, and keeps what came of a file beside it for the next run, which goes on with
+    gdown 6.3 retries, and keeps what came of a file beside it for the next run, which goes on with
     it. gdown 5, which Colab has, fetches the whole file or fails.
     """
     import gdown

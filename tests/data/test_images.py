@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps
@@ -55,6 +56,8 @@ jp2 RGB 1, ppm RGB 0
 @pytest.mark.parametrize("case", [case.strip() for case in FORMATS.split(",")])
 def test_every_format_and_mode_gives_the_same_colours(tmp_path, case):
     suffix, mode, tolerance = case.split()
+    if mode == "YCbCr" and int(PIL.__version__.partition(".")[0]) < 13:
+        pytest.skip("needs Pillow 13, which reads what it wrote")
     name, options = f"x.{suffix}", {"quality": 95} if suffix not in ("jp2", "ppm") else {}
     assert (tmp_path / name).suffix in PHOTO_SUFFIXES
     pixels = saved(tmp_path, colourful().convert(mode), name, **options)

@@ -146,7 +146,7 @@ def test_verdicts_follow_the_sides(sides, words):
 
 
 def test_the_low_level_model_is_scored(run_folder):
-    pytest.importorskip("cv2", reason="needs the extra `study`")
+    pytest.importorskip("cv2.saliency", reason="needs the extra `study`")
     row = study.low_level(run_folder)
     assert row["model"] == "spectral residual"
     # The test photos are a bright disc on noise, where the observers looked.
@@ -247,6 +247,7 @@ def test_the_dead_are_counted():
 
 
 def test_the_life_of_a_head_is_watched(run_folder, monkeypatch):
+    pytest.importorskip("torch.distributed.fsdp")  # torch 2.6 makes a folder as it is imported
     monkeypatch.setattr(tempfile, "mkdtemp", None)  # of a killed call, it would stay
     config = load_config(
         "tiny", head="paper", loss="mlnet", prior_penalty=-1, lr=0, freeze_norm=True
