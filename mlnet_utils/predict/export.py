@@ -69,7 +69,7 @@ def export(
     or scikit-image's for the network that comes with the package.
 
     Raises:
-        ImportError: the extra ``export`` is not installed.
+        ImportError: the extra ``export`` is not installed, or torch is older than 2.9.
         FileNotFoundError: the checkpoint or a photo does not exist.
         ValueError: a wrong format or suffix, too few photos, or a network that is random.
         RuntimeError: the result differs too much from PyTorch; nothing is written.
@@ -83,6 +83,8 @@ def export(
         raise ValueError("8 bits are made by onnxruntime: use the format onnx")
     for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
         runtime.require(name, "export")
+    if torch.__version__ < (2, 9):  # older ones fail, or write another layout of archives
+        raise ImportError(f"export needs torch 2.9 or newer, not {torch.__version__}")
     model, config, content = load_model(checkpoint)
     if config.dropout_at_test:
         raise ValueError("dropout_at_test makes the network random: import or train it without")

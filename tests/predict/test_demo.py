@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import tiny_checkpoint
 from miniatures import TURNED
 from PIL import Image
@@ -94,6 +95,8 @@ def site(demo, tmp_path_factory) -> Path:
     data = pytest.importorskip("skimage.data", reason="needs scikit-image's photos")
     if not demo.CHROMIUM:
         pytest.skip("needs Chromium on the PATH")
+    if torch.__version__ < (2, 9):
+        pytest.skip("exports need torch 2.9")
     site = tmp_path_factory.mktemp("site")
     try:
         runtime = demo.place_runtime(site)

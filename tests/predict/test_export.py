@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import make_photo, tiny_checkpoint
 from PIL import Image
+from torch.torch_version import TorchVersion
 
 from mlnet_utils.data.images import read_image
 from mlnet_utils.predict import export as export_module
@@ -19,6 +20,9 @@ from mlnet_utils.predict.export import CHECKED, FEWEST_CALIBRATED, export, load_
 from mlnet_utils.predict.folders import predict_folder
 from mlnet_utils.predict.predictor import Predictor, load
 from mlnet_utils.runtime import display_path, sha256_file
+
+if torch.__version__ < (2, 9):
+    pytest.skip("exports need torch 2.9", allow_module_level=True)
 
 SCORES = {"epoch": 3, "val_cc": 0.5}
 
@@ -189,6 +193,12 @@ def test_wrong_requests_are_errors(checkpoint, photos, tmp_path, monkeypatch, na
     with pytest.raises(error, match=words):
         export(out=name, **options)
     assert not Path(name).exists()
+
+
+def test_an_old_torch_is_an_error_before_the_work(checkpoint, photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.8.0"))
+    with pytest.raises(ImportError, match=r"2\.9.*2\.8\.0"):
+        export(checkpoint, tmp_path / "x.pt2", "torch-export", photos=[photos])
 
 
 @pytest.mark.slow
