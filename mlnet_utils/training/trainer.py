@@ -303,14 +303,15 @@ class Trainer:
             size //= 2
             return size
 
-        @find_executable_batch_size(starting_batch_size=size, reduce_batch_size_fn=halve)
         def update(photos: int) -> None:
             self.optimizer.zero_grad(set_to_none=True)
             batch = default_collate([self.data["train"][0]] * photos)
             self.losses(batch, self.model).sum().backward()
 
+        # As a decorator, accelerate before 1.15 forgets reduce_batch_size_fn.
+        find = {"starting_batch_size": size, "reduce_batch_size_fn": halve}
         try:
-            update()
+            find_executable_batch_size(update, **find)()
         except RuntimeError:
             if size:
                 raise
