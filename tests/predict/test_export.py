@@ -183,6 +183,8 @@ def test_exported_files_run_on_the_cpu_only_and_need_no_extra(
     ids=str,
 )
 def test_wrong_requests_are_errors(checkpoint, photos, tmp_path, monkeypatch, name, options, words):
+    if options.get("int8") and name == "x.onnx":
+        pytest.importorskip("onnxruntime", reason="needs the extra `export`")
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     Image.new("RGB", (50, 40)).save("one.png")
@@ -250,6 +252,7 @@ def test_a_killed_export_leaves_nothing_for_long(checkpoint, photos, tmp_path, m
 
 @pytest.mark.parametrize("missing", ["onnx", "onnxscript", "onnxruntime"])
 def test_a_missing_extra_is_an_error_before_the_work(checkpoint, tmp_path, monkeypatch, missing):
+    pytest.importorskip("onnx", reason="needs the extra `export`")
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(ImportError, match=rf"{missing}.*\[export\]"):
         export(checkpoint, tmp_path / "x.onnx", photos=[])
