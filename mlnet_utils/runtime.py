@@ -98,7 +98,8 @@ def run_dir(value: str | Path = "", preset: str = "sample") -> Path:
         said = f"the run of the preset {before}, and {str(preset)!r} has the same name"
         raise ValueError(f"{folder} is {said}, but other content: rename one, or set a run folder")
     if content and not (note.is_file() and before == path):
-        write_text(note, f"{path}\n")
+        with locked(note):
+            write_text(note, f"{path}\n")
     return folder
 
 
@@ -194,14 +195,14 @@ def first_of_launch() -> bool:
 def locked(target: str | Path) -> Iterator[None]:
     """Keep other processes out of a file or folder that this one is writing.
 
-    The second process waits, and says for which one; a killed one keeps nobody waiting. Of the
-    processes of one launch the first holds the lock for all: let them meet after it is taken. Not
-    to be taken twice by one thread.
+    The second process waits, and says for which one; a killed one keeps nobody waiting, and what
+    it left of the file is deleted. Of the processes of one launch the first holds the lock for all:
+    let them meet after it is taken. Not to be taken twice by one thread.
     """
     if not first_of_launch():
         yield
         return
-    target = Path(os.path.realpath(target))
+    path, target = Path(target), Path(os.path.realpath(target))
     target.parent.mkdir(parents=True, exist_ok=True)
     file = target.with_name(f".{target.name}.lock")
     lock = filelock.FileLock(file)
@@ -219,6 +220,7 @@ def locked(target: str | Path) -> Iterator[None]:
             holder = f"process {os.getpid()} on {platform.node()} ({given_command()})"
             if free:
                 file.write_text(holder, encoding="utf-8")
+        remove_temporaries([path])
         yield
     finally:
         # Still locked: a process that waits for this very file notices that it is gone.

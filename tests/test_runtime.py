@@ -42,7 +42,9 @@ def test_presets_of_one_file_name_do_not_share_a_run_folder(tmp_path, monkeypatc
     for path in (first, second):
         path.parent.mkdir()
         path.write_text(f"preset: tiny\nlimit: {len(path.parts)}\n")
+    abandon(tmp_path / "runs/my/preset.txt")
     assert runtime.run_dir("", first) == runtime.run_dir("", first) == tmp_path / "runs/my"
+    assert os.listdir(tmp_path / "runs/my") == ["preset.txt"]
     assert runtime.run_dir("", second) == tmp_path / "runs/my"  # it says the same
     second.write_text("preset: tiny\nlimit: 1\n")
     with pytest.raises(ValueError, match=rf"preset {second}.*{first}.* same name"):
@@ -121,6 +123,7 @@ def abandon(path: Path) -> Path:
     """Half a file, as a killed writer leaves it; returns its path."""
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(Path, "unlink", lambda *_, **__: None)
+        patch.setattr(os, "getpid", lambda: 1)
         with runtime.atomic_path(path) as temporary:
             temporary.write_text("half")
             raise KeyboardInterrupt
@@ -144,6 +147,8 @@ def test_leftovers_of_killed_writers_are_removed(tmp_path):
     (tmp_path / "last.pt").write_text("whole")
     runtime.remove_temporaries(tmp_path / name for name in ("last.pt", "a.b.pt", "none"))
     assert sorted(tmp_path.iterdir()) == sorted([left[1], tmp_path / "last.pt"])
+    with runtime.locked(tmp_path / "best.pt"):
+        assert not left[1].exists()
 
 
 @pytest.mark.parametrize("name", ["a" * 251 + ".png", "é" * 125 + ".png", os.fsdecode(b"caf\xe9")])

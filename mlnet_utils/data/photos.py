@@ -243,6 +243,9 @@ class Prepared:
             said = f"{len(twice)} stems belong to several photos, e.g. {twice[0]}"
             raise ValueError(f"{said}: pairing is by stem, so rename the files")
         (self.folder / "meta.json").unlink(missing_ok=True)
+        sources = self._sources()
+        names = (*INDEX_FILES, "meta.json", *sources["files"])  # photos, where made here
+        runtime.remove_temporaries(self.folder / name for name in names)
         rows = []
         for photo in self.photos:
             row = {key: getattr(photo, key) for key in COLUMNS}
@@ -257,8 +260,8 @@ class Prepared:
             arrays[key] = np.concatenate(values).astype(dtype)
         with runtime.atomic_path(self.folder / "fixations.npz") as temporary:
             np.savez_compressed(temporary, **arrays)
-        sources = self._sources()
-        runtime.write_json(self.folder / SOURCES, sources)
+        with runtime.locked(self.folder / SOURCES):  # others may note what they have checked
+            runtime.write_json(self.folder / SOURCES, sources)
         self.meta["sources"] = _digest(sources)
         self.meta["files"] = {name: sha256_file(self.folder / name) for name in INDEX_FILES}
         runtime.write_json(self.folder / "meta.json", self.meta, sealed=True)
@@ -351,7 +354,8 @@ class Prepared:
         listed = _listed(self.root, sources["read_from"]) if sources["read_from"] else set()
         problems += [f"{self.root / name} was added" for name in sorted(listed - files.keys())]
         if noted and runtime.first_of_launch():  # of several processes, one writes
-            with contextlib.suppress(OSError):  # a folder that may only be read
+            # A folder may only be read.
+            with contextlib.suppress(OSError), runtime.locked(self.folder / SOURCES):
                 runtime.write_json(self.folder / SOURCES, sources)
         return problems
 

@@ -274,7 +274,7 @@ def save_scores(folder: Path, report: dict, rows: Sequence[dict], resamples: int
     if runtime.first_of_launch():
         files = (folder / "per_image.csv", folder / "metrics.json")
         with runtime.locked(files[1]):  # both files are of one call
-            runtime.remove_temporaries(files)
+            runtime.remove_temporaries(files[:1])
             for file in files if _still_hold(folder, report) else ():
                 runtime.set_aside(file)
             runtime.write_text(files[0], text)

@@ -98,7 +98,8 @@ def cross_validate(
 
     photos = sorted(photos, key=lambda photo: (str(runs[photo.stem]), photo.stem))
     scores = score_a(photos, {MODEL: predict})
-    runtime.write_text(folder / PER_IMAGE_A, scores.to_csv(index=False))
+    with runtime.locked(folder / PER_IMAGE_A):
+        runtime.write_text(folder / PER_IMAGE_A, scores.to_csv(index=False))
     ours = pd.read_csv(folder / sweep.PER_IMAGE, dtype={"stem": str})
     return {
         "photos": len(photos),

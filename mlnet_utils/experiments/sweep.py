@@ -168,6 +168,7 @@ def run_job(job: Job) -> None:
         except Exception as error:
             in_notebook = getattr(error.__cause__, "ename", "")  # where only its name is left
             if isinstance(error, TrainingDied) or in_notebook == TrainingDied.__name__:
+                runtime.remove_temporaries([job.folder / DIED])
                 runtime.write_text(job.folder / DIED, f"{_identity(job)}\n{error}\n")
             raise
         if not _scored(job):
@@ -386,6 +387,7 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
     table = pd.DataFrame(rows, columns=[*COLUMNS, *METRICS, *INFINITE])
     table = table.drop(columns=[name for name in INFINITE if not table[name].any()])
     with runtime.locked(folder / TABLE):  # both files are of one call
+        runtime.remove_temporaries([folder / PER_IMAGE])
         runtime.write_text(folder / TABLE, table.to_csv(index=False))
         if photos:
             columns = ["cell", "seed", "dataset", "stem", *METRICS]

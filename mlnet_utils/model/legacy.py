@@ -23,7 +23,7 @@ from mlnet_utils.config import Config, load_config
 from mlnet_utils.model import backbones, tensorfiles
 from mlnet_utils.model.checkpoints import save_checkpoint
 from mlnet_utils.model.network import MLNet
-from mlnet_utils.runtime import atomic_path, reading, require, sha256_file
+from mlnet_utils.runtime import atomic_path, locked, reading, require, sha256_file
 
 WEIGHTS = "weights of an earlier ML-Net or of VGG-16 from Keras"
 KINDS = ("keras-mlnet", "keras-vgg16", "mlnet-pytorch")
@@ -89,7 +89,7 @@ def import_weights(path: str | Path, out: str | Path) -> Config:
     if kind == "keras-vgg16":
         weights = _keras_vgg16(path)
         tensorfiles.load_strictly(backbones.VGG16Levels(), weights, str(path))
-        with atomic_path(out) as temporary:
+        with locked(out), atomic_path(out) as temporary:
             tensorfiles.save_safetensors(temporary, weights, {**source, "normalisation": "caffe"})
         return load_config("paper", backbone_weights=str(out), normalisation="caffe")
     if kind == "keras-mlnet":
@@ -103,7 +103,8 @@ def import_weights(path: str | Path, out: str | Path) -> Config:
     config = load_config(preset, backbone_weights="none", **size, **options)
     model = MLNet(config)
     tensorfiles.load_strictly(model, {**dict(model.named_buffers()), **weights}, str(path))
-    save_checkpoint(out, config, model.state_dict(), source=source)
+    with locked(out):
+        save_checkpoint(out, config, model.state_dict(), source=source)
     return config
 
 

@@ -225,10 +225,9 @@ def _scores(checkpoint: Path, content: dict) -> dict:
 def _work_folder(out: Path) -> Iterator[None]:
     """A place beside ``out`` for temporary files, onnxruntime's too.
 
-    What a killed call left there and of the file itself is deleted: call it in ``locked``.
+    What a killed call left there is deleted: call it in ``locked``.
     """
     folder, before = out.with_name(f".{out.name}.work"), tempfile.tempdir
-    runtime.remove_temporaries([out])
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     tempfile.tempdir = str(folder)

@@ -227,7 +227,7 @@ def begin(
         processes.wait_for_everyone()  # all have the same list before the first one writes
         if processes.is_main_process:
             wanted = [path for made in todo.values() for path in made]
-            runtime.remove_temporaries(wanted)
+            runtime.remove_temporaries([*wanted, out / RECORD])
             # Before the record says otherwise: an interrupted call would leave maps of the other
             # network, which the next one would take for done.
             for path in filter(Path.is_file, wanted if other_maps else ()):

@@ -118,7 +118,6 @@ def write_submission(
         if result.failed:
             raise RuntimeError(f"the submission would not be complete: {result.summary()}")
         if runtime.first_of_launch():
-            runtime.remove_temporaries([out])
             with runtime.atomic_path(out) as temporary:
                 _pack(maps, sizes, temporary)
                 if problems := "; ".join(validate_submission(temporary, sizes)):

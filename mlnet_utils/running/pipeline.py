@@ -168,6 +168,8 @@ def _run_stage(
     check = functools.partial(_broken_promise, folder, stage)
     notebooks.run_notebook(source, folder / stage.executed, inputs["parameters"], check)
     seconds = round(time.monotonic() - started, 1)
+    figures = folder.glob("figures/*.png")
+    runtime.remove_temporaries([folder / stage.record, folder / stage.executed, *figures])
     outputs = _output_digests(folder, stage)
     state[stage.name] = {"inputs": inputs, "outputs": outputs, "seconds": seconds}
     write_json(folder / STATE_FILE, state)
@@ -177,7 +179,8 @@ def train(config: Config, run_dir: Path) -> None:
     """Train as ``training.trainer.fit`` does, by executing notebook 02 in a prepared run folder."""
     preset = run_dir.resolve() / f"{config.preset}.yaml"
     values = {key: value for key, value in config.to_dict().items() if key != "preset"}
-    runtime.write_text(preset, yaml.safe_dump(values))
+    with runtime.locked(preset):
+        runtime.write_text(preset, yaml.safe_dump(values))
     stages = [stage for stage in STAGES if stage.name == "02_training"]
     reproduce(preset, run_dir=run_dir, parameters={"SEED": config.seed}, stages=stages)
 

@@ -7,8 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
-from conftest import SIGMA, tiny_config
+from conftest import SIGMA, files, tiny_config
 from miniatures import save_map, save_photo
+from test_runtime import abandon
 
 from mlnet_utils.config import load_config
 from mlnet_utils.data import synthetic
@@ -218,6 +219,19 @@ def test_a_dataset_that_is_absent_says_how_to_get_it(name, tmp_path):
     first = name.partition("+")[0]
     with pytest.raises(FileNotFoundError, match=rf"download {first}|own photos: .*does not exist"):
         prepare(tiny_config(dataset=name, sigma=5.0), tmp_path, tmp_path / "run")
+
+
+def test_a_killed_preparation_or_check_leaves_nothing_for_long(tmp_path):
+    data = tmp_path / "data"
+    made = files(prepare(load_config("tiny", limit=1), tmp_path, data).folder)
+    for name in made:
+        abandon(data / name)
+    prepare(load_config("tiny", limit=1), tmp_path, data)
+    assert files(data) == made
+    abandon(data / "sources.json")
+    (data / "images/test_0000.png").touch()  # its new time is noted
+    Prepared.read(data)
+    assert files(data) == made
 
 
 def test_two_processes_prepare_a_folder_once(tmp_path, monkeypatch):

@@ -17,7 +17,8 @@ import pandas as pd
 import processes
 import pytest
 import yaml
-from conftest import unseen
+from conftest import files, unseen
+from test_runtime import abandon
 
 from mlnet_utils import __main__ as cli
 from mlnet_utils.data.photos import Prepared
@@ -209,6 +210,14 @@ def test_the_tables_leave_out_another_configuration_s_scores(done):
     assert table_of(done).empty
     assert not (done / sweep.PER_IMAGE).exists()
     assert sweep.summary(done) == "no training has finished"
+
+
+def test_a_killed_sweep_leaves_nothing_for_long(done):
+    made = files(done)
+    for name in (sweep.TABLE, sweep.PER_IMAGE):
+        abandon(done / name)
+    assert run_sweep(done) == {}
+    assert files(done) == made
 
 
 def test_damaged_times_are_written_again(done):

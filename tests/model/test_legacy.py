@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import linear
+from conftest import files, linear
 from miniatures import truncate
 from scipy.signal import convolve2d
+from test_runtime import abandon
 
 import mlnet_utils
 from mlnet_utils.__main__ import main
@@ -264,8 +265,10 @@ def test_other_layouts_of_keras(keras, tmp_path, layout):
 
 def test_input_size_follows_from_the_prior(tmp_path):
     write_keras_mlnet(tmp_path / "w.h5", empty_layers(), (3, 5))
+    abandon(tmp_path / "out.pt")
     config = import_weights(tmp_path / "w.h5", tmp_path / "out.pt")
     assert (config.height, config.width, config.prior_cells) == (240, 400, (3, 5))
+    assert files(tmp_path) == {"w.h5", "out.pt"}
 
 
 def opencv(image, height, width):
@@ -300,7 +303,9 @@ def test_from_photo_to_photo(keras, tmp_path, resize, tolerance):
 def test_authors_vgg16_becomes_a_backbone(tmp_path):
     layers, _ = random_weights()
     write_keras_vgg(tmp_path / "vgg16_weights.h5", layers)
+    abandon(tmp_path / "vgg16.safetensors")
     config = import_weights(tmp_path / "vgg16_weights.h5", tmp_path / "vgg16.safetensors")
+    assert files(tmp_path) == {"vgg16_weights.h5", "vgg16.safetensors"}
     assert config.normalisation == "caffe"
     assert config.compat == "", "the paper's own training, from these weights"
     model = MLNet(config).eval()

@@ -14,7 +14,8 @@ from threading import Barrier, BrokenBarrierError
 import nbformat
 import papermill
 import pytest
-from conftest import prepare_run, unseen
+from conftest import files, prepare_run, unseen
+from test_runtime import abandon
 
 from mlnet_utils import runtime
 from mlnet_utils.config import load_config
@@ -321,6 +322,9 @@ def test_a_killed_run_leaves_nothing_for_long(finished, monkeypatch):
         raise SystemExit
 
     change_notebook(finished, monkeypatch)
+    made = files(root.parent)
+    for name in ("pipeline.json", "02_second.json", "notebooks/02_second.ipynb", "figures/one.png"):
+        abandon(root.parent / name)
     monkeypatch.setattr(papermill, "execute_notebook", killed)
     with pytest.raises(SystemExit):
         run(finished)
@@ -328,7 +332,7 @@ def test_a_killed_run_leaves_nothing_for_long(finished, monkeypatch):
     assert len(os.listdir(connections)) == 1
     monkeypatch.setattr(papermill, "execute_notebook", real)
     run(finished)
-    assert sorted(os.listdir(root)) == ["01_first.ipynb", "02_second.ipynb"]
+    assert files(root.parent) == made
     assert os.listdir(connections) == []
 
 
