@@ -6,6 +6,7 @@ own grid. The metadata hold the configuration, with which :func:`load_exported` 
 
 import contextlib
 import hashlib
+import io
 import json
 import shutil
 import tempfile
@@ -243,7 +244,9 @@ def _write_float(model: nn.Module, images: Tensor, metadata: dict, path: Path) -
     shapes = {"image": {0: torch.export.Dim("batch")}}
     if path.suffix == FORMATS["torch-export"]:
         program = torch.export.export(model, example, dynamic_shapes=shapes, strict=False)
-        torch.export.save(program, path, extra_files={"metadata.json": json.dumps(metadata)})
+        content = io.BytesIO()  # writing a file itself, torch ends the process on a full disk
+        torch.export.save(program, content, extra_files={"metadata.json": json.dumps(metadata)})
+        path.write_bytes(content.getvalue())
         return
     names = {"input_names": ["image"], "output_names": ["saliency"]}
     options = {"dynamo": True, "dynamic_shapes": shapes, "opset_version": OPSET, "verbose": False}

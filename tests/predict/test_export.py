@@ -232,6 +232,20 @@ def test_maps_of_nan_or_of_one_value_are_no_export(checkpoint, photos, monkeypat
             export_module._compare(predictor, Path("x.onnx"), images[:CHECKED], int8)
 
 
+@pytest.mark.parametrize(("format", "suffix"), export_module.FORMATS.items())
+def test_a_full_disk_is_an_error_that_names_the_file(checkpoint, photos, tmp_path, format, suffix):
+    """torch's own writer ended the process."""
+    resource = pytest.importorskip("resource")  # not on Windows
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=rf"x\{suffix}' could not be written"):
+            export(checkpoint, tmp_path / f"x{suffix}", format, photos=[photos])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_killed_export_leaves_nothing_for_long(checkpoint, photos, tmp_path, monkeypatch):
     """The next one takes the place of its files, and of those that other packages write."""
     made = []
