@@ -77,6 +77,15 @@ def output_stems(places: Mapping[Path, Path], endings: Sequence[str] = ("",)) ->
     return {f: places[f] if any(count[n] > 1 for n in made[f]) else stems[f] for f in stems}
 
 
+def open_checked(path: str | Path, formats: Sequence[str] = FORMATS) -> Image.Image:
+    """Open a picture; an error for PNG with other checksums: Pillow skips those of the pixels."""
+    image = Image.open(path, formats=formats)
+    if image.format == "PNG":
+        image.verify()
+        image = Image.open(path, formats=formats)
+    return image
+
+
 def open_image(path: str | Path) -> Image.Image:
     """Open a photo of any of Pillow's own formats, or HEIC (the extra ``heic``).
 
@@ -91,7 +100,7 @@ def open_image(path: str | Path) -> Image.Image:
     try:
         if heic:
             require("pillow_heif", "heic").register_heif_opener()
-        return Image.open(path, formats=("HEIF",) if heic else FORMATS)
+        return open_checked(path, ("HEIF",) if heic else FORMATS)
     except ImportError as error:
         raise ValueError(f"'{path}' is HEIC: {error}") from error
     except Image.DecompressionBombError as error:
@@ -186,7 +195,7 @@ def read_map(path: str | Path) -> np.ndarray:
                     raise ValueError(f"it unpacks to {size / 1e9:.1f} GB, more than any photo has")
                 values = arrays[name]
         else:
-            with Image.open(path, formats=FORMATS) as image:
+            with open_checked(path) as image:
                 if image.mode in ("P", "PA", "CMYK", "YCbCr", "LAB", "HSV"):
                     image = image.convert("RGBA" if "transparency" in image.info else "RGB")
                 values = np.asarray(image)

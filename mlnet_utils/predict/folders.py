@@ -163,7 +163,7 @@ def _predict_photos(
 
 
 def _made_of(path: Path) -> str:
-    with Image.open(path, formats=("PNG",)) as image:
+    with images.open_checked(path, ("PNG",)) as image:
         return image.info.get(MADE_OF, "")
 
 

@@ -18,6 +18,7 @@ from mlnet_utils.data.images import (
     photo_limit,
     read_density,
     read_image,
+    read_map,
     to_bytes,
     visible_files,
 )
@@ -206,6 +207,17 @@ def test_an_archive_that_unpacks_to_more_than_a_photo_is_refused(tmp_path):
         assert read_density(path).shape == (50, 50)
     with photo_limit(0.002), pytest.raises(ValueError, match=r"map\.npz.*unpacks to"):
         read_density(path)
+
+
+@pytest.mark.parametrize("read", [read_image, read_map])
+def test_a_flipped_bit_of_a_png_is_noticed(tmp_path, read):
+    path, rng = tmp_path / "x.png", np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 256, (40, 50), np.uint8)).save(path)
+    content = path.read_bytes()
+    for place in rng.integers(60, len(content), 40):  # of the pixels; the header has its own checks
+        path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(ValueError, match=r"x\.png"):
+            read(path)
 
 
 def test_a_folder_is_no_photo(tmp_path):

@@ -114,6 +114,15 @@ def test_a_photo_that_changed_is_predicted_again(checkpoint, tmp_path):
     assert stamps(out)["b.png"] == before["b.png"]
 
 
+def test_a_damaged_map_is_made_again(checkpoint, tmp_path):
+    source, made = photo(tmp_path / "a.jpg"), tmp_path / "out" / "a.png"
+    predict_folder(checkpoint, [source], made.parent)
+    whole = made.read_bytes()
+    made.write_bytes(whole[:-40] + bytes([whole[-40] ^ 1]) + whole[-39:])
+    assert predict_folder(checkpoint, [source], made.parent).done == [source]
+    assert made.read_bytes() == whole
+
+
 def test_a_second_call_does_only_what_is_missing(album, checkpoint, tmp_path):
     out = tmp_path / "out"
     predict_folder(checkpoint, [album], out, overlay=True)

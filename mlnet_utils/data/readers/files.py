@@ -10,9 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from mlnet_utils.data.images import FORMATS, open_image, orientation
+from mlnet_utils.data.images import open_checked, open_image, orientation
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers.matlab import read_mat
 from mlnet_utils.runtime import reading
@@ -122,7 +121,7 @@ def fixated_pixels(path: Path, size: tuple[int, int], variable: str = "") -> np.
             matrices = load_mat(path, variable) if variable else load_mat(path)
             (values,) = [matrices[variable]] if variable else matrices.values()
         else:
-            with Image.open(path, formats=FORMATS) as image:
+            with open_checked(path) as image:
                 values = image.convert("F")
         values = np.asarray(values, np.float64)
     if values.shape != size[::-1]:
