@@ -9,6 +9,7 @@ import io
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -387,4 +388,5 @@ def import_weights(options: argparse.Namespace) -> Outcome:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: workers stop too
     runtime.end_process(main())

@@ -301,12 +301,12 @@ def test_a_death_is_remembered_until_the_cell_or_the_file_is_gone(tmp_path):
     assert len(Prepared.read(tmp_path / "wild/0/data").split("train")) == 8
 
 
-def interrupt_when(files, process, kill):
-    """Press Ctrl-C once these files are there."""
+def interrupt_when(files, process, kill, number=signal.SIGINT):
+    """Press Ctrl-C, or send another signal, once these files are there."""
     deadline = time.monotonic() + 400  # on a machine that does other things
     while not all(file.is_file() for file in files) and time.monotonic() < deadline:
         time.sleep(0.05)
-    kill(process, signal.SIGINT)
+    kill(process, number)
 
 
 @pytest.mark.slow
@@ -323,7 +323,10 @@ def test_ctrl_c_ends_the_call_with_a_table_of_what_has_finished(tmp_path):
 
 
 @pytest.mark.slow
-def test_ctrl_c_stops_two_workers(tmp_path):
+@pytest.mark.parametrize(
+    ("kill", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)]
+)
+def test_ctrl_c_and_sigterm_stop_two_workers(tmp_path, kill, number):
     endless = {"epochs": 10_000}
     cells = {"long": endless, "also long": endless, "never": {}}
     content = {"preset": "tiny", "seeds": [0], "common": FAST, "cells": cells}
@@ -333,7 +336,7 @@ def test_ctrl_c_stops_two_workers(tmp_path):
     with subprocess.Popen(command, start_new_session=True) as call:
         folders = [tmp_path / "out" / name / "0" for name in ("long", "also-long")]
         saved = [folder / "checkpoints" / "last.pt" for folder in folders]
-        interrupt_when(saved, call.pid, os.killpg)  # as a terminal: to the workers too
+        interrupt_when(saved, call.pid, kill, number)  # a terminal's goes to the workers too
         assert call.wait(300) == 130
     assert not (tmp_path / "out" / "never").exists()
     for file in saved:
