@@ -45,7 +45,8 @@ def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any)
     content["digest"] = tensorfiles.content_digest(content)
     with runtime.atomic_path(path) as temporary:
         try:
-            torch.save(content, temporary)
+            with open(temporary, "wb") as file:  # from a path, its name would enter the file
+                torch.save(content, file)
         except RuntimeError as error:  # as torch reports a full disk
             raise OSError(str(error)) from error
 

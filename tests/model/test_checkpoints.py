@@ -6,7 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_checkpoint
+from conftest import tiny_checkpoint, tiny_config
 from safetensors.torch import save_file
 
 from mlnet_utils import runtime
@@ -41,6 +41,13 @@ MAKERS = {
     "old.pt": old_checkpoint,
     "net.safetensors": lambda path: save_published(path, tiny_checkpoint(path.parent / "x.pt"), {}),
 }
+
+
+def test_equal_checkpoints_are_equal_files(tmp_path):
+    config, tensors = tiny_config(), {"weight": torch.arange(6.0)}
+    for name in ("a.pt", "other.pt"):
+        checkpoints.save_checkpoint(tmp_path / name, config, tensors)
+    assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "other.pt").read_bytes()
 
 
 @pytest.mark.parametrize("name", MAKERS)
