@@ -64,6 +64,7 @@ def test_predict_needs_no_checkpoint(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_onnx_agrees(tmp_path, network):
+    pytest.importorskip("onnxruntime", reason="needs the extra `export`")
     out = tmp_path / "network.onnx"
     assert cli.main(["export", "--out", str(out)]) == 0
     photo = skimage.data.astronaut()
