@@ -20,7 +20,6 @@ from torch import Tensor
 from mlnet_utils import runtime
 from mlnet_utils.data import images
 from mlnet_utils.data.geometry import Letterbox
-from mlnet_utils.plots import overlay as paint_overlay
 from mlnet_utils.predict.predictor import Predictor, load, predict_maps, to_density
 
 LARGE = 16e6  # pixels of a photo that has the memory for itself
@@ -121,6 +120,10 @@ def _predict_photos(
                     if ending == ".npy":
                         np.save(temporary, density)
                     elif ending == "_overlay.png":
+                        from mlnet_utils.plots import (
+                            overlay as paint_overlay,
+                        )  # seaborn takes a second
+
                         # Read again: to keep the pixels of all photos would fill the memory.
                         pixels = images.read_image(photo, upright).permute(1, 2, 0).numpy()
                         Image.fromarray(paint_overlay(pixels, density)).save(temporary)
