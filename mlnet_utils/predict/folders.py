@@ -120,9 +120,8 @@ def _predict_photos(
                     if ending == ".npy":
                         np.save(temporary, density)
                     elif ending == "_overlay.png":
-                        from mlnet_utils.plots import (
-                            overlay as paint_overlay,
-                        )  # seaborn takes a second
+                        # Here: seaborn takes a second to import.
+                        from mlnet_utils.plots import overlay as paint_overlay
 
                         # Read again: to keep the pixels of all photos would fill the memory.
                         pixels = images.read_image(photo, upright).permute(1, 2, 0).numpy()
