@@ -21,6 +21,7 @@ from mlnet_utils.runtime import read_yaml, sha256_file
 LARGEST = 1 << 63  # of whole numbers
 _SHORT = reprlib.Repr()  # a file may nest a value in itself, or hold thousands of digits
 _SHORT.maxstring = 200
+EXPLAINED = "https://github.com/mlnet-reproduction/mlnet-pytorch/blob/main/mlnet_utils/config.py"
 PRESETS = Path(__file__).parent / "presets"
 
 
@@ -228,21 +229,25 @@ def from_dict(values: dict[str, Any]) -> Config:
 
 
 def describe(config: Config) -> str:
-    """HTML for the notebooks: a table of the keys that differ from the paper, the others folded."""
+    """HTML for the notebooks: a table of the keys that differ from the paper, the others folded.
+
+    The keys are explained in this file, to which it links.
+    """
     paper, own = Config().to_dict(), config.to_dict()
     differing = [key for key in own if own[key] != paper[key]]
     same = [key for key in own if own[key] == paper[key]]
     shown = _table(("key", "here", "paper"), [(key, own[key], paper[key]) for key in differing])
     rest = _table(("key", "value"), [(key, own[key]) for key in same])
     head = f'<summary style="display: list-item">{len(same)} keys as in the paper</summary>'
-    return f"{shown}<details>{head}{rest}</details>"
+    link = f'<a href="{EXPLAINED}">What the keys mean</a>'
+    return f"{shown}<details>{head}{rest}</details><p>{link}.</p>"
 
 
 def _table(heads: tuple[str, ...], rows: list[tuple]) -> str:
     """An HTML table; the first column names the rows. Long values go on in the next line."""
 
     def cell(value: object) -> str:
-        text = html.escape(str(value))
+        text = html.escape(str(value)) if value not in ("", [], {}) else "–"
         style = ' style="overflow-wrap: anywhere"' if len(text) > 40 else ""
         return f"<td{style}>{text}</td>"
 

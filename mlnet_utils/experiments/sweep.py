@@ -35,7 +35,7 @@ from mlnet_utils.training.trainer import TrainingDied
 
 DATA_KEYS = ("dataset", "sigma", *preparation.DATA_KEYS)  # they decide the prepared data
 GRID_KEYS = ("preset", "seeds", "split", "common", "cells")
-COLUMNS = ("cell", "seed", "dataset", "split", "epochs", "train_seconds")
+COLUMNS = ("cell", "seed", "dataset", "split", "configuration", "epochs", "train_seconds")
 INFINITE = tuple(f"{metric} infinite" for metric in METRICS)
 TABLE, PER_IMAGE = "sweep.csv", "per_image.csv"
 AS_WRITTEN = {  # to pandas "None" is no value, and 0.001 and 1e-3 are one cell
@@ -98,6 +98,14 @@ class Job:
     def title(self) -> str:
         """The name of this training in messages."""
         return f"{self.cell}, seed {self.config.seed}"
+
+    @property
+    def configuration(self) -> str:
+        """A digest of the configuration, on every machine the same."""
+        values = self.config.to_dict()
+        if self.waits:  # the path of a checkpoint
+            values["start_from"] = self.waits
+        return runtime.digest_of(values)[:16]
 
     def start(self) -> Config:
         """The configuration with the architecture of the checkpoint that it starts from."""
@@ -359,7 +367,7 @@ def on_cluster(
 def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
     """Write ``sweep.csv`` (a row per training) and ``per_image.csv`` (a row per photo too).
 
-    Returns the first table: cell, seed, dataset, split, epochs, seconds, the mean of every metric's
+    Returns the first table: names, configuration, epochs, seconds, the mean of every metric's
     finite scores, and, where there are any, the number of photos with an infinite score.
     """
     rows, photos, others, package = [], [], [], runtime.package_digest()
@@ -371,7 +379,8 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
         name = {"cell": job.cell, "seed": job.config.seed, "dataset": report["dataset"]}
         seconds = pd.read_csv(job.folder / "times.csv")["train_seconds"].sum()
         epochs = len(pd.read_csv(job.folder / "log.csv"))
-        row = {"split": report["split"], "epochs": epochs, "train_seconds": round(seconds, 1)}
+        row = {"split": report["split"], "configuration": job.configuration, "epochs": epochs}
+        row["train_seconds"] = round(seconds, 1)
         (scores,) = (r["metrics"] for r in report["rows"] if r["model"] == evaluation.MODEL)
         row |= {metric: scores[metric]["mean"] for metric in METRICS}
         row |= {f"{metric} infinite": scores[metric]["infinite"] for metric in METRICS}
@@ -386,15 +395,53 @@ def gather(jobs: Sequence[Job], folder: Path) -> pd.DataFrame:
         print(f"{kept} code of the package: {remedy}", flush=True)
     table = pd.DataFrame(rows, columns=[*COLUMNS, *METRICS, *INFINITE])
     table = table.drop(columns=[name for name in INFINITE if not table[name].any()])
+    _write_tables(folder, table, pd.concat(photos) if photos else None)
+    return table
+
+
+def _write_tables(folder: Path, table: pd.DataFrame, photos: pd.DataFrame | None) -> None:
     with runtime.locked(folder / TABLE):  # both files are of one call
         runtime.remove_temporaries([folder / PER_IMAGE])
         runtime.write_text(folder / TABLE, table.to_csv(index=False))
-        if photos:
-            columns = ["cell", "seed", "dataset", "stem", *METRICS]
-            runtime.write_text(folder / PER_IMAGE, pd.concat(photos)[columns].to_csv(index=False))
-        else:  # nor the photos of an earlier call
+        if photos is None:  # nor those of an earlier call
             (folder / PER_IMAGE).unlink(missing_ok=True)
-    return table
+        else:
+            text = photos[["cell", "seed", "dataset", "stem", *METRICS]].to_csv(index=False)
+            runtime.write_text(folder / PER_IMAGE, text)
+
+
+def take_scores(grid: Grid, source: str | Path, folder: str | Path) -> dict[str, str]:
+    """Take the tables of a finished sweep of the same grid, instead of training.
+
+    ``source`` is a folder, or the address of one, that holds ``sweep.csv`` and ``per_image.csv``;
+    they are written into ``folder`` as far as they are of this grid. Returns, as :func:`run_sweep`,
+    ``"cell, seed n"`` -> error, of the trainings that have no scores there.
+
+    Raises ValueError: a table is missing or damaged, they are not of one sweep, or a cell of this
+    name was trained in another configuration.
+    """
+    jobs = {(job.cell, job.config.seed): job for job in jobs_of(grid, Path(folder), Path())}
+    key, scores = ["cell", "seed"], list(METRICS)
+    try:
+        places = (f"{str(source).rstrip('/')}/{name}" for name in (TABLE, PER_IMAGE))
+        table, photos = (pd.read_csv(place, **AS_WRITTEN) for place in places)
+        means = photos.replace([np.inf, -np.inf], np.nan).groupby(key)[scores].mean()
+        stated = table.set_index(key).sort_index()
+        one = means.index.equals(stated.index)
+        if not (one and np.allclose(stated[scores], means, 1e-4, 1e-4, equal_nan=True)):
+            raise ValueError("the means of one are not those of the other")
+        found = stated["configuration"].to_dict()
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        advice = f"name a folder or an address with {TABLE} and {PER_IMAGE} of one sweep"
+        raise ValueError(f"'{source}' holds no finished sweep ({error}): {advice}") from error
+    for name, job in jobs.items():
+        if found.get(name, job.configuration) != job.configuration:
+            other = f"was trained in another configuration than {grid.name} has now"
+            raise ValueError(f"'{source}': {job.title} {other}: take its rows out, or train")
+    parts = [frame[frame.set_index(key).index.isin(list(jobs))] for frame in (table, photos)]
+    _write_tables(Path(folder), *parts)
+    absent = "it has no scores there: it died, or was not trained"
+    return {job.title: absent for name, job in jobs.items() if name not in found}
 
 
 def summary(folder: str | Path) -> str:

@@ -491,3 +491,65 @@ def test_closed_nothing_new_begins_and_what_runs_saves(tmp_path, monkeypatch, fo
             time.sleep(0.01)
     assert [(folder / "saved").exists() for folder in folders] == [True, True, False, False, False]
     assert not any((folder / "begun").exists() for folder in folders[2:])
+
+
+# ---- finished scores ---------------------------------------------------------------------------
+def test_the_published_study_is_of_the_present_grid(tmp_path):
+    published = Path(__file__).parents[2] / "results" / "osie" / "study"
+    absent = sweep.take_scores(study.grid("osie"), published, tmp_path)
+    assert 0 < len(absent) < 15  # those that died
+    for name in (sweep.TABLE, sweep.PER_IMAGE):
+        assert len(pd.read_csv(tmp_path / name)) == len(pd.read_csv(published / name))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a sweep that has run: two cells and two seeds."""
+    folder = tmp_path_factory.mktemp("finished")
+    assert not run_sweep(folder)
+    return folder
+
+
+def test_finished_scores_are_taken_as_far_as_they_are_of_the_grid(finished, tmp_path):
+    cells = {"Three levels": {}, "Another": {"levels": 2}}
+    absent = sweep.take_scores(grid(cells=cells, seeds=(1,)), finished, tmp_path)
+    assert list(absent) == ["Another, seed 1"]
+    rows, photos = table_of(tmp_path), pd.read_csv(tmp_path / sweep.PER_IMAGE)
+    assert rows[["cell", "seed"]].values.tolist() == [["Three levels", 1]]
+    assert set(photos["cell"]) == {"Three levels"}
+    assert set(photos["seed"]) == {1}
+
+
+def test_scores_of_another_configuration_are_refused(finished, tmp_path):
+    other = {"Three levels": {"lr": 0.5}}
+    with pytest.raises(ValueError, match=r"Three levels, seed 0 .*configuration"):
+        sweep.take_scores(grid(cells=other), finished, tmp_path)
+    assert not files(tmp_path)
+
+
+@pytest.mark.parametrize("fault", ["absent", "mixed", "early", "no table", "of others"])
+def test_tables_that_are_no_finished_sweep_are_refused(finished, tmp_path, fault):
+    source = tmp_path / "source"
+    shutil.copytree(finished, source, symlinks=True)
+    table, photos = (pd.read_csv(source / name) for name in (sweep.TABLE, sweep.PER_IMAGE))
+    if fault == "absent":
+        (source / sweep.PER_IMAGE).unlink()
+    if fault == "mixed":
+        table.assign(CC=table["CC"] + 0.01).to_csv(source / sweep.TABLE)
+    if fault == "early":
+        table.drop(columns="configuration").to_csv(source / sweep.TABLE)
+    if fault == "no table":
+        (source / sweep.TABLE).write_bytes(b"\0\xff")
+    if fault == "of others":
+        photos[photos["seed"] == 0].to_csv(source / sweep.PER_IMAGE)
+    with pytest.raises(ValueError, match=f"{source}.*{sweep.TABLE} and {sweep.PER_IMAGE}"):
+        sweep.take_scores(grid(), source, tmp_path / "target")
+    assert not (tmp_path / "target").exists()
+
+
+def test_a_cell_that_starts_from_another_is_known_on_every_machine(tmp_path):
+    cells = {"First": {}, "Second": {"start_from": "First", "backbone_weights": "none"}}
+    jobs = [sweep.jobs_of(grid(cells=cells), tmp_path / name, RAW) for name in ("a", "b")]
+    here, there = ([job.configuration for job in these] for these in jobs)
+    assert here == there
+    assert len(set(here)) == 4
