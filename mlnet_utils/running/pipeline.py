@@ -22,6 +22,7 @@ from mlnet_utils.runtime import digest_of, display_path, sha256_file, write_json
 STATE_FILE = "pipeline.json"
 WEIGHTS = "backbone weights"  # an input: the checksum of their file, None where there is none
 PHOTOS = "SHOW_PHOTOS"  # the parameter that keeps a dataset's photos out of the outputs
+PUBLISHED = {"PRESET", PHOTOS, "STUDY"}  # parameters that a published copy may have been given
 OWN_PARAMETERS = ("PRESET", "RUN_DIR", "DATA_ROOT")  # set through the arguments of `reproduce`
 
 
@@ -313,7 +314,7 @@ def _publish_problem(
     if done["inputs"].get("package") != runtime.package_digest():
         return "was executed with other code of the package: run `reproduce` again"
     own, given = notebooks.parameters_of(target), done["inputs"]["parameters"]
-    if set(given) - {"PRESET", PHOTOS}:
+    if set(given) - PUBLISHED:
         return f"ran with {given} instead of the notebook's own values"
     if given and PHOTOS in own and given.get(PHOTOS, own[PHOTOS]):
         return f"shows the photos of its dataset: run it with `-p {PHOTOS} False`"

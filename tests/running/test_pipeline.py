@@ -520,7 +520,7 @@ LINKS = (
 def test_publish_of_another_preset_says_so_and_links_to_the_copies(finished):
     executed = finished / "runs/tiny/notebooks/01_first.ipynb"
     rewrite(finished, "01_first", "# Toy", LINKS)
-    with_parameters(finished, PRESET="osie")
+    with_parameters(finished, PRESET="osie", STUDY="results/osie/study")
     written = publish(finished)
     folder = finished / "repository/results/osie/notebooks"
     assert written == [folder / "01_first.ipynb", folder / "02_second.ipynb"]
