@@ -506,7 +506,9 @@ def plot_ladder(start: Mapping[str, float], steps: pd.DataFrame, metrics: Sequen
         ends = start[metric] + part["mean"].cumsum(skipna=False)
         begins = ends - part["mean"]
         colours = [{1: better, -1: worse}.get(side, unclear) for side in part["side"]]
-        axis.barh(range(len(rungs)), part["mean"], left=begins, color=colours, height=0.6)
+        # The edge shows a change that is too small for a bar.
+        bars = {"color": colours, "edgecolor": colours, "linewidth": 1.5, "height": 0.6}
+        axis.barh(range(len(rungs)), part["mean"], left=begins, **bars)
         spread = [part["mean"] - part["low"], part["high"] - part["mean"]]
         style = {"fmt": "none", "ecolor": "black", "elinewidth": 1}
         axis.errorbar(ends, range(len(rungs)), xerr=spread, **style)

@@ -319,6 +319,8 @@ LINKS = """\
 %pip install -q "mlnet-utils @ git+https://github.com/{0}.git@main"
 git clone https://github.com/{0}
 git clone https://github.com/{0}.git
+[keys](https://github.com/{0}/blob/main/docs/a.md), "https://raw.githubusercontent.com/{0}/main"
+[theirs](https://github.com/matthias-k/DeepGaze/blob/main/experiments/README.md)
 The authors' code: https://github.com/marcellacornia/mlnet
 """
 

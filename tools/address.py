@@ -3,9 +3,9 @@
     python tools/address.py            # rewrite what differs, and list it
     python tools/address.py --check    # only list it; exit code 1 if anything differs
 
-pyproject.toml is the one place where the address is written by hand. Only links that open or
-install this repository are touched (Colab, nbviewer, `git+`, `git clone`, CITATION.cff), never
-links to other projects. Needs nothing but Python.
+pyproject.toml is the one place where the address is written by hand. Only links to this repository
+are touched (Colab, nbviewer, `git+`, `git clone`, CITATION.cff, its files), never links to other
+projects. Needs nothing but Python.
 """
 
 import re
@@ -19,6 +19,8 @@ PATTERNS = [
     re.compile(rf"(https://nbviewer\.org/github/)({NAME})(?=/)"),
     re.compile(rf"(git\+https://github\.com/)({NAME})(?=\.git\b|[@#\s\"'\\]|$)", re.MULTILINE),
     re.compile(rf"(git clone https://github\.com/)({NAME})(?=\.git\b|[\s\"'\\`]|$)", re.MULTILINE),
+    re.compile(rf"(https://github\.com/)({NAME})(?=/blob/main/(?:docs|mlnet_utils|results)/)"),
+    re.compile(rf"(https://raw\.githubusercontent\.com/)({NAME})(?=/main[\"'\\])"),
     re.compile(rf"(repository-code: \"https://github\.com/)({NAME})(?=\")"),
 ]
 
@@ -42,7 +44,10 @@ def repository_name(root: Path) -> str:
 def addressed_files(root: Path) -> list[Path]:
     """The files that may hold the repository's address."""
     notebooks = sorted([*root.glob("notebooks/*.ipynb"), *root.glob("results/*/notebooks/*.ipynb")])
-    return [*notebooks, root / "README.md", root / "CITATION.cff"]
+    return [
+        *notebooks,
+        *(root / name for name in ("README.md", "CITATION.cff", "mlnet_utils/config.py")),
+    ]
 
 
 def with_address(text: str, name: str) -> str:
