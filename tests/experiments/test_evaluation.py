@@ -1,10 +1,10 @@
 """Scores of a run: the tables, the baselines beside the model, and what was left out."""
 
-import dataclasses
 import json
 import math
 import shutil
 import threading
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -25,16 +25,23 @@ from mlnet_utils.model import checkpoints
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.runtime import sha256_file
 
+ONLY = {"models": (evaluation.MODEL,)}  # the network without the baselines
+
+
+def save_network(path, seed=0, **changes):
+    """Save an untrained network; returns its path."""
+    config = load_config("tiny", limit=4, **changes)
+    torch.manual_seed(seed)
+    checkpoints.save_checkpoint(path, config, MLNet(config).state_dict())
+    return path
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A prepared sample of a few photos and an untrained network."""
     folder = tmp_path_factory.mktemp("run")
-    config = load_config("tiny", limit=4)
-    preparation.prepare(config, folder, folder / "data")
-    torch.manual_seed(0)
-    model = MLNet(config)
-    checkpoints.save_checkpoint(folder / "checkpoints" / "best.pt", config, model.state_dict())
+    preparation.prepare(load_config("tiny", limit=4), folder, folder / "data")
+    save_network(folder / "checkpoints" / "best.pt")
     return folder
 
 
@@ -43,19 +50,29 @@ def report(run):
     return evaluation.evaluate(run)
 
 
+@pytest.fixture
+def copy(run, tmp_path):
+    """A private copy of the run."""
+    return shutil.copytree(run, tmp_path / "copy")
+
+
+def means_of(report):
+    return {
+        row["model"]: {name: value["mean"] for name, value in row["metrics"].items()}
+        for row in report["rows"]
+    }
+
+
 def test_every_model_is_scored_on_every_photo(run, report):
     scores = pd.read_csv(run / "per_image.csv")
     assert list(dict.fromkeys(scores["model"])) == list(evaluation.MODELS)
     assert (scores.groupby("model").size() == 4).all()
     assert list(scores) == ["dataset", "model", "stem", *METRICS]
     assert set(scores["dataset"]) == {report["dataset"]}
-    means = scores[np.isfinite(scores["IG"])].groupby("model")["IG"].mean()
-    table = evaluation.long_table(report)
-    assert table[table["metric"] == "IG"].set_index("model")["mean"].to_dict() == pytest.approx(
-        means.to_dict()
-    )
-    assert report["photos"] == 4
-    assert report["split"] == "test"
+    means = scores[np.isfinite(scores["IG"])].groupby("model")["IG"].mean().to_dict()
+    gains = evaluation.long_table(report).query("metric == 'IG'").set_index("model")["mean"]
+    assert gains.to_dict() == pytest.approx(means)
+    assert (report["photos"], report["split"]) == (4, "test")
     assert report["negatives"] == "fixations of the other 3 photos of the split"
 
 
@@ -69,6 +86,10 @@ def test_floors_and_ceilings_are_where_they_belong(report):
     # One observer's fixations are no density to compare with.
     assert all(means["inter-observer"][name] is None for name in ("CC", "KL", "SIM"))
     assert 0 < means["inter-observer"]["IG"] < means["gold standard"]["IG"]
+    shares = evaluation.explained_information(report)
+    assert shares["gold standard"] == 1
+    assert shares["centre bias"] == pytest.approx(0, abs=1e-12)
+    assert evaluation.explained_information({"rows": []}) == {}
 
 
 def test_the_gold_standard_of_the_sample_is_the_true_density(run):
@@ -79,31 +100,17 @@ def test_the_gold_standard_of_the_sample_is_the_true_density(run):
     np.testing.assert_allclose(data.gold(photo).numpy(), truth / truth.sum())
 
 
-@pytest.fixture
-def poorer(run, tmp_path):
-    """A copy of the run, each of whose photos is changed: returns the report of its evaluation."""
-
-    def evaluate(change):
-        folder = tmp_path / "poorer"
-        shutil.copytree(run, folder)
-        prepared = Prepared.read(folder / "data")
-        prepared.meta["dataset"] = "folder"  # of the sample, the maps are the truth
-        dataclasses.replace(prepared, photos=[change(photo) for photo in prepared.photos]).write()
-        return folder, evaluation.evaluate(folder)
-
-    return evaluate
-
-
-def means_of(report):
-    return {
-        row["model"]: {name: value["mean"] for name, value in row["metrics"].items()}
-        for row in report["rows"]
-    }
+def poorer(folder, change):
+    """The report of an evaluation after a change of each photo of a run."""
+    prepared = Prepared.read(folder / "data")
+    prepared.meta["dataset"] = "folder"  # of the sample, the maps are the truth
+    replace(prepared, photos=[change(photo) for photo in prepared.photos]).write()
+    return evaluation.evaluate(folder)
 
 
 @pytest.mark.slow
-def test_density_maps_alone_are_scored_by_what_needs_no_points(poorer):
-    folder, report = poorer(unseen)
+def test_density_maps_alone_are_scored_by_what_needs_no_points(copy):
+    report = poorer(copy, unseen)
     means = means_of(report)
     assert list(means) == ["ML-Net", "uniform", "centre bias"]
     for row in means.values():
@@ -112,33 +119,15 @@ def test_density_maps_alone_are_scored_by_what_needs_no_points(poorer):
     assert means["centre bias"]["KL"] < means["uniform"]["KL"]
     assert "kernel density of the training density maps" in report["ig_baseline"]
     assert "need fixations" in evaluation.format_table(report)
-    assert np.isnan(evaluation.compare_protocols(folder)["NSS"]).all()
+    assert np.isnan(evaluation.compare_protocols(copy)["NSS"]).all()
 
 
-def test_one_unknown_observer_leaves_the_rows_that_need_several_out(poorer, report):
-    _, found = poorer(
-        lambda photo: dataclasses.replace(
-            photo, observers=np.full(len(photo.fixations), NOBODY, np.int16)
-        )
-    )
+def test_one_unknown_observer_leaves_the_rows_that_need_several_out(copy, report):
+    found = poorer(copy, lambda p: replace(p, observers=np.full_like(p.observers, NOBODY)))
     means, complete = means_of(found), means_of(report)
     assert list(means) == ["ML-Net", "uniform", "centre bias"]
     for metric in ("AUC", "sAUC", "NSS", "IG"):  # which do not look at the density
         assert means["ML-Net"][metric] == complete["ML-Net"][metric]
-
-
-@pytest.mark.slow
-def test_scoring_twice_gives_the_same_bytes(run, report):
-    before = (run / "per_image.csv").read_bytes(), (run / "metrics.json").read_bytes()
-    evaluation.evaluate(run)
-    assert before == ((run / "per_image.csv").read_bytes(), (run / "metrics.json").read_bytes())
-
-
-def test_explained_information_is_a_share_of_the_gold_standard(report):
-    shares = evaluation.explained_information(report)
-    assert shares["gold standard"] == 1
-    assert shares["centre bias"] == pytest.approx(0, abs=1e-12)
-    assert evaluation.explained_information({"rows": []}) == {}
 
 
 @pytest.mark.slow
@@ -157,31 +146,25 @@ def test_salicon2015_has_a_ground_truth_of_its_own(run):
     photo.fixations[:3] = photo.fixations[0]  # a pixel that is fixated three times
     data.negatives = baselines.LeaveOneOut(data.photos)
     own = data.truth(photo, "salicon2015")
-    size = (photo.height, photo.width)
-    pixels = np.unique(np.floor(photo.fixations + 0.5), axis=0)
-    assert len(pixels) < len(photo.fixations)
+    size, points = (photo.height, photo.width), photo.fixations
+    pixels = np.unique(np.floor(points + 0.5), axis=0)
+    assert len(pixels) < len(points)
     expected = density_from_points(pixels, *size, 19.0)
     torch.testing.assert_close(own["density"][0], expected, atol=1e-15, rtol=0)
-    counts = fixation_counts(photo.fixations, *size)
-    assert torch.equal(own["fixations"][0], counts)
+    assert torch.equal(own["fixations"][0], fixation_counts(points, *size))
     seen = [fixation_counts(other.fixations, *size) > 0 for other in others]
     assert torch.equal(own["negatives"][0], sum(seen, torch.zeros(size, dtype=torch.int32)))
     usual = data.truth(photo, "mit300")
     assert torch.equal(usual["fixations"], own["fixations"])
-    blurred = density_from_points(photo.fixations, *size, data.prepared.sigma)
-    assert torch.equal(usual["density"][0], blurred)
+    assert torch.equal(usual["density"][0], density_from_points(points, *size, data.prepared.sigma))
 
 
 @pytest.mark.slow
-def test_reports_describe_the_ground_truth_of_their_protocol(run, report, tmp_path):
+def test_reports_describe_the_ground_truth_of_their_protocol(copy, report):
     assert (report["protocol"], report["sigma_px"]) == ("mit300", 8.0)
     assert report["density"].startswith("fixations, blurred")
-    config = load_config("tiny", limit=4, protocol="salicon2015")
-    shutil.copytree(run / "data", tmp_path / "data")
-    model, _, _ = checkpoints.load_model(run / "checkpoints" / "best.pt")
-    path = tmp_path / "checkpoints" / "best.pt"
-    checkpoints.save_checkpoint(path, config, model.state_dict())
-    found = evaluation.evaluate(tmp_path)  # the checkpoint's protocol, unless another is given
+    save_network(copy / "checkpoints" / "best.pt", protocol="salicon2015")
+    found = evaluation.evaluate(copy)  # the checkpoint's protocol, unless another is given
     assert (found["protocol"], found["sigma_px"]) == ("salicon2015", 19.0)
     assert found["density"].startswith("fixated pixels, each once, blurred")
     assert found["negatives"] == (
@@ -189,27 +172,23 @@ def test_reports_describe_the_ground_truth_of_their_protocol(run, report, tmp_pa
     )
     means = means_of(found)["ML-Net"]
     assert [name for name in METRICS if means[name] is None] == ["KL", "IG", "SIM"]
-    assert evaluation.evaluate(tmp_path, protocol="mit300")["rows"] == report["rows"]
-    assert main(["evaluate", "--run-dir", str(tmp_path), "--protocol", "salicon"]) == 0
-    assert json.loads((tmp_path / "metrics.json").read_text())["protocol"] == "salicon"
+    assert evaluation.evaluate(copy, protocol="mit300")["rows"] == report["rows"]
+    assert main(["evaluate", "--run-dir", str(copy), "--protocol", "salicon"]) == 0
+    assert json.loads((copy / "metrics.json").read_text())["protocol"] == "salicon"
 
 
-def test_changes_count_for_a_network_of_any_preset_or_are_refused(run, tmp_path, capsys):
-    shutil.copytree(run, tmp_path / "run")
-    call = ["evaluate", "--run-dir", str(tmp_path / "run"), "--preset", "sample"]
+def test_changes_count_for_a_network_of_any_preset_or_are_refused(copy, capsys):
+    call = ["evaluate", "--run-dir", str(copy), "--preset", "sample"]
     assert main([*call, "--set", "epochs=3"]) == 1
     assert "--set epochs: `evaluate` takes protocol, test_flip" in capsys.readouterr().err
     assert main([*call, "--set", "test_flip=true", "--set", "bootstrap=7"]) == 0
-    found = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    found = json.loads((copy / "metrics.json").read_text())
     assert (found["test_flip"], found["bootstrap"]) == (True, 7)
 
 
 def test_photos_with_an_infinite_gain_are_counted_in_comparisons(run, monkeypatch):
-    zeros = {
-        "unchanged": lambda p, centre: p,
-        "cut": lambda p, centre: np.where(p > p.mean(), p, 0),
-    }
-    monkeypatch.setattr(evaluation, "CHANGES", zeros)
+    cut = {"unchanged": lambda p, _: p, "cut": lambda p, _: np.where(p > p.mean(), p, 0)}
+    monkeypatch.setattr(evaluation, "CHANGES", cut)
     table = evaluation.compare_changes(run)
     assert table.loc["cut", "IG"] == -math.inf
     assert table[evaluation.INFINITE].tolist() == [0, 4]
@@ -227,64 +206,55 @@ def test_changes_move_the_metrics_that_should_move(run):
     assert table.loc["half centre bias", "sAUC"] != same["sAUC"]
 
 
-def test_the_present_preset_decides_the_evaluation(run, tmp_path, capsys):
-    folder, only = shutil.copytree(run, tmp_path / "copy"), {"models": (evaluation.MODEL,)}
-    before = evaluation.evaluate(folder, **only)
+def test_the_present_preset_decides_the_evaluation(copy, capsys):
+    before = evaluation.evaluate(copy, **ONLY)
     now = load_config("tiny", limit=4, test_flip=True)
-    after = evaluation.evaluate(folder, config=now, **only)
+    after = evaluation.evaluate(copy, config=now, **ONLY)
     assert (before["test_flip"], after["test_flip"]) == (False, True)
     assert means_of(before) != means_of(after)
     assert "test_flip=True, as tiny says now" in capsys.readouterr().out
-    other = evaluation.evaluate(folder, config=load_config("sample", test_flip=True), **only)
+    other = evaluation.evaluate(copy, config=load_config("sample", test_flip=True), **ONLY)
     assert other["rows"] == before["rows"]
 
 
-def test_a_network_is_not_scored_on_other_data_than_its_own(run, tmp_path):
-    folder = shutil.copytree(run, tmp_path / "copy")
-    model, config, _ = checkpoints.load_model(run / "checkpoints" / "best.pt")
-    best = folder / "checkpoints" / "best.pt"
+def test_a_network_is_not_scored_on_other_data_than_its_own(copy, tmp_path):
+    best = copy / "checkpoints" / "best.pt"
+    model, config, _ = checkpoints.load_model(best)
     checkpoints.save_checkpoint(best, config, model.state_dict(), data="other")
     with pytest.raises(ValueError, match=r"best\.pt was trained on other prepared data"):
-        evaluation.evaluate(folder)
+        evaluation.evaluate(copy)
     elsewhere = shutil.move(best, tmp_path / "other.pt")
-    assert evaluation.evaluate(folder, elsewhere, models=(evaluation.MODEL,))["photos"] == 4
+    assert evaluation.evaluate(copy, elsewhere, **ONLY)["photos"] == 4
 
 
-def test_a_network_of_another_fold_is_warned_of(run, tmp_path):
-    model, config, _ = checkpoints.load_model(run / "checkpoints" / "best.pt")
-    other = dataclasses.replace(config, fold=1)
-    checkpoints.save_checkpoint(tmp_path / "other.pt", other, model.state_dict())
-    folder = shutil.copytree(run, tmp_path / "copy")
+def test_a_network_of_another_fold_is_warned_of(copy, tmp_path):
+    other = save_network(tmp_path / "other.pt", fold=1)
     with pytest.warns(UserWarning, match="fold 1 of 'synthetic', and here is fold -1"):
-        evaluation.evaluate(folder, tmp_path / "other.pt", models=(evaluation.MODEL,))
+        evaluation.evaluate(copy, other, **ONLY)
 
 
-def test_scores_that_still_hold_are_kept(run, tmp_path):
-    folder = shutil.copytree(run, tmp_path / "copy")
-    _, config, _ = checkpoints.load_model(run / "checkpoints" / "best.pt")
-    torch.manual_seed(1)
-    other = MLNet(config).state_dict()
-    checkpoints.save_checkpoint(tmp_path / "other.pt", config, other)
-    only = {"models": (evaluation.MODEL,)}
-    evaluation.evaluate(folder, **only)
-    own = {name: (folder / name).read_bytes() for name in ("metrics.json", "per_image.csv")}
-    evaluation.evaluate(folder, tmp_path / "other.pt", **only)
+def test_scores_that_still_hold_are_kept(copy, tmp_path):
+    other = save_network(tmp_path / "other.pt", seed=1)
+    evaluation.evaluate(copy, **ONLY)
+    own = {name: (copy / name).read_bytes() for name in ("metrics.json", "per_image.csv")}
+    evaluation.evaluate(copy, other, **ONLY)
     for name, content in own.items():
-        assert (folder / name).read_bytes() != content
-        assert (folder / f"{name}.before").read_bytes() == content
-    evaluation.evaluate(folder, **only)  # those of the other network are not the run's
-    evaluation.evaluate(folder, protocol="salicon", **only)
-    checkpoints.save_checkpoint(folder / "checkpoints" / "best.pt", config, other)
-    evaluation.evaluate(folder, **only)  # those before hold no longer
-    assert sorted(path.name for path in folder.glob("*.before*")) == [
+        assert (copy / name).read_bytes() != content
+        assert (copy / f"{name}.before").read_bytes() == content
+    evaluation.evaluate(copy, **ONLY)  # those of the other network are not the run's
+    evaluation.evaluate(copy, protocol="salicon", **ONLY)
+    for name, content in own.items():  # scored twice, the same bytes
+        assert (copy / f"{name}.before1").read_bytes() == content
+    shutil.copy(other, copy / "checkpoints" / "best.pt")
+    evaluation.evaluate(copy, **ONLY)  # those before hold no longer
+    assert sorted(path.name for path in copy.glob("*.before*")) == [
         *("metrics.json.before", "metrics.json.before1"),
         *("per_image.csv.before", "per_image.csv.before1"),
     ]
 
 
-def test_scores_name_the_network_that_was_scored(run, tmp_path, monkeypatch):
-    folder = shutil.copytree(run, tmp_path / "copy")
-    best = folder / "checkpoints" / "best.pt"
+def test_scores_name_the_network_that_was_scored(copy, monkeypatch):
+    best = copy / "checkpoints" / "best.pt"
     digest, score_models = sha256_file(best), evaluation.TestSet.score_models
 
     def train_on_meanwhile(*arguments):
@@ -292,12 +262,11 @@ def test_scores_name_the_network_that_was_scored(run, tmp_path, monkeypatch):
         return score_models(*arguments)
 
     monkeypatch.setattr(evaluation.TestSet, "score_models", train_on_meanwhile)
-    report = evaluation.evaluate(folder, models=(evaluation.MODEL,))
-    assert report["checkpoint_sha256"] == digest
+    assert evaluation.evaluate(copy, **ONLY)["checkpoint_sha256"] == digest
 
 
-def test_a_network_that_is_written_while_it_is_read_is_not_scored(run, tmp_path, monkeypatch):
-    folder, read = shutil.copytree(run, tmp_path / "copy"), evaluation.load
+def test_a_network_that_is_written_while_it_is_read_is_not_scored(copy, monkeypatch):
+    read = evaluation.load
 
     def train_on_meanwhile(checkpoint, device):
         predictor = read(checkpoint, device)
@@ -306,7 +275,7 @@ def test_a_network_that_is_written_while_it_is_read_is_not_scored(run, tmp_path,
 
     monkeypatch.setattr(evaluation, "load", train_on_meanwhile)
     with pytest.raises(ValueError, match=r"best\.pt was written while"):
-        evaluation.evaluate(folder, models=(evaluation.MODEL,))
+        evaluation.evaluate(copy, **ONLY)
 
 
 def test_both_files_are_of_one_call(tmp_path, monkeypatch):
@@ -341,8 +310,3 @@ def test_missing_inputs_name_what_makes_them(tmp_path, run):
     shutil.copytree(run / "data", tmp_path / "data")
     with pytest.raises(FileNotFoundError, match="02_training"):
         evaluation.evaluate(tmp_path)
-    prepared = Prepared.read(run / "data")
-    meta = {**prepared.meta, "root": str(run / "data")}
-    Prepared(tmp_path / "data", prepared.split("train"), meta).write()
-    with pytest.raises(ValueError, match="no test photos"):
-        evaluation.TestSet(tmp_path, "test")
