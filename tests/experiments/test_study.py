@@ -1,7 +1,6 @@
 """The study: its grids are valid, its comparisons paired, its verdicts what the intervals say."""
 
 import itertools
-import shutil
 import tempfile
 from dataclasses import replace
 
@@ -35,6 +34,14 @@ def scores(shifts, photos=40, seeds=(0, 1, 2)):
     return pd.DataFrame(rows)
 
 
+def differences(table, cell):
+    return study.compare(table, [cell]).set_index("metric")
+
+
+def pairs_of(found):
+    return found[["reference", "model"]].drop_duplicates().to_numpy().tolist()
+
+
 @pytest.mark.parametrize("preset", sorted(study.QUESTIONS))
 def test_every_grid_is_a_set_of_valid_configurations(preset, tmp_path):
     grid = study.grid(preset, seeds=(0,))
@@ -54,9 +61,9 @@ def test_what_is_missing_is_said():
 
 
 def test_differences_are_paired_by_photo():
-    table = study.compare(scores({"reference": 0, "up": 0.1, "same": 0}), ["up", "same", "absent"])
-    assert set(table["model"]) == {"up", "same"}
-    up = table[table["model"] == "up"].set_index("metric").loc["CC"]
+    table = scores({"reference": 0, "up": 0.1, "same": 0})
+    assert set(study.compare(table, ["up", "same", "absent"])["model"]) == {"up", "same"}
+    up = differences(table, "up").loc["CC"]
     # Unpaired, the interval would be +-1.5 wide: photos differ by 5.
     assert up["mean"] == pytest.approx(0.1, abs=0.01)
     assert 0.08 < up["low"] < up["high"] < 0.12
@@ -68,9 +75,8 @@ def test_differences_are_paired_by_photo():
 def test_a_difference_is_clear_only_where_the_seeds_agree():
     table = scores({"reference": 0, "torn": 0})
     torn = table["cell"] == "torn"
-    for seed, shift in ((0, 0.5), (1, -0.1), (2, 0.5)):
-        table.loc[torn & (table["seed"] == seed), "CC"] += shift
-    found = study.compare(table, ["torn"]).set_index("metric").loc["CC"]
+    table.loc[torn, "CC"] += table["seed"].map({0: 0.5, 1: -0.1, 2: 0.5})
+    found = differences(table, "torn").loc["CC"]
     assert found["low"] > 0.25  # over photos alone it looks clear
     assert found["seed_low"] == pytest.approx(-0.1, abs=0.02)
     assert found["side"] == 0
@@ -80,10 +86,10 @@ def test_only_the_seeds_that_both_have_are_compared():
     table = scores({"reference": 0, "up": 0.1})
     table.loc[(table["cell"] == "reference") & (table["seed"] == 2), list(METRICS)] += 7
     table = table[(table["cell"] == "reference") | (table["seed"] < 2)]  # seed 2 died
-    found = study.compare(table, ["up"]).set_index("metric").loc["CC"]
+    found = differences(table, "up").loc["CC"]
     assert found["seeds"] == 2
     assert found["mean"] == pytest.approx(0.1, abs=0.01)
-    alone = study.compare(table[(table["cell"] == "up") | (table["seed"] == 2)], ["up"])
+    alone = differences(table[(table["cell"] == "up") | (table["seed"] == 2)], "up")
     assert (alone["seeds"] == 0).all()
     assert alone["seed_low"].isna().all()
     assert (alone["side"] == 0).all()
@@ -94,48 +100,44 @@ def test_missing_scores_are_left_out_and_infinite_ones_said():
     few = (table["cell"] == "up") & table["stem"].isin(["003", "007"]) & (table["seed"] == 1)
     table.loc[few, "IG"] = -np.inf
     table.loc[0, "CC"] = np.nan
-    differences = study.compare(table, ["up"])
-    found = differences.set_index("metric")
+    found = differences(table, "up")
     assert np.isnan(found.loc["IG", "mean"])  # the mean of the other photos would flatter
     assert found["infinite"].to_dict() == {**dict.fromkeys(METRICS, 0), "IG": 2}
-    assert "better in CC and NSS, worse in IG than the reference" in study.sentence(differences)
-    assert "IG infinite for 2 photos" in study.sentence(differences)
+    told = study.sentence(found.reset_index())
+    assert "better in CC and NSS, worse in IG than the reference" in told
+    assert "IG infinite for 2 photos" in told
     assert found.loc["CC", "mean"] == pytest.approx(0.1, abs=0.01)
     table.loc[(table["cell"] == "reference") & table["stem"].eq("009"), "IG"] = -np.inf
-    both = study.compare(table, ["up"]).set_index("metric").loc["IG"]
+    both = differences(table, "up").loc["IG"]
     assert (both["infinite"], both["side"]) == (3, 0)  # neither is finite
 
 
-@pytest.mark.parametrize(
-    ("above", "words"),
-    [
-        ([0.5, 0.1, 0, 0.0002], "dead, or nearly so: 0.02% of the map"),
-        ([0.5, 0, 0.2, 0.3], "alive: 30% of the map"),
-    ],
-)
+ALIVE = ([0.5, 0, 0.2, 0.3], "alive: 30% of the map")
+DEAD = ([0.5, 0.1, 0, 0.0002], "dead, or nearly so: 0.02% of the map")
+
+
+@pytest.mark.parametrize(("above", "words"), [ALIVE, DEAD])
 def test_a_map_that_recovers_did_not_die(above, words):
     assert study.fate(pd.DataFrame({"update": range(4), "above zero": above})).startswith(words)
 
 
-@pytest.mark.parametrize(
-    ("sides", "words"),
-    [
-        ((1, 1, 1), "is better than the reference"),
-        ((-1, -1, -1), "is worse than the reference"),
-        ((0, 0, 0), "is neither clearly better nor worse than"),
-        ((1, 0, 0), "is better in CC than"),
-        ((-1, 0, -1), "is worse in CC and IG than"),
-        ((1, -1, 0), "is better in CC, worse in NSS than"),
-    ],
-)
-def test_verdicts_follow_the_sides(sides, words):
-    table = pd.DataFrame(
-        {"model": "a cell", "reference": study.REFERENCE, "metric": metric, "side": side}
-        | {"mean": 0.15, "low": 0.1, "high": 0.2, "seed_low": 0.12, "seed_high": 0.17}
-        | {"infinite": 0, "seeds": 3}
-        for metric, side in zip(study.JUDGED, sides, strict=True)
+VERDICTS = {
+    (1, 1, 1): "is better than the reference",
+    (-1, -1, -1): "is worse than the reference",
+    (0, 0, 0): "is neither clearly better nor worse than",
+    (1, 0, 0): "is better in CC than",
+    (-1, 0, -1): "is worse in CC and IG than",
+    (1, -1, 0): "is better in CC, worse in NSS than",
+}
+
+
+@pytest.mark.parametrize("sides", VERDICTS)
+def test_verdicts_follow_the_sides(sides):
+    table = pd.DataFrame({"metric": study.JUDGED, "side": sides}).assign(
+        **{"model": "a cell", "reference": study.REFERENCE, "infinite": 0, "seeds": 3},
+        **{"mean": 0.15, "low": 0.1, "high": 0.2, "seed_low": 0.12, "seed_high": 0.17},
     )
-    text = study.sentence(table)
+    text, words = study.sentence(table), VERDICTS[sides]
     assert words in text
     assert "CC +0.150 [+0.100, +0.200], seeds +0.120 to +0.170;" in text
     assert "than *no prior*: CC" in study.sentence(table.assign(reference="no prior"))
@@ -159,45 +161,37 @@ def test_the_reachable_cc_is_what_the_truth_reaches(tmp_path):
     """The sample's true density is known: blurred as the ground truth is, it is the best model."""
     preparation.prepare(load_config("tiny"), tmp_path, tmp_path / "data")
     data = TestSet(tmp_path, "test")
-    perfect = [
-        cc(
-            torch.from_numpy(gaussian_filter(data.gold(photo).numpy(), data.prepared.sigma))[None],
-            data.truth(photo)["density"],
-        ).item()
-        for photo in data.photos
-    ]
+    perfect = []
+    for photo in data.photos:
+        blurred = gaussian_filter(data.gold(photo).numpy(), data.prepared.sigma)
+        perfect.append(cc(torch.from_numpy(blurred)[None], data.truth(photo)["density"]).item())
     found = study.reachable_cc(tmp_path)
     assert found["reachable"] == pytest.approx(np.mean(perfect), abs=0.02)
     assert 0 < found["halves"] < found["reachable"] < 1
     assert found == study.reachable_cc(tmp_path)
 
 
-def test_without_observers_nothing_is_known_of_the_reachable_cc(run_folder, tmp_path):
-    shutil.copytree(run_folder / "data", tmp_path / "data")
-    prepared = Prepared.read(tmp_path / "data")
+def test_without_observers_nothing_is_known_of_the_reachable_cc(run_folder):
+    prepared = Prepared.read(run_folder / "data")
     nobody = [replace(p, observers=np.full_like(p.observers, NOBODY)) for p in prepared.photos]
     replace(prepared, photos=nobody).write()
     with pytest.raises(ValueError, match=r"no test photo in .* has two known observers"):
-        study.reachable_cc(tmp_path)
+        study.reachable_cc(run_folder)
 
 
 def test_the_ladder_ends_at_the_preset(tmp_path):
     jobs = jobs_of(study.grid("osie", seeds=(0,)), tmp_path, tmp_path)
     rungs = {job.cell: job.config.to_dict() for job in jobs if job.cell in study.LADDER}
     assert list(rungs) == list(study.LADDER)
-    published = load_config("osie").to_dict()
-    last = list(rungs.values())[-1]
-    engine = ("preset", *(key for key in published if key in ENGINE_FIELDS))
-    assert {key for key in published if published[key] != last[key]} <= set(engine)
-    for below, rung in itertools.pairwise(rungs.values()):
-        assert below != rung
+    published, last = load_config("osie").to_dict(), list(rungs.values())[-1]
+    assert {k for k in published if published[k] != last[k]} <= {"preset", *ENGINE_FIELDS}
+    assert all(below != rung for below, rung in itertools.pairwise(rungs.values()))
 
 
 def test_steps_pass_over_the_dead():
     table = scores({"first": 0, "second": 0.1, "fourth": 0.3})
     found = study.steps(table, ["first", "second", "third", "fourth"])
-    pairs = found[["reference", "model"]].drop_duplicates().to_numpy().tolist()
-    assert pairs == [["first", "second"], ["second", "fourth"]]
+    assert pairs_of(found) == [["first", "second"], ["second", "fourth"]]
     means = found[found["metric"] == "CC"]["mean"]
     assert means.to_numpy() == pytest.approx([0.1, 0.2], abs=0.02)
     assert study.steps(table, ["absent"]).empty
@@ -211,11 +205,9 @@ def test_a_claim_is_judged_under_both_heads():
     own = study.OWN_HEAD
     table = scores({"reference": 0, "no prior": -0.1, own: 0, f"{own}, no prior": 0.2})
     found = study.judge(table, "prior")
-    pairs = found[["reference", "model"]].drop_duplicates().to_numpy().tolist()
-    assert pairs == [["reference", "no prior"], [own, f"{own}, no prior"]]
+    assert pairs_of(found) == [["reference", "no prior"], [own, f"{own}, no prior"]]
     verdicts = study.verdicts(found).set_index("change")
-    assert verdicts.loc["no prior", "verdict"] == "worse"
-    assert verdicts.loc[f"{own}, no prior", "verdict"] == "better"
+    assert verdicts["verdict"].to_list() == ["worse", "better"]
     assert verdicts.loc["no prior", "CC"].startswith("-0.10")
     dead = study.judge(table[table["cell"] != own], "prior")
     assert set(dead["model"]) == {"no prior"}
@@ -231,16 +223,14 @@ def test_claims_name_cells_of_the_study(claim):
 def test_the_dead_are_counted():
     grid = study.grid("osie")
     assert len(study.WAYS) * len(study.OPTIMISERS) == 21
-    alive = scores(
-        {"reference": 0, "rectified and centred, AdamW": 50, "levels rectified, AdamW": -50}
-    )
-    alive = alive[(alive["cell"] == "reference") | (alive["seed"] < 2)]
+    cells = {"rectified and centred, AdamW": 50, "levels rectified, AdamW": -50}
+    alive = scores(cells, seeds=(0, 1))
     found = study.survival(alive, grid).set_index(["way", "optimiser"])
     assert len(found) == 21
     assert tuple(found.loc[("rectified and centred", "AdamW"), ["alive", "of"]]) == (2, 3)
     assert found["alive"].sum() == 2
-    told = study.survival_sentence(found.reset_index())
-    assert "- **rectified and centred**: alive 2 of 9" in told
+    line = "- **rectified and centred**: alive 2 of 9"
+    assert line in study.survival_sentence(found.reset_index())
     nothing = study.survival(alive, study.grid("tiny"))
     assert nothing.empty
     assert study.survival_sentence(nothing).startswith("*")
@@ -249,9 +239,8 @@ def test_the_dead_are_counted():
 def test_the_life_of_a_head_is_watched(run_folder, monkeypatch):
     pytest.importorskip("torch.distributed.fsdp")  # torch 2.6 makes a folder as it is imported
     monkeypatch.setattr(tempfile, "mkdtemp", None)  # of a killed call, it would stay
-    config = load_config(
-        "tiny", head="paper", loss="mlnet", prior_penalty=-1, lr=0, freeze_norm=True
-    )
+    still = {"lr": 0, "freeze_norm": True}
+    config = load_config("tiny", head="paper", loss="mlnet", prior_penalty=-1, **still)
     before = files(run_folder)
     found = study.life(config, run_folder / "data", updates=2)
     assert files(run_folder) == before
