@@ -6,6 +6,7 @@ import re
 import nbformat
 import notebook_checks as checks
 import pytest
+from nbformat import v4
 
 from mlnet_utils.running.pipeline import STAGES, STUDY
 
@@ -31,10 +32,8 @@ def test_notebook(path, check):
 
 # ---- every check fires -------------------------------------------------------------------------
 def code(source, count, printed=None, **metadata):
-    outputs = [nbformat.v4.new_output("stream", name="stdout", text=printed)] if printed else []
-    return nbformat.v4.new_code_cell(
-        source, execution_count=count, outputs=outputs, metadata=metadata
-    )
+    outputs = [v4.new_output("stream", text=printed)] if printed else []
+    return v4.new_code_cell(source, execution_count=count, outputs=outputs, metadata=metadata)
 
 
 @pytest.fixture
@@ -44,27 +43,21 @@ def good(tmp_path):
     (tmp_path / "02_next.md").write_text("# What: a *page*!\n\n```\n# Else\n```\n")
     path = tmp_path / "01_first.ipynb"
     place = f"github/{checks.repository_name()}/blob/main/notebooks/01_first.ipynb"
-    title = nbformat.v4.new_markdown_cell(
-        "# 01 · First\n\nNeeds nothing.\n\n"
-        f"[![Colab](https://example.org/badge.svg)](https://colab.research.google.com/{place}) "
-        f"[nbviewer](https://nbviewer.org/{place})"
-    )
-    end = nbformat.v4.new_markdown_cell(
-        "## The end\n\nOn to [the next](02_next.ipynb), or [back](#The-end).\n\n"
-        "![curve](02_next.ipynb)"
-    )
-    notebook = nbformat.v4.new_notebook(
-        cells=[
-            title,
-            code(COLAB_CELL, 1),
-            code(PARAMETERS, 2, tags=["parameters"]),
-            code("def double(x):\n    return 2 * x", 3, "runs/sample/metrics.json"),
-            code("double(2)", 4, "4"),
-            end,
-        ],
-        metadata={"kernelspec": KERNEL, "language_info": {"name": "python"}},
-    )
-    return notebook, path
+    cells = [
+        v4.new_markdown_cell(
+            f"# 01 · First\n\n[nbviewer](https://nbviewer.org/{place}) [![Colab]"
+            f"(https://example.org/badge.svg)](https://colab.research.google.com/{place})"
+        ),
+        code(COLAB_CELL, 1),
+        code(PARAMETERS, 2, tags=["parameters"]),
+        code("def double(x):\n    return 2 * x", 3, "runs/sample/metrics.json"),
+        code("double(2)", 4, "4"),
+        v4.new_markdown_cell(
+            "## End\n\n[next](02_next.ipynb) or [back](#End)\n\n![curve](02_next.ipynb)"
+        ),
+    ]
+    metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
+    return v4.new_notebook(cells=cells, metadata=metadata), path
 
 
 def problems_of(notebook, path):
@@ -79,8 +72,8 @@ def test_good_notebook_passes_every_check(good):
 
 
 # Spoilers: each takes the good notebook and changes it.
-def counted(number):
-    return lambda notebook: notebook.cells[4].update(execution_count=number)
+def cell(index, **changes):
+    return lambda notebook: notebook.cells[index].update(changes)
 
 
 def stripped(notebook):
@@ -90,16 +83,12 @@ def stripped(notebook):
 
 def shown(kind="display_data", **content):
     """One more output; a media type stands for its data."""
-    output = nbformat.v4.new_output(kind, **content)
+    output = v4.new_output(kind, **content)
     return lambda notebook: notebook.cells[4].outputs.append(output)
 
 
 def printed(text):
     return lambda notebook: notebook.cells[4].outputs[0].update(text=text)
-
-
-def source(index, text):
-    return lambda notebook: notebook.cells[index].update(source=text)
 
 
 def extend(index, text):
@@ -114,13 +103,9 @@ def replace(index, old, new):
     return change
 
 
-def metadata(index, **entries):
-    return lambda notebook: notebook.cells[index].metadata.update(entries)
-
-
 BAD = [
-    (counted(7), "executed_in_order", "not run once, top to bottom"),
-    (counted(None), "executed_in_order", "None"),
+    (cell(4, execution_count=7), "executed_in_order", "not run once, top to bottom"),
+    (cell(4, execution_count=None), "executed_in_order", "None"),
     (stripped, "has_outputs", "only 0 of 4 code cells"),
     (shown("error", ename="KeyError"), "no_errors_or_stderr", "`double(2)` has KeyError"),
     (shown("stream", name="stderr"), "no_errors_or_stderr", "`double(2)` has stderr"),
@@ -128,32 +113,33 @@ BAD = [
      "plain_metadata", "my-env"),
     (lambda notebook: notebook.metadata.update(widgets={}), "plain_metadata", "holds widgets"),
     (lambda notebook: notebook.metadata.update(checks.GPU), "plain_metadata", "left to the user"),
-    (metadata(4, papermill={"duration": 1}), "plain_metadata", "`double(2)` holds papermill"),
+    (cell(4, metadata={"papermill": {}}), "plain_metadata", "`double(2)` holds papermill"),
     (shown(data={checks.WIDGETS + "-view+json": {}}), "no_widgets", checks.WIDGETS),
     (printed("wrote /home/ann/runs/x.png"), "no_machine_paths", "/home/ann"),
     (printed("'/Users/ann/x'"), "no_machine_paths", "/Users/ann"),
     (printed("in ~/projects/x"), "no_machine_paths", "~/p"),
     (printed("file:///etc"), "no_machine_paths", "file://"),
     (shown(data={"text/html": "<td>/tmp/tmpab12/x</td>"}), "no_machine_paths", "/tmp/tmpab12"),
-    (source(4, "open('C:\\\\Users')"), "no_machine_paths", "C:"),
+    (cell(4, source="open('C:\\\\Users')"), "no_machine_paths", "C:"),
     (printed("x" * 1_000_001), "small_file", "at most 1,000,000"),
-    (metadata(2, tags=[]), "literal_parameters", "0 cells are tagged"),
-    (metadata(3, tags=["injected-parameters"]), "literal_parameters", "injected"),
+    (cell(2, metadata={}), "literal_parameters", "0 cells are tagged"),
+    (cell(3, metadata={"tags": ["parameters"]}), "literal_parameters", "2 cells are tagged"),
+    (cell(3, metadata={"tags": ["injected-parameters"]}), "literal_parameters", "injected"),
     (extend(2, "LIMIT = len(PRESET)  # int: photos\n"), "literal_parameters", "len(PRESET)"),
     (replace(2, "sample", "tiny"), "literal_parameters", "PRESET should be 'sample'"),
     (replace(2, "RUN_DIR", "RUNS"), "literal_parameters", "RUN_DIR should be ''"),
-    (source(4, "class Model:\n    pass"), "no_machinery", "defines class Model"),
-    (source(4, "from math import *"), "no_machinery", "imports *"),
-    (source(4, "try:\n    x\nexcept:\n    y"), "no_machinery", "a bare except"),
-    (source(4, "!ls"), "shell_only_in_colab", "`!ls` runs !ls"),
-    (source(4, "if True:\n    %pip install x"), "shell_only_in_colab", "runs %pip install x"),
-    (source(1, "IS_COLAB = 1\n%pip install x"), "shell_only_in_colab", "runs %pip install x"),
-    (source(4, "%%bash\nls"), "shell_only_in_colab", "runs %%bash"),
-    (source(4, "import sys\nsys.path.append('..')"), "no_path_tricks", "sys.path"),
-    (source(4, "import os\nos.chdir('..')"), "no_path_tricks", "os.chdir"),
+    (cell(4, source="class Model:\n    pass"), "no_machinery", "defines class Model"),
+    (cell(4, source="from math import *"), "no_machinery", "imports *"),
+    (cell(4, source="try:\n    x\nexcept:\n    y"), "no_machinery", "a bare except"),
+    (cell(4, source="!ls"), "shell_only_in_colab", "`!ls` runs !ls"),
+    (cell(4, source="if True:\n    %pip install x"), "shell_only_in_colab", "runs %pip install x"),
+    (cell(1, source="IS_COLAB = 1\n%pip install x"), "shell_only_in_colab", "runs %pip install x"),
+    (cell(4, source="%%bash\nls"), "shell_only_in_colab", "runs %%bash"),
+    (cell(4, source="import sys\nsys.path.append('..')"), "no_path_tricks", "sys.path"),
+    (cell(4, source="import os\nos.chdir('..')"), "no_path_tricks", "os.chdir"),
     (replace(0, "github/", "github/someone-"), "badges_carry_the_address", "no link to"),
     (replace(0, "01_first.ipynb", "02_next.ipynb"), "badges_carry_the_address", "no link to"),
-    (replace(5, "#The-end", "#Nowhere"), "links_are_valid", "link to #Nowhere"),
+    (replace(5, "#End", "#Nowhere"), "links_are_valid", "link to #Nowhere"),
     (extend(5, " [x](../figures/none.png)"), "links_are_valid", "link to ../figures/none.png"),
     (extend(5, " [x](02_next.md#Else)"), "links_are_valid", "link to 02_next.md#Else, which is no"),
     (replace(5, "![curve]", "![]"), "images_have_alt_text", "image without alternative text"),
@@ -165,8 +151,7 @@ BAD = [
 
 
 def test_a_notebook_that_trains_asks_for_a_gpu(good):
-    notebook, _ = good
-    path = checks.ROOT / "notebooks" / "02_training.ipynb"
+    notebook, path = good[0], checks.ROOT / "notebooks" / "02_training.ipynb"
     assert checks.plain_metadata(notebook, path) == [f"Colab's machine is not {checks.GPU}"]
     notebook.metadata.update(checks.GPU)
     assert checks.plain_metadata(notebook, path) == []
@@ -191,11 +176,8 @@ def test_every_check_is_seen_to_fire():
 
 
 # ---- the pages beside them ---------------------------------------------------------------------
-PAGES = sorted(
-    path
-    for pattern in ("*.md", "docs/*.md", "data/*.md", "results/**/*.md")
-    for path in checks.ROOT.glob(pattern)
-)
+PATTERNS = ("*.md", "docs/*.md", "data/*.md", "results/**/*.md")
+PAGES = sorted(path for pattern in PATTERNS for path in checks.ROOT.glob(pattern))
 
 
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relative_to(checks.ROOT).as_posix())
@@ -207,7 +189,7 @@ def test_page_links_to_what_exists_and_describes_its_images(path):
 
 def test_links_to_headings_of_pages_and_notebooks(tmp_path):
     (tmp_path / "other.md").write_text("# A page: of `C`!")
-    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# In a book")])
+    book = v4.new_notebook(cells=[v4.new_markdown_cell("# In a book")])
     nbformat.write(book, tmp_path / "book.ipynb")
     good = "[a](other.md#a-page-of-c) [b](#here) [c](book.ipynb#In-a-book) `x[y](z)`\n\n## Here"
     assert checks.broken_links(good, tmp_path / "page.md") == []
