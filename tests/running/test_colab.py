@@ -27,24 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
 RUN = "drive:mlnet/tiny"
 # The package comes from a copy of this repository, and nothing from the internet.
 SETTINGS = {
-    "PIP_NO_INDEX": "1",
-    "PIP_NO_DEPS": "1",
+    **dict.fromkeys(("PIP_NO_INDEX", "PIP_NO_DEPS", "PIP_DISABLE_PIP_VERSION_CHECK"), "1"),
     "PIP_NO_BUILD_ISOLATION": "0",  # pip's spelling of --no-build-isolation
-    "PIP_DISABLE_PIP_VERSION_CHECK": "1",
 }
-DRIVE_STUB = """\
-import os
-
-def mount(folder):
-    os.symlink({drive!r}, folder)
-"""
-FILES_STUB = """\
-from PIL import Image
-
-def upload():
-    Image.linear_gradient("L").save("mine.png")
-    return {"mine.png": b""}
-"""
+DRIVE_STUB = "import os\n\ndef mount(folder):\n    os.symlink({drive!r}, folder)\n"
 # The kernel dies in the second epoch, as when Colab takes the machine back.
 DISCONNECT = """\
 import os, signal
@@ -68,23 +54,17 @@ def colab(tmp_path_factory):
     # Paths in a .pth file: the packages of this interpreter, without its editable installs.
     ours = dict.fromkeys(sysconfig.get_paths()[name] for name in ("purelib", "platlib"))
     (site / "preinstalled.pth").write_text("\n".join(ours) + "\n")
-    (site / "google" / "colab").mkdir(parents=True)
-    (site / "google" / "colab" / "__init__.py").touch()
-    stub = DRIVE_STUB.format(drive=str(root / "drive"))
-    (site / "google" / "colab" / "drive.py").write_text(stub)
-    (site / "google" / "colab" / "files.py").write_text(FILES_STUB)
-
-    source = root / "source"
-    ignored = shutil.ignore_patterns("__pycache__")
+    google = site / "google" / "colab"
+    google.mkdir(parents=True)
+    (google / "__init__.py").touch()
+    (google / "drive.py").write_text(DRIVE_STUB.format(drive=str(root / "drive")))
+    source, ignored = root / "source", shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "mlnet_utils", source / "mlnet_utils", ignore=ignored)
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    spec = {
-        "argv": [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"],
-        "display_name": "Colab",
-        "language": "python",
-        "env": {**SETTINGS, "MLNET_SOURCE": source.as_uri()},
-    }
+    argv = [str(python), "-m", "ipykernel_launcher", "-f", "{connection_file}"]
+    env = {**SETTINGS, "MLNET_SOURCE": source.as_uri()}
+    spec = {"argv": argv, "display_name": "Colab", "language": "python", "env": env}
     kernel = root / "jupyter" / "kernels" / "colab" / "kernel.json"
     kernel.parent.mkdir(parents=True)
     kernel.write_text(json.dumps(spec))
@@ -115,13 +95,9 @@ def run(stage, machine, inserted="", before="", **parameters):
     if inserted:
         (place,) = (i for i, c in enumerate(notebook.cells) if before in c.source)
         notebook.cells.insert(place, nbformat.v4.new_code_cell(inserted))
-    client = nbclient.NotebookClient(
-        notebook,
-        kernel_name="colab",
-        startup_timeout=180,
-        resources={"metadata": {"path": str(machine)}},
-    )
-    client.execute()
+    options = {"kernel_name": "colab", "startup_timeout": 180}
+    place = {"metadata": {"path": str(machine)}}
+    nbclient.NotebookClient(notebook, resources=place, **options).execute()
     return "".join(o.get("text", "") for c in notebook.cells for o in c.get("outputs", ()))
 
 

@@ -6,18 +6,16 @@ from pathlib import Path
 import nbformat
 import pytest
 import yaml
-from miniatures import save_osie, save_photo, save_salicon_mat
+from miniatures import save_map, save_osie, save_photo, save_salicon_mat
 from nbclient import NotebookClient
 from papermill.iorw import load_notebook_node
 from papermill.parameterize import parameterize_notebook
-from PIL import Image
 
 from mlnet_utils.data.photos import NOBODY, Prepared
 from mlnet_utils.running.notebooks import ThisPython
 
 NOTEBOOK = Path(__file__).resolve().parents[2] / "notebooks" / "01_data_preparation.ipynb"
 SIZES = ((64, 48), (48, 80), (37, 37))  # landscape, portrait, odd
-TEN = [f"{number:03d}" for number in range(10)]
 
 pytestmark = pytest.mark.slow
 
@@ -79,35 +77,35 @@ def salicon(root):
 def own_list(root):
     """No observers, sizes that differ."""
     lines = ["image,x,y"]
-    for number, stem in enumerate(TEN):
-        save_photo(root / f"folder/images/{stem}.png", *SIZES[number % 3], number)
-        lines += [f"{stem},{number},5", f"{stem},20,{number}"]
+    for number in range(10):
+        save_photo(root / f"folder/images/00{number}.png", *SIZES[number % 3], number)
+        lines += [f"00{number},{number},5", f"00{number},20,{number}"]
     (root / "folder/fixations.csv").write_text("\n".join(lines))
     return {"dataset": "folder", "sigma": 4.0}
 
 
 def own_densities(root):
     """Density maps alone, in a single split."""
-    (root / "folder/density_maps").mkdir(parents=True)
-    for number, stem in enumerate(TEN[:3]):
-        save_photo(root / f"folder/images/test/{stem}.png", *SIZES[number], number)
-        map_ = Image.linear_gradient("L").resize(SIZES[number])
-        map_.save(root / f"folder/density_maps/{stem}.png")
+    for number, size in enumerate(SIZES):
+        save_photo(root / f"folder/images/test/{number}.png", *size, number)
+        save_map(root / f"folder/density_maps/{number}.png", *size, number)
     return {"dataset": "folder", "sigma": 4.0}
 
 
-@pytest.mark.parametrize(
-    ("make", "splits", "fixations", "observers"),
-    [  # photos per split, fixations, and the most observers of a photo
-        (osie, {"train": 6, "val": 2, "test": 2}, 30, 2),
-        (salicon, {"train": 2, "val": 1, "test": 1}, 9, 2),
-        (own_list, {"train": 7, "val": 1, "test": 2}, 20, 0),
-        (own_densities, {"train": 0, "val": 0, "test": 3}, 0, 0),
-    ],
-)
-def test_every_form_is_looked_at(look, tmp_path, make, splits, fixations, observers):
+FORMS = {  # photos per split, fixations, and the most observers of a photo
+    osie: ([6, 2, 2], 30, 2),
+    salicon: ([2, 1, 1], 9, 2),
+    own_list: ([7, 1, 2], 20, 0),
+    own_densities: ([0, 0, 3], 0, 0),
+}
+
+
+@pytest.mark.parametrize("make", FORMS)
+def test_every_form_is_looked_at(look, tmp_path, make):
     photos, record, _ = look(tmp_path, **make(tmp_path))
-    assert (record["photos"], record["fixations"]) == (splits, fixations)
+    counts, fixations, observers = FORMS[make]
+    assert record["photos"] == dict(zip(("train", "val", "test"), counts, strict=True))
+    assert record["fixations"] == fixations
     assert max(len(photo.known_observers) for photo in photos) == observers
     if not observers:
         assert all((photo.observers == NOBODY).all() for photo in photos)

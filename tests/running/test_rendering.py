@@ -9,6 +9,7 @@ from pathlib import Path
 import nbconvert
 import nbformat
 import pytest
+from nbformat import v4
 
 ROOT = Path(__file__).resolve().parents[2]
 NOTEBOOKS = sorted([*ROOT.glob("notebooks/*.ipynb"), *ROOT.glob("results/*/notebooks/*.ipynb")])
@@ -91,15 +92,12 @@ def test_no_picture_is_wider_than_the_page(tmp_path):
 @needs_chromium
 def test_a_picture_that_is_too_wide_is_noticed(tmp_path):
     wide = '<img src="" alt="wide" style="width: 700px; max-width: none">'
-    cell = nbformat.v4.new_markdown_cell(f"# Title\n\n{wide}")
-    render(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "a.html")
+    render(v4.new_notebook(cells=[v4.new_markdown_cell(f"# Title\n\n{wide}")]), tmp_path / "a.html")
     assert {page["width"]: page["out"] for page in measure(tmp_path)} == {390: ["wide"], 1280: []}
 
 
 def test_alternative_text_reaches_the_reader(tmp_path):
-    output = nbformat.v4.new_output(
-        "display_data", data={"image/png": "iVBORw0KGgo="}, metadata={"alt": "A curve that falls"}
-    )
-    cell = nbformat.v4.new_code_cell("show()", outputs=[output])
-    html = render(nbformat.v4.new_notebook(cells=[cell]), tmp_path / "a.html")
+    shown = {"data": {"image/png": "iVBORw0KGgo="}, "metadata": {"alt": "A curve that falls"}}
+    cell = v4.new_code_cell("show()", outputs=[v4.new_output("display_data", **shown)])
+    html = render(v4.new_notebook(cells=[cell]), tmp_path / "a.html")
     assert 'alt="A curve that falls"' in html
