@@ -24,7 +24,7 @@ from test_runtime import abandon
 from mlnet_utils import __main__ as cli
 from mlnet_utils.data.photos import Prepared
 from mlnet_utils.experiments import evaluation, study, sweep
-from mlnet_utils.experiments.sweep import Grid, read_grid
+from mlnet_utils.experiments.sweep import PER_IMAGE, TABLE, Grid, read_grid
 from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.model import checkpoints
 from mlnet_utils.runtime import StopSignals, read_json
@@ -32,7 +32,8 @@ from mlnet_utils.runtime import StopSignals, read_json
 ROUNDING = 1e-3 if torch.cuda.is_available() else 0  # a GPU's sums have no fixed order
 WILD = {"lr": 1e30, "optimizer": "sgd"}  # dies in its first epoch
 FAST = {"epochs": 1, "limit": 6, "height": 32, "width": 40, "prior_cells": [2, 2]}
-CELLS = {"Three levels": {}, "One level": {"levels": 1}}
+ONE = {"Three levels": {}}
+CELLS = {**ONE, "One level": {"levels": 1}}
 RAW = Path("raw")  # the photos are made, not read
 
 
@@ -51,12 +52,8 @@ def run_cells(folder, cells):
     return run_sweep(folder, cells=cells, seeds=(0,))
 
 
-def checkpoints_of(folder):
-    return {path.relative_to(folder): path.stat().st_mtime_ns for path in folder.rglob("best.pt")}
-
-
-def table_of(folder):
-    return pd.read_csv(folder / sweep.TABLE)
+def table_of(folder, name=TABLE):
+    return pd.read_csv(folder / name, dtype={"stem": str})
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +72,11 @@ def done(done_once, tmp_path):
 
 # ---- what is done, and what is not -------------------------------------------------------------
 def test_every_cell_and_seed_gets_a_run_and_a_row(done):
-    table = table_of(done)
-    assert list(table["cell"]) == ["Three levels", "Three levels", "One level", "One level"]
-    assert list(table["seed"]) == [0, 1, 0, 1]
+    table, photos = table_of(done), table_of(done, PER_IMAGE)
+    expected = [[cell, seed] for cell in CELLS for seed in (0, 1)]
+    assert table[["cell", "seed"]].to_numpy().tolist() == expected
     assert table[list(METRICS)].notna().all(axis=None)
     assert table["NSS"].nunique() == 4
-    photos = pd.read_csv(done / sweep.PER_IMAGE)
     assert len(photos) == 4 * 6
     mean = photos.groupby(["cell", "seed"], sort=False)["CC"].mean()
     assert mean.to_list() == pytest.approx(table["CC"].to_list())
@@ -89,19 +85,13 @@ def test_every_cell_and_seed_gets_a_run_and_a_row(done):
 
 @pytest.mark.slow
 def test_what_is_done_is_not_done_again_and_the_rest_is(done):
-    before = checkpoints_of(done)
+    before = {path: path.stat().st_mtime_ns for path in done.rglob("best.pt")}
+    run_sweep(done, split="val")  # is scored again, without a training
+    assert set(table_of(done)["split"]) == {"val"}
     assert run_sweep(done, cells={**CELLS, "Two levels": {"levels": 2}}, seeds=(0,)) == {}
-    after = checkpoints_of(done)
+    after = {path: path.stat().st_mtime_ns for path in done.rglob("best.pt")}
     assert len(after) == len(before) + 1
     assert before.items() <= after.items()
-
-
-@pytest.mark.slow
-def test_another_split_is_scored_again_without_training(done):
-    before = checkpoints_of(done)
-    run_sweep(done, split="val")
-    assert checkpoints_of(done) == before
-    assert set(table_of(done)["split"]) == {"val"}
 
 
 def test_scores_are_of_the_present_checkpoint_whatever_the_clock_says(done):
@@ -109,23 +99,28 @@ def test_scores_are_of_the_present_checkpoint_whatever_the_clock_says(done):
     expected = table_of(done)["NSS"][1]
     shutil.copy(other, best)
     os.utime(best, (1, 1))  # the clock was set back
-    assert run_cells(done, {"Three levels": {}}) == {}
+    assert run_cells(done, ONE) == {}
     assert table_of(done)["NSS"].to_list() == [pytest.approx(expected, rel=ROUNDING, abs=0)]
-    scored = (done / "three-levels" / "0" / "metrics.json").read_text()
+    scores = done / "three-levels" / "0" / "metrics.json"
+    scored = scores.read_text()
     assert run_cells(done, {"Three levels": {"test_flip": True}}) == {}
-    assert (done / "three-levels" / "0" / "metrics.json").read_text() != scored
+    assert scores.read_text() != scored
 
 
-def test_damaged_scores_of_photos_are_made_again(done):
-    run_cells(done, {"Three levels": {}})
-    expected = pd.read_csv(done / sweep.PER_IMAGE)
-    scores = done / "three-levels" / "0" / "per_image.csv"
-    text = scores.read_text()
-    scores.write_text(text.replace("0.", "1.", 1))
-    assert scores.read_text() != text
-    assert run_cells(done, {"Three levels": {}}) == {}
-    found = pd.read_csv(done / sweep.PER_IMAGE)
-    pd.testing.assert_frame_equal(found, expected, rtol=ROUNDING, atol=ROUNDING)
+def damage_scores(run):
+    text = (run / "per_image.csv").read_text()
+    (run / "per_image.csv").write_text(text.replace("0.", "1.", 1))
+    assert (run / "per_image.csv").read_text() != text
+
+
+# The verb `evaluate` scores the baselines too.
+@pytest.mark.parametrize("change", [damage_scores, evaluation.evaluate])
+def test_damaged_scores_are_made_again_and_baselines_left_out(done, change):
+    run_cells(done, ONE)
+    expected = table_of(done, PER_IMAGE)
+    change(done / "three-levels" / "0")
+    assert run_cells(done, ONE) == {}
+    pd.testing.assert_frame_equal(table_of(done, PER_IMAGE), expected, rtol=ROUNDING, atol=ROUNDING)
 
 
 def test_both_tables_are_of_one_call(done, monkeypatch):
@@ -134,25 +129,23 @@ def test_both_tables_are_of_one_call(done, monkeypatch):
 
     def slowly(path, text):
         write(path, text)
-        if path.name == sweep.TABLE and not others:
+        if path.name == TABLE and not others:
             others.append(threading.Thread(target=run_sweep, args=(done,)))
             others[0].start()
             others[0].join(1)
 
     monkeypatch.setattr(sweep.runtime, "write_text", slowly)
-    run_cells(done, {"Three levels": {}})
+    run_cells(done, ONE)
     others[0].join()
-    photos = pd.read_csv(done / sweep.PER_IMAGE)
-    assert set(photos["cell"]) == set(table_of(done)["cell"])
-    assert set(photos["seed"]) == set(table_of(done)["seed"])
+    for key in ("cell", "seed"):
+        assert set(table_of(done, PER_IMAGE)[key]) == set(table_of(done)[key])
 
 
 def test_scores_of_other_code_are_named(done, capsys):
     run_sweep(done)
     assert "other code" not in capsys.readouterr().out
     path = done / "one-level" / "1" / "metrics.json"
-    report = {**read_json(path, "the sweep"), "package": "0.9.0"}
-    path.write_text(json.dumps(report))
+    path.write_text(json.dumps({**read_json(path, "the sweep"), "package": "0.9.0"}))
     run_sweep(done)
     assert "1 of 4 trainings, e.g. One level, seed 1, keep scores of" in capsys.readouterr().out
 
@@ -169,65 +162,47 @@ def test_scores_that_evaluate_wrote_meanwhile_are_not_the_sweep_s(done, capsys):
     assert table_of(done)[["cell", "split"]].to_numpy().tolist() == [["One level", "test"]]
 
 
-def test_the_folder_of_a_run_is_refused(done):
+def test_a_run_and_a_split_without_truth_are_refused_before_training(done):
     with pytest.raises(ValueError, match="is a run"):
         run_sweep(done / "one-level" / "1")
-
-
-def test_baselines_that_evaluate_adds_to_a_cell_are_not_its_scores(done):
-    run_cells(done, {"Three levels": {}})
-    expected = pd.read_csv(done / sweep.PER_IMAGE)
-    evaluation.evaluate(done / "three-levels" / "0")  # the verb scores the baselines too
-    run_cells(done, {"Three levels": {}})
-    found = pd.read_csv(done / sweep.PER_IMAGE)
-    pd.testing.assert_frame_equal(found, expected, rtol=ROUNDING, atol=ROUNDING)
-
-
-def test_a_split_without_truth_is_refused_before_training(done, tmp_path):
     (data,) = (done / "data").iterdir()
     prepared = Prepared.read(data)
-    secret = {"density": "", "density_sha256": ""}
-    photos = [unseen(p, **secret) if p.split == "test" else p for p in prepared.photos]
-    replace(prepared, photos=photos).write()
+    secret = [unseen(photo, density="", density_sha256="") for photo in prepared.split("test")]
+    replace(prepared, photos=prepared.split("train") + prepared.split("val") + secret).write()
     with pytest.raises(ValueError, match=r"6 of the 6 test photos .* 'val'"):
         run_cells(done, {"New": {"levels": 2}})
     assert not (done / "new").exists()
 
 
 def test_links_to_the_photos_are_relative_and_mended(done, tmp_path):
-    cells, link = {"Three levels": {}}, done / "three-levels" / "0" / "data"
+    link = done / "three-levels" / "0" / "data"
     link.unlink()
     link.symlink_to(tmp_path / "gone")  # absolute, and nothing is there
-    assert run_cells(done, cells) == {}
+    assert run_cells(done, ONE) == {}
     assert not os.path.isabs(os.readlink(link))
     target = link.resolve()
     link.unlink()
     shutil.copytree(target, link)  # as where a copy followed the links
-    assert str(link) in run_cells(done, cells)["Three levels, seed 0"]
+    assert str(link) in run_cells(done, ONE)["Three levels, seed 0"]
 
 
 def test_the_tables_leave_out_another_configuration_s_scores(done):
     failed = run_cells(done, {"Three levels": {"levels": 1}})
     assert "another configuration" in failed["Three levels, seed 0"]
     assert table_of(done).empty
-    assert not (done / sweep.PER_IMAGE).exists()
+    assert not (done / PER_IMAGE).exists()
     assert sweep.summary(done) == "no training has finished"
 
 
-def test_a_killed_sweep_leaves_nothing_for_long(done):
-    made = files(done)
-    for name in (sweep.TABLE, sweep.PER_IMAGE):
+def test_half_tables_and_damaged_times_of_a_killed_sweep_do_not_stay(done):
+    made, expected = files(done), table_of(done)["train_seconds"].to_list()
+    for name in (TABLE, PER_IMAGE):
         abandon(done / name)
-    assert run_sweep(done) == {}
-    assert files(done) == made
-
-
-def test_damaged_times_are_written_again(done):
-    expected = table_of(done)["train_seconds"].to_list()
     times = [done / "three-levels" / seed / "times.csv" for seed in "01"]
     times[0].write_text(times[0].read_text().replace(".", "9."))
     times[1].unlink()
     assert run_sweep(done) == {}
+    assert files(done) == made
     assert table_of(done)["train_seconds"].to_list() == expected
 
 
@@ -235,7 +210,7 @@ def test_photos_whose_score_is_infinite_are_counted(done):
     assert "IG infinite" not in table_of(done)
     for seed, photos in ((0, [2]), (1, [2, 3])):  # as where a map is zero at a fixation
         folder = done / "one-level" / str(seed)
-        scores = pd.read_csv(folder / "per_image.csv", dtype={"stem": str})
+        scores = table_of(folder, "per_image.csv")
         scores.loc[photos, "IG"] = -np.inf
         scores.to_csv(folder / "per_image.csv", index=False)
         report = read_json(folder / "metrics.json", "the sweep")
@@ -246,13 +221,10 @@ def test_photos_whose_score_is_infinite_are_counted(done):
     table = table_of(done)
     assert table["IG infinite"].to_list() == [0, 0, 1, 2]
     assert not {f"{metric} infinite" for metric in METRICS if metric != "IG"} & set(table)
-    lines = sweep.summary(done).splitlines()
-    assert lines[0] == "synthetic, test"
-    assert lines[1].endswith("| IG infinite |")
-    assert lines[4].startswith("| One level ")
-    assert lines[4].split()[-2] == "2"  # photos, as `study` counts them
-    every = pd.read_csv(done / sweep.PER_IMAGE, dtype={"stem": str})
-    judged = study.compare(every, ["One level"], reference="Three levels", resamples=10)
+    title, head, _, _, row, *_ = sweep.summary(done).splitlines()
+    assert (title, head[-15:], row[:12]) == ("synthetic, test", "| IG infinite |", "| One level ")
+    assert row.split()[-2] == "2"  # photos, as `study` counts them
+    judged = study.compare(table_of(done, PER_IMAGE), ["One level"], "Three levels", resamples=10)
     assert judged.set_index("metric").loc["IG", "infinite"] == 2
 
 
@@ -261,7 +233,7 @@ def test_every_cell_keeps_its_name(tmp_path):
     cells = ("None", "0.001", "1e-3")
     rows = [dict.fromkeys(METRICS, 0.5) | {"cell": cell, "stem": "null"} for cell in cells]
     table = pd.DataFrame(rows).assign(dataset="osie", split="test")
-    for name in (sweep.TABLE, sweep.PER_IMAGE):
+    for name in (TABLE, PER_IMAGE):
         table.to_csv(tmp_path / name, index=False)
     found = [line.split()[1:4] for line in sweep.summary(tmp_path).splitlines()[3:6]]
     assert found == [[cell, "|", "1"] for cell in cells]
@@ -283,8 +255,8 @@ def test_a_failing_cell_is_reported_and_the_others_go_on(tmp_path, capsys):
 @pytest.mark.slow
 def test_a_death_is_remembered_until_the_cell_or_the_file_is_gone(tmp_path):
     first = run_cells(tmp_path, {"wild": WILD})["wild, seed 0"]
-    note, output = tmp_path / "wild" / "0" / sweep.DIED, tmp_path / "wild" / "0" / "output.txt"
-    assert len(Prepared.read(tmp_path / "wild/0/data").split("train")) == 6
+    note, output, data = (tmp_path / "wild/0" / name for name in (sweep.DIED, "output.txt", "data"))
+    assert len(Prepared.read(data).split("train")) == 6
     output.unlink()
     second = run_cells(tmp_path, {"wild": WILD})["wild, seed 0"]
     assert second.startswith(first)
@@ -293,21 +265,25 @@ def test_a_death_is_remembered_until_the_cell_or_the_file_is_gone(tmp_path):
     note.write_bytes(b"\xff\xfe\n")
     assert run_cells(tmp_path, {"wild": WILD}) == {"wild, seed 0": first}
     output.unlink()
-    data = Prepared.read(tmp_path / "wild/0/data")
-    replace(data, photos=data.photos[1:]).write()  # as where mended sources were prepared again
+    prepared = Prepared.read(data)
+    replace(prepared, photos=prepared.photos[1:]).write()  # mended sources
     assert run_cells(tmp_path, {"wild": WILD}) == {"wild, seed 0": first}
     assert output.exists()
     assert note.exists()
     assert run_cells(tmp_path, {"wild": {"limit": 8}}) == {}
     assert not note.exists()
-    assert len(Prepared.read(tmp_path / "wild/0/data").split("train")) == 8
+    assert len(Prepared.read(data).split("train")) == 8
+
+
+def wait_for(files):
+    deadline = time.monotonic() + 400  # on a machine that does other things
+    while not all(file.is_file() for file in files) and time.monotonic() < deadline:
+        time.sleep(0.01)
 
 
 def interrupt_when(files, process, kill, number=signal.SIGINT):
     """Press Ctrl-C, or send another signal, once these files are there."""
-    deadline = time.monotonic() + 400  # on a machine that does other things
-    while not all(file.is_file() for file in files) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for(files)
     kill(process, number)
 
 
@@ -329,15 +305,15 @@ def test_ctrl_c_ends_the_call_with_a_table_of_what_has_finished(tmp_path):
     ("kill", "number"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGTERM)]
 )
 def test_ctrl_c_and_sigterm_stop_two_workers(tmp_path, kill, number):
-    endless = {"epochs": 10_000}
+    trial, endless = tmp_path / "trial.yaml", {"epochs": 10_000}
     cells = {"long": endless, "also long": endless, "never": {}}
-    content = {"preset": "tiny", "seeds": [0], "common": FAST, "cells": cells}
-    (tmp_path / "trial.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    content = {"preset": "tiny", "common": FAST, "cells": cells}
+    trial.write_text(yaml.safe_dump(content, sort_keys=False))
     options = ("--plain", "--workers", "2", "--out", tmp_path / "out", "--data-root", tmp_path)
-    command = [sys.executable, "-m", "mlnet_utils", "sweep", tmp_path / "trial.yaml", *options]
+    command = [sys.executable, "-m", "mlnet_utils", "sweep", trial, *options]
     with subprocess.Popen(command, start_new_session=True) as call:
-        folders = [tmp_path / "out" / name / "0" for name in ("long", "also-long")]
-        saved = [folder / "checkpoints" / "last.pt" for folder in folders]
+        names = ("long", "also-long")
+        saved = [tmp_path / "out" / name / "0/checkpoints/last.pt" for name in names]
         interrupt_when(saved, call.pid, kill, number)  # a terminal's goes to the workers too
         assert call.wait(300) == 130
     assert not (tmp_path / "out" / "never").exists()
@@ -351,7 +327,7 @@ def test_two_workers_and_papermill_find_what_one_process_finds(done, tmp_path, m
     from mlnet_utils.running import pipeline
 
     monkeypatch.setenv("PYTHONWARNINGS", "ignore")
-    two, cells = tmp_path / "two", {"Three levels": {}, "wild": WILD}
+    two, cells = tmp_path / "two", {**ONE, "wild": WILD}
     call = {"folder": two, "data_root": RAW, "train": pipeline.train}
     (first,) = sweep.run_sweep(grid(cells=cells, seeds=(0,)), workers=2, **call).values()
     assert "TrainingDied" in first
@@ -403,37 +379,37 @@ def test_a_mistake_stops_before_anything_runs(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"cells": {}}, r"\[\]"),
-        ({"seeds": ()}, r"seeds=\[\]"),
-        ({"seeds": (0, 0)}, r"seeds=\[0, 0\]"),
-        ({"cells": {"a b": {}, "A-B": {}}}, r"\['a b', 'A-B'\]"),
-        ({"split": "train"}, "split='train'"),
-        # Only one step from cell to cell.
-        ({"cells": {"a": {}, "b": {"start_from": "a"}, "c": {"start_from": "b"}}}, "c starts from"),
-        ({"cells": {"a": {}, "b": {}}, "common": {"start_from": "a"}}, "common"),
-    ],
-)
+IMPOSSIBLE = [
+    ({"cells": {}}, r"\[\]"),
+    ({"seeds": ()}, r"seeds=\[\]"),
+    ({"seeds": (0, 0)}, r"seeds=\[0, 0\]"),
+    ({"cells": {"a b": {}, "A-B": {}}}, r"\['a b', 'A-B'\]"),
+    ({"split": "train"}, "split='train'"),
+    # Only one step from cell to cell.
+    ({"cells": {"a": {}, "b": {"start_from": "a"}, "c": {"start_from": "b"}}}, "c starts from"),
+    ({"cells": {"a": {}, "b": {}}, "common": {"start_from": "a"}}, "common"),
+]
+
+
+@pytest.mark.parametrize(("values", "words"), IMPOSSIBLE)
 def test_impossible_grids(values, words):
     with pytest.raises(ValueError, match=words):
         grid(**values)
     grid(cells={"a": {"start_from": ""}, "b": {}}, common={"start_from": "a"})
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("cells: [1, 2]", "`cells`"),
-        ("cells: {a: {}}\nsedes: [1]", "sedes"),
-        ("cells: {a: {", "grid.yaml"),
-        ("cells: {a: {}, b: {}, a: {levels: 1}}", "'a' is there twice"),
-    ],
-)
-def test_files_that_are_no_grids(text, words, tmp_path):
+NO_GRIDS = {
+    "cells: [1, 2]": "`cells`",
+    "cells: {a: {}}\nsedes: [1]": "sedes",
+    "cells: {a: {": "grid.yaml",
+    "cells: {a: {}, b: {}, a: {levels: 1}}": "'a' is there twice",
+}
+
+
+@pytest.mark.parametrize("text", NO_GRIDS)
+def test_files_that_are_no_grids(text, tmp_path):
     (tmp_path / "grid.yaml").write_text(text)
-    with pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=NO_GRIDS[text]):
         read_grid(tmp_path / "grid.yaml")
 
 
@@ -486,9 +462,7 @@ def test_closed_nothing_new_begins_and_what_runs_saves(tmp_path, monkeypatch, fo
     with contextlib.closing(sweep.in_processes(work_until_stopped, folders, 2)) as results:
         assert next(results) == (folders[0], "")
         assert [(f / "begun").exists() for f in folders[2:]] == [False, False, False]
-        deadline = time.monotonic() + 60
-        while not (folders[1] / "begun").exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for([folders[1] / "begun"])
     assert [(folder / "saved").exists() for folder in folders] == [True, True, False, False, False]
     assert not any((folder / "begun").exists() for folder in folders[2:])
 
@@ -498,52 +472,39 @@ def test_the_published_study_is_of_the_present_grid(tmp_path):
     published = Path(__file__).parents[2] / "results" / "osie" / "study"
     absent = sweep.take_scores(study.grid("osie"), published, tmp_path)
     assert 0 < len(absent) < 15  # those that died
-    for name in (sweep.TABLE, sweep.PER_IMAGE):
-        assert len(pd.read_csv(tmp_path / name)) == len(pd.read_csv(published / name))
+    for name in (TABLE, PER_IMAGE):
+        assert len(table_of(tmp_path, name)) == len(table_of(published, name))
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a sweep that has run: two cells and two seeds."""
-    folder = tmp_path_factory.mktemp("finished")
-    assert not run_sweep(folder)
-    return folder
-
-
-def test_finished_scores_are_taken_as_far_as_they_are_of_the_grid(finished, tmp_path):
-    cells = {"Three levels": {}, "Another": {"levels": 2}}
-    absent = sweep.take_scores(grid(cells=cells, seeds=(1,)), finished, tmp_path)
+def test_finished_scores_are_taken_as_far_as_they_are_of_the_grid(done_once, tmp_path):
+    cells = {**ONE, "Another": {"levels": 2}}
+    absent = sweep.take_scores(grid(cells=cells, seeds=(1,)), done_once, tmp_path)
     assert list(absent) == ["Another, seed 1"]
-    rows, photos = table_of(tmp_path), pd.read_csv(tmp_path / sweep.PER_IMAGE)
-    assert rows[["cell", "seed"]].values.tolist() == [["Three levels", 1]]
-    assert set(photos["cell"]) == {"Three levels"}
-    assert set(photos["seed"]) == {1}
+    for table in (table_of(tmp_path), table_of(tmp_path, PER_IMAGE)):
+        assert table[["cell", "seed"]].drop_duplicates().values.tolist() == [["Three levels", 1]]
+    assert len(table_of(tmp_path)) == 1
 
 
-def test_scores_of_another_configuration_are_refused(finished, tmp_path):
-    other = {"Three levels": {"lr": 0.5}}
+def test_scores_of_another_configuration_are_refused(done_once, tmp_path):
     with pytest.raises(ValueError, match=r"Three levels, seed 0 .*configuration"):
-        sweep.take_scores(grid(cells=other), finished, tmp_path)
+        sweep.take_scores(grid(cells={"Three levels": {"lr": 0.5}}), done_once, tmp_path)
     assert not files(tmp_path)
 
 
-@pytest.mark.parametrize("fault", ["absent", "mixed", "early", "no table", "of others"])
-def test_tables_that_are_no_finished_sweep_are_refused(finished, tmp_path, fault):
-    source = tmp_path / "source"
-    shutil.copytree(finished, source, symlinks=True)
-    table, photos = (pd.read_csv(source / name) for name in (sweep.TABLE, sweep.PER_IMAGE))
-    if fault == "absent":
-        (source / sweep.PER_IMAGE).unlink()
-    if fault == "mixed":
-        table.assign(CC=table["CC"] + 0.01).to_csv(source / sweep.TABLE)
-    if fault == "early":
-        table.drop(columns="configuration").to_csv(source / sweep.TABLE)
-    if fault == "no table":
-        (source / sweep.TABLE).write_bytes(b"\0\xff")
-    if fault == "of others":
-        photos[photos["seed"] == 0].to_csv(source / sweep.PER_IMAGE)
-    with pytest.raises(ValueError, match=f"{source}.*{sweep.TABLE} and {sweep.PER_IMAGE}"):
-        sweep.take_scores(grid(), source, tmp_path / "target")
+FAULTS = {
+    "absent": lambda table, photos: photos.unlink(),
+    "mixed": lambda table, photos: pd.read_csv(table).eval("CC = CC + 0.01").to_csv(table),
+    "early": lambda table, photos: pd.read_csv(table).drop(columns="configuration").to_csv(table),
+    "no table": lambda table, photos: table.write_bytes(b"\0\xff"),
+    "of others": lambda table, photos: pd.read_csv(photos).query("seed == 0").to_csv(photos),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_tables_that_are_no_finished_sweep_are_refused(done, tmp_path, fault):
+    FAULTS[fault](done / TABLE, done / PER_IMAGE)
+    with pytest.raises(ValueError, match=f"{done}.*{TABLE} and {PER_IMAGE}"):
+        sweep.take_scores(grid(), done, tmp_path / "target")
     assert not (tmp_path / "target").exists()
 
 
