@@ -40,30 +40,31 @@ def count_map(shape, rows, columns):
 
 def inputs(case, protocol, dtype=torch.float64):
     """A vector's maps as the functions take them, the prediction resized as the protocol does."""
-    prediction = torch.from_numpy(ARRAYS[f"{case}__pred"])[None]
-    density = torch.from_numpy(ARRAYS[f"{case}__gt"])[None]
+    prediction, density, base = (
+        torch.from_numpy(ARRAYS[f"{case}__{kind}"])[None] for kind in ("pred", "gt", "base")
+    )
     shape = density.shape[1:]
     if prediction.shape[1:] != shape:
         prediction = resize(prediction, *shape, protocol=protocol)
     other = ARRAYS[f"{case}__other"]
     if protocol == "salicon2015":  # weights are numbers of images
         other = np.unique(other, axis=0)
-    fixations = ARRAYS[f"{case}__fix"]
     return {
         "prediction": prediction if prediction.dtype == torch.uint8 else prediction.to(dtype),
-        "fixations": count_map(shape, *fixations.T),
+        "fixations": count_map(shape, *ARRAYS[f"{case}__fix"].T),
         "density": density.to(dtype),
         "negatives": count_map(shape, *other.T[1:]),
-        "baseline": torch.from_numpy(ARRAYS[f"{case}__base"])[None].to(dtype),
+        "baseline": base.to(dtype),
     }
 
 
-def number(value):
-    return float(value) if not str(value).startswith("error") else math.nan
+def score(case, protocol, name, dtype=torch.float64):
+    maps = inputs(case, protocol, dtype)
+    return metrics.score_all(**maps, protocol=protocol, metrics=[name])[name].item()
 
 
 def assert_close(found, expected, tolerance):
-    expected = number(expected)
+    expected = math.nan if str(expected).startswith("error") else float(expected)
     if math.isfinite(expected):
         assert found == pytest.approx(expected, abs=tolerance, rel=0)
     else:
@@ -79,38 +80,30 @@ def pairs(*names):
 @pytest.mark.parametrize(
     ("case", "name", "key", "tolerance"),
     pairs(
-        ("AUC", "AUC_uniform", 1e-12),
-        ("AUC-unfixated", "AUC_unfixated", 1e-12),
-        ("sAUC", "sAUC", 1e-12),
-        ("SIM", "SIM", 1e-12),
-        ("NSS", "NSS", 1e-10),
-        ("CC", "CC", 1e-10),
-        ("KL", "KL_MIT", 1e-10),
-        ("IG", "IG_vs_base_bits", 1e-10),
+        *(("AUC", "AUC_uniform", 1e-12), ("AUC-unfixated", "AUC_unfixated", 1e-12)),
+        *(("sAUC", "sAUC", 1e-12), ("SIM", "SIM", 1e-12), ("NSS", "NSS", 1e-10)),
+        *(("CC", "CC", 1e-10), ("KL", "KL_MIT", 1e-10), ("IG", "IG_vs_base_bits", 1e-10)),
     ),
 )
 def test_mit300_equals_pysaliency(case, name, key, tolerance):
-    found = metrics.score_all(**inputs(case, "mit300"), protocol="mit300", metrics=[name])
-    assert_close(found[name].item(), PYSALIENCY[case][key], tolerance)
+    assert_close(score(case, "mit300", name), PYSALIENCY[case][key], tolerance)
 
 
+SAME_SIZE = sorted(set(NAMES) - {"up4", "up1p6", "down2"})
 # A grid of thresholds has maps that lie exactly on it in float64 but not in float32.
 ON_THE_GRID = {"ties11", "large"}
 
 
-@pytest.mark.parametrize("case", sorted(set(NAMES) - {"up4", "up1p6", "down2"}))
+@pytest.mark.parametrize("case", SAME_SIZE)
 @pytest.mark.parametrize("protocol", metrics.PROTOCOLS)
 def test_float32_maps_give_the_values_of_float64_maps(case, protocol):
-    names = [*metrics.METRICS, "AUC-Judd", "AUC-Borji"]
-    names = [name for name in names if name in metrics.DEFINITIONS[protocol]]
-    double = metrics.score_all(**inputs(case, protocol), protocol=protocol, metrics=names)
-    single = inputs(case, protocol, torch.float32)
-    single = metrics.score_all(**single, protocol=protocol, metrics=names)
-    for name in names:
+    for name in {*metrics.METRICS, "AUC-Judd", "AUC-Borji"} & metrics.DEFINITIONS[protocol].keys():
         on_grid = name == "AUC-Borji" or (name in ("AUC", "sAUC") and protocol != "mit300")
         if not (on_grid and case in ON_THE_GRID):
-            tolerance = 1e-12 if "AUC" in name else 1e-6
-            assert_close(single[name].item(), double[name].item(), tolerance)
+            double, single = (
+                score(case, protocol, name, d) for d in (torch.float64, torch.float32)
+            )
+            assert_close(single, double, 1e-12 if "AUC" in name else 1e-6)
 
 
 # ---- MIT's MATLAB code -------------------------------------------------------------------------
@@ -119,15 +112,13 @@ def test_float32_maps_give_the_values_of_float64_maps(case, protocol):
     pairs(("NSS", "NSS"), ("CC", "CC"), ("KL", "KLdiv"), ("SIM", "similarity"), ("IG", "InfoGain")),
 )
 def test_salicon_equals_matlab(case, name, key):
-    found = metrics.score_all(**inputs(case, "salicon"), protocol="salicon", metrics=[name])
-    assert_close(found[name].item(), OCTAVE[case][key], 1e-9)
+    assert_close(score(case, "salicon", name), OCTAVE[case][key], 1e-9)
 
 
 @pytest.mark.parametrize(
     ("case", "name", "key"),
     pairs(
-        ("AUC-Judd", "AUC_Judd_jitter"),
-        ("AUC-Borji", "AUC_Borji"),
+        *(("AUC-Judd", "AUC_Judd_jitter"), ("AUC-Borji", "AUC_Borji")),
         ("sAUC-grid", "AUC_shuffled"),
     ),
 )
@@ -140,7 +131,7 @@ def test_expectations_lie_within_the_spread_of_matlabs_random_runs(case, name, k
     assert_close(found, mean, max(spread, 1e-12))
 
 
-@pytest.mark.parametrize("case", sorted(set(NAMES) - {"up4", "up1p6", "down2"} - {"all_zero"}))
+@pytest.mark.parametrize("case", sorted(set(SAME_SIZE) - {"all_zero"}))
 def test_emd_equals_matlabs(case):
     pytest.importorskip("ot", reason="needs the extra emd")
     maps = inputs(case, "salicon")
@@ -152,16 +143,13 @@ def test_emd_equals_matlabs(case):
 # ---- the 2015 SALICON evaluator ----------------------------------------------------------------
 @pytest.mark.parametrize("case", NAMES)
 def test_salicon2015_equals_its_evaluator(case):
-    expected = SALICON[case]
-    maps = inputs(case, "salicon2015")
-    fixations = ARRAYS[f"{case}__fix"]
-    maps["density"] = blurred(fixations, maps["density"].shape[1:])
+    expected, maps = SALICON[case], inputs(case, "salicon2015")
+    maps["density"] = blurred(ARRAYS[f"{case}__fix"], maps["density"].shape[1:])
     found = metrics.score_all(**maps, protocol="salicon2015")
     assert set(found) == {"AUC", "CC", "sAUC", "NSS"}
-    assert_close(found["sAUC"].item(), expected["SAUC"], 1e-10)
-    if (case, "NSS") not in ON_PURPOSE:
-        assert_close(found["NSS"].item(), expected["NSS"], 1e-10)
-    assert_close(found["CC"].item(), expected["CC_sigma19"], 1e-10)
+    for name, key in (("sAUC", "SAUC"), ("NSS", "NSS"), ("CC", "CC_sigma19")):
+        if name != "NSS" or (case, name) not in ON_PURPOSE:
+            assert_close(found[name].item(), expected[key], 1e-10)
     if case != "empty":
         assert_close(found["AUC"].item(), expected["AUC"]["mean"], 5e-4)
 
@@ -174,30 +162,24 @@ def blurred(fixations, shape):
 
 @pytest.mark.parametrize("keep_repeats", [True, False])
 def test_salicon2015_on_a_set_with_its_filter_and_resizer(keep_repeats):
-    expected = SALICON[f"set480_filterAnns_{keep_repeats}"]
-    fixations = [ARRAYS[f"set480__fix{k}"] for k in range(4)]
-    shape = (480, 640)
-    counts = torch.cat([count_map(shape, *points.T) for points in fixations])
+    shape, expected = (480, 640), SALICON[f"set480_filterAnns_{keep_repeats}"]["per_image"]
+    counts = torch.cat([count_map(shape, *ARRAYS[f"set480__fix{k}"].T) for k in range(4)])
     if keep_repeats:
         counts = (counts - 1).clamp(min=0)  # the evaluator's filter
     on_images = (counts > 0).long()
-    kept = [np.argwhere(one.numpy() > 0) for one in counts]
     maps = torch.from_numpy(np.stack([ARRAYS[f"set480__map{k}"] for k in range(4)]))
     found = metrics.score_all(
         resize(maps.double() / 255, *shape, protocol="salicon2015"),
         counts,
-        torch.cat([blurred(points, shape) for points in kept]),
+        torch.cat([blurred(np.argwhere(one.numpy() > 0), shape) for one in counts]),
         on_images.sum(0) - on_images,
         protocol="salicon2015",
     )
     for name, key, tolerance in (
-        ("sAUC", "SAUC", 1e-10),
-        ("NSS", "NSS", 1e-10),
-        ("CC", "CC", 1e-10),
+        *(("sAUC", "SAUC", 1e-10), ("NSS", "NSS", 1e-10), ("CC", "CC", 1e-10)),
         ("AUC", "AUC", 4e-3),  # one run of 100,000 random pixels
     ):
-        for value, reference in zip(found[name].tolist(), expected["per_image"][key], strict=True):
-            assert value == pytest.approx(reference, abs=tolerance, rel=0)
+        assert found[name].tolist() == pytest.approx(expected[key], abs=tolerance, rel=0)
 
 
 # ---- research repositories ---------------------------------------------------------------------
@@ -223,9 +205,7 @@ PORTED = [
     ],
 )
 def test_ports_that_follow_a_protocol(case, name, protocol, key, tolerance):
-    maps = inputs(case, protocol)
-    found = metrics.score_all(**maps, protocol=protocol, metrics=[name])
-    assert_close(found[name].item(), PORTS[case][key], tolerance)
+    assert_close(score(case, protocol, name), PORTS[case][key], tolerance)
 
 
 # ---- pysaliency, live --------------------------------------------------------------------------
@@ -234,26 +214,19 @@ def test_hundred_random_maps_equal_pysaliency_live():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own deprecated imports
         pysaliency = pytest.importorskip("pysaliency", reason="needs the extra parity")
-    generator = np.random.default_rng(5)
-    count, height, width = 100, 24, 32
-    shape = (count, height, width)
+    generator, shape = np.random.default_rng(5), (100, 24, 32)
+    count, height, width = shape
     maps = generator.random(shape) ** generator.uniform(0.3, 8, (count, 1, 1))
     maps[::4] = np.round(maps[::4], 1)  # a quarter with many ties
     maps[1::4] += 3.0
+    base = generator.random(shape) + 0.1
     n = np.repeat(np.arange(count), generator.integers(1, 40, count))
     x, y = generator.integers(0, width, len(n)), generator.integers(0, height, len(n))
-    density = np.stack(
-        [density_from_points(np.c_[x, y][n == k], height, width, 2.0).numpy() for k in range(count)]
-    )
-    base = generator.random(shape) + 0.1
-    counts = torch.stack([count_map(shape[1:], y[n == k], x[n == k])[0] for k in range(count)])
-    found = metrics.score_all(
-        torch.from_numpy(maps),
-        counts,
-        torch.from_numpy(density),
-        counts.sum(0) - counts,
-        torch.from_numpy(base),
-    )
+    points = [np.c_[x, y][n == k] for k in range(count)]
+    density = np.stack([density_from_points(xy, height, width, 2.0).numpy() for xy in points])
+    counts = torch.cat([count_map(shape[1:], *xy.T[::-1]) for xy in points])
+    p, g, b = map(torch.from_numpy, (maps, density, base))
+    found = metrics.score_all(p, counts, g, counts.sum(0) - counts, b)
 
     stimuli = pysaliency.Stimuli([generator.integers(0, 255, shape[1:], np.uint8) for _ in maps])
     fixations = pysaliency.Fixations.create_without_history(x, y, n)
