@@ -2,9 +2,9 @@
 
 Neither can be run here (Keras 1.1 on Theano 0.9 on Python 2.7; a notebook), so each is written a
 second time below from its definition: ML-Net in NumPy, with true convolutions (checked against
-SciPy's), shifted pools and
-an interpolated prior; MLNet-Pytorch as plain functions. Weights are random, at a scale (He et al.
-2015) at which activations neither vanish nor explode, in files of the original layout.
+SciPy's), shifted pools and an interpolated prior; MLNet-Pytorch as plain functions. Weights are
+random, at a scale (He et al. 2015) at which activations neither vanish nor explode, in files of the
+original layout.
 """
 
 import functools
@@ -30,12 +30,9 @@ from mlnet_utils.model.tensorfiles import read_weights
 
 # (input, output) channels of VGG-16's convolutions, by block; then ML-Net's encoding network.
 BLOCKS = (
-    ((3, 64), (64, 64)),
-    ((64, 128), (128, 128)),
-    ((128, 256), (256, 256), (256, 256)),
-    ((256, 512), (512, 512), (512, 512)),
-    ((512, 512), (512, 512), (512, 512)),
-)
+    ((3, 64), (64, 64)), ((64, 128), (128, 128)), ((128, 256), (256, 256), (256, 256)),
+    ((256, 512), (512, 512), (512, 512)), ((512, 512), (512, 512), (512, 512)),
+)  # fmt: skip
 SHAPES = [(o, i, 3, 3) for block in BLOCKS for i, o in block] + [(64, 1280, 3, 3), (1, 64, 1, 1)]
 TORCH_PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 KERAS_VGG_LAYERS = tuple(place + 1 for place in TORCH_PLACES)  # layer 0 pads the input
@@ -44,8 +41,7 @@ KERAS_VGG_LAYERS = tuple(place + 1 for place in TORCH_PLACES)  # layer 0 pads th
 @functools.cache
 def random_weights():
     """Kernel and bias of the 15 convolutions, and a prior (6, 8)."""
-    rng = np.random.default_rng(1)
-    layers = []
+    rng, layers = np.random.default_rng(1), []
     for shape in SHAPES:
         kernel = rng.standard_normal(shape, dtype=np.float32) * np.sqrt(2 / np.prod(shape[1:]))
         layers.append((kernel.astype(np.float32), rng.normal(0, 1, shape[0]).astype(np.float32)))
@@ -61,25 +57,21 @@ def relative_difference(a, b):
 def write_keras_mlnet(path, layers, prior, text=False, whole_model=False):
     """As Keras 1's save_weights: groups in network order, some of them without weights."""
     encode = str if text else str.encode
+    groups = {"input_1": {}}
+    for number, (kernel, bias) in enumerate(layers, 1):
+        # The counter starts anywhere: it counts the layers that the process ever made.
+        name = f"convolution2d_{number + 26}"
+        groups |= {name: {f"{name}_W": kernel, f"{name}_b": bias}, f"maxpooling2d_{number}": {}}
+    if prior is not None:
+        groups["eltwiseproduct_1"] = {"param_0": prior}
     with h5py.File(path, "w") as file:
         root = file.create_group("model_weights") if whole_model else file
-        names = ["input_1"]
-        for number, (kernel, bias) in enumerate(layers, 1):
-            # The counter starts anywhere: it counts the layers that the process ever made.
-            name = f"convolution2d_{number + 26}"
-            names += [name, f"maxpooling2d_{number}"]
+        root.attrs["layer_names"] = [encode(name) for name in groups]
+        for name, weights in groups.items():
             group = root.create_group(name)
-            group.attrs["weight_names"] = [encode(f"{name}_W"), encode(f"{name}_b")]
-            write(group, f"{name}_W", kernel)
-            write(group, f"{name}_b", bias)
-            root.create_group(names[-1]).attrs["weight_names"] = []
-        root.create_group("input_1").attrs["weight_names"] = []
-        if prior is not None:
-            names.append("eltwiseproduct_1")
-            group = root.create_group(names[-1])
-            group.attrs["weight_names"] = [encode("param_0")]
-            write(group, "param_0", prior)
-        root.attrs["layer_names"] = [encode(name) for name in names]
+            group.attrs["weight_names"] = [encode(weight) for weight in weights]
+            for weight, array in weights.items():
+                write(group, weight, array)
 
 
 def write_keras_vgg(path, layers):
@@ -96,25 +88,22 @@ def write_keras_vgg(path, layers):
 
 def write(group, name, array):
     """A dataset; a shape in place of an array makes one that reads as zeros and takes no room."""
-    if isinstance(array, tuple):
-        group.create_dataset(name, array, dtype="f4")
-    else:
-        group.create_dataset(name, data=array)
+    what = {"shape": array, "dtype": "f4"} if isinstance(array, tuple) else {"data": array}
+    group.create_dataset(name, **what)
 
 
-def empty_layers():
-    return [(shape, shape[:1]) for shape in SHAPES]
+EMPTY = [(shape, shape[:1]) for shape in SHAPES]
 
 
 # ---- the authors' network, from its definition, in NumPy ---------------------------------------
-def convolve(x, kernel, bias):
-    """True convolution, border 'same': (C, H, W) and (O, C, k, k) -> (O, H, W)."""
-    return correlate(x, kernel[:, :, ::-1, ::-1], bias)
-
-
 def correlate(x, kernel, bias):
+    """Border 'same': (C, H, W) and (O, C, k, k) -> (O, H, W)."""
     x, kernel, bias = (torch.from_numpy(array.astype(x.dtype)) for array in (x, kernel, bias))
     return F.conv2d(x[None], kernel, bias, padding=kernel.shape[-1] // 2)[0].numpy()
+
+
+def convolve(x, kernel, bias):
+    return correlate(x, kernel[:, :, ::-1, ::-1], bias)
 
 
 def shifted_pool(x, stride, look=-1):
@@ -147,8 +136,7 @@ def keras_mlnet(
     """The saliency map (H/8, W/8) of an RGB image (3, H, W) in 0..255."""
     mean = np.array([103.939, 116.779, 123.68], dtype=image.dtype)
     x = image[list(order)] - mean[:, None, None]
-    layers = iter(layers)
-    levels = []
+    layers, levels = iter(layers), []
     for number, block in enumerate(BLOCKS, 1):
         for _ in block:
             x = np.maximum(conv(x, *next(layers)), 0)
@@ -164,14 +152,14 @@ def keras_mlnet(
 
 @pytest.fixture(scope="module")
 def keras(tmp_path_factory):
-    """Random weights, their file, and the checkpoint imported from it."""
+    """Random weights, the checkpoint imported from their file, and its configuration."""
     folder = tmp_path_factory.mktemp("keras")
     layers, prior = random_weights()
     # The last map is rectified: make it positive in places, and only in places.
     layers = [*layers[:-1], (np.abs(layers[-1][0]), np.array([-600], np.float32))]
     write_keras_mlnet(folder / "mlnet_salicon_weights.pkl", layers, prior)
-    config = import_weights(folder / "mlnet_salicon_weights.pkl", folder / "mlnet.pt")
-    return layers, prior, folder, config
+    out = folder / "mlnet.pt"
+    return layers, prior, out, import_weights(folder / "mlnet_salicon_weights.pkl", out)
 
 
 def random_photo(height, width):
@@ -191,10 +179,8 @@ def predict(model, image):
 def test_the_reference_convolves():
     rng = np.random.default_rng(0)
     x, kernel, bias = rng.random((2, 7, 9)), rng.random((3, 2, 3, 3)), rng.random(3)
-    expected = [
-        sum(convolve2d(x[c], kernel[o, c], mode="same") for c in range(2)) + bias[o]
-        for o in range(3)
-    ]
+    pairs = [[convolve2d(*pair, mode="same") for pair in zip(x, k, strict=True)] for k in kernel]
+    expected = np.sum(pairs, axis=1) + bias[:, None, None]
     np.testing.assert_allclose(convolve(x, kernel, bias), expected, rtol=1e-12)
 
 
@@ -213,13 +199,11 @@ def test_the_reference_pools_and_interpolates():
     ids=str,
 )
 def test_authors_network_is_reproduced(keras, size, dtype):
-    layers, prior, folder, _ = keras
+    layers, prior, out, _ = keras
     image = random_photo(*size).astype(dtype)
     expected = keras_mlnet(image, layers, prior)
     assert 0.2 < (expected > 0).mean() < 0.95, "the map should be rectified, but alive"
-    model, config, _ = load_model(folder / "mlnet.pt")
-    assert config.compat == "theano"
-    assert relative_difference(predict(model, image), expected) < 1e-4
+    assert relative_difference(predict(load_model(out)[0], image), expected) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -234,21 +218,19 @@ def test_authors_network_is_reproduced(keras, size, dtype):
 )
 def test_each_detail_is_needed(keras, detail):
     """The agreement would not survive the loss of any of them."""
-    layers, prior, _, _ = keras
-    image = random_photo(96, 128)
-    other = keras_mlnet(image, layers, prior, **detail)
-    assert relative_difference(other, keras_mlnet(image, layers, prior)) > 0.01
+    layers, prior, *_ = keras
+    ours, other = (keras_mlnet(random_photo(96, 128), layers, prior, **d) for d in ({}, detail))
+    assert relative_difference(other, ours) > 0.01
 
 
 def test_imported_checkpoint_says_what_it_is(keras):
-    _, prior, folder, config = keras
-    content = load_checkpoint(folder / "mlnet.pt")
-    assert config == load_model(folder / "mlnet.pt")[1]
+    _, prior, out, config = keras
+    content = load_checkpoint(out)
+    assert config == load_model(out)[1]
     assert (config.height, config.width, config.prior_cells) == (480, 640, (6, 8))
     assert (config.compat, config.normalisation, config.head) == ("theano", "caffe", "paper")
-    assert content["source"]["kind"] == "keras-mlnet"
-    assert content["source"]["file"] == "mlnet_salicon_weights.pkl"
-    assert len(content["source"]["sha256"]) == 64
+    assert len(content["source"].pop("sha256")) == 64
+    assert content["source"] == {"kind": "keras-mlnet", "file": "mlnet_salicon_weights.pkl"}
     np.testing.assert_array_equal(content["model"]["prior"][0, 0].numpy(), prior)
 
 
@@ -256,15 +238,15 @@ def test_imported_checkpoint_says_what_it_is(keras):
 @pytest.mark.parametrize("layout", [{"text": True}, {"whole_model": True}])
 def test_other_layouts_of_keras(keras, tmp_path, layout):
     """Names stored as text; a whole model, as the authors' ModelCheckpoint writes it."""
-    layers, prior, folder, config = keras
+    layers, prior, out, config = keras
     write_keras_mlnet(tmp_path / "weights.03-0.1.pkl", layers, prior, **layout)
     assert import_weights(tmp_path / "weights.03-0.1.pkl", tmp_path / "out.pt") == config
-    a, b = load_checkpoint(folder / "mlnet.pt"), load_checkpoint(tmp_path / "out.pt")
-    assert all(torch.equal(a["model"][name], b["model"][name]) for name in a["model"])
+    a, b = (load_checkpoint(path)["model"] for path in (out, tmp_path / "out.pt"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
 
 
 def test_input_size_follows_from_the_prior(tmp_path):
-    write_keras_mlnet(tmp_path / "w.h5", empty_layers(), (3, 5))
+    write_keras_mlnet(tmp_path / "w.h5", EMPTY, (3, 5))
     abandon(tmp_path / "out.pt")
     config = import_weights(tmp_path / "w.h5", tmp_path / "out.pt")
     assert (config.height, config.width, config.prior_cells) == (240, 400, (3, 5))
@@ -273,19 +255,17 @@ def test_input_size_follows_from_the_prior(tmp_path):
 
 def opencv(image, height, width):
     """OpenCV's own resize: of 8 bits in whole numbers, up to a grey level from ``linear``."""
-    return pytest.importorskip("cv2", reason="needs the extra `study`").resize(
-        image, (width, height)
-    )
+    cv2 = pytest.importorskip("cv2", reason="needs the extra `study`")
+    return cv2.resize(image, (width, height))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("resize", "tolerance"), [(linear, 1e-3), (opencv, 1e-2)])
 def test_from_photo_to_photo(keras, tmp_path, resize, tolerance):
     """Imported on the command line, loaded and asked: the authors' steps from end to end."""
-    layers, _, _, _ = keras
-    prior = np.array([[0.5, -0.25], [0.0, -0.5]], np.float32)
-    write_keras_mlnet(tmp_path / "w.pkl", layers, prior)
+    layers, prior = keras[0], np.array([[0.5, -0.25], [0.0, -0.5]], np.float32)
     out = tmp_path / "authors.pt"
+    write_keras_mlnet(tmp_path / "w.pkl", layers, prior)
     assert main(["import-weights", str(tmp_path / "w.pkl"), "--out", str(out)]) == 0
     photo = np.random.default_rng(6).integers(0, 256, (123, 209, 3)).astype(np.uint8)
     density = mlnet_utils.load(out, device="cpu").predict(photo)
@@ -302,21 +282,22 @@ def test_from_photo_to_photo(keras, tmp_path, resize, tolerance):
 # ---- the authors' VGG-16 -----------------------------------------------------------------------
 def test_authors_vgg16_becomes_a_backbone(tmp_path):
     layers, _ = random_weights()
-    write_keras_vgg(tmp_path / "vgg16_weights.h5", layers)
-    abandon(tmp_path / "vgg16.safetensors")
-    config = import_weights(tmp_path / "vgg16_weights.h5", tmp_path / "vgg16.safetensors")
-    assert files(tmp_path) == {"vgg16_weights.h5", "vgg16.safetensors"}
+    source, out = tmp_path / "vgg16_weights.h5", tmp_path / "vgg16.safetensors"
+    write_keras_vgg(source, layers)
+    abandon(out)
+    config = import_weights(source, out)
+    assert files(tmp_path) == {source.name, out.name}
     assert config.normalisation == "caffe"
     assert config.compat == "", "the paper's own training, from these weights"
-    model = MLNet(config).eval()
-    image = random_photo(32, 40)
-    x = image[::-1] - np.array([103.939, 116.779, 123.68])[:, None, None]
-    conv1_2 = np.maximum(convolve(np.maximum(convolve(x, *layers[0]), 0), *layers[1]), 0)
+    model, image = MLNet(config).eval(), random_photo(32, 40)
+    expected = image[::-1] - np.array([103.939, 116.779, 123.68])[:, None, None]
+    for layer in layers[:2]:
+        expected = np.maximum(convolve(expected, *layer), 0)
     with torch.inference_mode():
         x = (torch.from_numpy(image).float()[None] - model.mean) / model.std
         found = model.backbone.features[:4](x.flip(1))[0].numpy()
-    assert relative_difference(found, conv1_2) < 1e-5
-    state = read_weights(tmp_path / "vgg16.safetensors")
+    assert relative_difference(found, expected) < 1e-5
+    state = read_weights(out)
     for place, (kernel, bias) in zip(TORCH_PLACES, layers, strict=False):
         np.testing.assert_array_equal(state[f"features.{place}.weight"], kernel[..., ::-1, ::-1])
         np.testing.assert_array_equal(state[f"features.{place}.bias"], bias)
@@ -343,8 +324,7 @@ def mlnet_pytorch(image, state):
     mean = torch.tensor([0.485, 0.456, 0.406]).reshape(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.225]).reshape(3, 1, 1)
     x = (image / 255 - mean) / std
-    places = iter(TORCH_PLACES)
-    levels = []
+    places, levels = iter(TORCH_PLACES), []
     for number, block in enumerate(BLOCKS, 1):
         for _ in block:
             x = F.relu(conv(x, f"features.{next(places)}"))
@@ -361,8 +341,7 @@ def mlnet_pytorch(image, state):
 
 def test_mlnet_pytorch_is_reproduced(tmp_path):
     """From a file in 2018's format, which is no zip."""
-    state = torch_state()
-    path = tmp_path / "2018-10-04_25_epochs_v3.model"
+    state, path = torch_state(), tmp_path / "2018-10-04_25_epochs_v3.model"
     torch.save(state, path, _use_new_zipfile_serialization=False)
     config = import_weights(path, tmp_path / "out.pt")
     assert (config.preset, config.compat) == ("mlnet-pytorch", "mlnet-pytorch")
@@ -381,9 +360,7 @@ def test_mlnet_pytorch_is_reproduced(tmp_path):
 # ---- guards ------------------------------------------------------------------------------------
 def keras_with(path, number=0, layer=None, edit=None, **changes):
     """A file of zeros, one of its layers replaced, then edited."""
-    layers = empty_layers()
-    if layer is not None:
-        layers[number] = layer
+    layers = [*EMPTY[:number], layer or EMPTY[number], *EMPTY[number + 1 :]]
     write_keras_mlnet(path, **{"layers": layers, "prior": (6, 8), **changes})
     if edit:
         with h5py.File(path, "a") as file:
@@ -395,51 +372,49 @@ def torch_with(path, drop="", **added):
     torch.save({**state, **added}, path)
 
 
-def kernel(value):
-    return np.full((64, 3, 3, 3), value), (64,)
+def cut(make):
+    return lambda w: (make(w), truncate(w))
 
 
+def of_three(file):
+    file["eltwiseproduct_1"].attrs["weight_names"] = [b"param_0"] * 3
+
+
+def without_a_kernel(file):
+    del file["convolution2d_30/convolution2d_30_W"]
+
+
+NAN, INTEGERS = ((np.full((64, 3, 3, 3), value), (64,)) for value in (np.nan, 1))
+WIDE = ((256, 128, 5, 5), (256,))
 SHORT = [(np.zeros(shape, np.float32), shape[:1]) for shape in SHAPES[:3]]
 GUARDS = {
     "text": (lambda w: w.write_text("hello"), "neither HDF5 nor PyTorch"),
     "empty": (lambda w: w.write_bytes(b""), "neither HDF5 nor PyTorch"),
     "web page": (lambda w: w.write_text("\n<!DOCTYPE html><html>"), "web page"),
-    "truncated Keras": (
-        lambda w: (write_keras_mlnet(w, SHORT, None), truncate(w)),
-        "cannot be read",
-    ),
+    "truncated Keras": (cut(lambda w: write_keras_mlnet(w, SHORT, None)), "cannot be read"),
     "other HDF5": (lambda w: h5py.File(w, "w").create_group("maps").file.close(), "maps"),
-    "missing layer": (lambda w: keras_with(w, layers=empty_layers()[:-1]), "14 convolutions"),
+    "missing layer": (lambda w: keras_with(w, layers=EMPTY[:-1]), "14 convolutions"),
     "missing prior": (lambda w: keras_with(w, prior=None), "0 layers with a single weight"),
-    "three weights": (
-        lambda w: keras_with(
-            w, edit=lambda f: f["eltwiseproduct_1"].attrs.update(weight_names=[b"param_0"] * 3)
-        ),
-        "eltwiseproduct_1 holds 3",
-    ),
-    "missing weight": (
-        lambda w: keras_with(w, edit=lambda f: f.pop("convolution2d_30/convolution2d_30_W")),
-        "convolution2d_30_W",
-    ),
+    "three weights": (lambda w: keras_with(w, edit=of_three), "eltwiseproduct_1 holds 3"),
+    "missing weight": (lambda w: keras_with(w, edit=without_a_kernel), "convolution2d_30_W"),
     "wrong shape": (
-        lambda w: keras_with(w, 4, ((256, 128, 5, 5), (256,))),
+        lambda w: keras_with(w, 4, WIDE),
         r"backbone\.features\.10\.weight.*256, 128, 5, 5.*256, 128, 3, 3",
     ),
-    "not finite": (lambda w: keras_with(w, 0, kernel(np.nan)), "convolution2d_27_W"),
-    "integers": (lambda w: keras_with(w, 0, kernel(1)), "convolution2d_27_W"),
+    "not finite": (lambda w: keras_with(w, 0, NAN), "convolution2d_27_W"),
+    "integers": (lambda w: keras_with(w, 0, INTEGERS), "convolution2d_27_W"),
     "wrong prior": (lambda w: keras_with(w, prior=(6,)), r"\(1, 1, 6\)"),
-    "missing VGG layer": (lambda w: write_keras_vgg(w, empty_layers()[:12]), "param_0"),
-    "truncated PyTorch": (lambda w: (torch_with(w), truncate(w)), "cannot be read"),
+    "missing VGG layer": (lambda w: write_keras_vgg(w, EMPTY[:12]), "param_0"),
+    "truncated PyTorch": (cut(torch_with), "cannot be read"),
     "other PyTorch": (lambda w: torch.save({"a": torch.zeros(1)}, w), "with a in it"),
     "own checkpoint": (lambda w: torch.save({"format": "x"}, w), "tensors by name"),
     "missing tensor": (
-        lambda w: torch_with(w, "features.24.bias"),
-        r"backbone\.features\.24\.bias",
+        lambda w: torch_with(w, "features.24.bias"), r"backbone\.features\.24\.bias"
     ),
     "missing prior tensor": (lambda w: torch_with(w, "prior"), "lacks prior"),
     "wrong prior tensor": (lambda w: torch_with(w, prior=torch.ones(3, 4)), r"\(3, 4\)"),
     "unknown tensor": (lambda w: torch_with(w, extra=torch.ones(1)), "extra"),
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", GUARDS)
@@ -452,23 +427,25 @@ def test_wrong_files_are_refused(tmp_path, name):
     assert not out.exists()
 
 
-def test_the_result_s_name_must_fit_and_be_another(tmp_path):
-    write_keras_vgg(tmp_path / "vgg16_weights.h5", empty_layers())
-    keras_with(tmp_path / "w")
+@pytest.mark.parametrize(
+    ("make", "out", "fact"),
+    [
+        (lambda w: write_keras_vgg(w, EMPTY), "out.pt", r"keras-vgg16.*\.safetensors"),
+        (keras_with, "out.safetensors", r"keras-mlnet.*\.pt"),
+        (keras_with, "./w", "elsewhere"),
+    ],
+)
+def test_the_result_s_name_must_fit_and_be_another(tmp_path, make, out, fact):
+    make(tmp_path / "w")
     before = (tmp_path / "w").read_bytes()
-    for source, out, fact in (
-        ("vgg16_weights.h5", "out.pt", r"keras-vgg16.*\.safetensors"),
-        ("w", "out.safetensors", r"keras-mlnet.*\.pt"),
-        ("w", "./w", "elsewhere"),
-    ):
-        with pytest.raises(ValueError, match=fact):
-            import_weights(tmp_path / source, tmp_path / out)
+    with pytest.raises(ValueError, match=fact):
+        import_weights(tmp_path / "w", tmp_path / out)
     assert (tmp_path / "w").read_bytes() == before
 
 
 def test_recognition_ignores_the_name(tmp_path, monkeypatch):
     keras_with(tmp_path / "a.pth")
-    write_keras_vgg(tmp_path / "b", empty_layers())
+    write_keras_vgg(tmp_path / "b", EMPTY)
     torch.save({"int_conv.weight": torch.zeros(1)}, tmp_path / "c")
     assert [recognise(tmp_path / name) for name in ("a.pth", "b", "c")] == list(legacy.KINDS)
     with pytest.raises(FileNotFoundError, match="gone"):
