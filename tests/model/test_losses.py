@@ -43,15 +43,13 @@ def test_the_other_terms_by_hand(name, expected):
 
 @pytest.mark.parametrize("name", TERMS)
 def test_every_image_has_its_own_loss_whatever_its_scale(name):
-    prediction = torch.rand(3, 1, 6, 8)
-    density = torch.rand(3, 1, 6, 8)
-    density = density / density.sum((1, 2, 3), keepdim=True)
+    prediction, density = torch.rand(2, 3, 1, 6, 8)
+    density /= density.sum((1, 2, 3), keepdim=True)
     fixations = torch.randint(0, 3, (3, 1, 6, 8)).float()
     together = TERMS[name](prediction, density, fixations)
-    scale = torch.tensor([1.0, 1e-3, 1e3]).reshape(3, 1, 1, 1)
-    for i in range(3):
+    for i, scale in enumerate((1.0, 1e-3, 1e3)):
         one = slice(i, i + 1)
-        alone = TERMS[name](prediction[one] * scale[i], density[one], fixations[one])
+        alone = TERMS[name](prediction[one] * scale, density[one], fixations[one])
         assert alone.item() == pytest.approx(together[i].item(), rel=1e-4, abs=1e-6)
 
 
@@ -66,15 +64,17 @@ def test_the_truth_is_better_than_a_uniform_map(name):
         torch.testing.assert_close(perfect, torch.zeros(2), atol=1e-6, rtol=0)
 
 
+ONE_CELL = torch.zeros(4, 5)
+ONE_CELL[1, 2] = 1
 EXTREME_PREDICTIONS = {
     "zero": torch.zeros(4, 5),
     "constant": torch.full((4, 5), 0.3),
     "tiny": torch.full((4, 5), 1e-30),
-    "one cell": torch.eye(4, 5)[:1].repeat(4, 1) * torch.tensor([1.0, 0, 0, 0])[:, None],
+    "one cell": ONE_CELL.roll((-1, -2), (0, 1)),
 }
 EXTREME_DENSITIES = {
     "no fixation": torch.zeros(4, 5),
-    "one cell": torch.zeros(4, 5).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(1.0)),
+    "one cell": ONE_CELL,
     "uniform": torch.full((4, 5), 1 / 20),
 }
 
@@ -96,7 +96,7 @@ def test_a_softmax_far_from_the_density_has_a_gradient_that_helps():
     logits = torch.zeros(1, 1, 4, 5)
     logits[..., 0, 0] = 20.0
     logits.requires_grad_()
-    q = EXTREME_DENSITIES["one cell"][None, None]
+    q = ONE_CELL[None, None]
     kl_loss(logits.flatten(1).softmax(1).reshape(logits.shape), q, q).sum().backward()
     assert logits.grad[0, 0, 1, 2] < 0 < logits.grad[0, 0, 0, 0]
 
