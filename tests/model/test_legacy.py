@@ -9,6 +9,7 @@ original layout.
 
 import functools
 import sys
+from itertools import pairwise
 
 import h5py
 import numpy as np
@@ -28,12 +29,9 @@ from mlnet_utils.model.legacy import import_weights, recognise
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.model.tensorfiles import read_weights
 
-# (input, output) channels of VGG-16's convolutions, by block; then ML-Net's encoding network.
-BLOCKS = (
-    ((3, 64), (64, 64)), ((64, 128), (128, 128)), ((128, 256), (256, 256), (256, 256)),
-    ((256, 512), (512, 512), (512, 512)), ((512, 512), (512, 512), (512, 512)),
-)  # fmt: skip
-SHAPES = [(o, i, 3, 3) for block in BLOCKS for i, o in block] + [(64, 1280, 3, 3), (1, 64, 1, 1)]
+BLOCKS = (2, 2, 3, 3, 3)  # VGG-16's convolutions
+CHANNELS = [3] + [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+SHAPES = [(o, i, 3, 3) for i, o in pairwise(CHANNELS)] + [(64, 1280, 3, 3), (1, 64, 1, 1)]
 TORCH_PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 KERAS_VGG_LAYERS = tuple(place + 1 for place in TORCH_PLACES)  # layer 0 pads the input
 
@@ -138,7 +136,7 @@ def keras_mlnet(
     x = image[list(order)] - mean[:, None, None]
     layers, levels = iter(layers), []
     for number, block in enumerate(BLOCKS, 1):
-        for _ in block:
+        for _ in range(block):
             x = np.maximum(conv(x, *next(layers)), 0)
         if number < 5:
             x = pool(x, 2 if number < 4 else 1)
@@ -176,15 +174,12 @@ def predict(model, image):
         return model(torch.from_numpy(image).float()[None])[0, 0].numpy()
 
 
-def test_the_reference_convolves():
+def test_the_reference_convolves_pools_and_interpolates():
     rng = np.random.default_rng(0)
     x, kernel, bias = rng.random((2, 7, 9)), rng.random((3, 2, 3, 3)), rng.random(3)
     pairs = [[convolve2d(*pair, mode="same") for pair in zip(x, k, strict=True)] for k in kernel]
     expected = np.sum(pairs, axis=1) + bias[:, None, None]
     np.testing.assert_allclose(convolve(x, kernel, bias), expected, rtol=1e-12)
-
-
-def test_the_reference_pools_and_interpolates():
     line = np.array([5.0, 1, 2, 9, 3, 4]).reshape(1, 1, 6)
     assert shifted_pool(line, 2).ravel().tolist() == [5, 2, 9]
     assert shifted_pool(line, 1).ravel().tolist() == [5, 5, 2, 9, 9, 4]
@@ -326,7 +321,7 @@ def mlnet_pytorch(image, state):
     x = (image / 255 - mean) / std
     places, levels = iter(TORCH_PLACES), []
     for number, block in enumerate(BLOCKS, 1):
-        for _ in block:
+        for _ in range(block):
             x = F.relu(conv(x, f"features.{next(places)}"))
         if number < 4:
             x = F.max_pool2d(x, 2, 2)
