@@ -22,17 +22,7 @@ OTHER = {"levels": 2, "channels": 5, "head": "density", "prior_cells": (3, 4), "
 
 @pytest.fixture
 def start(tmp_path):
-    """A checkpoint as a training leaves it, of weights that no other seed gives."""
-    config = tiny_config(**OTHER)
-    torch.manual_seed(7)
-    model = MLNet(config)
-    with torch.no_grad():
-        model.prior.normal_()
-        for name, buffer in model.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.normal_()
-    checkpoints.save_checkpoint(tmp_path / "start.pt", config, model.state_dict())
-    return tmp_path / "start.pt"
+    return tiny_checkpoint(tmp_path / "start.pt", **OTHER)
 
 
 def asked(start, **overrides):
@@ -115,14 +105,15 @@ def test_a_key_that_contradicts_the_checkpoint_is_an_error(start, key, value, bo
 
 def test_another_file_than_the_one_that_was_pinned_is_an_error(start):
     pinned = finetune(start).start_from
-    rewrite(start, scores={})
+    rewrite(start, scores={"CC": 0.5})
     with pytest.raises(ValueError, match=r"asks for .*start.pt with SHA-256 \w{64}, but the file"):
         finetune(pinned)
 
 
 # ---- the training ------------------------------------------------------------------------------
 def test_a_training_starts_with_the_checkpoint_s_weights_to_the_bit(start, run_folder):
-    expected = load_checkpoint(start)["model"]
+    expected = {key: value + 1 for key, value in load_checkpoint(start)["model"].items()}
+    rewrite(start, model=expected)
     trainer = begun(finetune(start, ema_decay=0.5), run_folder)
     found = trainer.model.state_dict()
     assert found.keys() == expected.keys()
@@ -184,7 +175,7 @@ def test_a_training_continues_without_the_file_it_started_from(start, run_folder
 
 def test_continuing_from_another_file_and_from_none_are_errors(start, run_folder):
     fit(finetune(start, epochs=1), run_folder)
-    rewrite(start, scores={})
+    rewrite(start, scores={"CC": 0.5})
     with pytest.raises(ValueError, match=r"another configuration \(start_from: '.*' there, '.*' h"):
         fit(finetune(start, epochs=1), run_folder)
     start.unlink()
