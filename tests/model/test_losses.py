@@ -55,28 +55,21 @@ def test_every_image_has_its_own_loss_whatever_its_scale(name):
 
 @pytest.mark.parametrize("name", TERMS)
 def test_the_truth_is_better_than_a_uniform_map(name):
-    density = torch.softmax(3 * torch.randn(2, 1, 6, 8).flatten(1), 1).reshape(2, 1, 6, 8)
+    density = (3 * torch.randn(2, 1, 6, 8)).flatten(1).softmax(1).reshape(2, 1, 6, 8)
     fixations = (density * 1000).round()
     perfect = TERMS[name](density, density, fixations)
-    uniform = TERMS[name](torch.ones_like(density), density, fixations)
-    assert (perfect < uniform).all()
+    assert (perfect < TERMS[name](torch.ones_like(density), density, fixations)).all()
     if name not in ("ce", "nss"):
         torch.testing.assert_close(perfect, torch.zeros(2), atol=1e-6, rtol=0)
 
 
-ONE_CELL = torch.zeros(4, 5)
+ZERO, ONE_CELL = torch.zeros(2, 4, 5)
 ONE_CELL[1, 2] = 1
 EXTREME_PREDICTIONS = {
-    "zero": torch.zeros(4, 5),
-    "constant": torch.full((4, 5), 0.3),
-    "tiny": torch.full((4, 5), 1e-30),
+    "zero": ZERO, "constant": ZERO + 0.3, "tiny": ZERO + 1e-30,
     "one cell": ONE_CELL.roll((-1, -2), (0, 1)),
-}
-EXTREME_DENSITIES = {
-    "no fixation": torch.zeros(4, 5),
-    "one cell": ONE_CELL,
-    "uniform": torch.full((4, 5), 1 / 20),
-}
+}  # fmt: skip
+EXTREME_DENSITIES = {"no fixation": ZERO, "one cell": ONE_CELL, "uniform": ZERO + 1 / 20}
 
 
 @pytest.mark.parametrize("name", TERMS)
@@ -93,10 +86,9 @@ def test_losses_and_gradients_are_finite_at_extremes(name, prediction, density):
 
 
 def test_a_softmax_far_from_the_density_has_a_gradient_that_helps():
-    logits = torch.zeros(1, 1, 4, 5)
+    logits, q = torch.zeros(1, 1, 4, 5), ONE_CELL[None, None]
     logits[..., 0, 0] = 20.0
     logits.requires_grad_()
-    q = ONE_CELL[None, None]
     kl_loss(logits.flatten(1).softmax(1).reshape(logits.shape), q, q).sum().backward()
     assert logits.grad[0, 0, 1, 2] < 0 < logits.grad[0, 0, 0, 0]
 
@@ -121,12 +113,10 @@ def test_other_expressions_are_errors(text):
 
 
 def test_objective_is_the_weighted_sum():
-    objective = Objective(tiny_config(loss="kl + 0.5*cc"))
-    total = objective.per_image(PREDICTION, DENSITY, FIXATIONS)
-    parts = [TERMS[name](PREDICTION, DENSITY, FIXATIONS).item() for name in ("kl", "cc")]
-    assert total.item() == pytest.approx(parts[0] + 0.5 * parts[1])
+    maps = (PREDICTION, DENSITY, FIXATIONS)
+    total = Objective(tiny_config(loss="kl + 0.5*cc")).per_image(*maps)
+    assert torch.equal(total, TERMS["kl"](*maps) + 0.5 * TERMS["cc"](*maps))
     for name in ("mlnet", "mlnet-printed"):
         narrow = Objective(tiny_config(loss=name, alpha=1.5))
-        expected = TERMS[name](PREDICTION, DENSITY, FIXATIONS, alpha=1.5)
-        assert torch.equal(narrow.per_image(PREDICTION, DENSITY, FIXATIONS), expected)
+        assert torch.equal(narrow.per_image(*maps), TERMS[name](*maps, alpha=1.5))
     assert Objective(tiny_config(prior_cells=())).prior_penalty(None) == 0
