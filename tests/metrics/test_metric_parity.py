@@ -100,10 +100,8 @@ def test_float32_maps_give_the_values_of_float64_maps(case, protocol):
     for name in {*metrics.METRICS, "AUC-Judd", "AUC-Borji"} & metrics.DEFINITIONS[protocol].keys():
         on_grid = name == "AUC-Borji" or (name in ("AUC", "sAUC") and protocol != "mit300")
         if not (on_grid and case in ON_THE_GRID):
-            double, single = (
-                score(case, protocol, name, d) for d in (torch.float64, torch.float32)
-            )
-            assert_close(single, double, 1e-12 if "AUC" in name else 1e-6)
+            scores = [score(case, protocol, name, d) for d in (torch.float32, torch.float64)]
+            assert_close(*scores, 1e-12 if "AUC" in name else 1e-6)
 
 
 # ---- MIT's MATLAB code -------------------------------------------------------------------------

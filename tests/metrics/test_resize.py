@@ -29,9 +29,12 @@ def test_equals_the_reference(case, protocol):
 
 
 @pytest.mark.parametrize("protocol", REFERENCES)
-def test_same_size_changes_only_the_number_type(protocol):
+def test_maps_of_the_same_size_none_and_with_a_gradient(protocol):
     maps = torch.rand(2, 5, 6)
     assert torch.equal(resize(maps, 5, 6, protocol=protocol), maps.double())
+    expected = resize(maps, 6, 8, protocol=protocol)
+    assert torch.equal(resize(maps.requires_grad_(), 6, 8, protocol=protocol), expected)
+    assert resize(maps[:0], 6, 8, protocol=protocol).shape == (0, 6, 8)
 
 
 def test_refuses_what_it_cannot_do():
