@@ -21,7 +21,7 @@ def test_interval_of_normal_values_is_that_of_theory():
 
 
 def test_interval_is_seeded_and_leaves_out_what_is_not_finite():
-    values = [1.0, 2.0, 3.0]
+    values = torch.arange(50.0).tolist()
     assert bootstrap_interval(torch.tensor(values)) == bootstrap_interval(values)
     assert bootstrap_interval([*values, math.nan, -math.inf]) == bootstrap_interval(values)
     assert all(map(math.isnan, bootstrap_interval([math.nan])))
