@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from mlnet_utils import metrics
 from mlnet_utils.data.geometry import density_from_points, fixation_counts
 from mlnet_utils.data.photos import NOBODY, Photo
 from mlnet_utils.metrics import baselines
@@ -115,7 +116,16 @@ def test_gold_standard_chooses_by_the_likelihood_of_left_out_observers():
     best = max(itertools.product(baselines.SIGMA_SHARES, baselines.PRIOR_SHARES), key=likelihood)
     chosen = baselines.GoldStandard.fit(split)
     assert (chosen.sigma_share, chosen.prior_share) == best
-    assert_density(chosen(split[0]))
+
+
+def test_gold_standard_beats_the_centre_bias_and_is_finite():
+    split = [photo(f"g{k}", centre=(0.1 * k, 0.5), spread=0.05) for k in range(10)]
+    prior = baselines.CentreBias.fit(split)
+    gold = baselines.GoldStandard.fit(split, prior)
+    for one in split:  # every photo has its own place to look at
+        assert_density(gold(one))
+        maps = (gold(one), counts_of(one.fixations), prior(H, W))
+        assert 0 < metrics.information_gain(*(each[None] for each in maps)).item() < 10
 
 
 def test_what_has_no_observers():
