@@ -95,3 +95,15 @@ def zipped(files):
         for name, content in files.items():
             file.writestr(name, content)
     return buffer.getvalue()
+
+
+def save_salicon(root, edition, workers, maps=False):
+    """Two photos to train on, and one each of ``val`` and ``test``, whose fixations are secret."""
+    for number, split in enumerate(("train", "train", "val", "test"), start=1):
+        stem = f"COCO_{split}2014_{number:012d}"
+        save_photo(root / f"images/{split}/{stem}.jpg", 640, 480)
+        if split != "test":
+            save_salicon_mat(root / f"fixations-{edition}/{split}/{stem}.mat", workers, edition)
+        if maps and split != "test":
+            save_map(root / f"maps-{edition}/{split}/{stem}.png", 640, 480)
+    return root

@@ -13,24 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import gdown
 import numpy as np
 import pytest
 from conftest import files
 from faulty_server import FaultyServer, Served
-from miniatures import (
-    save_map,
-    save_mat,
-    save_osie,
-    save_photo,
-    save_recording,
-    save_salicon_mat,
-    zipped,
-)
+from miniatures import save_mat, save_osie, save_photo, save_recording, save_salicon, zipped
 
 from mlnet_utils.data import download
 from mlnet_utils.data.download import SOURCES
-
-gdown = pytest.importorskip("gdown", reason="downloads need it")
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("0[1-5]*.ipynb"))
 RETRIES = "retries" in inspect.signature(gdown.download).parameters  # since gdown 6.3
@@ -38,15 +29,8 @@ STREET = "i05june05_static_street_boston_p1010764"  # the photo by which MIT1003
 
 
 def make_salicon(root, name):
-    edition = name[-4:]
-    for number, split in enumerate(("train", "val", "test")):
-        stem = f"COCO_{split}2014_{number:012d}"
-        save_photo(root / f"images/{split}/{stem}.jpg", 640, 480)
-        if split != "test":
-            workers = [[(1, 1), (640, 480)], [(320, 240)]]
-            save_salicon_mat(root / f"fixations-{edition}/{split}/{stem}.mat", workers, edition)
-            if edition == "2017":
-                save_map(root / f"maps-2017/{split}/{stem}.png", 640, 480)
+    workers = [[(1, 1), (640, 480)], [(320, 240)]]
+    save_salicon(root, name[-4:], workers, maps=name.endswith("2017"))
 
 
 def make_osie(root, name):
@@ -57,8 +41,8 @@ def make_osie(root, name):
 def make_mit1003(root, _):
     for stem in (STREET, "i2"):
         save_photo(root / f"ALLSTIMULI/{stem}.jpeg", 200, 100)
+        positions = np.repeat([[5.0, 5.0], [150.0, 50.0]], 100, axis=0)
         for observer in ("ajs", "hp"):
-            positions = np.repeat([[5.0, 5.0], [150.0, 50.0]], 100, axis=0)
             save_recording(root / f"DATA/{observer}/{stem}.mat", positions)
         for kind in ("fixPts", "fixMap"):
             save_photo(root / f"ALLFIXATIONMAPS/{stem}_{kind}.jpg", 200, 100)
@@ -70,10 +54,6 @@ def make_cat2000(root, _):
         save_photo(root / f"trainSet/FIXATIONMAPS/{category}/001.jpg")
         save_mat(root / f"trainSet/FIXATIONLOCS/{category}/001.mat", fixLocs=np.eye(48, 64))
         save_photo(root / f"testSet/Stimuli/{category}/001.jpg")
-
-
-def make_mit300(root, _):
-    save_photo(root / "BenchmarkIMAGES/i1.jpg")
 
 
 # The maker, the folder, and for each archive the part that it becomes and the place of that part in
@@ -89,7 +69,10 @@ FORMATS = {
         *((part, f"{part}/") for part in ("ALLSTIMULI", "DATA", "ALLFIXATIONMAPS")),
     ),
     "cat2000": (make_cat2000, "cat2000", ("trainSet", "trainSet/")),
-    "mit300": (make_mit300, "mit300", ("BenchmarkIMAGES", "BenchmarkIMAGES/")),
+    "mit300": (
+        lambda root, _: save_photo(root / "BenchmarkIMAGES/i1.jpg"),
+        *("mit300", ("BenchmarkIMAGES", "BenchmarkIMAGES/")),
+    ),
     "cat2000-test": (make_cat2000, "cat2000", ("testSet", "testSet/")),
 }
 
@@ -98,16 +81,11 @@ def packed(folder, top):
     """A zip of a folder below ``top``, with what packers add: the Mac's twins, CAT2000's Output."""
     content = {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-        name = top + path.relative_to(folder).as_posix()
-        parent, _, base = name.rpartition("/")
-        content[name] = path.read_bytes()
+        parent, _, base = (top + path.relative_to(folder).as_posix()).rpartition("/")
+        content[f"{parent}/{base}"] = path.read_bytes()
         content[f"__MACOSX/{parent}/._{base}"] = b"junk"
         content[f"{parent}/Output/{path.stem}_SaliencyMap.jpg"] = b"junk"
     return zipped(content)
-
-
-def test_no_source_is_left_out():
-    assert set(FORMATS) == {name for name, spec in SOURCES.items() if spec.archives}
 
 
 @contextlib.contextmanager
@@ -124,18 +102,15 @@ def published(name, made, monkeypatch):
             server.files[place] = Served(content, cuts=[len(content) // 2] * RETRIES)
             url = archive.url and server.url(place)
             served.append(replace(archive, url=url, md5="", known={}))  # those of the originals
-        monkeypatch.setattr(
-            download, "SOURCES", {name: replace(SOURCES[name], archives=tuple(served))}
-        )
+        monkeypatch.setitem(SOURCES, name, replace(SOURCES[name], archives=tuple(served)))
         monkeypatch.setattr(download, "DRIVE", server.url("{}"))
         monkeypatch.setattr("random.uniform", lambda *_: 0)  # how long gdown waits
         yield
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", [name for name, spec in SOURCES.items() if spec.archives])
 def test_a_format_is_acquired_and_read(name, tmp_path, monkeypatch):
-    _, folder, *parts = FORMATS[name]
-    made = tmp_path / "made"
+    (_, folder, *parts), made = FORMATS[name], tmp_path / "made"
     with published(name, made, monkeypatch):
         acquired = download.acquire(name, tmp_path / "data")
     assert acquired == tmp_path / "data" / folder
@@ -144,11 +119,13 @@ def test_a_format_is_acquired_and_read(name, tmp_path, monkeypatch):
     assert sorted(p.name for p in acquired.iterdir()) == sorted(["archives", *dict(parts)])
     assert SOURCES[name].folder == folder
     if read := SOURCES[name].read:  # the others are photos for submissions
-        photos, expected = read(acquired), read(made)
-        assert [(p.image, p.density) for p in photos] == [(p.image, p.density) for p in expected]
-        assert [p.fixations.tolist() for p in photos] == [p.fixations.tolist() for p in expected]
-        assert any(len(photo.fixations) for photo in photos)
-        assert any(photo.density for photo in photos) == (name == "salicon-2017")
+        found, expected = (
+            [(photo.image, photo.density, photo.fixations.tolist()) for photo in read(root)]
+            for root in (acquired, made)
+        )
+        assert found == expected
+        assert any(points for *_, points in found)
+        assert any(density for _, density, _ in found) == (name == "salicon-2017")
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -172,9 +149,7 @@ def test_two_processes_that_unpack_into_one_folder_both_succeed(tmp_path, monkey
     archive = replace(SOURCES["osie"].archives[0], md5="", known={})
     given = tmp_path / archive.name
     given.write_bytes(packed(tmp_path / "made/data", "osie/data/"))
-    monkeypatch.setattr(
-        download, "SOURCES", {"osie": replace(SOURCES["osie"], archives=(archive,))}
-    )
+    monkeypatch.setitem(SOURCES, "osie", replace(SOURCES["osie"], archives=(archive,)))
     extract, begun = download._extract, threading.Barrier(2)
 
     def slow(*arguments):
@@ -184,8 +159,7 @@ def test_two_processes_that_unpack_into_one_folder_both_succeed(tmp_path, monkey
 
     monkeypatch.setattr(download, "_extract", slow)
     with ThreadPoolExecutor(2) as pool:
-        calls = [
-            pool.submit(download.acquire, "osie", tmp_path / "data", [given]) for _ in range(2)
-        ]
+        call = ("osie", tmp_path / "data", [given])
+        calls = [pool.submit(download.acquire, *call) for _ in range(2)]
     assert {call.result() for call in calls} == {tmp_path / "data/osie"}
     assert files(tmp_path / "data/osie/data") == {".complete.json", *files(tmp_path / "made/data")}

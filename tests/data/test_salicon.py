@@ -4,7 +4,7 @@ import json
 
 import numpy as np
 import pytest
-from miniatures import save_map, save_mat, save_photo, save_salicon_mat
+from miniatures import save_map, save_mat, save_photo, save_salicon, save_salicon_mat
 from PIL import Image
 from scipy.ndimage import gaussian_filter
 
@@ -12,22 +12,8 @@ from mlnet_utils.data.geometry import density_from_points
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers.salicon import fit_sigma, read_salicon_json, read_salicon_mat
 
-STEMS = {
-    "train": ("COCO_train2014_000000000001", "COCO_train2014_000000000002"),
-    "val": ("COCO_val2014_000000000003",),
-    "test": ("COCO_test2014_000000000004",),
-}
+FIRST = "COCO_train2014_000000000001"
 WORKERS = [[(1, 1), (640, 480)], [(0, 7), (320, 240), (900, 2)], []]
-
-
-def make(root, edition):
-    for split, stems in STEMS.items():
-        for stem in stems:
-            save_photo(root / f"images/{split}/{stem}.jpg", 640, 480)
-            if split != "test":
-                path = root / f"fixations-{edition}/{split}/{stem}.mat"
-                save_salicon_mat(path, WORKERS, edition)
-    return root
 
 
 @pytest.fixture(params=["2015", "2017"])
@@ -37,40 +23,36 @@ def edition(request):
 
 @pytest.fixture
 def root(tmp_path, edition):
-    return make(tmp_path, edition)
+    return save_salicon(tmp_path, edition, WORKERS)
 
 
 @pytest.fixture
 def first(root, edition):
     """The first photo's fixation file."""
-    return root / f"fixations-{edition}/train/{STEMS['train'][0]}.mat"
+    return root / f"fixations-{edition}/train/{FIRST}.mat"
 
 
 def test_both_editions_are_read(root, edition):
     photos = read_salicon_mat(root, edition)
     assert [photo.split for photo in photos] == ["train", "train", "val", "test"]
-    one, test = photos[0], photos[-1]
-    assert one.image == f"images/train/{STEMS['train'][0]}.jpg"
+    one, *_, test = photos
+    assert (one.image, one.density) == (f"images/train/{FIRST}.jpg", "")
     # 1-based x, y; an x of 0 is outside and must not wrap around in the files' unsigned integers.
     assert one.fixations.tolist() == [[0, 0], [639, 479], [319, 239]]
     assert one.observers.tolist() == [0, 0, 1]
     assert one.dropped == 2
     assert np.isnan(one.durations).all()
     assert len(test.fixations) == 0
-    assert one.density == ""
     samples = read_salicon_mat(root, edition, points="location")[0]
     assert (len(samples.fixations), samples.dropped) == (9, 6)
 
 
-def test_maps_are_noted_where_they_are(root, edition):
-    for split in ("train", "val"):
-        for stem in STEMS[split]:
-            save_map(root / f"maps-{edition}/{split}/{stem}.png", 640, 480)
-    photos = read_salicon_mat(root, edition)
-    assert photos[2].density == f"maps-{edition}/val/{STEMS['val'][0]}.png"
-    assert photos[3].density == ""
-    drawn = root / photos[0].density
-    save_map(drawn, 320, 200)
+def test_maps_are_noted_where_they_are(tmp_path, edition):
+    root = save_salicon(tmp_path, edition, WORKERS, maps=True)
+    first, _, val, test = read_salicon_mat(root, edition)
+    assert val.density == f"maps-{edition}/val/COCO_val2014_000000000003.png"
+    assert test.density == ""
+    drawn = save_map(root / first.density, 320, 200)
     with pytest.raises(ValueError, match=rf"{drawn.name} is 320x200, .* 640x480"):
         read_salicon_mat(root, edition)
     drawn.unlink()
@@ -85,7 +67,10 @@ def test_an_edition_is_not_taken_for_the_other(root, edition):
         read_salicon_mat(root, other)
 
 
-def test_missing_parts(root, edition, first, tmp_path):
+def test_missing_parts_and_photos_nobody_looked_at(root, edition, first, tmp_path):
+    save_salicon_mat(first, [[], [(641, 1)]], edition)
+    with pytest.raises(ValueError, match=rf"1 photos .*\(1 .*{FIRST}"):
+        read_salicon_mat(root, edition)
     first.unlink()
     with pytest.raises(ValueError, match=r"train: 1 photos without fixation files: 'COCO_train"):
         read_salicon_mat(root, edition)
@@ -104,29 +89,20 @@ def gaze(points, resolution=((480, 640),)):
     return {"gaze": worker, "resolution": resolution}
 
 
-STRUCTURE = "SALICON"
 FAULTS = {
-    "rows of x and of y": (gaze(np.arange(8).reshape(2, 4)), STRUCTURE),
-    "columns": (gaze(np.arange(6).reshape(2, 3)), STRUCTURE),
-    "no resolution": (gaze([[1, 1]], [[np.nan, 640]]), STRUCTURE),
-    # As the older packages of LSUN'15.
-    "variables": ({"I": np.zeros((480, 640))}, "holds I instead of gaze, resolution"),
+    "rows of x and of y": (gaze(np.arange(8).reshape(2, 4)), "SALICON"),
+    "columns": (gaze(np.arange(6).reshape(2, 3)), "SALICON"),
+    "no resolution": (gaze([[1, 1]], [[np.nan, 640]]), "SALICON"),
+    "LSUN'15's older packages": ({"I": np.eye(9)}, "holds I instead of gaze, resolution"),
     "size": (gaze([[1, 1]], [[240, 320]]), "320x240.*640x480"),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_faulty_files(tmp_path, fault):
+def test_faulty_files(first, root, edition, fault):
     content, said = FAULTS[fault]
-    path = make(tmp_path, "2017") / f"fixations-2017/train/{STEMS['train'][0]}.mat"
-    save_mat(path, **content)
+    save_mat(first, **content)
     with pytest.raises(ValueError, match=rf"0001\.mat.*{said}"):
-        read_salicon_mat(tmp_path, "2017")
-
-
-def test_a_photo_nobody_looked_at(root, edition, first):
-    save_salicon_mat(first, [[], [(641, 1)]], edition)
-    with pytest.raises(ValueError, match=rf"1 photos .*\(1 .*{first.stem}"):
         read_salicon_mat(root, edition)
 
 
@@ -231,17 +207,14 @@ def test_the_real_example_is_what_was_counted(real_data):
     """
     root = real_data / "salicon_examples"
     photos = read_salicon_json(root)
-    assert len(photos) == 10
-    assert {photo.split for photo in photos} == {"train"}
-    assert {(photo.width, photo.height) for photo in photos} == {(640, 480)}
-    workers = [len(np.unique(photo.observers)) for photo in photos]
-    assert (sum(workers), min(workers), max(workers)) == (610, 55, 67)
-    points = np.concatenate([photo.fixations for photo in photos])
-    assert len(points) == 73630
+    assert {(p.split, p.width, p.height) for p in photos} == {("train", 640, 480)}
     assert sum(photo.dropped for photo in photos) == 0
+    workers = [len(np.unique(photo.observers)) for photo in photos]
+    assert (len(photos), sum(workers), min(workers), max(workers)) == (10, 610, 55, 67)
+    points = np.concatenate([photo.fixations for photo in photos])
     # 1-based rows 1..480 and columns 1..640: as 0-based x, y they span the photo exactly.
-    assert points.min(0).tolist() == [0, 0]
-    assert points.max(0).tolist() == [639, 479]
+    found = [len(points), points.min(0).tolist(), points.max(0).tolist()]
+    assert found == [73630, [0, 0], [639, 479]]
     wins = 0
     for photo in photos:
         with Image.open(root / photo.image) as image:
