@@ -12,6 +12,7 @@ import gdown
 import numpy as np
 import pytest
 import requests
+from conftest import files
 from faulty_server import PAGE, FaultyServer, Served
 from miniatures import zipped
 
@@ -26,16 +27,13 @@ PHOTOS = zipped(
 )
 POINTS = zipped({"train/1.mat": b"one", "val/2.mat": b"two"})
 BOTH = ("train", "val")
+KEPT = {"photos.zip", "points-1.zip"}
 RETRIES = "retries" in inspect.signature(gdown.download).parameters
 retries = pytest.mark.skipif(not RETRIES, reason="needs gdown 6.3, which retries")
 
 
 def md5(content):
     return hashlib.md5(content).hexdigest()
-
-
-def spec(name, *archives, **rest):
-    return DatasetSpec(name, "", "tiny", archives=archives, **rest)
 
 
 @pytest.fixture
@@ -54,10 +52,11 @@ def sources(server, monkeypatch):
     photos = Archive("photos.zip", "images", BOTH, drive="photos", md5=md5(PHOTOS))
     place = {"url": server.url("points.zip"), "published": "points.zip"}
     points = Archive("points-1.zip", "points", BOTH, **place)
+    other = Archive("p.zip", "p", ("train",), md5=md5(b"other"))
     made = {
-        "tiny": spec("tiny", points, photos),
-        "other": spec("other", Archive("p.zip", "p", ("train",), md5=md5(b"other")), photos),
-        "own": spec("own", by_hand="place everything"),
+        "tiny": DatasetSpec("tiny", "", "tiny", archives=(points, photos)),
+        "other": DatasetSpec("other", "", "tiny", archives=(other, photos)),
+        "own": DatasetSpec("own", "", "tiny", by_hand="place everything"),
     }
     monkeypatch.setattr(download, "SOURCES", made)
     monkeypatch.setattr(download, "DRIVE", server.url("{}"))
@@ -70,23 +69,10 @@ def change(sources, number, **changes):
     sources["tiny"] = replace(sources["tiny"], archives=archives)
 
 
-def names(folder):
-    return sorted(path.name for path in folder.iterdir())
-
-
 # ---- what is here ------------------------------------------------------------------------------
-def test_everything_is_fetched_and_unpacked(server, sources, tmp_path):
-    folder = acquire("tiny", tmp_path)
-    assert folder == tmp_path / "tiny"
-    assert (folder / "images/val/2.jpg").read_bytes() == b"2"
-    assert (folder / "points/val/2.mat").read_bytes() == b"two"
-    assert names(folder / "archives") == ["photos.zip", "points-1.zip"]
-    acquire("tiny", tmp_path)
-    assert len(server.files["points.zip"].requests) == 1  # what is complete is not fetched again
-
-
 def test_what_is_complete_is_compared_with_its_record(server, sources, tmp_path):
     folder = acquire("tiny", tmp_path)
+    assert folder == acquire("tiny", tmp_path) == tmp_path / "tiny"
     (folder / "points/train/1.mat").write_bytes(b"two")  # of the same size
     with pytest.raises(ArchiveError, match=r"1 files .*1\.mat has other content"):
         acquire("tiny", tmp_path)
@@ -96,21 +82,16 @@ def test_what_is_complete_is_compared_with_its_record(server, sources, tmp_path)
     shutil.rmtree(folder / "points")
     acquire("tiny", tmp_path)  # from the archive that was kept
     assert (folder / "points/train/1.mat").read_bytes() == b"one"
-    assert len(server.files["points.zip"].requests) == 1
+    assert len(server.files["points.zip"].requests) == 1  # in all
 
 
 def test_the_users_archives_are_used_where_they_are(server, sources, tmp_path):
-    for name, content in (("points.zip", POINTS), ("photos.zip", PHOTOS)):
-        (tmp_path / name).write_bytes(content)
-    folder = acquire("tiny", tmp_path / "data", [tmp_path / "points.zip", tmp_path / "photos.zip"])
-    assert names(folder) == ["images", "points"]
+    given = [tmp_path / "points.zip", tmp_path / "photos.zip"]
+    for path, content in zip(given, (POINTS, PHOTOS), strict=True):
+        path.write_bytes(content)
+    folder = acquire("tiny", tmp_path / "data", given)
+    assert {path.name for path in folder.iterdir()} == {"images", "points"}
     assert not server.files["points.zip"].requests
-
-
-def test_a_folder_of_the_users_own_is_left_alone(sources, tmp_path):
-    (tmp_path / "tiny/points").mkdir(parents=True)
-    with pytest.raises(FileExistsError, match=r"tiny/points"):
-        acquire("tiny", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -136,6 +117,9 @@ def test_wrong_arguments(sources, tmp_path):
     (tmp_path / "x.zip").write_bytes(POINTS)
     with pytest.raises(ValueError, match=r"x\.zip is none of .*: photos\.zip, points-1\.zip"):
         acquire("tiny", tmp_path, [tmp_path / "x.zip"])
+    (tmp_path / "tiny/points").mkdir(parents=True)  # the user's own
+    with pytest.raises(FileExistsError, match=r"tiny/points"):
+        acquire("tiny", tmp_path)
 
 
 # ---- transfers that go on ----------------------------------------------------------------------
@@ -159,20 +143,19 @@ def test_a_server_that_cannot_go_on_starts_anew(server, sources, tmp_path, monke
     if fault == "no ranges":  # as GitHub
         served.ranges = False
     else:
+        other = POINTS  # the part is longer than the file now
+        if fault == "changed":  # what came is not spliced with what comes
+            other = zipped({"train/1": np.random.default_rng(1).bytes(3_000_000), "val/2": b""})
         monkeypatch.setattr(download, "RETRIES", 0)
         with pytest.raises(TransferError):
             acquire("tiny", tmp_path)
-    if fault == "shorter":  # the part is longer than the file now
-        server.files["photos"] = Served(POINTS, etag='"2"')
-        change(sources, 1, md5="")
-    elif fault == "changed":  # what came is not spliced with what comes
-        other = zipped({"train/1": np.random.default_rng(1).bytes(3_000_000), "val/2": b""})
         server.files["photos"] = Served(other, etag='"2"')
         change(sources, 1, md5=md5(other))
-        with pytest.raises(ArchiveError, match="its MD5"):
-            acquire("tiny", tmp_path)
+        if fault == "changed":
+            with pytest.raises(ArchiveError, match="its MD5"):
+                acquire("tiny", tmp_path)
     acquire("tiny", tmp_path)
-    assert names(tmp_path / "tiny/archives") == ["photos.zip", "points-1.zip"]
+    assert files(tmp_path / "tiny/archives") == KEPT
 
 
 # ---- faults: an error that names the file and the remedy, and nothing looks complete -------------
@@ -201,7 +184,7 @@ def test_faults(server, sources, tmp_path, monkeypatch, fault):
     assert not (folder / "archives/points-1.zip").exists()
     server.files["points.zip"] = Served(POINTS)
     acquire("tiny", tmp_path)
-    assert names(folder / "archives") == ["photos.zip", "points-1.zip"]
+    assert files(folder / "archives") == KEPT
 
 
 def test_refusals_of_google_drive(server, sources, tmp_path, monkeypatch):
@@ -231,12 +214,10 @@ def test_an_early_gdown_fetches_too(server, sources, tmp_path, monkeypatch, faul
     monkeypatch.delattr(gdown.exceptions, "DownloadError", raising=False)
     if fault:
         server.files["points.zip"] = Served(**{"content": POINTS, **FAULTS[fault][0]})
-        server.files["points.zip"].chunked = False
         with pytest.raises((TransferError, ArchiveError), match=r"--from points\.zip"):
             acquire("tiny", tmp_path)
         server.files["points.zip"] = Served(POINTS)
-    folder = acquire("tiny", tmp_path)
-    assert names(folder / "archives") == ["photos.zip", "points-1.zip"]
+    assert files(acquire("tiny", tmp_path) / "archives") == KEPT
 
 
 @retries
@@ -255,18 +236,21 @@ def test_the_transfer_is_reported(server, sources, tmp_path, monkeypatch, capsys
 
 
 # ---- the table of sources ----------------------------------------------------------------------
-ALL = [(name, archive) for name, spec in SOURCES.items() for archive in spec.archives]
+README = (Path(__file__).parents[2] / "data/README.md").read_text("utf-8")
 
 
-@pytest.mark.parametrize(("name", "archive"), ALL, ids=[f"{n}-{a.name}" for n, a in ALL])
-def test_every_source_is_complete(name, archive):
-    assert bool(archive.url) != bool(archive.drive)
-    assert archive.page.startswith(("https://", "http://saliency.mit.edu/"))
-    assert len(archive.md5) in (0, 32)
-    assert archive.holds
-    assert set(archive.known) <= set(archive.holds)
-    assert all(len(sha256) == 64 for sha256 in archive.known.values())
-    assert SOURCES[name].citation
+@pytest.mark.parametrize("name", SOURCES)
+def test_every_source_is_complete_and_documented(name):
+    for archive in SOURCES[name].archives:
+        assert bool(archive.url) != bool(archive.drive)
+        assert archive.page.startswith(("https://", "http://saliency.mit.edu/"))
+        assert len(archive.md5) in (0, 32)
+        assert archive.holds
+        assert set(archive.known) <= set(archive.holds)
+        assert all(len(sha256) == 64 for sha256 in archive.known.values())
+        assert SOURCES[name].citation
+    assert f"`{name}`" in README
+    assert SOURCES[name].citation in re.sub(r"\s+", " ", README)
 
 
 @pytest.mark.realdata
@@ -275,13 +259,3 @@ def test_the_fixations_are_those_published(real_data, name):
     (archive,) = SOURCES[name].archives
     for path, sha256 in archive.known.items():
         assert sha256_file(real_data / name / archive.into / path) == sha256
-
-
-# ---- data/README.md ----------------------------------------------------------------------------
-README = (Path(__file__).parents[2] / "data/README.md").read_text("utf-8")
-
-
-@pytest.mark.parametrize("name", SOURCES)
-def test_datasets_are_documented(name):
-    assert f"`{name}`" in README
-    assert SOURCES[name].citation in re.sub(r"\s+", " ", README)
