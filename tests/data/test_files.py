@@ -8,29 +8,23 @@ from scipy.io import loadmat, savemat
 from scipy.ndimage import gaussian_filter
 from scipy.sparse import csc_matrix
 
-from mlnet_utils.data.readers.files import (
-    by_stem,
-    check_pairs,
-    fixated_pixels,
-    load_mat,
-    named,
-    photo_size,
-)
+from mlnet_utils.data.readers import files
+from mlnet_utils.data.readers.files import fixated_pixels, load_mat, photo_size
 
 
 # ---- pairing -----------------------------------------------------------------------------------
 def test_stems_must_be_unique(tmp_path):
-    files = [tmp_path / name for name in ("b.jpg", "a_x.png", "a_x.jpg")]
+    paths = [tmp_path / name for name in ("b.jpg", "a_x.png", "a_x.jpg")]
     with pytest.raises(ValueError, match=r"1 stems belong to several .*a_x.jpg' and"):
-        by_stem(files, "set")
-    assert list(by_stem(files[:2], "set", strip="_x")) == ["a", "b"]
+        files.by_stem(paths, "set")
+    assert list(files.by_stem(paths[:2], "set", strip="_x")) == ["a", "b"]
 
 
 def test_mismatches_are_counted_and_named():
-    check_pairs("set", "photos", "abc", "maps", "cab")
+    files.check_pairs("set", "photos", "abc", "maps", "cab")
     with pytest.raises(ValueError, match=r"set: 2 photos .*: 'a', 'b'; 1 maps .*: 'd'"):
-        check_pairs("set", "photos", "abc", "maps", "cd")
-    assert named(list("abcdefg")) == "'a', 'b', 'c', 'd', 'e' and 2 more"
+        files.check_pairs("set", "photos", "abc", "maps", "cd")
+    assert files.named(list("abcdefg")) == "'a', 'b', 'c', 'd', 'e' and 2 more"
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -47,17 +41,17 @@ def test_photos_that_are_cut_off(tmp_path, suffix):
         photo_size(path)
 
 
-V7_3 = b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM"  # and then HDF5
+NO_MAT = {
+    **{"empty": b"", "page": b"<html>"},
+    "of 7.3": b"MATLAB 7.3 MAT-file".ljust(124) + b"\x00\x02IM" + bytes(600),  # and then HDF5
+}
 
 
-@pytest.mark.parametrize("content", [b"", b"<html>", V7_3 + bytes(600)], ids=["", "page", "7.3"])
-def test_mat_files_that_are_none(tmp_path, content):
-    (tmp_path / "x.mat").write_bytes(content)
+@pytest.mark.parametrize("kind", NO_MAT)
+def test_mat_files_that_are_none(tmp_path, kind):
+    (tmp_path / "x.mat").write_bytes(NO_MAT[kind])
     with pytest.raises(ValueError, match=r"x\.mat' cannot be read .*MATLAB"):
         load_mat(tmp_path / "x.mat")
-
-
-def test_mat_files_without_variables(tmp_path):
     with pytest.raises(ValueError, match="holds nothing instead of gaze, image"):
         load_mat(save_mat(tmp_path / "x.mat"), "gaze", "image")
 
@@ -78,8 +72,7 @@ MATRICES = {
 def test_matrices_are_those_of_scipy(tmp_path, kind, packed):
     savemat(tmp_path / "x.mat", {"a": MATRICES[kind]}, do_compression=packed)
     expected, found = (read(tmp_path / "x.mat")["a"] for read in (loadmat, load_mat))
-    if hasattr(expected, "toarray"):
-        expected = expected.toarray()
+    expected = expected.toarray() if hasattr(expected, "toarray") else expected
     np.testing.assert_array_equal(found, expected)
     assert found.shape == expected.shape
 
@@ -106,12 +99,9 @@ def fixation_map(points, width=200, height=100):
 
 
 def save_map(path, values):
-    if path.suffix == ".npy":
-        np.save(path, values)
-    elif path.suffix == ".mat":
-        save_mat(path, I=values / 255)
-    else:
-        Image.fromarray(values).save(path)
+    if path.suffix == ".mat":
+        return save_mat(path, I=values / 255)
+    np.save(path, values) if path.suffix == ".npy" else Image.fromarray(values).save(path)
     return path
 
 
@@ -141,21 +131,23 @@ def test_jpeg_does_not_change_crowded_maps(tmp_path):
     assert {tuple(p) for p in found.tolist()} == {tuple(p) for p in points.tolist()}
 
 
+FAULTY = {
+    "is blurred": gaussian_filter(fixation_map(POINTS).astype(float), 5),
+    "is 100x200, but its photo is 200x100": np.zeros((200, 100)),
+    "is 3, but its photo is 200x100": np.zeros(3),
+    "not finite": np.full((100, 200), np.nan),
+    "marks 20000 of 20000": np.ones((100, 200)),
+    "between 0 and": fixation_map(POINTS) + np.eye(100, 200),
+}
+
+
 def test_maps_that_are_not_what_they_should_be(tmp_path):
     path = tmp_path / "m.npy"
     assert fixated_pixels(save_map(path, np.zeros((100, 200))), SIZE).shape == (0, 2)
-    for values, said in (
-        (gaussian_filter(fixation_map(POINTS).astype(float), 5), "blurred"),
-        (np.zeros((200, 100)), "is 100x200, but its photo is 200x100"),
-        (np.zeros(3), "is 3, but its photo is 200x100"),
-        (np.full((100, 200), np.nan), "not finite"),
-        (np.ones((100, 200)), "marks 20000 of 20000"),
-        (fixation_map(POINTS) * 1.0 + np.eye(100, 200), "between 0 and"),
-    ):
+    for said, values in FAULTY.items():
         with pytest.raises(ValueError, match=rf"m\.npy .*{said}"):
             fixated_pixels(save_map(path, values), SIZE)
-    truncate(save_photo(tmp_path / "m.png", *SIZE))
-    save_mat(tmp_path / "m.mat", a=1, b=2)
-    for name in ("m.png", "m.mat"):
-        with pytest.raises(ValueError, match=rf"{name}' cannot be read"):
-            fixated_pixels(tmp_path / name, SIZE)
+    cut = truncate(save_photo(tmp_path / "m.png", *SIZE))
+    for path in (cut, save_mat(tmp_path / "m.mat", a=1, b=2)):
+        with pytest.raises(ValueError, match=rf"{path.name}' cannot be read"):
+            fixated_pixels(path, SIZE)
