@@ -11,17 +11,8 @@ import pytest
 import torch
 from PIL import Image, ImageFile, ImageOps
 
-from mlnet_utils.data.images import (
-    PHOTO_SUFFIXES,
-    decode,
-    output_stems,
-    photo_limit,
-    read_density,
-    read_image,
-    read_map,
-    to_bytes,
-    visible_files,
-)
+from mlnet_utils.data import images
+from mlnet_utils.data.images import photo_limit, read_density, read_image, visible_files
 from mlnet_utils.data.readers.files import photo_size
 
 ROTATION = 0x0112  # EXIF tag
@@ -43,8 +34,10 @@ def saved(tmp_path, image, name, **options) -> torch.Tensor:
     return pixels
 
 
-def reference() -> torch.Tensor:
-    return torch.from_numpy(np.array(colourful())).permute(2, 0, 1)
+def difference(pixels):
+    """From the colours that all photos show, in levels of 255."""
+    assert pixels.shape == (3, 40, 50)
+    return (pixels.int() - torch.from_numpy(np.array(colourful())).permute(2, 0, 1).int()).abs()
 
 
 FORMATS = """
@@ -60,94 +53,76 @@ def test_every_format_and_mode_gives_the_same_colours(tmp_path, case):
     if mode == "YCbCr" and int(PIL.__version__.partition(".")[0]) < 13:
         pytest.skip("needs Pillow 13, which reads what it wrote")
     name, options = f"x.{suffix}", {"quality": 95} if suffix not in ("jp2", "ppm") else {}
-    assert (tmp_path / name).suffix in PHOTO_SUFFIXES
+    assert (tmp_path / name).suffix in images.PHOTO_SUFFIXES
     pixels = saved(tmp_path, colourful().convert(mode), name, **options)
-    assert pixels.shape == (3, 40, 50)
-    assert (pixels.int() - reference().int()).abs().max() <= int(tolerance)
+    assert difference(pixels).max() <= int(tolerance)
 
 
 @pytest.mark.parametrize(("name", "mode"), [("x.jpg", "L"), ("x.png", "LA"), ("x.png", "1")])
 def test_greyscale_has_three_equal_channels(tmp_path, name, mode):
     pixels = saved(tmp_path, colourful().convert(mode), name)
     assert pixels.float().std() > 10
-    assert torch.equal(pixels[0], pixels[1])
-    assert torch.equal(pixels[0], pixels[2])
+    assert (pixels == pixels[0]).all()
 
 
-@pytest.mark.parametrize("name", ["x.png", "x.tif"])
-@pytest.mark.parametrize("dtype", ["<u2", ">u2"])
-def test_16_bits_keep_their_range(tmp_path, name, dtype):
-    pixels = saved(tmp_path, Image.fromarray(RAMP.astype(dtype)), name)
-    assert np.abs(pixels[1].numpy() - RAMP / 257).max() <= 1
-
-
-def test_32_bits_that_hold_bytes_are_bytes(tmp_path):
-    pixels = saved(tmp_path, Image.fromarray((RAMP / 257).astype(np.int32)), "x.tif")
-    assert np.abs(pixels[0].numpy() - RAMP / 257).max() <= 1
-
-
-@pytest.mark.parametrize("top", [1, 255])
-def test_float_photos_in_either_range(tmp_path, top):
-    pixels = saved(tmp_path, Image.fromarray((RAMP / 65535 * top).astype(np.float32)), "x.tif")
-    assert np.abs(pixels[0].numpy() - RAMP / 257).max() <= 1
+@pytest.mark.parametrize(
+    ("values", "name"),
+    [
+        *((RAMP.astype(kind), name) for kind in ("<u2", ">u2") for name in ("x.png", "x.tif")),
+        ((RAMP / 257).astype(np.int32), "x.tif"),  # 32 bits that hold bytes
+        *(((RAMP / 65535 * top).astype(np.float32), "x.tif") for top in (1, 255)),
+    ],
+)
+def test_other_ranges_are_brought_to_bytes(tmp_path, values, name):
+    pixels = saved(tmp_path, Image.fromarray(values), name)
+    assert np.abs(pixels.numpy() - RAMP / 257).max() <= 1
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -0.5, 300])
 def test_float_values_that_are_no_pixels_are_errors(tmp_path, bad):
     values = np.full((4, 4), 0.5, np.float32)
     values[1, 1] = bad
-    with pytest.raises(ValueError, match=r"finite and in 0\.\.1 or 0\.\.255"):
-        to_bytes(values)
     Image.fromarray(values).save(tmp_path / "x.tif")
-    with pytest.raises(ValueError, match=r"x.tif' .*\(float pixels"):
+    with pytest.raises(ValueError, match=r"x.tif' .*\(float .* finite and in 0\.\.1 or 0\.\.255"):
         read_image(tmp_path / "x.tif")
 
 
-@pytest.mark.parametrize(
-    ("image", "options"),
-    [
-        (Image.new("RGBA", (8, 8), (10, 20, 30, 0)), {}),
-        (Image.new("LA", (8, 8), (10, 0)), {}),
-        (Image.new("RGB", (8, 8), (10, 20, 30)), {"transparency": (10, 20, 30)}),
-        (Image.new("L", (8, 8), 10), {"transparency": 10}),
-        (Image.new("P", (8, 8), 0), {"transparency": 0}),
-        (Image.fromarray(np.full((8, 8), 7000, np.uint16)), {"transparency": 7000}),
-    ],
-    ids=["RGBA", "LA", "RGB", "L", "P", "16 bits"],
-)
-def test_transparent_parts_are_white(tmp_path, image, options):
+TRANSPARENT = {
+    "RGBA": (Image.new("RGBA", (8, 8), (10, 20, 30, 0)), {}),
+    "LA": (Image.new("LA", (8, 8), (10, 0)), {}),
+    "RGB": (Image.new("RGB", (8, 8), (10, 20, 30)), {"transparency": (10, 20, 30)}),
+    "L": (Image.new("L", (8, 8), 10), {"transparency": 10}),
+    "P": (Image.new("P", (8, 8), 0), {"transparency": 0}),
+    "16 bits": (Image.fromarray(np.full((8, 8), 7000, np.uint16)), {"transparency": 7000}),
+}
+
+
+@pytest.mark.parametrize("mode", TRANSPARENT)
+def test_transparent_parts_are_white(tmp_path, mode):
+    image, options = TRANSPARENT[mode]
     assert saved(tmp_path, image, "x.png", **options).min() == 255
 
 
 def test_half_transparent_parts_are_mixed_with_white(tmp_path):
-    pixels = saved(tmp_path, Image.new("RGBA", (8, 8), (0, 100, 200, 128)), "x.png")
+    image = Image.new("RGBA", (8, 8), (0, 100, 200, 128))
+    pixels = saved(tmp_path, image, "x.png")
     assert pixels[:, 0, 0].tolist() == pytest.approx([127, 177, 227], abs=1)
-
-
-def test_premultiplied_alpha():
-    image = Image.new("RGBA", (4, 4), (0, 100, 200, 128)).convert("RGBa")
-    assert decode(image)[:, 0, 0].tolist() == pytest.approx([127, 177, 227], abs=2)
+    pixels = images.decode(image.convert("RGBa"))  # premultiplied
+    assert pixels[:, 0, 0].tolist() == pytest.approx([127, 177, 227], abs=2)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("name", ["x.jpg", "x.png", "x.webp"])
 def test_all_eight_orientations(tmp_path, orientation, name):
-    upright = colourful()
-    inverse = {  # how a camera that is held so stores the upright scene
-        2: Image.Transpose.FLIP_LEFT_RIGHT,
-        3: Image.Transpose.ROTATE_180,
-        4: Image.Transpose.FLIP_TOP_BOTTOM,
-        5: Image.Transpose.TRANSPOSE,
-        6: Image.Transpose.ROTATE_90,
-        7: Image.Transpose.TRANSVERSE,
-        8: Image.Transpose.ROTATE_270,
-    }.get(orientation)
-    stored = upright if inverse is None else upright.transpose(inverse)
+    of = Image.Transpose  # how a camera that is held so stores the upright scene
+    sides = (None, of.FLIP_LEFT_RIGHT, of.ROTATE_180, of.FLIP_TOP_BOTTOM)
+    turned = (of.TRANSPOSE, of.ROTATE_90, of.TRANSVERSE, of.ROTATE_270)
+    inverse = (*sides, *turned)[orientation - 1]
+    stored = colourful() if inverse is None else colourful().transpose(inverse)
     exif = Image.Exif()
     exif[ROTATION] = orientation
     pixels = saved(tmp_path, stored, name, exif=exif, quality=98)
-    assert pixels.shape == (3, 40, 50)
-    assert (pixels.int() - reference().int()).abs().float().mean() < 4
+    assert difference(pixels).float().mean() < 4
     as_stored = read_image(tmp_path / name, upright=False)
     assert as_stored.shape[1:] == (stored.height, stored.width)
 
@@ -172,12 +147,9 @@ def test_an_exif_that_cannot_be_written_again_still_turns_the_photo(tmp_path):
 
 @pytest.mark.parametrize("error", [struct.error("not an integer"), MemoryError()])
 def test_whatever_a_reader_raises_names_the_file(tmp_path, monkeypatch, error):
-    def fails(*_):
-        raise error
-
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     colourful().save(tmp_path / "x.png")
-    monkeypatch.setattr(Image.Image, "load", fails)
+    monkeypatch.setattr(Image.Image, "load", lambda *_: (_ for _ in ()).throw(error))
     with pytest.raises(ValueError, match=rf"x\.png' cannot be read \({type(error).__name__}"):
         read_image(tmp_path / "x.png")
 
@@ -209,7 +181,7 @@ def test_an_archive_that_unpacks_to_more_than_a_photo_is_refused(tmp_path):
         read_density(path)
 
 
-@pytest.mark.parametrize("read", [read_image, read_map])
+@pytest.mark.parametrize("read", [read_image, images.read_map])
 def test_a_flipped_bit_of_a_png_is_noticed(tmp_path, read):
     path, rng = tmp_path / "x.png", np.random.default_rng(0)
     Image.fromarray(rng.integers(0, 256, (40, 50), np.uint8)).save(path)
@@ -218,11 +190,6 @@ def test_a_flipped_bit_of_a_png_is_noticed(tmp_path, read):
         path.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
         with pytest.raises(ValueError, match=r"x\.png"):
             read(path)
-
-
-def test_a_folder_is_no_photo(tmp_path):
-    with pytest.raises(ValueError, match="folder"):
-        read_image(tmp_path)
 
 
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(200)
@@ -242,8 +209,7 @@ def test_heic_is_read_with_its_extra(tmp_path, name):
     heif = pytest.importorskip("pillow_heif", reason="needs the extra `heic`")
     heif.from_pillow(colourful()).save(tmp_path / "x.heic", quality=95)
     (tmp_path / "x.heic").rename(tmp_path / name)
-    pixels = read_image(tmp_path / name)
-    assert (pixels.int() - reference().int()).abs().float().mean() < 4
+    assert difference(read_image(tmp_path / name)).float().mean() < 4
     (tmp_path / name).write_bytes(HEIC)
     with pytest.raises(ValueError, match=rf"{name}' cannot be read"):
         read_image(tmp_path / name)
@@ -258,37 +224,37 @@ def test_what_is_no_file_is_an_error_and_not_a_wait(tmp_path):
             with pytest.raises((FileNotFoundError, ValueError), match=f"{path.name}' "):
                 read(path)
     assert len(visible_files(tmp_path)) == 3
+    with pytest.raises(ValueError, match="folder"):
+        read_image(tmp_path)
+
+
+def touch(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).touch()
 
 
 def test_linked_folders_are_followed_once(tmp_path):
     """Whatever circles they make; real folders come first, however links are called."""
-    for name in ("album/real/x.jpg", "album/album.jpg/y.jpg", "elsewhere/z.jpg"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    album = tmp_path / "album"
+    touch(tmp_path, "album/real/x.jpg", "album/album.jpg/y.jpg", "elsewhere/z.jpg", "out/map.png")
     links = {"again": "real", "up": "..", "linked": "../elsewhere", "real/round": "../real"}
     links |= {".hidden": "../elsewhere", "out": "../out"}
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/map.png").touch()
     for name, target in links.items():
-        os.symlink(target, album / name)
-    found = visible_files(album, out=tmp_path / "out")
-    names = [path.relative_to(album).as_posix() for path in found]
+        os.symlink(target, tmp_path / "album" / name)
+    found = visible_files(tmp_path / "album", out=tmp_path / "out")
+    names = [path.relative_to(tmp_path / "album").as_posix() for path in found]
     assert names == ["album.jpg/y.jpg", "linked/z.jpg", "real/x.jpg"]
+
+
+def test_files_are_found_in_order_without_hidden_ones_and_results(tmp_path):
+    touch(tmp_path, "b.PNG", "a/x.jpg", "._b.png", ".cache/x.png", "notes.txt", "maps/b.png")
+    found = visible_files(tmp_path, out=tmp_path / "maps")
+    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a/x.jpg", "b.PNG"]
+    assert visible_files(tmp_path, (".txt",)) == [tmp_path / "notes.txt"]
 
 
 def test_files_made_of_photos_have_names_of_their_own():
     names = ("a/x.jpg", "a/x.png", "a/y.v2.jpg", "b/x.JPG", "z.jpg", "Z.webp", "z_o.jpg")
-    stems = output_stems({Path(name): Path(name) for name in names}, [".png", "_o.png"])
+    stems = images.output_stems({Path(name): Path(name) for name in names}, [".png", "_o.png"])
     expected = ["a/x.jpg", "a/x.png", "a/y.v2", "b/x", "z.jpg", "Z.webp", "z_o.jpg"]
     assert [stem.as_posix() for stem in stems.values()] == expected
-
-
-def test_files_are_found_in_order_without_hidden_ones_and_results(tmp_path):
-    names = ("b.PNG", "a/x.jpg", "._b.png", ".cache/x.png", "notes.txt", "maps/b.png")
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).touch()
-    found = visible_files(tmp_path, out=tmp_path / "maps")
-    assert [path.relative_to(tmp_path).as_posix() for path in found] == ["a/x.jpg", "b.PNG"]
-    assert visible_files(tmp_path, (".txt",)) == [tmp_path / "notes.txt"]
