@@ -1,5 +1,7 @@
 """MIT1003: recordings with its fixation detector, and fixation maps without MATLAB."""
 
+import itertools
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,12 +19,11 @@ PLACES = ((400, 300), (100.5, 80.25), (700, 500), (1500, 90))  # the last is out
 
 def recording(places, samples=70):
     """Fixations of 70 samples with saccades of 8 samples between them."""
-    pieces = []
-    for place, following in zip(places, [*places[1:], None], strict=True):
+    pieces = [np.tile(places[0], (samples, 1))]
+    for before, place in itertools.pairwise(places):
+        share = (1 - np.cos(np.linspace(0, np.pi, 10)[1:-1])) / 2
+        pieces.append(np.array(before) + share[:, None] * np.subtract(place, before))
         pieces.append(np.tile(place, (samples, 1)))
-        if following is not None:
-            share = (1 - np.cos(np.linspace(0, np.pi, 10)[1:-1])) / 2
-            pieces.append(np.array(place) + share[:, None] * np.subtract(following, place))
     return np.concatenate(pieces).astype(float)
 
 
@@ -45,7 +46,7 @@ def root(tmp_path):
 @pytest.fixture
 def maps(root):
     """The same without recordings."""
-    (root / "DATA").rename(root / "unused")
+    shutil.rmtree(root / "DATA")
     return root
 
 
@@ -71,7 +72,7 @@ def test_missing_recordings(root):
     (root / "DATA/zb/i1.mat").unlink()
     with pytest.raises(ValueError, match=r"1 photos .*zb: 'i1';"):
         read_mit1003(root)
-    (root / "DATA").rename(root / "unused")
+    shutil.rmtree(root / "DATA")
     (root / "DATA").mkdir()
     with pytest.raises(ValueError, match="DATA holds no observers"):
         read_mit1003(root)
@@ -81,21 +82,19 @@ def test_missing_maps(maps):
     (maps / "ALLFIXATIONMAPS/i1_fixPts.jpg").unlink()
     with pytest.raises(ValueError, match=r"1 photos .*: 'i1'\."):
         read_mit1003(maps)
-    (maps / "ALLFIXATIONMAPS").rename(maps / "elsewhere")
+    shutil.rmtree(maps / "ALLFIXATIONMAPS")
     with pytest.raises(FileNotFoundError, match=r"ALLFIXATIONMAPS is missing; .*download mit1003"):
         read_mit1003(maps)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        {"i1": {"other": 1}},
-        {"i1": np.zeros((2, 2))},
-        {"a": 1, "b": 2},
-        {"i1": {"DATA": {"eyeData": np.zeros((0, 2))}}},
-        {"i1": {"DATA": {"eyeData": np.zeros((9, 1))}}},
-    ],
-)
+def eye(*shape):
+    return {"i1": {"DATA": {"eyeData": np.zeros(shape)}}}
+
+
+OTHERS = [{"i1": {"other": 1}}, {"i1": np.eye(2)}, {"a": 1, "b": 2}, eye(0, 2), eye(9, 1)]
+
+
+@pytest.mark.parametrize("content", OTHERS)
 def test_another_structure(root, content):
     save_mat(root / "DATA/zb/i1.mat", **content)
     with pytest.raises(ValueError, match=r"i1\.mat' .*MIT1003"):
