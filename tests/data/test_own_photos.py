@@ -16,7 +16,7 @@ b, 5, 6, Bob, 100
 c.v2.jpg, 1, 1, ,
 """
 PHOTOS = ("a.jpg", "b.PNG", "c.v2.jpg")
-MAPS = ("a.png", "b.jpg", "c.v2.NPY")
+DRAWN = ("a.png", "b.jpg", "c.v2.png")
 
 
 @pytest.fixture
@@ -30,27 +30,21 @@ def images(tmp_path):
 def listed(images):
     """Reads the photos with a list."""
 
-    def read(text, **options):
-        path = images.parent / "fixations.csv"
-        path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return read_folder(images, path, **options)
+    def read(text):
+        (images.parent / "fixations.csv").write_text(text)
+        return read_folder(images, images.parent / "fixations.csv")
 
     return read
 
 
-def make_maps(folder, names=MAPS, size=(64, 48)):
+def make_maps(folder, *names, size=(64, 48)):
     """Maps with two marked pixels in row 3, 4 or 5."""
     folder.mkdir()
     for row, name in enumerate(names, start=3):
         values = np.zeros(size[::-1], np.uint8)
         values[row, [2, size[0] - 1]] = 255
         with open(folder / name, "wb") as file:
-            if name.endswith("NPY"):
-                np.save(file, values)
-            elif name.endswith("NPZ"):
-                np.savez(file, density=values)
-            else:
-                Image.fromarray(values).save(file)
+            np.save(file, values) if "NPY" in name else Image.fromarray(values).save(file)
     return folder
 
 
@@ -95,26 +89,23 @@ def test_percent_of_photos():
 
 
 def test_fixation_maps(images, tmp_path):
-    photos = read_folder(images, fixation_maps=make_maps(tmp_path / "maps"))
-    assert [photo.fixations.tolist() for photo in photos] == [
-        [[2, row], [63, row]] for row in (3, 4, 5)
-    ]
+    maps = make_maps(tmp_path / "maps", "a.png", "b.jpg", "c.v2.NPY")
+    found = [photo.fixations.tolist() for photo in read_folder(images, fixation_maps=maps)]
+    assert found == [[[2, row], [63, row]] for row in (3, 4, 5)]
 
 
-@pytest.mark.parametrize(
-    "names",
-    [("train", "val/cats", "test"), ("Train", "VALID", "Test"), ("TRAINING", "dev", "eval")],
-)
+NAMES = [("train", "val/cats", "test"), ("Train", "VALID", "Test"), ("TRAINING", "dev", "eval")]
+
+
+@pytest.mark.parametrize("names", NAMES)
 def test_subfolders_are_splits(tmp_path, names):
     for stem, name in zip("abcd", (*names, "."), strict=True):
         save_photo(tmp_path / f"images/{name}/{stem}.jpg")
         save_map(tmp_path / f"maps/{stem}.png")
     photos = read_folder(tmp_path / "images", density_maps=tmp_path / "maps")
     assert [photo.split for photo in photos] == ["train", "val", "test", ""]
-    assert [photo.image for photo in photos] == [
-        *(f"{n}/{s}.jpg" for n, s in zip(names, "abc", strict=True)),
-        "d.jpg",
-    ]
+    paths = [f"{name}/{stem}.jpg" for name, stem in zip(names, "abc", strict=True)]
+    assert [photo.image for photo in photos] == [*paths, "d.jpg"]
     assert photos[0].density == "../maps/a.png"
 
 
@@ -128,12 +119,12 @@ def test_folders_that_look_like_splits(tmp_path, name):
 
 @pytest.mark.parametrize("kind", ["fixation_maps", "density_maps"])
 def test_faulty_maps(images, tmp_path, kind):
-    folder = make_maps(tmp_path / "maps", ("a.png", "b.jpg", "c.v2.png"))
-    make_maps(tmp_path / "turned", ("a.png",), size=(48, 64))
+    folder = make_maps(tmp_path / "maps", *DRAWN)
+    turned = make_maps(tmp_path / "turned", "a.png", size=(48, 64))
     truncate(folder / "b.jpg", 0.6)
     with pytest.raises(ValueError, match=r"b\.jpg' cannot be read"):
         read_folder(images, **{kind: folder})
-    (tmp_path / "turned/a.png").replace(folder / "a.png")
+    (turned / "a.png").replace(folder / "a.png")
     with pytest.raises(ValueError, match=r"a\.png is 48x64, .* 64x48"):
         read_folder(images, **{kind: folder})
     (folder / "b.jpg").unlink()
@@ -157,7 +148,7 @@ def test_faulty_folders(images, tmp_path):
 
 def test_the_dataset_called_folder(images, tmp_path):
     (tmp_path / "fixations.csv").write_text(CSV)
-    make_maps(tmp_path / "density_maps", ("a.png", "b.jpg", "c.v2.png"))
+    make_maps(tmp_path / "density_maps", *DRAWN)
     photo = read_own(tmp_path)[0]
     assert (photo.image, photo.density) == ("images/a.jpg", "density_maps/a.png")
     assert len(photo.fixations) == 2
@@ -165,24 +156,22 @@ def test_the_dataset_called_folder(images, tmp_path):
 
 def test_a_linked_folder_of_photos_has_its_maps(images, tmp_path):
     """In the dataset, not beside the photos that the link leads to."""
-    own = tmp_path / "own"
+    own, _ = tmp_path / "own", make_maps(tmp_path / "density_maps", *DRAWN)
     own.mkdir()
     (own / "images").symlink_to(images, target_is_directory=True)
-    make_maps(own / "density_maps", ("a.png", "b.jpg", "c.v2.png"))
+    make_maps(own / "density_maps", *DRAWN)
     assert read_own(own)[0].read_density(own).shape == (48, 64)
-    wrong = make_maps(tmp_path / "density_maps", ("a.png", "b.jpg", "c.v2.png"))
-    (own / "density_maps/a.png").write_bytes((wrong / "a.png").read_bytes()[:60])
+    truncate(own / "density_maps/a.png")
     with pytest.raises(ValueError, match=r"own/density_maps/a\.png"):
         read_own(own)
 
 
 def test_observers_are_as_many_as_there_are(images, listed):
     """Neither one for two lists of one name, nor one that a missing value makes."""
-    (a, *_) = listed(CSV.replace("Bob", "NA"))
-    assert a.observers.tolist() == [0, NOBODY]
+    assert listed(CSV.replace("Bob", "NA"))[0].observers.tolist() == [0, NOBODY]
+    lists = images.parent / "lists"
     for observer in ("Ann", "Bob"):
-        (images.parent / f"lists/{observer}").mkdir(parents=True)
-        text = "image,x,y\na,1,1\nb,1,1\nc.v2,1,1\n"
-        (images.parent / f"lists/{observer}/gaze.csv").write_text(text)
+        (lists / observer).mkdir(parents=True)
+        (lists / observer / "gaze.csv").write_text("image,x,y\na,1,1\nb,1,1\nc.v2,1,1\n")
     with pytest.raises(ValueError, match=r"Ann/gaze\.csv' and '.*Bob/gaze\.csv"):
-        read_folder(images, images.parent / "lists")
+        read_folder(images, lists)
