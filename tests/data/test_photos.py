@@ -11,15 +11,9 @@ import torch
 from conftest import SIGMA
 from PIL import Image
 
+from mlnet_utils.data import photos as photo_module
 from mlnet_utils.data.geometry import Letterbox, density_from_points, density_on_grid
-from mlnet_utils.data.photos import (
-    NOBODY,
-    Photo,
-    Prepared,
-    StaleError,
-    fingerprints,
-    fixation_statistics,
-)
+from mlnet_utils.data.photos import NOBODY, Photo, Prepared, StaleError, fingerprints
 from mlnet_utils.runtime import read_json, write_json
 
 META = {"root": ".", "sigma_px": SIGMA, "dataset": "tiny", "title": "Tiny test photos"}
@@ -28,16 +22,16 @@ META = {"root": ".", "sigma_px": SIGMA, "dataset": "tiny", "title": "Tiny test p
 # ---- a photo -----------------------------------------------------------------------------------
 def test_points_outside_a_photo_are_dropped_and_counted():
     points = [[0, 0], [-1, 3], [8.4, 6.4], [8.5, 2], [np.nan, 1]]
-    photo = Photo.from_points(
-        "x", "x.png", (9, 7), points, observers=[0, 0, 1, 1, 2], durations=[5, 6, 7, 8, 9],
-        split="val", density="x.npz",
-    )  # fmt: skip
+    looked = {"observers": [0, 0, 1, 1, 2], "durations": [5, 6, 7, 8, 9]}
+    photo = Photo.from_points("x", "x.png", (9, 7), points, **looked, split="val", density="x.npz")
     assert (photo.width, photo.height, photo.dropped) == (9, 7, 3)
     assert (photo.split, photo.density) == ("val", "x.npz")
-    np.testing.assert_array_equal(photo.fixations, np.float32([[0, 0], [8.4, 6.4]]))
-    assert (photo.observers.tolist(), photo.durations.tolist()) == ([0, 1], [5, 7])
-    dtypes = (photo.fixations.dtype, photo.observers.dtype, photo.durations.dtype)
-    assert dtypes == (np.float32, np.int16, np.float32)
+    for found, expected in (
+        (photo.fixations, np.float32([[0, 0], [8.4, 6.4]])),
+        (photo.observers, np.int16([0, 1])),
+        (photo.durations, np.float32([5, 7])),
+    ):
+        np.testing.assert_array_equal(found, expected, strict=True)
 
 
 def test_points_may_come_without_observers_and_durations():
@@ -48,23 +42,23 @@ def test_points_may_come_without_observers_and_durations():
     assert (empty.fixations.shape, len(empty.observers), empty.dropped) == ((0, 2), 0, 0)
 
 
-@pytest.mark.parametrize(
-    ("rest", "number"), [({"observers": [2**15]}, "32,769"), ({"durations": [1, 2]}, "2 durations")]
-)
-def test_arrays_that_do_not_fit_the_points(rest, number):
-    with pytest.raises(ValueError, match=f"x: .*{number}"):
-        Photo.from_points("x", "x.png", (9, 7), [[1, 2]], **rest)
+def test_arrays_that_do_not_fit_the_points():
+    with pytest.raises(ValueError, match=r"x: .*32,769"):
+        Photo.from_points("x", "x.png", (9, 7), [[1, 2]], observers=[2**15])
+    with pytest.raises(ValueError, match=r"x: .*2 durations"):
+        Photo.from_points("x", "x.png", (9, 7), [[1, 2]], durations=[1, 2])
 
 
 def test_statistics_follow_each_observer_in_order():
+    statistics = photo_module.fixation_statistics
     points = [[0, 0], [10, 10], [3, 4], [10, 10], [3, 4]]
     photo = Photo.from_points("x", "x.png", (99, 99), points, observers=[0, 1, 0, 1, 0])
-    pixels = fixation_statistics([photo, Photo("empty", "e.png", 9, 9)])
+    pixels = statistics([photo, Photo("empty", "e.png", 9, 9)])
     assert (pixels["per_photo"], pixels["per_observer"]) == ([5, 0], [3, 2])
     assert (pixels["saccades"].tolist(), pixels["unit"]) == ([5, 0, 0], "pixels")
-    degrees = fixation_statistics([photo], px_per_degree=10.0)
+    degrees = statistics([photo], px_per_degree=10.0)
     assert (degrees["saccades"].tolist(), degrees["unit"]) == ([0.5, 0, 0], "degrees")
-    pooled = fixation_statistics([Photo.from_points("x", "x.png", (99, 99), points)])
+    pooled = statistics([Photo.from_points("x", "x.png", (99, 99), points)])
     assert (pooled["per_photo"], pooled["per_observer"]) == ([5], [])
     assert len(pooled["saccades"]) == 0
 
@@ -88,11 +82,10 @@ def looked_at(density):
 
 
 def test_fixations_come_before_a_map(mapped):
-    Image.new("L", (64, 48), 5).save(mapped.root / "flat.png")
-    found = mapped.density(looked_at("flat.png"))
-    assert torch.equal(found, density_from_points(POINTS, 48, 64, SIGMA))
-    other = mapped.density(looked_at("flat.png"), sigma=2.0)
-    assert torch.equal(other, density_from_points(POINTS, 48, 64, 2.0))
+    photo = looked_at("flat.png")  # which is not even there
+    for sigma, expected in ((None, SIGMA), (2.0, 2.0)):
+        found = mapped.density(photo, sigma)
+        assert torch.equal(found, density_from_points(POINTS, 48, 64, expected))
 
 
 def test_a_photos_own_sigma_comes_before_the_datasets(mapped):
@@ -100,28 +93,25 @@ def test_a_photos_own_sigma_comes_before_the_datasets(mapped):
     replace(mapped, photos=[photo]).write()
     read = Prepared.read(mapped.folder)
     assert [p.sigma for p in read.photos] == [3.0]
-    assert torch.equal(read.density(photo), density_from_points(POINTS, 48, 64, 3.0))
-    assert torch.equal(read.density(photo, 2.0), density_from_points(POINTS, 48, 64, 2.0))
+    for sigma, expected in ((None, 3.0), (2.0, 2.0)):
+        found = read.density(photo, sigma)
+        assert torch.equal(found, density_from_points(POINTS, 48, 64, expected))
     box, grid = Letterbox(48, 64, 48, 64), (6, 8)
     assert torch.equal(read.grid_density(photo, box, grid), density_on_grid(POINTS, box, grid, 3.0))
 
 
 @pytest.mark.parametrize(("height", "width"), [(48, 80), (64, 64), (104, 40)])
 def test_map_and_fixations_agree(mapped, height, width):
-    expected = density_from_points(POINTS, 48, 64, SIGMA)
-    torch.testing.assert_close(mapped.density(mapped.photos[0]), expected)
-    box, grid = Letterbox(48, 64, height, width), (height // 8, width // 8)
-    by_map = mapped.grid_density(mapped.photos[0], box, grid)
-    torch.testing.assert_close(by_map, density_on_grid(POINTS, box, grid, SIGMA))
-    torch.testing.assert_close(by_map, mapped.grid_density(looked_at("a.npz"), box, grid))
-    assert by_map.sum().item() == pytest.approx(1)
+    (photo,), box, grid = mapped.photos, Letterbox(48, 64, height, width), (height // 8, width // 8)
+    close = torch.testing.assert_close
+    close(mapped.density(photo), density_from_points(POINTS, 48, 64, SIGMA))
+    by_map = mapped.grid_density(photo, box, grid)
+    close(by_map, density_on_grid(POINTS, box, grid, SIGMA))
+    close(by_map, mapped.grid_density(looked_at("a.npz"), box, grid))
 
 
-def test_a_photo_whose_truth_is_secret_has_none(mapped):
-    assert mapped.density(Photo("a", "a.png", 6, 5)).tolist() == [[0.0] * 6] * 5
-
-
-def test_a_map_of_another_size_or_lost_is_an_error(mapped):
+def test_a_map_of_another_size_or_lost_is_an_error_and_none_is_zeros(mapped):
+    assert mapped.density(Photo("a", "a.png", 6, 5)).tolist() == [[0.0] * 6] * 5  # it is secret
     (photo,) = mapped.photos
     Image.fromarray(np.eye(64, 48) > 0).save(mapped.root / "turned.png")
     with pytest.raises(ValueError, match=r"turned.png is 48x64, .* 64x48"):
@@ -142,11 +132,9 @@ def test_a_round_trip_keeps_everything(run_folder, tiny_photos):
 
 
 def test_photos_without_fixations_durations_or_observers(tmp_path):
-    photos = [
-        Photo("böse name", "a b/ü.png", 9, 7, "train"),
-        Photo.from_points("b", "b.png", (9, 7), [[1, 2]]),
-    ]
-    Prepared(tmp_path, photos, META).write()
+    named = Photo("böse name", "a b/ü.png", 9, 7, "train")
+    looked = Photo.from_points("b", "b.png", (9, 7), [[1, 2]])
+    Prepared(tmp_path, [named, looked], META).write()
     empty, pooled = Prepared.read(tmp_path).photos
     assert (empty.stem, empty.image, len(empty.fixations)) == ("böse name", "a b/ü.png", 0)
     assert np.isnan(pooled.durations).all()
@@ -155,45 +143,39 @@ def test_photos_without_fixations_durations_or_observers(tmp_path):
 
 
 def test_stems_must_be_unique_and_photos_there(tmp_path):
-    twins = [Photo("same", "a/same.png", 9, 7), Photo("same", "b/same.png", 9, 7)]
-    with pytest.raises(ValueError, match=r"same"):
+    twins = [Photo("same", f"{folder}/same.png", 9, 7) for folder in "ab"]
+    with pytest.raises(ValueError, match="same"):
         Prepared(tmp_path, twins, {}).write()
     with pytest.raises(ValueError, match="no photos"):
         Prepared(tmp_path, [], {}).write()
 
 
 @pytest.mark.parametrize("name", ["meta.json", "index.jsonl", "fixations.npz"])
-def test_a_missing_part_names_the_notebook_that_makes_it(run_folder, name):
-    (run_folder / "data" / name).unlink()
-    with pytest.raises(FileNotFoundError, match=f"{name}.*01_data_preparation.*utils prepare"):
-        Prepared.read(run_folder / "data")
-
-
-@pytest.mark.parametrize("name", ["index.jsonl", "fixations.npz"])
-@pytest.mark.parametrize("known", [True, False])
-def test_damaged_files_are_errors(run_folder, name, known):
+def test_changed_and_missing_parts(run_folder, name):
     path, data = run_folder / "data" / name, run_folder / "data"
-    path.write_bytes(path.read_bytes()[:-40])
-    if not known:  # as in folders of early versions
-        meta = json.loads((data / "meta.json").read_text())
-        (data / "meta.json").write_text(json.dumps({**meta, "files": {}, "content_sha256": None}))
-    with pytest.raises(ValueError, match=rf"{run_folder}.*(index.jsonl|fixations.npz)"):
+    content = path.read_bytes()
+    changed = content.replace(b'"sigma_px": 6.0', b'"sigma_px": 2.0')
+    path.write_bytes(content[:-40] if changed == content else changed)
+    with pytest.raises(ValueError, match=rf"{path}.*SHA-256"):
+        Prepared.read(data)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name}.*01_data_preparation.*utils prepare"):
         Prepared.read(data)
 
 
-def test_a_changed_digit_of_the_description_is_noticed(run_folder):
-    path = run_folder / "data/meta.json"
-    path.write_text(path.read_text().replace('"sigma_px": 6.0', '"sigma_px": 2.0'))
-    with pytest.raises(ValueError, match=r"meta\.json.*SHA-256"):
+@pytest.mark.parametrize("name", ["index.jsonl", "fixations.npz"])
+def test_damaged_files_of_early_versions_without_hashes_are_errors(run_folder, name):
+    path, meta = run_folder / "data" / name, run_folder / "data/meta.json"
+    path.write_bytes(path.read_bytes()[:-40])
+    content = {**json.loads(meta.read_text()), "files": {}, "content_sha256": None}
+    meta.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=rf"{run_folder}.*(index.jsonl|fixations.npz)"):
         Prepared.read(run_folder / "data")
 
 
 def test_an_interrupted_preparation_does_not_look_complete(run_folder, monkeypatch):
-    def full_disk(*_, **__):
-        raise OSError("No space left on device")
-
-    prepared = Prepared.read(run_folder / "data")
-    monkeypatch.setattr(np, "savez_compressed", full_disk)
+    prepared, full = Prepared.read(run_folder / "data"), OSError("No space left on device")
+    monkeypatch.setattr(np, "savez_compressed", lambda *_, **__: (_ for _ in ()).throw(full))
     with pytest.raises(OSError, match="No space left"):
         prepared.write()
     with pytest.raises(FileNotFoundError, match=r"meta.json"):
@@ -234,8 +216,7 @@ def test_changed_and_missing_files_are_found(tmp_path):
     (tmp_path / "maps/d.png").write_bytes(b"new")
     (tmp_path / "maps/notes.md").write_bytes(b"is not read")
     words = {"a.png is missing", "b.png has changed", "maps/c.png has changed", "d.png was added"}
-    for everything in (True, False):
-        problems = prepared.check(everything)
+    for problems in (prepared.check(), prepared.check(everything=False)):
         assert len(problems) == 4
         assert all(any(word in line for line in problems) for word in words)
     with pytest.raises(StaleError, match=r"data are out of date: .*a\.png is missing \(and 3 more"):
@@ -247,10 +228,9 @@ def test_folders_that_do_not_know_their_sources_know_their_photos(run_folder, ti
     meta = read_json(run_folder / "data/meta.json", "prepare")
     del meta["sources"]
     write_json(run_folder / "data/meta.json", meta, sealed=True)
-    assert len(Prepared.read(run_folder / "data").photos) == 19
     prepared = Prepared.read(run_folder / "data")
-    _, root = tiny_photos
-    shutil.copytree(root, run_folder / "photos")
+    assert len(prepared.photos) == 19
+    shutil.copytree(tiny_photos[1], run_folder / "photos")
     Image.new("RGB", (80, 60)).save(run_folder / "photos/val0.png")
     replace(prepared, meta={**prepared.meta, "root": str(run_folder / "photos")}).write()
     with pytest.raises(StaleError, match=r"val0\.png has changed"):
@@ -273,10 +253,8 @@ def test_sources_that_were_edited_or_lost_vouch_for_nothing(run_folder):
 
 
 def test_a_split_without_truth_is_not_scored(tmp_path):
-    photos = [
-        Photo.from_points("a", "a.png", (9, 7), [[1, 2]], split="val"),
-        Photo("b", "b.png", 9, 7, "test"),
-    ]
+    seen = Photo.from_points("a", "a.png", (9, 7), [[1, 2]], split="val")
+    photos = [seen, Photo("b", "b.png", 9, 7, "test")]
     prepared = Prepared(tmp_path, photos, {})
     assert prepared.scored_split == "val"
     with pytest.raises(ValueError, match=r"no dev photos"):
