@@ -12,17 +12,9 @@ from miniatures import save_map, save_photo
 from test_runtime import abandon
 
 from mlnet_utils.config import load_config
-from mlnet_utils.data import synthetic
-from mlnet_utils.data.photos import Photo, Prepared, StaleError
-from mlnet_utils.data.preparation import (
-    check_same_data,
-    ensure,
-    fold_split,
-    hash_order,
-    hash_split,
-    prepare,
-    split_photos,
-)
+from mlnet_utils.data import preparation, synthetic
+from mlnet_utils.data.photos import SPLITS, Photo, Prepared, StaleError
+from mlnet_utils.data.preparation import check_same_data, ensure, prepare, split_photos
 from mlnet_utils.data.readers import DATASETS, dataset_spec
 from mlnet_utils.data.readers.spec import DatasetSpec
 
@@ -30,44 +22,43 @@ OSIE_LIKE = [Photo(str(number), f"{number}.jpg", 800, 600) for number in range(1
 
 
 # ---- splits ------------------------------------------------------------------------------------
+def digest(words):
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()[:16]
+
+
 def test_the_published_order_is_fixed():
-    order = [photo.stem for photo in hash_order(OSIE_LIKE)]
+    order = [photo.stem for photo in preparation.hash_order(OSIE_LIKE)]
     assert order[:5] == ["1039", "1467", "1064", "1392", "1391"]
     assert order[-3:] == ["1522", "1050", "1431"]
-    assert [photo.stem for photo in hash_order(OSIE_LIKE[::-1])] == order
+    assert [photo.stem for photo in preparation.hash_order(OSIE_LIKE[::-1])] == order
 
 
 def test_the_published_split_is_fixed():
-    photos = hash_split(OSIE_LIKE, 50, 150)
-    assert Counter(photo.split for photo in photos) == {"train": 500, "val": 50, "test": 150}
+    photos = preparation.hash_split(OSIE_LIKE, 50, 150)
     assert [photo.stem for photo in photos] == [photo.stem for photo in OSIE_LIKE]
-    digests = {
-        split: hashlib.sha256(
-            " ".join(photo.stem for photo in photos if photo.split == split).encode()
-        ).hexdigest()[:16]
-        for split in ("train", "val", "test")
-    }
-    assert digests == {
-        "train": "cb4078cd8fd8921c",
-        "val": "b4df900b30b94238",
-        "test": "4929951fdfc57af5",
+    stems = {split: [p.stem for p in photos if p.split == split] for split in SPLITS}
+    assert {split: (len(stems[split]), digest(stems[split])) for split in SPLITS} == {
+        "train": (500, "cb4078cd8fd8921c"),
+        "val": (50, "b4df900b30b94238"),
+        "test": (150, "4929951fdfc57af5"),
     }
 
 
 def test_folds_test_every_photo_once():
-    folds = [fold_split(OSIE_LIKE, fold) for fold in range(5)]
-    for place in range(700):
-        assert Counter(photos[place].split for photos in folds) == {"train": 3, "val": 1, "test": 1}
-    joined = " ".join(photo.split for photo in folds[0]).encode()
-    assert hashlib.sha256(joined).hexdigest()[:16] == "ff4e40242f8a9720"
+    folds = [preparation.fold_split(OSIE_LIKE, fold) for fold in range(5)]
+    for photos in zip(*folds, strict=True):
+        assert Counter(photo.split for photo in photos) == {"train": 3, "val": 1, "test": 1}
+    assert digest(photo.split for photo in folds[0]) == "ff4e40242f8a9720"
 
 
 def test_impossible_splits_are_errors():
     for photos, fold in ((OSIE_LIKE[:4], 3), (OSIE_LIKE, 5)):
         with pytest.raises(ValueError, match=rf"fold={fold} of {len(photos)} photos"):
-            fold_split(photos, fold)
+            preparation.fold_split(photos, fold)
     with pytest.raises(ValueError, match=r"unknown dataset 'ossie': use one of .*osie"):
         dataset_spec("ossie")
+    with pytest.raises(ValueError, match="cannot take 1 validation and 1 test photos out of 2"):
+        split_of(OSIE_LIKE[:2])
 
 
 def split_of(photos, n_val=0.1, n_test=0.2, fold=-1):
@@ -78,8 +69,6 @@ def split_of(photos, n_val=0.1, n_test=0.2, fold=-1):
 def test_every_split_of_few_photos_has_one(n):
     counts = Counter(photo.split for photo in split_of(OSIE_LIKE[:n]))
     assert counts == {"train": n - 2, "val": 1, "test": 1}
-    with pytest.raises(ValueError, match="cannot take 1 validation and 1 test photos out of 2"):
-        split_of(OSIE_LIKE[:2])
 
 
 def test_photos_outside_the_user_s_split_are_an_error():
@@ -87,10 +76,9 @@ def test_photos_outside_the_user_s_split_are_an_error():
     assert split_of(own) == own
     with pytest.raises(ValueError, match=r"2 photos are in none of the folders .*, e.g. 1010, whi"):
         split_of([*own, *OSIE_LIKE[9:11]])
-    with pytest.raises(ValueError, match="fold=0, but folder has its own split"):
-        split_of([*own, *OSIE_LIKE[9:11]], fold=0)
-    with pytest.raises(ValueError, match="fold=0, but folder has its own split"):
-        split_of(OSIE_LIKE, 0, 0, fold=0)
+    for photos, shares in (([*own, *OSIE_LIKE[9:11]], (0.1, 0.2)), (OSIE_LIKE, (0, 0))):
+        with pytest.raises(ValueError, match="fold=0, but folder has its own split"):
+            split_of(photos, *shares, fold=0)
 
 
 # ---- preparation -------------------------------------------------------------------------------
@@ -106,10 +94,9 @@ def registered(monkeypatch, tiny_photos):
 
 def test_prepare_splits_hashes_and_describes(registered, tmp_path):
     prepared = prepare(tiny_config(dataset="osie"), registered, tmp_path / "data")
-    meta = prepared.meta
+    meta, read = prepared.meta, Prepared.read(tmp_path / "data")
     assert meta["photos"] == {"train": 10, "val": 4, "test": 5}
     assert (meta["sigma_px"], meta["px_per_degree"], meta["fixations"]) == (SIGMA, 30.0, 19 * 12)
-    read = Prepared.read(tmp_path / "data")
     assert read.meta == {**meta, "files": read.meta["files"]}
     assert [photo.split for photo in read.photos] == [photo.split for photo in prepared.photos]
     assert read.check() == []
@@ -127,46 +114,45 @@ def test_limit_fold_and_sigma_are_respected(registered, tmp_path):
     assert (meta["fold"], meta["photos"]) == (1, {"train": 11, "val": 4, "test": 4})
 
 
-def own_photos(tmp_path, rows, names="abcdefghij"):
-    """A dataset ``folder`` with ten photos; returns the folder of the raw datasets."""
-    for number, name in enumerate(names):
+OWN = tiny_config(dataset="folder", sigma=5.0)
+
+
+def own_photos(tmp_path, *rows):
+    """A dataset ``folder`` with ten photos and these rows of each; the raw datasets' folder."""
+    for number, name in enumerate("abcdefghij"):
         save_photo(tmp_path / f"folder/images/{name}.png", seed=number)
-    text = "image,x,y\n" + "".join(f"{name},{row}\n" for name in names for row in rows)
+    text = "image,x,y\n" + "".join(f"{name},{row}\n" for name in "abcdefghij" for row in rows)
     (tmp_path / "folder/fixations.csv").write_text(text)
     return tmp_path
 
 
-def test_own_photos_are_split_by_shares(tmp_path):
-    root = own_photos(tmp_path, [*[f"{x},4" for x in range(3, 22)], "70,4"])  # one is outside
-    meta = prepare(tiny_config(dataset="folder", sigma=5.0), root, tmp_path / "run").meta
+def test_own_photos_are_split_by_shares_and_small_ones_refused(tmp_path):
+    root = own_photos(tmp_path, *(f"{x},4" for x in range(3, 22)), "70,4")  # one is outside
+    meta = prepare(OWN, root, tmp_path / "run").meta
     assert meta["photos"] == {"train": 7, "val": 1, "test": 2}
     assert (meta["sigma_px"], meta["fixations"], meta["dropped_outside"]) == (5.0, 190, 10)
     with pytest.raises(ValueError, match="'folder' has no sigma of its own: set `sigma`"):
-        prepare(tiny_config(dataset="folder"), root, tmp_path / "run")
-
-
-def test_photos_that_no_network_takes_are_refused_before_they_are_trained_on(tmp_path):
-    root = own_photos(tmp_path, [f"{x},4" for x in range(3, 22)])
+        prepare(replace(OWN, sigma=0), root, tmp_path / "run")
+    # What no network takes is refused before it is trained on.
     save_photo(tmp_path / "folder/images/c.png", height=31)
     with pytest.raises(ValueError, match=r"1 photo.* images/c.png \(64x31\)"):
-        prepare(tiny_config(dataset="folder", sigma=5.0), root, tmp_path / "run")
+        prepare(OWN, root, tmp_path / "run")
 
 
 def test_changed_sources_are_prepared_again_unless_something_was_trained_on_them(tmp_path):
-    root = own_photos(tmp_path, ["3,4"])
-    config, data = tiny_config(dataset="folder", sigma=5.0), tmp_path / "run/data"
-    first = ensure(config, root, data).digest
-    assert ensure(config, root, data).digest == first
-    own_photos(tmp_path, ["3,5"])
+    root, data = own_photos(tmp_path, "3,4"), tmp_path / "run/data"
+    first = ensure(OWN, root, data).digest
+    assert ensure(OWN, root, data).digest == first
+    own_photos(tmp_path, "3,5")
     with pytest.warns(UserWarning, match=r"fixations\.csv has changed .*again"):
-        assert ensure(config, root, data).digest != first
+        assert ensure(OWN, root, data).digest != first
     with pytest.raises(ValueError, match=r"sigma=6.0 \(prepared: 5.0\)"):
-        ensure(replace(config, sigma=6.0), root, data)
+        ensure(replace(OWN, sigma=6.0), root, data)
     save_photo(root / "folder/images/more.png")
     (tmp_path / "run/checkpoints").mkdir()
     (tmp_path / "run/checkpoints/best.pt").touch()
     with pytest.raises(StaleError, match=r"more\.png was added") as caught:
-        ensure(config, root, data)
+        ensure(OWN, root, data)
     sent = pickle.loads(pickle.dumps(caught.value))  # as a loader's process or a study's does
     assert str(sent) == str(caught.value)
 
@@ -174,44 +160,43 @@ def test_changed_sources_are_prepared_again_unless_something_was_trained_on_them
 def test_maps_alone_serve_losses_that_need_no_points(tmp_path):
     save_photo(tmp_path / "folder/images/train/a.png")
     save_map(tmp_path / "folder/density_maps/a.png")
-    config = tiny_config(dataset="folder", sigma=5.0)
-    prepared = prepare(config, tmp_path, tmp_path / "run")
-    (photo,) = prepared.photos
-    assert (photo.density, prepared.meta["fixations"]) == ("density_maps/a.png", 0)
+    prepared = prepare(OWN, tmp_path, tmp_path / "run")
+    assert [photo.density for photo in prepared.photos] == ["density_maps/a.png"]
+    assert prepared.meta["fixations"] == 0
     for loss in ("kl + 0.1*nss", "ce"):
         with pytest.raises(ValueError, match=r"1 photos .* e.g. a, and loss=.* needs fixations"):
-            prepare(replace(config, loss=loss), tmp_path, tmp_path / "run")
+            prepare(replace(OWN, loss=loss), tmp_path, tmp_path / "run")
 
 
 def test_the_sample_has_no_folds_and_its_maps_are_checked(tmp_path):
+    sample = tiny_config(dataset="synthetic", limit=1)
     with pytest.raises(ValueError, match="fold=1, but synthetic has its own split"):
-        prepare(tiny_config(dataset="synthetic", fold=1), tmp_path, tmp_path / "data")
-    prepared = prepare(tiny_config(dataset="synthetic", limit=1), tmp_path, tmp_path / "data")
+        prepare(replace(sample, fold=1), tmp_path, tmp_path / "data")
+    prepared = prepare(sample, tmp_path, tmp_path / "data")
     assert prepared.check() == []
-    density = next((tmp_path / "data" / "densities").glob("test*.npz"))
-    density.write_bytes(b"tampered")
+    (tmp_path / "data/densities/test_0000.npz").write_bytes(b"tampered")
     assert "has changed" in prepared.check()[0]
 
 
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"dataset": "osie"}, r"dataset=osie \(prepared: synthetic\), sigma=24.0 \(prepared: 8"),
-        ({"fold": 2}, r"fold=2 \(prepared: -1\)"),
-        ({"limit": 5}, r"limit=5 \(prepared: 12\)"),
-        ({"train_limit": 5}, r"train_limit=5 \(prepared: 0\)"),
-        ({"sigma": 9.0}, r"sigma=9.0 \(prepared: 8.0\); run the verb `prepare` again"),
-    ],
-)
-def test_data_of_another_configuration_are_refused(changes, message):
-    meta = {"dataset": "synthetic", "fold": -1, "limit": 12, "train_limit": 0, "sigma_px": 8.0}
+OTHERS = [
+    ({"dataset": "osie"}, r"dataset=osie \(prepared: synthetic\), sigma=24.0 \(prepared: 8"),
+    ({"fold": 2}, r"fold=2 \(prepared: -1\)"),
+    ({"limit": 5}, r"limit=5 \(prepared: 12\)"),
+    ({"train_limit": 5}, r"train_limit=5 \(prepared: 0\)"),
+    ({"sigma": 9.0}, r"sigma=9.0 \(prepared: 8.0\); run the verb `prepare` again"),
+]
+
+
+def test_data_of_another_configuration_are_refused():
+    early = {"dataset": "synthetic", "fold": -1, "sigma_px": 8.0}
+    meta = {**early, "limit": 12, "train_limit": 0}
     config = tiny_config(dataset="synthetic", limit=12)
     check_same_data(config, meta)
     check_same_data(config, {**meta, "dataset": "by hand", "fold": 3})
-    early = {key: value for key, value in meta.items() if "limit" not in key}
     check_same_data(replace(config, limit=3), early)  # which did not note it
-    with pytest.raises(ValueError, match=message):
-        check_same_data(replace(config, **changes), meta)
+    for changes, message in OTHERS:
+        with pytest.raises(ValueError, match=message):
+            check_same_data(replace(config, **changes), meta)
 
 
 @pytest.mark.parametrize("name", sorted(set(DATASETS) - {"synthetic"}))
@@ -223,10 +208,11 @@ def test_a_dataset_that_is_absent_says_how_to_get_it(name, tmp_path):
 
 def test_a_killed_preparation_or_check_leaves_nothing_for_long(tmp_path):
     data = tmp_path / "data"
-    made = files(prepare(load_config("tiny", limit=1), tmp_path, data).folder)
+    config = load_config("tiny", limit=1)
+    made = files(prepare(config, tmp_path, data).folder)
     for name in made:
         abandon(data / name)
-    prepare(load_config("tiny", limit=1), tmp_path, data)
+    prepare(config, tmp_path, data)
     assert files(data) == made
     abandon(data / "sources.json")
     (data / "images/test_0000.png").touch()  # its new time is noted
