@@ -80,12 +80,9 @@ def test_unletterbox_never_reads_the_padding(height, width):
 
 
 # ---- fixations ---------------------------------------------------------------------------------
-def test_pixels_are_those_whose_centre_is_nearest():
+def test_pixels_are_those_whose_centre_is_nearest_and_inside_survives_odd_values():
     points = np.array([[0.0, 0.49], [-0.5, 0.5], [2.499, 1.5], [7.4, 2.6]])
     assert geometry.pixel_indices(points).tolist() == [[0, 0], [0, 1], [2, 2], [7, 3]]
-
-
-def test_inside_uses_pixels_and_survives_odd_values():
     assert geometry.inside([[-0.5, 0], [7.49, 3]], 4, 8).all()
     outside = [[-0.51, 0], [7.5, 3], [np.nan, 1], [np.inf, 1], [1e30, 0]]
     assert not geometry.inside(outside, 4, 8).any()

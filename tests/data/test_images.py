@@ -128,13 +128,10 @@ def test_all_eight_orientations(tmp_path, orientation, name):
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF")
-def test_unreadable_exif_does_not_cost_the_photo(tmp_path):
+def test_damage_in_the_exif_costs_neither_the_photo_nor_its_turn(tmp_path):
     colourful().save(tmp_path / "x.jpg", exif=b"Exif\0\0MM\0*garbage that is no table")
     assert read_image(tmp_path / "x.jpg").shape == (3, 40, 50)
-
-
-def test_an_exif_that_cannot_be_written_again_still_turns_the_photo(tmp_path):
-    """Pillow's own way to turn a photo rewrites its EXIF, and gives up on such an entry."""
+    # Pillow's own way to turn a photo rewrites its EXIF, and gives up on such an entry.
     held = struct.pack(">HHII", ROTATION, 3, 1, 6 << 16)
     text_for_a_number = struct.pack(">HHI4s", 0x0111, 2, 4, b"abc\0")
     table = struct.pack(">H", 2) + held + text_for_a_number + struct.pack(">I", 0)

@@ -121,15 +121,12 @@ def test_the_detector_equals_the_authors():
         np.testing.assert_allclose(lasting, duration)
 
 
-@pytest.mark.parametrize("place", [7.0, np.nan])  # NaN: the eye was lost
-def test_a_still_eye_is_one_fixation(place):
-    found, lasting = detect_fixations(np.full((240, 2), place))
-    np.testing.assert_equal(found, [[place, place]])
-    assert lasting.tolist() == [1000.0]
-
-
-@pytest.mark.parametrize("n", range(1, 8))
-def test_short_recordings_are_one_fixation(n):
-    found, lasting = detect_fixations(np.random.default_rng(n).uniform(0, 1000, (n, 2)))
-    assert len(found) == 1
-    assert lasting[0] == pytest.approx(1000 * n / 240)
+@pytest.mark.parametrize("n", [*range(1, 8), 240])
+def test_short_recordings_and_a_still_eye_are_one_fixation(n):
+    recordings = [np.full((n, 2), 7.0), np.full((n, 2), np.nan)]  # NaN: the eye was lost
+    if n < 8:
+        recordings.append(np.random.default_rng(n).uniform(0, 1000, (n, 2)))
+    for recording in recordings:
+        found, lasting = detect_fixations(recording)
+        np.testing.assert_equal(found, np.median(recording, axis=0)[None])
+        assert lasting.tolist() == [1000 * n / 240]

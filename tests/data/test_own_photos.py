@@ -146,21 +146,17 @@ def test_faulty_folders(images, tmp_path):
         read_folder(images, density_maps=images)
 
 
-def test_the_dataset_called_folder(images, tmp_path):
-    (tmp_path / "fixations.csv").write_text(CSV)
-    make_maps(tmp_path / "density_maps", *DRAWN)
-    photo = read_own(tmp_path)[0]
-    assert (photo.image, photo.density) == ("images/a.jpg", "density_maps/a.png")
-    assert len(photo.fixations) == 2
-
-
-def test_a_linked_folder_of_photos_has_its_maps(images, tmp_path):
-    """In the dataset, not beside the photos that the link leads to."""
+def test_the_dataset_called_folder_has_its_own_maps(images, tmp_path):
+    """Not those beside the photos that a link leads to."""
     own, _ = tmp_path / "own", make_maps(tmp_path / "density_maps", *DRAWN)
     own.mkdir()
     (own / "images").symlink_to(images, target_is_directory=True)
+    (own / "fixations.csv").write_text(CSV)
     make_maps(own / "density_maps", *DRAWN)
-    assert read_own(own)[0].read_density(own).shape == (48, 64)
+    photo = read_own(own)[0]
+    assert (photo.image, photo.density) == ("images/a.jpg", "density_maps/a.png")
+    assert len(photo.fixations) == 2
+    assert photo.read_density(own).shape == (48, 64)
     truncate(own / "density_maps/a.png")
     with pytest.raises(ValueError, match=r"own/density_maps/a\.png"):
         read_own(own)
