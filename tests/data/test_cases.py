@@ -101,15 +101,13 @@ def test_lists_that_are_read(study, case):
     assert (photo.durations == np.arange(200, 230)).all()
 
 
-@pytest.mark.parametrize(
-    "spelled", ["", "-1", "nan", "inf", "NA", ".", "None"], ids=lambda text: text or "nothing"
-)
-def test_lost_gaze_is_dropped_and_counted(study, spelled):
-    lost = [f"{stem}.jpg,{spelled},{spelled},P1," for stem in STEMS]
+def test_lost_gaze_is_dropped_and_counted(study):
+    spelled = ("", "-1", "nan", "inf", "NA", ".", "None")
+    lost = [f"{stem}.jpg,{text},{text},P1," for stem in STEMS for text in spelled]
     found = listed(study, table([*rows()[:200], *lost, *rows()[200:]]))
     assert_as_looked(found)
-    assert found.meta["dropped_outside"] == 12
-    assert "360 fixations, 12 more dropped" in found.describe()
+    assert found.meta["dropped_outside"] == 84
+    assert "360 fixations, 84 more dropped" in found.describe()
 
 
 CONVERTED = {

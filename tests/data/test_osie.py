@@ -20,13 +20,9 @@ from mlnet_utils.data.readers.osie import read_osie
 @pytest.fixture
 def osie(tmp_path):
     """Two photos; the second's first subject has a fixation outside, its second only one."""
-    save_osie(
-        tmp_path,
-        {
-            "1001.jpg": [([1.0, 800.4], [1.0, 600.0], [200, 300]), ([400.6], [300.4], [150])],
-            "1002.jpg": [([0.2, 10.0, 20.0], [5.0, 5.0, 900.0], [1, 2, 3]), ([7.0], [8.0], [4])],
-        },
-    )
+    one = [([1.0, 800.4], [1.0, 600.0], [200, 300]), ([400.6], [300.4], [150])]
+    two = [([0.2, 10.0, 20.0], [5.0, 5.0, 900.0], [1, 2, 3]), ([7.0], [8.0], [4])]
+    save_osie(tmp_path, {"1001.jpg": one, "1002.jpg": two})
     return tmp_path
 
 

@@ -34,14 +34,6 @@ def test_points_outside_a_photo_are_dropped_and_counted():
         np.testing.assert_array_equal(found, expected, strict=True)
 
 
-def test_points_may_come_without_observers_and_durations():
-    photo = Photo.from_points("x", "x.png", (9, 7), np.array([[1, 2], [9, 9]]))
-    assert photo.observers.tolist() == [NOBODY]
-    assert np.isnan(photo.durations).all()
-    empty = Photo.from_points("x", "x.png", (9, 7), [])
-    assert (empty.fixations.shape, len(empty.observers), empty.dropped) == ((0, 2), 0, 0)
-
-
 def test_arrays_that_do_not_fit_the_points():
     with pytest.raises(ValueError, match=r"x: .*32,769"):
         Photo.from_points("x", "x.png", (9, 7), [[1, 2]], observers=[2**15])
@@ -133,13 +125,16 @@ def test_a_round_trip_keeps_everything(run_folder, tiny_photos):
 
 def test_photos_without_fixations_durations_or_observers(tmp_path):
     named = Photo("böse name", "a b/ü.png", 9, 7, "train")
-    looked = Photo.from_points("b", "b.png", (9, 7), [[1, 2]])
-    Prepared(tmp_path, [named, looked], META).write()
-    empty, pooled = Prepared.read(tmp_path).photos
+    looked = Photo.from_points("b", "b.png", (9, 7), np.array([[1, 2], [9, 9]]))
+    nothing = Photo.from_points("c", "c.png", (9, 7), [])
+    Prepared(tmp_path, [named, looked, nothing], META).write()
+    empty, pooled, nothing = Prepared.read(tmp_path).photos
     assert (empty.stem, empty.image, len(empty.fixations)) == ("böse name", "a b/ü.png", 0)
+    assert (pooled.observers.tolist(), pooled.dropped) == ([NOBODY], 1)
     assert np.isnan(pooled.durations).all()
+    assert (nothing.fixations.shape, len(nothing.observers), nothing.dropped) == ((0, 2), 0, 0)
     rows = [json.loads(line) for line in (tmp_path / "index.jsonl").read_text().splitlines()]
-    assert [(row["fixations"], row["observers"]) for row in rows] == [(0, 0), (1, 0)]
+    assert [(row["fixations"], row["observers"]) for row in rows] == [(0, 0), (1, 0), (0, 0)]
 
 
 def test_stems_must_be_unique_and_photos_there(tmp_path):
@@ -161,16 +156,6 @@ def test_changed_and_missing_parts(run_folder, name):
     path.unlink()
     with pytest.raises(FileNotFoundError, match=f"{name}.*01_data_preparation.*utils prepare"):
         Prepared.read(data)
-
-
-@pytest.mark.parametrize("name", ["index.jsonl", "fixations.npz"])
-def test_damaged_files_of_early_versions_without_hashes_are_errors(run_folder, name):
-    path, meta = run_folder / "data" / name, run_folder / "data/meta.json"
-    path.write_bytes(path.read_bytes()[:-40])
-    content = {**json.loads(meta.read_text()), "files": {}, "content_sha256": None}
-    meta.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=rf"{run_folder}.*(index.jsonl|fixations.npz)"):
-        Prepared.read(run_folder / "data")
 
 
 def test_an_interrupted_preparation_does_not_look_complete(run_folder, monkeypatch):

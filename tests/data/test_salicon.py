@@ -161,7 +161,10 @@ FAULTY = {
     "no height": ({"images": [{"file_name": "a", "id": 7}], "annotations": []}, "'width'"),
     "null": (annotations({"width": None}), r"a\.jpg and .*\.json .* 64x48 and Nonex48"),
     "size": (annotations({"width": 640}), r"a\.jpg and .*\.json .* 64x48 and 640x48"),
-    "another photo": (annotations({"file_name": "b.jpg"}), r"1 photos .*: 'a'; 1 .*: 'b'"),
+    "another photo": (
+        annotations({"file_name": "b.jpg"}),
+        r"1 photos in .*images .*: 'a'; 1 .*: 'b'",
+    ),
     "unknown image": (annotations({"id": 8}), r"examples\.json.*7"),
     "an id twice": (annotations({}, {"file_name": "b.jpg"}), "share a name or an id"),
     "a name twice": (annotations({}, {"id": 8, "file_name": "x/a.jpg"}), "share a name or an id"),
@@ -180,11 +183,7 @@ def test_faulty_json(example, fault):
         read_salicon_json(example)
 
 
-def test_json_that_does_not_cover_the_photos(example):
-    save_photo(example / "images/c.jpg")
-    with pytest.raises(ValueError, match=r"1 photos in .*images without annotations: 'c'"):
-        read_salicon_json(example)
-    (example / "images/c.jpg").unlink()
+def test_annotations_that_are_there_twice_or_unknown_or_missing(example):
     write_json(example, annotations({}), "fixations_val.json")
     with pytest.raises(ValueError, match=r"fixations_val\.json and .*examples\.json share a"):
         read_salicon_json(example)
