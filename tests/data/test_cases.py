@@ -194,10 +194,8 @@ def test_accents_that_macos_takes_apart(study):
 
 
 def test_photos_of_other_kinds_are_named(study):
-    for name, said in (
-        ("013.CR2", r"'013'.* '013\.CR2': .*JPEG"),
-        ("014.HEIC", "014.HEIC' cannot"),
-    ):
+    kinds = {"013.CR2": r"'013'.* '013\.CR2': .*JPEG", "014.HEIC": "014.HEIC' cannot be read"}
+    for name, said in kinds.items():
         (study / "images" / name).write_bytes(b"x")
         with pytest.raises(ValueError, match=said):
             listed(study, table([*rows(), f"{name},4,4,P1,100"]))
@@ -234,9 +232,7 @@ def painted(path, values):
 
 def rgba(grey, alpha):
     """Writes a picture of which grey or alpha are the values, and the other is constant."""
-    return lambda path, values: Image.fromarray(
-        greys(np.stack([grey(values)] * 3 + [alpha(values)], axis=-1))
-    ).save(path)
+    return lambda path, v: Image.fromarray(greys(np.dstack([*[grey(v)] * 3, alpha(v)]))).save(path)
 
 
 def drawn(mode):
