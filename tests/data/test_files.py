@@ -52,6 +52,8 @@ def test_mat_files_that_are_none(tmp_path, kind):
     (tmp_path / "x.mat").write_bytes(NO_MAT[kind])
     with pytest.raises(ValueError, match=r"x\.mat' cannot be read .*MATLAB"):
         load_mat(tmp_path / "x.mat")
+    with pytest.raises(ValueError, match=r"x\.mat' cannot be read .*MATLAB"):
+        load_mat(truncate(save_mat(tmp_path / "x.mat", a=np.arange(99))))
     with pytest.raises(ValueError, match="holds nothing instead of gaze, image"):
         load_mat(save_mat(tmp_path / "x.mat"), "gaze", "image")
 
