@@ -85,18 +85,12 @@ def test_another_structure(osie, name):
 
 
 # ---- both together -----------------------------------------------------------------------------
-@pytest.fixture
-def both(tmp_path, monkeypatch):
-    """Ten photos of each dataset, one for validation and two for the test."""
-    looked = [([40.0, 500.0], [300.0, 200.0], [200, 300])]
-    save_osie(tmp_path / "osie", {f"{1001 + i}.jpg": looked for i in range(10)})
-    save_osie(tmp_path / "eyecrowd", {f"00{i}.jpg": looked for i in range(10)}, 1024, 768)
+def test_two_datasets_are_trained_on_together(tmp_path, monkeypatch):
+    looked, both = [([40.0, 500.0], [300.0, 200.0], [200, 300])], tmp_path
+    save_osie(both / "osie", {f"{1001 + i}.jpg": looked for i in range(10)})
+    save_osie(both / "eyecrowd", {f"00{i}.jpg": looked for i in range(10)}, 1024, 768)
     for name in ("osie", "eyecrowd"):
         monkeypatch.setitem(DATASETS, name, replace(DATASETS[name], val=1, test=2))
-    return tmp_path
-
-
-def test_two_datasets_are_trained_on_together(both):
     prepared, alone, crowd = (
         prepare(tiny_config(dataset=name), both, both / "run" / name)
         for name in ("osie+eyecrowd", "osie", "eyecrowd")

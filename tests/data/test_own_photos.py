@@ -15,13 +15,12 @@ a.jpg, 64, 10, Ann,
 b, 5, 6, Bob, 100
 c.v2.jpg, 1, 1, ,
 """
-PHOTOS = ("a.jpg", "b.PNG", "c.v2.jpg")
 DRAWN = ("a.png", "b.jpg", "c.v2.png")
 
 
 @pytest.fixture
 def images(tmp_path):
-    for name in PHOTOS:
+    for name in ("a.jpg", "b.PNG", "c.v2.jpg"):
         save_photo(tmp_path / "images" / name)
     return tmp_path / "images"
 

@@ -73,21 +73,14 @@ def looked_at(density):
     return Photo.from_points("a", "a.png", (64, 48), POINTS, split="train", density=density)
 
 
-def test_fixations_come_before_a_map(mapped):
-    photo = looked_at("flat.png")  # which is not even there
-    for sigma, expected in ((None, SIGMA), (2.0, 2.0)):
-        found = mapped.density(photo, sigma)
-        assert torch.equal(found, density_from_points(POINTS, 48, 64, expected))
-
-
-def test_a_photos_own_sigma_comes_before_the_datasets(mapped):
-    photo = replace(looked_at(""), sigma=3.0)
+def test_fixations_come_before_a_map_and_a_photos_own_sigma_before_the_datasets(mapped):
+    for own, given, used in ((0, None, SIGMA), (0, 2.0, 2.0), (3.0, 2.0, 2.0), (3.0, None, 3.0)):
+        photo = replace(looked_at("flat.png"), sigma=own)  # which is not even there
+        found = mapped.density(photo, given)
+        assert torch.equal(found, density_from_points(POINTS, 48, 64, used))
     replace(mapped, photos=[photo]).write()
     read = Prepared.read(mapped.folder)
     assert [p.sigma for p in read.photos] == [3.0]
-    for sigma, expected in ((None, 3.0), (2.0, 2.0)):
-        found = read.density(photo, sigma)
-        assert torch.equal(found, density_from_points(POINTS, 48, 64, expected))
     box, grid = Letterbox(48, 64, 48, 64), (6, 8)
     assert torch.equal(read.grid_density(photo, box, grid), density_on_grid(POINTS, box, grid, 3.0))
 

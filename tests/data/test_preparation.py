@@ -201,10 +201,8 @@ def test_data_of_another_configuration_are_refused():
 
 @pytest.mark.parametrize("name", sorted(set(DATASETS) - {"synthetic"}))
 def test_a_dataset_that_is_absent_says_how_to_get_it(name, tmp_path):
-    first = name.partition("+")[0]
-    with pytest.raises(
-        FileNotFoundError, match=rf"download {first}.*--root|own photos: .*not exist"
-    ):
+    said = rf"download {name.partition('+')[0]}.*--root|own photos: .*not exist"
+    with pytest.raises(FileNotFoundError, match=said):
         prepare(tiny_config(dataset=name, sigma=5.0), tmp_path, tmp_path / "run")
 
 
