@@ -13,7 +13,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-import gdown
 import numpy as np
 import pytest
 from conftest import files
@@ -22,6 +21,8 @@ from miniatures import save_mat, save_osie, save_photo, save_recording, save_sal
 
 from mlnet_utils.data import download
 from mlnet_utils.data.download import SOURCES
+
+gdown = pytest.importorskip("gdown", reason="downloads need it")
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("0[1-5]*.ipynb"))
 RETRIES = "retries" in inspect.signature(gdown.download).parameters  # since gdown 6.3

@@ -17,7 +17,7 @@ from PIL import Image
 
 from mlnet_utils.__main__ import main
 from mlnet_utils.data.geometry import density_from_points
-from mlnet_utils.data.photos import Prepared
+from mlnet_utils.data.photos import NOBODY, Prepared
 from mlnet_utils.data.preparation import prepare
 from mlnet_utils.running import pipeline
 
@@ -294,6 +294,21 @@ def test_density_maps_that_are_none(study, name):
     draw(study, name, write)
     with pytest.raises(ValueError, match=rf"001\..*{said}"):
         prepared(study, loss="kl")
+
+
+@pytest.mark.parametrize("hot", [False, True])
+@pytest.mark.parametrize("suffix", ["npy", "png"])
+def test_maps_that_count_are_read_as_counts(study, suffix, hot):
+    (study / "fixation_maps").mkdir()
+    for stem in STEMS:
+        counts = np.zeros((120, 160), np.uint8)
+        np.add.at(counts, tuple(gaze(stem).round().astype(int).T[::-1]), 1)
+        counts[5, 5] = 9 * hot
+        path = study / "fixation_maps" / f"{stem}.{suffix}"
+        np.save(path, counts) if suffix == "npy" else Image.fromarray(counts).save(path)
+    found = prepared(study)
+    assert found.meta["fixations"] == 12 * (30 + 9 * hot)
+    assert (found.photos[0].observers == NOBODY).all()
 
 
 # ---- the way through the verbs -----------------------------------------------------------------
