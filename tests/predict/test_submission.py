@@ -6,14 +6,16 @@ import json
 import sys
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import filelock
 import numpy as np
 import pytest
 import torch
 from conftest import tiny_checkpoint, tiny_config
-from miniatures import TURNED
+from miniatures import TURNED, save_photo, zipped
 from PIL import Image
 from test_runtime import abandon
 
@@ -29,8 +31,8 @@ SIZES = {f"{name}.jpg": (64, 48) for name in NAMES}
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("network") / "best.pt"
-    return tiny_checkpoint(path, head="paper")  # its zeros are the harder case
+    """Of the paper's head, whose zeros are the harder case."""
+    return tiny_checkpoint(tmp_path_factory.mktemp("network") / "best.pt", head="paper")
 
 
 @pytest.fixture(autouse=True)
@@ -43,12 +45,17 @@ def small_benchmarks(monkeypatch):
 def photos(tmp_path) -> Path:
     """Three photos where SALICON has its test photos; one with a rotation to be ignored."""
     folder = tmp_path / "data" / "salicon" / "images" / "test"
-    folder.mkdir(parents=True)
-    for number, name in enumerate(NAMES):
-        pixels = np.random.default_rng(number).integers(0, 256, (48, 64, 3), np.uint8)
-        options = {"exif": TURNED} if number == 0 else {}
-        Image.fromarray(pixels).save(folder / f"{name}.jpg", **options)
+    turned, *_ = (save_photo(folder / f"{n}.jpg", seed=i) for i, n in enumerate(NAMES))
+    with Image.open(turned) as image:
+        image.save(turned, exif=TURNED)
     return folder
+
+
+@pytest.fixture
+def submit(checkpoint, tmp_path, photos):
+    """Writes ``out.zip``, for SALICON's 2017 edition."""
+    out = tmp_path / "out.zip"
+    return partial(write_submission, checkpoint, "salicon-2017", out, photos=photos)
 
 
 def png(size=(64, 48), mode="L", format="PNG", constant=False) -> bytes:
@@ -69,35 +76,26 @@ def test_photos_are_found_in_the_raw_data_or_where_one_says(photos, tmp_path, mo
         benchmark_photos("salicon-2017", "val", photos)  # as many, of another split
 
 
-@pytest.mark.parametrize(
-    ("call", "words"),
-    [
-        (("salicon",), "'salicon'"),
-        (("salicon-2017", "train"), "train"),
-        (("salicon-2017", "val", "", "data"), r"images/val holds 0 photos"),
-    ],
-)
-def test_impossible_benchmarks_are_errors(call, words):
-    with pytest.raises(ValueError, match=words):
-        benchmark_photos(*call)
-
-
 def test_impossible_requests_are_errors(photos, checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"\.zip, not out\.json"):
-        write_submission(checkpoint, "salicon-2017", tmp_path / "out.json", photos=photos)
-    with pytest.raises(FileNotFoundError, match=r"x\.zip"):
-        validate_submission(tmp_path / "x.zip", SIZES)
     (tmp_path / "x.rar").touch()
-    with pytest.raises(ValueError, match=r"x\.rar"):
-        validate_submission(tmp_path / "x.rar", SIZES)
-    (photos / f"{NAMES[1]}.jpg").rename(photos / "holiday.jpg")
-    with pytest.raises(ValueError, match=r"holiday\.jpg"):  # it has no COCO id
-        write_submission(checkpoint, "salicon-2015", tmp_path / "out.json", photos=photos)
+    (photos / f"{NAMES[1]}.jpg").rename(photos / "holiday.jpg")  # it has no COCO id
+    write, json_file = partial(write_submission, checkpoint, photos=photos), tmp_path / "out.json"
+    for call, error, words in (
+        (partial(benchmark_photos, "salicon"), ValueError, "'salicon'"),
+        (partial(benchmark_photos, "salicon-2017", "train"), ValueError, "train"),
+        (partial(benchmark_photos, "salicon-2017", "val", "", "data"), ValueError, "val holds 0"),
+        (partial(write, "salicon-2015", json_file), ValueError, r"holiday\.jpg"),
+        (partial(write, "cat2000", json_file), ValueError, r"\.hdf5, not out\.json"),
+        (partial(validate_submission, tmp_path / "x.zip", SIZES), FileNotFoundError, r"x\.zip"),
+        (partial(validate_submission, tmp_path / "x.rar", SIZES), ValueError, r"x\.rar"),
+    ):
+        with pytest.raises(error, match=words):
+            call()
 
 
 # ---- writing -----------------------------------------------------------------------------------
-def test_salicon_2017(photos, checkpoint, tmp_path):
-    out = write_submission(checkpoint, "salicon-2017", tmp_path / "out.zip", photos=photos)
+def test_salicon_2017(photos, checkpoint, tmp_path, submit):
+    out = submit()
     assert validate_submission(out, SIZES) == []
     with zipfile.ZipFile(out) as archive:
         assert sorted(archive.namelist()) == sorted(f"{name}.png" for name in NAMES)
@@ -122,10 +120,9 @@ def test_salicon_2015(photos, checkpoint, tmp_path):
 def categories(photos, tmp_path) -> Path:
     """As CAT2000: the same file names in several folders."""
     folder = tmp_path / "Stimuli"
-    for category, name in zip(("Action", "Action", "Pattern"), ("001", "002", "001"), strict=True):
-        (folder / category).mkdir(parents=True, exist_ok=True)
-        source = next(photos.iterdir())
-        source.rename(folder / category / f"{name}.jpg")
+    for name in ("Action/001", "Action/002", "Pattern/001"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        next(photos.iterdir()).rename(folder / f"{name}.jpg")
     return folder
 
 
@@ -146,26 +143,19 @@ def test_log_densities_for_tuebingen(categories, checkpoint, tmp_path):
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-9)
 
 
-def test_an_interrupted_submission_continues(photos, checkpoint, tmp_path, monkeypatch):
-    def stop(*_):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(submission, "_pack", stop)
-        with pytest.raises(KeyboardInterrupt):
-            write_submission(checkpoint, "salicon-2017", tmp_path / "out.zip", photos=photos)
+def test_an_interrupted_submission_continues(submit, tmp_path):
+    stopped = mock.patch.object(submission, "_pack", side_effect=KeyboardInterrupt)
+    with stopped, pytest.raises(KeyboardInterrupt):
+        submit()
     maps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out.zip_maps").glob("*.png")}
     assert len(maps) == 3
-    with monkeypatch.context() as patched:
-        patched.setattr(submission.shutil, "rmtree", lambda folder: None)
-        write_submission(checkpoint, "salicon-2017", tmp_path / "out.zip", photos=photos)
+    with mock.patch.object(submission.shutil, "rmtree"):
+        submit()
     assert {path: path.stat().st_mtime_ns for path in maps} == maps
 
 
-def test_what_a_killed_call_left_goes_and_another_call_waits(
-    photos, checkpoint, tmp_path, monkeypatch
-):
-    out, pack, left = tmp_path / "out.zip", submission._pack, abandon(tmp_path / "out.zip")
+def test_what_a_killed_call_left_goes_and_another_call_waits(submit, tmp_path, monkeypatch):
+    pack, left = submission._pack, abandon(tmp_path / "out.zip")
 
     def watched(*arguments):
         assert not left.exists()
@@ -174,21 +164,21 @@ def test_what_a_killed_call_left_goes_and_another_call_waits(
         pack(*arguments)
 
     monkeypatch.setattr(submission, "_pack", watched)
-    write_submission(checkpoint, "salicon-2017", out, photos=photos)
+    submit()
     assert {path.name for path in tmp_path.iterdir()} == {"data", "out.zip"}
 
 
-def test_maps_of_the_user_stay(photos, checkpoint, tmp_path):
+def test_maps_of_the_user_stay(submit, photos, checkpoint, tmp_path):
     submission.predict_folder(checkpoint, [photos], tmp_path / "out_maps", upright=False)
-    write_submission(checkpoint, "salicon-2017", tmp_path / "out.zip", photos=photos)
+    submit()
     assert len(list((tmp_path / "out_maps").glob("*.png"))) == 3
 
 
-def test_an_incomplete_submission_is_not_written(photos, checkpoint, tmp_path):
+def test_an_incomplete_submission_is_not_written(submit, photos, tmp_path):
     broken = photos / f"{NAMES[2]}.jpg"
     broken.write_bytes(broken.read_bytes()[:700])  # the size is still readable
     with pytest.raises(RuntimeError, match="523957"):
-        write_submission(checkpoint, "salicon-2017", tmp_path / "out.zip", photos=photos)
+        submit()
     assert not (tmp_path / "out.zip").exists()
 
 
@@ -202,27 +192,24 @@ def test_a_submission_that_would_be_refused_is_not_written(photos, tmp_path):
     assert not (tmp_path / "out.zip").exists()
 
 
-def test_hdf5_without_h5py_is_an_error_before_the_work(
-    categories, checkpoint, tmp_path, monkeypatch
-):
+def test_hdf5_without_h5py_is_an_error_before_the_work(categories, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "h5py", None)
     with pytest.raises(ImportError, match=r"h5py.*\[legacy\]"):
-        write_submission(checkpoint, "cat2000", tmp_path / "out.hdf5", photos=categories)
-    assert not (tmp_path / "out.hdf5_maps").exists()
+        write_submission("no.pt", "cat2000", tmp_path / "out.hdf5", photos=categories)
 
 
 # ---- the validator: zip ------------------------------------------------------------------------
 GOOD = {f"{name}.png": png() for name in NAMES}
-
-
-def zipped(path: Path, entries: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w") as archive:
-        for name, content in entries.items():
-            archive.writestr(name, content)
-    return path
-
-
 ONE = f"{NAMES[0]}.png"
+
+
+def problems_of(path: Path, content: bytes, sizes=SIZES) -> list[str]:
+    path.write_bytes(content)
+    return validate_submission(path, sizes)
+
+
+def assert_starts(problems, *starts):
+    assert [p[: len(start)] for p, start in zip(problems, starts, strict=True)] == list(starts)
 
 
 @pytest.mark.parametrize(
@@ -247,28 +234,22 @@ ONE = f"{NAMES[0]}.png"
 )  # fmt: skip
 def test_every_mistake_in_a_zip_is_noticed(tmp_path, change, expected):
     entries = {name: content for name, content in {**GOOD, **change}.items() if content is not None}
-    problems = validate_submission(zipped(tmp_path / "x.zip", entries), SIZES)
-    assert len(problems) == len(expected)
-    for problem, start in zip(problems, expected, strict=True):
-        assert problem.startswith(start)
+    assert_starts(problems_of(tmp_path / "x.zip", zipped(entries)), *expected)
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_damaged_names_and_entries(tmp_path):
-    sizes = {f"COCO_test2014_{number:012d}.jpg": (64, 48) for number in range(12)}
-    (problem,) = validate_submission(zipped(tmp_path / "none.zip", {}), sizes)
-    assert problem.startswith("missing (12): COCO_test2014_000000000000.png, ")
-    assert problem.endswith("000000000004.png ...")
-    path = zipped(tmp_path / "x.zip", GOOD)
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(ONE, png())
+    path, sizes = tmp_path / "x.zip", {f"{number:02}.jpg": (64, 48) for number in range(12)}
+    expected = "missing (12): 00.png, 01.png, 02.png, 03.png, 04.png ..."
+    assert problems_of(path, zipped({}), sizes) == [expected]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in (*GOOD, ONE):
+            archive.writestr(name, GOOD[name])
     assert validate_submission(path, SIZES) == [f"more than once (1): {ONE}"]
-    path = zipped(tmp_path / "x.zip", GOOD)
     content = bytearray(path.read_bytes())
     content[content.index(b"IDAT") + 20] ^= 255
-    path.write_bytes(content)
-    (problem,) = validate_submission(path, SIZES)
-    assert problem.startswith(f"not readable (1): {ONE} (Bad CRC-32")
+    problems = problems_of(path, content)
+    assert_starts(problems, "more than once", f"not readable (1): {ONE} (Bad CRC-32")
 
 
 # ---- the validator: JSON -----------------------------------------------------------------------
@@ -290,17 +271,14 @@ def entry(number: int, content: bytes | None = None) -> dict:
     ],
 )
 def test_every_mistake_in_json_is_noticed(tmp_path, entries, start):
-    (tmp_path / "x.json").write_text(json.dumps(entries))
-    (problem,) = validate_submission(tmp_path / "x.json", SIZES)
-    assert problem.startswith(start)
+    assert_starts(problems_of(tmp_path / "x.json", json.dumps(entries).encode()), start)
 
 
 def test_files_that_are_damaged(tmp_path):
     pytest.importorskip("h5py")
     for name in ("x.zip", "x.json", "x.h5"):
-        (tmp_path / name).write_text('[{"image_id": 4')
-        (problem,) = validate_submission(tmp_path / name, SIZES)
-        assert problem.startswith("not readable (1): ")
+        (problem,) = problems_of(tmp_path / name, b'[{"image_id": 4')
+        assert_starts([problem], "not readable (1): ")
         assert name in problem
 
 
@@ -325,5 +303,4 @@ def test_every_mistake_in_hdf5_is_noticed(tmp_path, change, start):
         for name, values in {**dict.fromkeys(sizes, UNIFORM), **change}.items():
             if values is not None:
                 file[name] = values
-    (problem,) = validate_submission(tmp_path / "x.hdf5", sizes)
-    assert problem.startswith(start)
+    assert_starts(validate_submission(tmp_path / "x.hdf5", sizes), start)
