@@ -1,11 +1,13 @@
 """Folders of photos: what is written, what is skipped, and what can go wrong."""
 
+import itertools
 import json
 import os
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -162,25 +164,23 @@ def test_a_killed_call_is_completed_and_leaves_nothing(checkpoint, tmp_path, out
     assert kept <= {name for name, stamp in stamps(out).items() if stamp == whole.get(name)}
 
 
-def test_maps_of_two_checkpoints_are_not_mixed(album, checkpoint, tmp_path, out, monkeypatch):
+def test_maps_of_two_checkpoints_are_not_mixed(album, checkpoint, tmp_path, out):
     """Not by force either, where the call that makes them again is interrupted."""
     other = tiny_checkpoint(tmp_path / "other.pt", seed=1)
     predict_folder(checkpoint, [album], out, npy=True)
     with pytest.raises(ValueError, match=r"best\.pt"):
         predict_folder(other, [album], out, npy=True)
     bystanders = [photo(out / "mine.png"), photo(out / "sub" / "mine_overlay.png")]
-    real, batches = folders.predict_maps, []
+    real, batches = folders.predict_maps, itertools.count()
 
     def interrupted(*arguments):
-        batches.append(arguments)
-        if len(batches) > 2:
+        if next(batches) == 2:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(folders, "predict_maps", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            predict_folder(other, [album], out, npy=True, force=True, batch_size=1)
+    patch = mock.patch.object(folders, "predict_maps", interrupted)
+    with patch, pytest.raises(KeyboardInterrupt):
+        predict_folder(other, [album], out, npy=True, force=True, batch_size=1)
     assert len(list(out.rglob("*.npy"))) == 2
     result = predict_folder(other, [album], out, npy=True, batch_size=1)
     assert (len(result.done), len(result.skipped)) == (5, 2)
@@ -226,12 +226,10 @@ def test_force_takes_maps_of_an_unknown_checkpoint_for_those_of_another(
             predict_folder(checkpoint, [album], out)
     assert made.is_file()
     with begin(checkpoint, [album], out, [".png"], True, 1, "cpu", False):
-        pass
-    assert files(out) == {"prediction.json"}
+        assert files(out) == {"prediction.json"}
     made.touch()
     with begin(checkpoint, [album], out, [".png"], True, 1, "cpu", False):
-        pass
-    assert made.is_file()  # the same network's: an interrupted call mixes nothing
+        assert made.is_file()  # the same network's: an interrupted call mixes nothing
 
 
 # ---- what fails --------------------------------------------------------------------------------
@@ -266,19 +264,16 @@ def test_photos_that_cannot_be_read_or_written_stop_nothing(
 
 
 # ---- names -------------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("photos", "paths", "made", "failed"),
-    [
-        # Neither is done, so that no map is another photo's.
-        ("1/x.jpg 2/x.jpg 2/y.jpg", "1 2", {"2/y.jpg": "y.png"},
-         {"1/x.jpg": "2/x.jpg", "2/x.jpg": "1/x.jpg"}),
-        # Only the suffix tells them apart, or capitals, which some file systems take for equal.
-        *((f"1/x.jpg 1/{x}", "1", {"1/x.jpg": "x.jpg.png", f"1/{x}": f"{x}.png"}, {})
-          for x in ("x.png", "X.jpeg", "x_overlay.jpg")),
-        # A photo would be overwritten.
-        ("out/x.png y.png", "out/x.png y.png", {"y.png": "y.png"}, {"out/x.png": "x"}),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize(("photos", "paths", "made", "failed"), [
+    # Neither is done, so that no map is another photo's.
+    ("1/x.jpg 2/x.jpg 2/y.jpg", "1 2", {"2/y.jpg": "y.png"},
+     {"1/x.jpg": "2/x.jpg", "2/x.jpg": "1/x.jpg"}),
+    # Only the suffix tells them apart, or capitals, which some file systems take for equal.
+    *((f"1/x.jpg 1/{x}", "1", {"1/x.jpg": "x.jpg.png", f"1/{x}": f"{x}.png"}, {})
+      for x in ("x.png", "X.jpeg", "x_overlay.jpg")),
+    # A photo would be overwritten.
+    ("out/x.png y.png", "out/x.png y.png", {"y.png": "y.png"}, {"out/x.png": "x"}),
+])  # fmt: skip
 def test_photos_of_one_name_keep_their_maps_apart(tmp_path, out, photos, paths, made, failed):
     for name in photos.split():
         photo(tmp_path / name)
