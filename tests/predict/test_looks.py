@@ -5,7 +5,7 @@ from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
-from PIL import Image
+from miniatures import save_photo
 
 from mlnet_utils.predict.looks import chosen_photos, crop_that_keeps, first_looks
 
@@ -13,12 +13,9 @@ from mlnet_utils.predict.looks import chosen_photos, crop_that_keeps, first_look
 def two_spots(scale=1):
     """(120, 160) times scale: 3/4 of the probability at (40, 30), the rest at (120, 90)."""
     y, x = np.mgrid[: 120 * scale, : 160 * scale] / scale
-
-    def spot(cx, cy):
-        bump = np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / (2 * 2**2))
-        return bump / bump.sum()
-
-    return 0.75 * spot(40, 30) + 0.25 * spot(120, 90)
+    places = ((40, 30), (120, 90))
+    one, other = (np.exp(-((x - cx) ** 2 + (y - cy) ** 2) / 8) for cx, cy in places)
+    return 0.75 * one / one.sum() + 0.25 * other / other.sum()
 
 
 @pytest.mark.parametrize("scale", [1, 5])
@@ -69,19 +66,22 @@ def test_no_density_is_refused(call, bad):
             crop_that_keeps(two_spots(), share)
 
 
-def test_photos_are_chosen_by_path_folder_or_default(tmp_path):
+def test_photos_are_chosen_by_path_folder_or_default_and_none_is_an_error(tmp_path):
     for name in ("b.png", "a.jpg", ".hidden.png"):
-        Image.new("RGB", (40, 32)).save(tmp_path / name)
+        save_photo(tmp_path / name, 40, 32)
     (tmp_path / "notes.txt").write_text("no photo")
     assert list(chosen_photos(str(tmp_path))) == ["a", "b"]
     assert chosen_photos(str(tmp_path / "b.png"))["b"].shape == (32, 40, 3)
     assert chosen_photos()["astronaut"].shape == (512, 512, 3)
+    (tmp_path / "empty").mkdir()
+    for place in ("missing.jpg", "empty"):
+        with pytest.raises(FileNotFoundError, match=place):
+            chosen_photos(str(tmp_path / place))
 
 
 def test_photos_of_one_stem_are_kept_apart_and_a_broken_one_stops_nothing(tmp_path):
     for number, name in enumerate(("x.jpg", "x.png", "sub/x.png")):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        Image.new("RGB", (40 + number, 32)).save(tmp_path / name)
+        save_photo(tmp_path / name, 40 + number, 32)
     (tmp_path / "broken.jpg").write_text("no photo")
     with pytest.warns(UserWarning, match=r"left out: .*broken\.jpg"):
         photos = chosen_photos(str(tmp_path))
@@ -89,22 +89,13 @@ def test_photos_of_one_stem_are_kept_apart_and_a_broken_one_stops_nothing(tmp_pa
     assert widths == {"x.jpg": 40, "x.png": 41, "sub/x": 42}
 
 
-@pytest.mark.parametrize("place", ["missing.jpg", "empty"])
-def test_no_photo_is_an_error_that_names_the_place(tmp_path, place):
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(FileNotFoundError, match=place):
-        chosen_photos(str(tmp_path / place))
-
-
-@pytest.mark.parametrize(
-    ("uploaded", "expected"), [(("mine.png",), (32, 40, 3)), ((), (400, 600, 3))]
-)
-def test_colab_shows_a_button_where_no_photo_is_named(monkeypatch, tmp_path, uploaded, expected):
+@pytest.mark.parametrize("uploaded", [("mine.png",), ()])
+def test_colab_shows_a_button_where_no_photo_is_named(monkeypatch, tmp_path, uploaded):
     monkeypatch.chdir(tmp_path)
-    Image.new("RGB", (40, 32)).save("mine.png")  # Colab writes into the working folder
+    save_photo(tmp_path / "mine.png", 40, 32)  # Colab writes into the working folder
     colab = ModuleType("google.colab")
     colab.files = SimpleNamespace(upload=lambda: dict.fromkeys(uploaded, b""))
     monkeypatch.setitem(sys.modules, "google.colab", colab)
     ((name, photo),) = chosen_photos(example="coffee").items()
-    assert name == ("mine" if uploaded else "coffee")
-    assert photo.shape == expected
+    expected = ("mine", (32, 40, 3)) if uploaded else ("coffee", (400, 600, 3))
+    assert (name, photo.shape) == expected

@@ -31,15 +31,16 @@ def stimuli():
 
 @pytest.fixture
 def trains():
-    return pysaliency.FixationTrains.from_fixation_trains(
-        XS,
-        YS,
-        [np.arange(len(x)) for x in XS],
-        [0, 0, 1],
-        [5, 9, 5],
-        scanpath_fixation_attributes={"durations": [[0.2, 0.3, 0.1], [0.25], [0.1, 0.2]]},
-        scanpath_attribute_mapping={"durations": "duration"},
-    )
+    seconds = {"durations": [[0.2, 0.3, 0.1], [0.25], [0.1, 0.2]]}
+    options = {"scanpath_fixation_attributes": seconds}
+    options |= {"scanpath_attribute_mapping": {"durations": "duration"}}
+    make, times = pysaliency.FixationTrains.from_fixation_trains, [np.arange(len(x)) for x in XS]
+    return make(XS, YS, times, [0, 0, 1], [5, 9, 5], **options)
+
+
+def photo_of(folder, fixations, observers):
+    looked = {"fixations": np.array(fixations, np.float32), "observers": np.array(observers)}
+    return Photo("a", save_photo(folder / "a.png", 20, 10).name, 20, 10, **looked)
 
 
 def test_a_dataset_comes_over(stimuli, trains, tmp_path):
@@ -63,39 +64,35 @@ def test_files_are_copied_under_their_names(tmp_path, trains):
     photos = from_pysaliency(pysaliency.FileStimuli(list(map(str, files))), trains, tmp_path)
     assert [photo.image for photo in photos] == ["images/one.jpg", "images/two.jpg"]
     assert (tmp_path / "images/two.jpg").read_bytes() == files[1].read_bytes()
-    same = [save_photo(tmp_path / f"{name}/x.jpg", 20, 10) for name in ("one", "two")]
-    numbered = pysaliency.FileStimuli(list(map(str, same)))
-    photos = from_pysaliency(numbered, trains, tmp_path / "numbered")
+    same = [str(save_photo(tmp_path / f"{name}/x.jpg", 20, 10)) for name in ("one", "two")]
+    photos = from_pysaliency(pysaliency.FileStimuli(same), trains, tmp_path / "numbered")
     assert [photo.stem for photo in photos] == ["stimulus_00000", "stimulus_00001"]
 
 
 def test_what_does_not_fit_is_an_error(stimuli, trains, tmp_path):
-    with pytest.raises(ValueError, match="0 to 1 of 1"):
-        from_pysaliency(stimuli[:1], trains, tmp_path / "a")
-    with pytest.raises(ValueError, match="1 photos"):
-        from_pysaliency(stimuli, trains[trains.n == 0], tmp_path / "b")
-    with pytest.raises(ValueError, match="no stimuli"):
-        from_pysaliency(pysaliency.Stimuli([]), trains, tmp_path / "c")
-    assert len(from_pysaliency(stimuli, trains, tmp_path / "b")) == 2  # nothing was left behind
+    for wrong, looked, message in (
+        (stimuli[:1], trains, "0 to 1 of 1"),
+        (stimuli, trains[trains.n == 0], "1 photos"),
+        (pysaliency.Stimuli([]), trains, "no stimuli"),
+        (pysaliency.Stimuli([np.zeros((10, 20, 3))] * 2), trains, "float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_pysaliency(wrong, looked, tmp_path)
+    assert len(from_pysaliency(stimuli, trains, tmp_path)) == 2  # nothing was left behind
     with pytest.raises(FileExistsError, match="images exists"):
-        from_pysaliency(stimuli, trains, tmp_path / "b")
-    floats = pysaliency.Stimuli([np.zeros((10, 20, 3))] * 2)
-    with pytest.raises(ValueError, match="float64"):
-        from_pysaliency(floats, trains, tmp_path / "d")
+        from_pysaliency(stimuli, trains, tmp_path)
 
 
 def test_photos_turned_by_their_exif(trains, tmp_path):
     pixels = np.arange(10 * 26 * 3, dtype=np.uint8).reshape(10, 26, 3)
-    for name in ("turned.png", "upright.png"):
-        options = {"exif": TURNED} if name == "turned.png" else {}
-        Image.fromarray(pixels).save(tmp_path / name, **options)
+    for name, exif in (("turned.png", TURNED), ("upright.png", b"")):
+        Image.fromarray(pixels).save(tmp_path / name, exif=exif)
     stimuli = pysaliency.FileStimuli([tmp_path / "turned.png", tmp_path / "upright.png"])
     photos = from_pysaliency(stimuli, trains, tmp_path)
     for photo in photos:  # as pysaliency sees them, which is where the fixations are
         assert read_image(tmp_path / photo.image).shape == (3, photo.height, photo.width)
-    turned = [replace(photos[0], image="turned.png")]
     with pytest.raises(ValueError, match=r"turned\.png"):
-        to_pysaliency(turned, tmp_path)
+        to_pysaliency([replace(photos[0], image="turned.png")], tmp_path)
 
 
 def test_there_and_back(stimuli, trains, tmp_path):
@@ -112,8 +109,7 @@ def test_there_and_back(stimuli, trains, tmp_path):
 
 
 def test_unknown_observers_stay_unknown(tmp_path):
-    looked = {"fixations": np.ones((3, 2), np.float32), "observers": np.array([-1, 0, 1])}
-    photo = Photo("a", save_photo(tmp_path / "a.png", 20, 10).name, 20, 10, **looked)
+    photo = photo_of(tmp_path, [[1, 1]] * 3, [-1, 0, 1])
     (back,) = from_pysaliency(*to_pysaliency([photo], tmp_path), tmp_path / "back")
     assert back.observers.tolist() == [NOBODY, 0, 1]
 
@@ -140,8 +136,7 @@ def test_the_log_density_is_one():
 
 @pytest.mark.slow
 def test_pysaliency_evaluates_it(tmp_path):
-    looked = {"fixations": np.array([[10, 3], [19, 9]], np.float32), "observers": np.zeros(2, int)}
-    photo = Photo("a", save_photo(tmp_path / "a.png", 20, 10).name, 20, 10, **looked)
+    photo = photo_of(tmp_path, [[10, 3], [19, 9]], [0, 0])
     stimuli, fixations = to_pysaliency([photo], tmp_path)
     model = as_pysaliency_model(left_to_right)
     expected = np.log2(np.array([10, 19]) / (10 * 190)) + np.log2(200)
@@ -150,15 +145,12 @@ def test_pysaliency_evaluates_it(tmp_path):
     assert pysaliency.DensitySaliencyMapModel(model).AUC(stimuli, fixations) > 0.7
 
 
-@pytest.mark.parametrize(
-    ("density", "message"),
-    [
-        (np.ones((6, 4)), r"\(6, 4\) for a photo of \(4, 6\)"),
-        (np.zeros((4, 6)), "not all zero"),
-        (-np.ones((4, 6)), ">= 0"),
-        (np.full((4, 6), np.nan), "finite"),
-    ],
-)
+@pytest.mark.parametrize(("density", "message"), [
+    (np.ones((6, 4)), r"\(6, 4\) for a photo of \(4, 6\)"),
+    (np.zeros((4, 6)), "not all zero"),
+    (-np.ones((4, 6)), ">= 0"),
+    (np.full((4, 6), np.nan), "finite"),
+])  # fmt: skip
 def test_predictions_that_are_no_densities(density, message):
     model = as_pysaliency_model(lambda image: density)
     with pytest.raises(ValueError, match=message):
