@@ -1,11 +1,12 @@
 """Training on tiny photos: what it writes, when it stops, what must not change what is learned."""
 
-import csv
 import dataclasses
 import functools
 import shutil
+from unittest import mock
 
 import numpy as np
+import pandas as pd
 import processes
 import pytest
 import torch
@@ -17,14 +18,7 @@ from mlnet_utils.data.photos import Prepared
 from mlnet_utils.model import checkpoints
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.training import trainer as trainers
-from mlnet_utils.training.trainer import (
-    Trainer,
-    TrainingDied,
-    choose_precision,
-    fit,
-    learning_rate,
-    make_accelerator,
-)
+from mlnet_utils.training.trainer import Trainer, fit
 
 # Nothing that depends on how the batch is divided (batch-norm's statistics, dropout), and an
 # optimiser that does not blow up rounding errors where gradients are almost zero, as Adam does.
@@ -32,30 +26,23 @@ INDIVISIBLE = {"freeze_norm": True, "dropout": 0.0, "optimizer": "sgd", "lr": 0.
                "prior_penalty": 5.0}  # fmt: skip
 
 
-def rows_of(path):
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file))
+@pytest.fixture
+def make(run_folder):
+    """A trainer that has not begun; its configuration's changes are the arguments."""
+    return lambda **changes: Trainer(tiny_config(**changes), run_folder, Accelerator())
 
 
-@pytest.mark.parametrize(("drive", "written"), [(True, 2), (False, 7)])
-def test_checkpoints_on_google_drive_are_few(tmp_path, tiny_photos, monkeypatch, drive, written):
-    """Only the first, those minutes later, and the last."""
-    folder = tmp_path / ("drive/MyDrive/run" if drive else "run")
-    saved = []
-    rotate = checkpoints.rotate_and_save
-    monkeypatch.setattr(
-        checkpoints, "rotate_and_save", lambda *a, **k: saved.append(a) or rotate(*a, **k)
-    )
-    config = tiny_config(epochs=3, checkpoint_every=2)  # of three updates an epoch
-    fit(config, prepare_run(folder, *tiny_photos))
-    assert len(saved) == written
-    weights = checkpoints.load_checkpoint(folder / "checkpoints/last.pt")
-    assert weights["progress"]["finished"]
+def stored(run_folder, name="last"):
+    return checkpoints.load_checkpoint(run_folder / "checkpoints" / f"{name}.pt")
 
 
 def weights_after(run_folder, **overrides):
     fit(tiny_config(**overrides), run_folder)
-    return checkpoints.load_checkpoint(run_folder / "checkpoints" / "last.pt")["model"]
+    return stored(run_folder)["model"]
+
+
+def parameters(trainer):
+    return {name: value.detach().clone() for name, value in trainer.model.named_parameters()}
 
 
 def assert_close(a, b, **tolerance):
@@ -67,50 +54,59 @@ def assert_close(a, b, **tolerance):
 # ---- what a training leaves behind -------------------------------------------------------------
 @pytest.mark.filterwarnings("error")
 def test_a_training_writes_log_times_and_checkpoints(run_folder, capsys):
-    config = tiny_config(epochs=3, ema_decay=0.9, flip=0.5)
+    config = tiny_config(epochs=3, ema_decay=0.9, flip=0.5, schedule="keras1", lr_decay=0.5)
     result = fit(config, run_folder)
-
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[:2] for line in lines] == [["epoch", f"{n}/3"] for n in (1, 2, 3)]
-    log = rows_of(run_folder / "log.csv")
-    assert tuple(log[0]) == trainers.LOG_FIELDS
-    assert [(row["epoch"], row["updates"]) for row in log] == [("1", "3"), ("2", "6"), ("3", "9")]
-    assert [float(row["train_loss"]) for row in log] == [r["train_loss"] for r in result.history]
-    assert float(log[2]["train_loss"]) < float(log[0]["train_loss"])
-    times = rows_of(run_folder / "times.csv")
-    assert tuple(times[0]) == trainers.TIME_FIELDS
-    assert [(row["epoch"], row["updates"]) for row in times] == [("1", "3"), ("2", "3"), ("3", "3")]
-    assert float(times[0]["images_per_second"]) > 0
-
+    log = pd.read_csv(run_folder / "log.csv", dtype=str).astype(float)
+    assert tuple(log) == trainers.LOG_FIELDS
+    assert log.to_dict("records") == result.history
+    assert list(zip(log["epoch"], log["updates"], strict=True)) == [(1, 3), (2, 6), (3, 9)]
+    assert log["lr"].tolist() == [config.lr / (1 + 0.5 * update) for update in (2, 5, 8)]
+    assert log["train_loss"][2] < log["train_loss"][0]
+    times = pd.read_csv(run_folder / "times.csv")
+    assert tuple(times) == trainers.TIME_FIELDS
+    assert list(zip(times["epoch"], times["updates"], strict=True)) == [(1, 3), (2, 3), (3, 3)]
+    assert times["images_per_second"][0] > 0
     folder = run_folder / "checkpoints"
     assert {path.name for path in folder.iterdir()} == {"best.pt", "last.pt", "previous.pt"}
     assert result.best == folder / "best.pt"
-    model, stored, content = checkpoints.load_model(result.best)
+    model, found, content = checkpoints.load_model(result.best)
     assert content["config"] == config.to_dict()
     assert content["versions"]["torch"]
     assert content["scores"] == min(result.history, key=lambda row: row["val_loss"])
     # Validated again, the weights get the logged scores.
     assert not model.training
-    trainer = Trainer(stored, run_folder, Accelerator())
+    trainer = Trainer(found, run_folder, Accelerator())
     trainer.judged.load_state_dict(model.state_dict())
     trainer.epoch = content["scores"]["epoch"] - 1
     assert trainer.validate().items() <= content["scores"].items()
-
-
-def test_photos_per_second_counts_a_short_last_batch_as_it_is(run_folder):
-    trainer = Trainer(tiny_config(batch_size=5), run_folder, Accelerator())
     trainer.note_time(2.0, 1.0, updates=3)
-    assert trainer.times[-1]["images_per_second"] == 5  # 10 photos, not 15
+    assert trainer.times[-1]["images_per_second"] == 5  # 10 photos in three batches of 4
+
+
+@pytest.mark.parametrize(("drive", "written"), [(True, 2), (False, 7)])
+def test_checkpoints_on_google_drive_are_few(tmp_path, tiny_photos, monkeypatch, drive, written):
+    """Only the first, those minutes later, and the last."""
+    folder = tmp_path / ("drive/MyDrive/run" if drive else "run")
+    rotate = mock.Mock(side_effect=checkpoints.rotate_and_save)
+    monkeypatch.setattr(checkpoints, "rotate_and_save", rotate)
+    config = tiny_config(epochs=3, checkpoint_every=2)  # of three updates an epoch
+    fit(config, prepare_run(folder, *tiny_photos))
+    assert rotate.call_count == written
+    assert stored(folder)["progress"]["finished"]
 
 
 def test_a_finished_training_returns_at_once(run_folder, capsys):
-    first = fit(tiny_config(), run_folder)
-    before = {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()}
+    def contents():
+        return {path: path.read_bytes() for path in run_folder.rglob("*") if path.is_file()}
+
+    first, before = fit(tiny_config(), run_folder), contents()
     (run_folder / "log.csv").unlink()  # is written from the checkpoint
     capsys.readouterr()
     assert fit(tiny_config(), run_folder).history == first.history
     assert "epoch" not in capsys.readouterr().out
-    assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
+    assert contents() == before
 
 
 def test_the_same_seed_gives_the_same_log_and_another_seed_another(run_folder):
@@ -139,83 +135,68 @@ def test_early_stopping_counts_epochs_without_a_better_validation_loss(run_folde
     assert len(result.history) == 4  # the first is the best, then three that are not better
 
 
-def test_a_dead_output_is_noticed(run_folder):
-    config = tiny_config(head="paper", loss="mlnet", **INDIVISIBLE)
-    trainer = Trainer(config, run_folder, Accelerator())
+def test_a_dead_output_is_noticed(run_folder, make):
+    trainer = make(head="paper", loss="mlnet", **INDIVISIBLE)
     torch.nn.init.constant_(trainer.model.to_map.bias, -1e6)
-    with pytest.raises(TrainingDied, match=r"epoch 1 .*head='density'"):
+    with pytest.raises(trainers.TrainingDied, match=r"epoch 1 .*head='density'"):
         trainer.run()
     assert not (run_folder / "checkpoints" / "best.pt").exists()
 
 
-def test_a_loss_that_is_not_finite_is_noticed(run_folder):
-    config = tiny_config(optimizer="sgd", lr=1e30, momentum=0.0, schedule="constant", epochs=3)
-    with pytest.raises(TrainingDied, match=r"nan by update \d+"):
-        fit(config, run_folder)
-    trainer = Trainer(tiny_config(), run_folder, Accelerator())
+def test_a_loss_that_is_not_finite_is_noticed(make):
+    with pytest.raises(trainers.TrainingDied, match=r"nan by update \d+"):
+        make(optimizer="sgd", lr=1e30, momentum=0.0, schedule="constant", epochs=3).run()
+    trainer = make()
     trainer.objective.per_image = lambda maps, *_: torch.full((len(maps),), torch.nan)
-    with pytest.raises(TrainingDied, match="validation loss is nan"):
+    with pytest.raises(trainers.TrainingDied, match="validation loss is nan"):
         trainer.validate()
 
 
-def test_photos_without_fixations_are_left_out_of_the_validation_nss(run_folder):
-    trainer = Trainer(tiny_config(), run_folder, Accelerator())
-    expected = trainer.validate()
-    data = trainer.data["val"]
+def test_photos_without_fixations_are_left_out_of_the_validation_nss(make):
+    trainer = make()
+    expected, data = trainer.validate(), trainer.data["val"]
     data.photos.append(unseen(data.photos[0]))
     trainer.val_loader = make_loader(data, [[(0, index) for index in range(len(data))]], 0)
     assert trainer.validate()["val_nss"] == pytest.approx(expected["val_nss"])
 
 
 # ---- schedules, optimisers, precision ----------------------------------------------------------
-def test_keras_1_decays_by_update(run_folder):
-    config = tiny_config(schedule="keras1", optimizer="sgd", lr=1e-2, lr_decay=0.5)
-    logged = [row["lr"] for row in fit(config, run_folder).history]
-    assert logged == [1e-2 / (1 + 0.5 * t) for t in (2, 5)]
-
-
 def test_one_cycle_warms_up_and_falls_to_zero():
     config = tiny_config(schedule="onecycle", lr=1.0, warmup=0.25)
-    rates = [learning_rate(config, t, 100) for t in range(100)]
+    rates = [trainers.learning_rate(config, t, 100) for t in range(100)]
     assert rates[25] == max(rates) == 1.0
     assert np.allclose(np.diff(rates[:25]), 1 / 26)
     assert (np.diff(rates[25:]) < 0).all()
     assert rates[99] < 1e-3
-    assert learning_rate(tiny_config(schedule="constant", lr=0.3), 5, 9) == 0.3
+    assert trainers.learning_rate(tiny_config(schedule="constant", lr=0.3), 5, 9) == 0.3
 
 
-def test_the_backbone_has_its_own_rate(run_folder):
-    config = tiny_config(optimizer="sgd", momentum=0.0, backbone_lr_scale=0.0, epochs=1)
-    trainer = Trainer(config, run_folder, Accelerator())
-    before = {key: value.clone() for key, value in trainer.model.state_dict().items()}
+def test_the_backbone_has_its_own_rate(make):
+    trainer = make(optimizer="sgd", momentum=0.0, backbone_lr_scale=0.0, epochs=1)
+    before = parameters(trainer)
     trainer.run()
-    for name, after in trainer.model.named_parameters():
+    for name, after in parameters(trainer).items():
         assert torch.equal(before[name], after) == name.startswith("backbone.")
 
 
 def test_precision_is_chosen_from_the_hardware(monkeypatch):
-    assert choose_precision(tiny_config(precision="fp32")) == "no"
-    assert choose_precision(tiny_config(precision="bf16")) == "bf16"
-    places = ((torch.cuda, "is_available"), (torch.cuda, "is_bf16_supported"),
-              (torch.backends.mps, "is_available"), (torch.cpu, "_is_avx512_bf16_supported"),
-              (torch.cpu, "_is_amx_tile_supported"))  # fmt: skip
-    for answers, expected in (
-        ((1, 1, 0, 0, 0), "bf16"),
-        ((1, 0, 0, 0, 0), "fp16"),
-        ((0, 0, 1, 1, 1), "no"),
-        ((0, 0, 0, 0, 0), "no"),
-        ((0, 0, 0, 1, 0), "bf16"),
-        ((0, 0, 0, 0, 1), "bf16"),
-    ):
-        for (module, name), answer in zip(places, answers, strict=True):
-            monkeypatch.setattr(module, name, lambda answer=answer, **_: bool(answer))
-        assert choose_precision(tiny_config(precision="auto")) == expected
+    places = (
+        *("cuda.is_available", "cuda.is_bf16_supported", "backends.mps.is_available"),
+        *("cpu._is_avx512_bf16_supported", "cpu._is_amx_tile_supported"),
+    )
+    table = {"11000": "bf16", "10000": "fp16", "00111": "no", "00000": "no", "00010": "bf16",
+             "00001": "bf16"}  # fmt: skip
+    for answers, expected in table.items():
+        for place, answer in zip(places, answers, strict=True):
+            monkeypatch.setattr(f"torch.{place}", lambda answer=answer, **_: answer == "1")
+        assert trainers.choose_precision(tiny_config(precision="auto")) == expected
 
 
 def test_two_precisions_in_one_process():
     """accelerate's state is one per process; a notebook may train twice."""
     for precision, name in (("fp32", "no"), ("bf16", "bf16")):
-        assert make_accelerator(tiny_config(precision=precision)).mixed_precision == name
+        accelerator = trainers.make_accelerator(tiny_config(precision=precision))
+        assert accelerator.mixed_precision == name
 
 
 # ---- techniques that must not change what is learned ---------------------------------------------
@@ -229,18 +210,11 @@ def fresh(tmp_path, tiny_photos):
     return prepare_run(tmp_path / "second", *tiny_photos)
 
 
-@pytest.mark.parametrize(
-    ("technique", "exact"),
-    [
-        ({"micro_batch": 2}, False),
-        ({"micro_batch": 3}, False),
-        ({"checkpointing": True}, False),
-        ({"channels_last": False}, False),
-        ({"cache": True, "checkpoint_every": 1}, True),
-        ({"workers": 1}, True),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("technique", "exact"), [
+    *(({"micro_batch": photos}, False) for photos in (2, 3)), ({"checkpointing": True}, False),
+    ({"channels_last": False}, False), ({"cache": True, "checkpoint_every": 1}, True),
+    ({"workers": 1}, True),
+], ids=str)  # fmt: skip
 def test_a_technique_changes_nothing_beyond_rounding(reference, fresh, technique, exact):
     tolerance = {"rtol": 0, "atol": 0} if exact else {"rtol": 1e-3, "atol": 2e-5}
     assert_close(weights_after(fresh, **INDIVISIBLE, **technique), reference, **tolerance)
@@ -258,8 +232,8 @@ def test_bf16_trains_as_fp32_within_its_precision(fresh, run_folder):
 def test_compile_changes_nothing_beyond_rounding(reference, fresh, monkeypatch):
     """Tracing is what can break our code; generating the kernels takes minutes on a CPU."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
-    weights = weights_after(fresh, **INDIVISIBLE, compile=True)
-    assert_close(weights, reference, rtol=1e-3, atol=2e-5)
+    compiled = weights_after(fresh, **INDIVISIBLE, compile=True)
+    assert_close(compiled, reference, rtol=1e-3, atol=2e-5)
 
 
 @pytest.mark.gpu
@@ -270,13 +244,12 @@ def test_compile_on_a_gpu(run_folder, fresh):
     assert compiled[-1]["train_loss"] == pytest.approx(plain[-1]["train_loss"], rel=1e-3)
 
 
-def test_clipping_limits_the_step(run_folder):
-    config = tiny_config(**INDIVISIBLE | {"lr": 1.0}, momentum=0.0, schedule="constant", epochs=1,
-                         batch_size=10, clip_norm=1e-3)  # fmt: skip
-    trainer = Trainer(config, run_folder, Accelerator())
-    start = {name: value.clone() for name, value in trainer.model.named_parameters()}
+def test_clipping_limits_the_step(make):
+    one_update = {**INDIVISIBLE, "lr": 1.0, "momentum": 0.0, "epochs": 1, "batch_size": 10}
+    trainer = make(**one_update, schedule="constant", clip_norm=1e-3)
+    start = parameters(trainer)
     trainer.run()
-    moved = sum((p - start[name]).square().sum() for name, p in trainer.model.named_parameters())
+    moved = sum((p - start[name]).square().sum() for name, p in parameters(trainer).items())
     assert moved.sqrt().item() == pytest.approx(1e-3, rel=0.01)
 
 
@@ -306,28 +279,23 @@ def test_a_small_gpu_learns_what_a_large_one_does(reference, fresh, gpu, monkeyp
 
 
 @pytest.mark.slow
-def test_a_resumed_training_keeps_the_size_that_was_found(run_folder, gpu):
+def test_a_resumed_training_keeps_the_size_that_was_found(make, gpu):
     # A GPU for 2 photos, then a larger and a smaller one.
     for photos, first_tried, expected in ((2, 4, 2), (100, 2, 2), (1, 2, 1)):
-        tried = gpu(photos)
-        run = Trainer(tiny_config(**INDIVISIBLE), run_folder, Accelerator())
+        tried, run = gpu(photos), make(**INDIVISIBLE)
         run.resume()
         run.fit_into_memory()
-        assert tried[0] == first_tried
-        assert run.micro_batch == expected
+        assert (tried[0], run.micro_batch) == (first_tried, expected)
         if photos == 2:
             run.train_epoch()
             run.save()
 
 
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [({"freeze_norm": False}, 0), ({"micro_batch": 3}, 3), ({"micro_batch": 0}, 0)],
-    ids=str,
-)
-def test_batch_norm_that_learns_and_a_chosen_number_decide(run_folder, gpu, changes, expected):
-    tried = gpu(1)
-    run = Trainer(tiny_config(**{**INDIVISIBLE, **changes}), run_folder, Accelerator())
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"freeze_norm": False}, 0), ({"micro_batch": 3}, 3), ({"micro_batch": 0}, 0)
+], ids=str)  # fmt: skip
+def test_batch_norm_that_learns_and_a_chosen_number_decide(make, gpu, changes, expected):
+    tried, run = gpu(1), make(**{**INDIVISIBLE, **changes})
     run.fit_into_memory()
     assert (tried, run.micro_batch) == ([], expected)
 
@@ -342,10 +310,9 @@ def test_a_hopeless_gpu_is_an_error_and_so_is_anything_else(run_folder, gpu, mon
         fit(tiny_config(**INDIVISIBLE), run_folder)
 
 
-# ---- the moving average of the weights -----------------------------------------------------------
-def test_the_average_is_what_is_kept(run_folder):
-    config = tiny_config(ema_decay=0.5, epochs=1, batch_size=5, freeze_norm=True)
-    trainer = Trainer(config, run_folder, Accelerator())
+# ---- checkpoints -------------------------------------------------------------------------------
+def test_the_average_is_what_is_kept(run_folder, make):
+    trainer = make(ema_decay=0.5, epochs=1, batch_size=5, freeze_norm=True)
     step, seen, name = trainer.step, [], "encode.weight"
 
     def watched(batch):
@@ -354,43 +321,35 @@ def test_the_average_is_what_is_kept(run_folder):
 
     trainer.step = watched
     trainer.run()
-    folder = run_folder / "checkpoints"
-    best, last = (
-        checkpoints.load_checkpoint(folder / f"{n}.pt")["model"] for n in ("best", "last")
-    )
+    best, last = (stored(run_folder, name)["model"] for name in ("best", "last"))
     torch.testing.assert_close(best[name], (seen[0] + seen[1]) / 2)
     assert torch.equal(last[name], seen[1])
 
 
-# ---- checkpoints -------------------------------------------------------------------------------
 def test_a_model_is_loaded_without_its_backbone_s_file(tmp_path):
     config = dataclasses.replace(tiny_config(), backbone_weights="/long/gone.safetensors")
-    model = MLNet(tiny_config())
-    checkpoints.save_checkpoint(tmp_path / "x.pt", config, model.state_dict())
+    weights = MLNet(tiny_config()).state_dict()
+    checkpoints.save_checkpoint(tmp_path / "x.pt", config, weights)
     loaded, loaded_config, _ = checkpoints.load_model(tmp_path / "x.pt")
     assert loaded_config == config
-    assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert_close(loaded.state_dict(), weights, rtol=0, atol=0)
 
 
-def test_continuing_in_another_precision_warns(run_folder, capsys):
-    config = tiny_config(precision="auto", epochs=2)
-    trainer = Trainer(config, run_folder, Accelerator())
+def test_continuing_in_another_precision_warns(run_folder, make, capsys):
+    trainer = make(precision="auto", epochs=2)
     trainer.train_epoch()
     trainer.end_epoch(trainer.validate())
-    path = run_folder / "checkpoints" / "last.pt"
-    content = checkpoints.load_checkpoint(path)
-    torch.save({**content, "precision": "fp16"}, path)
+    other = {**stored(run_folder), "precision": "fp16"}
+    torch.save(other, run_folder / "checkpoints" / "last.pt")
     with pytest.warns(UserWarning, match="'fp16'"):
-        fit(config, run_folder)
+        fit(trainer.config, run_folder)
     assert "resuming at epoch 2, batch 1" in capsys.readouterr().out
 
 
-def test_a_loss_on_fixations_is_refused_where_only_maps_are_known(run_folder, tmp_path):
+def test_a_loss_on_fixations_is_refused_where_only_maps_are_known(tmp_path, tiny_photos):
     """Also where the data were prepared for another loss, or by another program."""
-    prepared = Prepared.read(run_folder / "data")
-    nothing = {"fixations": np.zeros((0, 2)), "observers": np.zeros(0, int), "durations": None}
-    photos = [dataclasses.replace(photo, **nothing, density="map.png") for photo in prepared.photos]
-    run = prepare_run(tmp_path / "maps", photos, prepared.root)
-    (prepared.root / "map.png").touch()
+    photos, root = tiny_photos
+    (root / "map.png").touch()
+    run = prepare_run(tmp_path / "maps", [unseen(p, density="map.png") for p in photos], root)
     with pytest.raises(ValueError, match=r"15 photos .* loss='kl \+ nss' needs fixations"):
         fit(tiny_config(loss="kl + nss"), run)
