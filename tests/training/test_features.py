@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from conftest import tiny_config
+from miniatures import truncate
 
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.training import features
@@ -15,6 +16,7 @@ from mlnet_utils.training.features import backbone_key
 from mlnet_utils.training.trainer import Trainer, fit
 
 FROZEN = {"freeze": ("backbone.*",), "freeze_norm": True}
+CACHED = {**FROZEN, "cache_features": True}
 
 
 @pytest.fixture(autouse=True)
@@ -24,11 +26,12 @@ def cache_root(tmp_path, monkeypatch):
     return tmp_path / "runs" / "features"
 
 
-def cached(config, run_folder) -> Trainer:
+def cached(run_folder, **changes) -> Trainer:
     """A trainer as it is when its first epoch begins."""
-    trainer = Trainer(config, run_folder, Accelerator())
+    trainer = Trainer(tiny_config(**CACHED, **changes), run_folder, Accelerator())
     trainer.resume()
-    features.cache_features(trainer.model, config, trainer.accelerator, trainer.data.values())
+    about = (trainer.model, trainer.config, trainer.accelerator)
+    features.cache_features(*about, trainer.data.values())
     return trainer
 
 
@@ -43,7 +46,7 @@ def test_training_on_cached_features_learns_the_same(run_folder, tmp_path, cache
     fit(tiny_config(seed=7), run_folder)
     start = {"start_from": str(run_folder / "checkpoints" / "best.pt"), "backbone_weights": "none"}
     expected = fit(tiny_config(**FROZEN, **start), plain)
-    found = fit(tiny_config(**FROZEN, **start, cache_features=True, workers=1), quick)
+    found = fit(tiny_config(**CACHED, **start, workers=1), quick)
     # 10 training photos in both orientations and 5 validation photos in one
     assert len(files(cache_root)) == 25
     for a, b in zip(expected.history, found.history, strict=True):
@@ -52,22 +55,21 @@ def test_training_on_cached_features_learns_the_same(run_folder, tmp_path, cache
 
 
 def test_a_second_run_reads_what_the_first_one_wrote(run_folder, tmp_path, cache_root):
-    other = shutil.copytree(run_folder, tmp_path / "other")
-    fit(tiny_config(**FROZEN, cache_features=True), run_folder)
+    other, third = (shutil.copytree(run_folder, tmp_path / name) for name in ("other", "third"))
+    fit(tiny_config(**CACHED), run_folder)
     before = {path: path.stat().st_mtime_ns for path in files(cache_root)}
     # Fewer levels and another seed of the encoding are another run on the same features; the seed
     # of a random backbone is not.
-    trainer = cached(tiny_config(**FROZEN, cache_features=True, levels=1, lr=1e-3), other)
+    trainer = cached(other, levels=1, lr=1e-3)
     assert {path: path.stat().st_mtime_ns for path in files(cache_root)} == before
     batch = next(iter(trainer.train_loader))
     assert batch["features"].shape[1] == trainer.model.backbone.channels[-1]
-    fit(tiny_config(**FROZEN, cache_features=True, seed=1), shutil.copytree(run_folder / "data",
-        tmp_path / "third" / "data").parent)  # fmt: skip
+    fit(tiny_config(**CACHED, seed=1), third)
     assert len(files(cache_root)) == 50
 
 
 def test_features_are_those_of_the_photo_and_of_its_mirror_image(run_folder):
-    trainer = cached(tiny_config(**FROZEN, cache_features=True), run_folder)
+    trainer = cached(run_folder)
     data, model = trainer.data["train"], trainer.model.eval()
     for mirrored in (False, True):
         image = data.image(3).flip(-1) if mirrored else data.image(3)
@@ -84,29 +86,22 @@ def test_the_key_changes_with_all_that_changes_features():
         return backbone_key(MLNet(config), config, precision)
 
     assert key() == key() == key(levels=1, head="paper", lr=1e-4, dropout=0.0)
-    different = [
-        key(weights=1), key("bf16"), key(height=40), key(width=48), key(normalisation="half"),
-    ]  # fmt: skip
-    assert len({key(), *different}) == 6
+    different = (key(weights=1), key("bf16"), key(height=40), key(width=48))
+    assert len({key(), *different, key(normalisation="half")}) == 6
 
 
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"freeze": ()}, r"freeze to \['backbone"),
-        ({"freeze_norm": False}, "freeze_norm"),
-    ],
-)
-def test_what_changes_from_epoch_to_epoch_is_not_cached(changes, words, run_folder):
-    with pytest.raises(ValueError, match=words):
-        fit(tiny_config(**{**FROZEN, "cache_features": True, **changes}), run_folder)
+def test_what_changes_from_epoch_to_epoch_is_not_cached(run_folder):
+    for changes, words in (
+        ({"freeze": ()}, r"freeze to \['backbone"), ({"freeze_norm": False}, "freeze_norm")
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=words):
+            fit(tiny_config(**{**CACHED, **changes}), run_folder)
 
 
 def test_damaged_files_and_photos_without_a_hash_are_named(run_folder):
-    data = cached(tiny_config(**FROZEN, cache_features=True), run_folder).data["val"]
+    data = cached(run_folder).data["val"]
     photo = data.photos[0]
-    path = data.features.path(photo, False)
-    path.write_bytes(path.read_bytes()[:100])
+    path = truncate(data.features.path(photo, False), 0.1)
     with pytest.raises(ValueError, match=path.name):
         data.features(photo, False)
     np.savez(path, features=np.zeros((3, 4, 5), np.float16))
@@ -121,13 +116,11 @@ def test_a_disk_without_room_is_an_error_before_the_work(run_folder, monkeypatch
     usage = shutil.disk_usage(run_folder)
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(OSError, match="20 photos"):
-        fit(tiny_config(**FROZEN, cache_features=True), run_folder)
+        fit(tiny_config(**CACHED), run_folder)
 
 
 def test_values_beyond_half_precision_stay_single(run_folder):
-    config = tiny_config(**FROZEN, cache_features=True)
-    data = cached(config, run_folder).data["val"]
-    path = data.features.path(data.photos[0], False)
+    data = cached(run_folder).data["val"]
     large = torch.full(data.features.shape, 1e5)
-    data.features.write(path, large)
+    data.features.write(data.features.path(data.photos[0], False), large)
     torch.testing.assert_close(data.features(data.photos[0], False), large)
