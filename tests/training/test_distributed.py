@@ -15,14 +15,13 @@ import processes
 import pytest
 import torch
 import yaml
-from conftest import prepare_run, tiny_config
+from conftest import prepare_run, tiny_checkpoint
 from processes import PATIENCE, assert_identical, outcome, signal_at, train
 
 from mlnet_utils import runtime
 from mlnet_utils.experiments import evaluation
 from mlnet_utils.model import checkpoints
 from mlnet_utils.model.checkpoints import load_checkpoint
-from mlnet_utils.model.network import MLNet
 from mlnet_utils.training import trainer
 
 pytestmark = pytest.mark.slow
@@ -54,8 +53,12 @@ def everything(tmp_path_factory, tiny_photos) -> Path:
     return folder
 
 
-def history(folder: Path) -> list[dict]:
-    return load_checkpoint(folder / "checkpoints" / "last.pt")["progress"]["history"]
+def progress(folder: Path) -> dict:
+    return load_checkpoint(folder / "checkpoints" / "last.pt")["progress"]
+
+
+def errors(folder: Path) -> list[str]:
+    return [(folder / f"error{rank}.txt").read_text() for rank in (0, 1)]
 
 
 def assert_close(folder: Path, reference: Path) -> None:
@@ -63,8 +66,8 @@ def assert_close(folder: Path, reference: Path) -> None:
     found, expected = outcome(folder), outcome(reference)
     for key in expected.keys() - {"log"}:
         torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-5, msg=key)
-    for row, expected_row in zip(history(folder), history(reference), strict=True):
-        assert row == pytest.approx(expected_row, rel=1e-4)
+    for rows in zip(*(progress(run)["history"] for run in (folder, reference)), strict=True):
+        assert rows[0] == pytest.approx(rows[1], rel=1e-4)
 
 
 # ---- the same training -------------------------------------------------------------------------
@@ -84,7 +87,8 @@ def test_validation_gives_exactly_the_same_numbers(tmp_path, tiny_photos):
     for world in (1, 4):
         folder = prepare_run(tmp_path / str(world), *tiny_photos)
         assert train(folder, world=world, **frozen) == [0] * world
-        rows.append({k: v for k, v in history(folder)[0].items() if k.startswith("val_")})
+        (row,) = progress(folder)["history"]
+        rows.append({name: value for name, value in row.items() if name.startswith("val_")})
     assert rows[0] == rows[1]
 
 
@@ -103,8 +107,7 @@ def test_the_logged_scores_are_those_of_the_saved_weights(run_folder, monkeypatc
 
 def test_processes_draw_different_dropout_and_the_first_writes_and_prints(everything):
     """Else all shares of a batch would lose the same features."""
-    keys = [(everything / f"keys{rank}.txt").read_text().splitlines() for rank in (0, 1)]
-    first, second = map(set, keys)
+    first, second = (set((everything / f"keys{n}.txt").read_text().splitlines()) for n in (0, 1))
     assert len(first) == len(second) == 6  # one per update
     assert first.isdisjoint(second)
     # The others cannot replace a file: only_one_writes().
@@ -118,11 +121,10 @@ def test_processes_agree_on_the_photos_that_fit_every_gpu(run_folder, divisible)
     """The second GPU is the smaller; a resume on larger ones keeps the size."""
     options = {**DIVISIBLE, "checkpoint_every": 2, "world": 2}
     assert train(run_folder, partial(accident_on_small_gpus, 3), **options) == [1, 1]
-    last = run_folder / "checkpoints" / "last.pt"
-    assert load_checkpoint(last)["progress"]["micro_batch"] == 1
+    assert progress(run_folder)["micro_batch"] == 1
     assert "1 of 2 photos" in (run_folder / "output0.txt").read_text()
     assert train(run_folder, partial(processes.small_gpu, 100), **options) == [0, 0]
-    assert load_checkpoint(last)["progress"]["micro_batch"] == 1
+    assert progress(run_folder)["micro_batch"] == 1
     assert_close(run_folder, divisible)
 
 
@@ -141,16 +143,14 @@ def test_a_killed_process_ends_the_others_and_the_job_resumes_exactly(run_folder
 
 
 def test_a_signal_to_one_process_stops_all_at_the_same_update(run_folder, everything):
-    accident = partial(stop_in_step, 4)
-    assert train(run_folder, accident, rank=1, world=2, **EVERYTHING) == [1, 1]
-    for rank in (0, 1):
-        message = (run_folder / f"error{rank}.txt").read_text()
+    job = {"rank": 1, "world": 2, **EVERYTHING}
+    assert train(run_folder, partial(stop_in_step, 4), **job) == [1, 1]
+    for message in errors(run_folder):
         assert message.startswith("KeyboardInterrupt: stopped at epoch 2, update 4; saved in")
-    assert load_checkpoint(run_folder / "checkpoints" / "last.pt")["progress"]["updates"] == 4
+    assert progress(run_folder)["updates"] == 4
     # The other process does not see the storage of the first.
-    assert train(run_folder, processes.hide_checkpoints, rank=1, world=2, **EVERYTHING) == [1, 1]
-    for rank in (0, 1):
-        assert "different checkpoints" in (run_folder / f"error{rank}.txt").read_text()
+    assert train(run_folder, processes.hide_checkpoints, **job) == [1, 1]
+    assert all("different checkpoints" in message for message in errors(run_folder))
     assert train(run_folder, world=2, **EVERYTHING) == [0, 0]
     assert_identical(run_folder, outcome(everything))
 
@@ -165,8 +165,7 @@ def test_a_job_may_continue_in_another_number_of_processes(run_folder, divisible
 def test_a_bad_loss_in_one_process_stops_all(run_folder):
     accident = partial(processes.not_a_number, 1)
     assert train(run_folder, accident, rank=1, world=2, **DIVISIBLE) == [1, 1]
-    for rank in (0, 1):
-        assert "TrainingDied: the loss became nan" in (run_folder / f"error{rank}.txt").read_text()
+    assert all("TrainingDied: the loss became nan" in message for message in errors(run_folder))
 
 
 # ---- torchrun ----------------------------------------------------------------------------------
@@ -179,46 +178,35 @@ def preset(tmp_path, run_folder):
     return ["-m", "mlnet_utils", "train", "--preset", str(path), "--run-dir", str(run_folder)]
 
 
-def launch(*command: str) -> subprocess.Popen:
-    """Python on the CPU, with its output in one pipe."""
+def output_of(*command: str) -> str:
+    """What Python prints, on the CPU, which must succeed."""
     root = Path(runtime.__file__).parent.parent
     environment = {**os.environ, **processes.local_environment(), "PYTHONPATH": str(root)}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen([sys.executable, *command], env=environment, cwd=root, **pipes)
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    options |= {"env": environment, "cwd": root, "timeout": PATIENCE}
+    job = subprocess.run([sys.executable, *command], **options)
+    assert job.returncode == 0, job.stdout
+    return job.stdout
 
 
-def torchrun(world: int, *command: str) -> subprocess.Popen:
-    options = (f"--nproc_per_node={world}", f"--master_port={processes.free_port()}")
-    return launch("-m", "torch.distributed.run", *options, *command)
-
-
-def output_of(job: subprocess.Popen) -> str:
-    """What a job printed that must succeed."""
-    text, _ = job.communicate(timeout=PATIENCE)
-    assert job.returncode == 0, text
-    return text
-
-
-def assert_finished(folder: Path) -> None:
-    assert load_checkpoint(folder / "checkpoints" / "last.pt")["progress"]["finished"]
+def torchrun(*command: str) -> str:
+    options = ("--nproc_per_node=2", f"--master_port={processes.free_port()}")
+    return output_of("-m", "torch.distributed.run", *options, *command)
 
 
 def test_shared_evaluation_gives_exactly_the_table_of_one_process(run_folder):
     """5 photos: an odd share for each."""
-    config = tiny_config()
-    checkpoint = run_folder / "checkpoints" / "best.pt"
-    checkpoints.save_checkpoint(checkpoint, config, MLNet(config).state_dict())
+    tiny_checkpoint(run_folder / "checkpoints" / "best.pt")
     expected = evaluation.evaluate(run_folder, split="val")
     assert expected["photos"] == 5
     table = (run_folder / "per_image.csv").read_bytes()
     (run_folder / "per_image.csv").unlink()
     (run_folder / "metrics.json").unlink()
     command = ["-m", "mlnet_utils", "evaluate", "--run-dir", str(run_folder), "--split", "val"]
-    text = output_of(torchrun(2, *command))
+    text = torchrun(*command)
     assert text.count("| inter-observer |") == 1
     assert (run_folder / "per_image.csv").read_bytes() == table
-    found = json.loads((run_folder / "metrics.json").read_text())
-    assert found["rows"] == expected["rows"]
+    assert json.loads((run_folder / "metrics.json").read_text())["rows"] == expected["rows"]
 
 
 def test_processes_hang_up_and_end_at_once(preset, run_folder, tmp_path):
@@ -235,7 +223,7 @@ def test_processes_hang_up_and_end_at_once(preset, run_folder, tmp_path):
         "os._exit = watched\n"
         "runpy.run_module('mlnet_utils', run_name='__main__')\n"
     )
-    text = output_of(torchrun(2, str(script), *preset[2:], "--set", "epochs=1"))
+    text = torchrun(str(script), *preset[2:], "--set", "epochs=1")
     assert text.count("connected False") == 2
     assert "dismantled" not in text
 
@@ -250,5 +238,5 @@ def test_a_notebook_launches_processes(run_folder, preset):
         f"                  use_port={processes.free_port()!r})\n"
     )
     # Two trainings of one process would print it twice.
-    assert output_of(launch("-c", code)).count("epoch   2/2") == 1
-    assert_finished(run_folder)
+    assert output_of("-c", code).count("epoch   2/2") == 1
+    assert progress(run_folder)["finished"]

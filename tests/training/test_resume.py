@@ -3,7 +3,6 @@
 import random
 import shutil
 import signal
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,6 @@ OPTIONS = {"epochs": 3, "dropout": 0.5, "flip": 0.5, "ema_decay": 0.8,
 KILLS = 10
 KILLED = [-signal.SIGKILL]
 die_in_validation = partial(signal_at, "nss_loss")
-die_before_the_log = partial(signal_at, "write_text")
 
 
 def run(folder: Path, accident=None, **changes) -> list[int]:
@@ -73,19 +71,13 @@ def test_two_trainings_at_once_end_as_one(run_folder, uninterrupted):
     assert_identical(run_folder, uninterrupted[0])
 
 
-@pytest.mark.parametrize(
-    "accident",
-    [
-        processes.die_between_renames,
-        partial(processes.die_in_a_write, 1),  # the first ever
-        partial(processes.die_in_a_write, 2),  # the first of the best epoch
-        partial(processes.die_in_a_write, 5),
-        partial(die_in_validation, 1),
-        partial(die_in_validation, 2),
-        partial(die_before_the_log, 1),
-        partial(die_before_the_log, 3),
-    ],
-)
+@pytest.mark.parametrize("accident", [
+    processes.die_between_renames,
+    # The first write ever, the first of the best epoch, and another.
+    *(partial(processes.die_in_a_write, number) for number in (1, 2, 5)),
+    *(partial(die_in_validation, number) for number in (1, 2)),
+    *(partial(signal_at, "write_text", number) for number in (1, 3)),  # before the log
+])  # fmt: skip
 def test_killed_at_the_worst_moments(run_folder, uninterrupted, accident):
     assert run(run_folder, accident) == KILLED
     if accident is processes.die_between_renames:
@@ -97,19 +89,14 @@ def test_killed_at_the_worst_moments(run_folder, uninterrupted, accident):
 
 
 # ---- signals -----------------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("where", "number", "which", "words", "workers"),
-    [
-        ("Trainer.losses", 5, signal.SIGINT, "epoch 2, update 5", 1),
-        ("Trainer.losses", 5, signal.SIGTERM, "epoch 2, update 5", 0),
-        ("Trainer.validate", 1, signal.SIGINT, "epoch 1, update 3", 0),
-    ],
-)
-def test_signals_save_and_say_where(
-    run_folder, uninterrupted, where, number, which, words, workers
-):
-    interrupt = partial(signal_at, where, number, which)
-    assert run(run_folder, interrupt, checkpoint_every=100, workers=workers) == [1]
+@pytest.mark.parametrize(("signalled", "words", "workers"), [
+    (("Trainer.losses", 5, signal.SIGINT), "epoch 2, update 5", 1),
+    (("Trainer.losses", 5, signal.SIGTERM), "epoch 2, update 5", 0),
+    (("Trainer.validate", 1, signal.SIGINT), "epoch 1, update 3", 0),
+])  # fmt: skip
+def test_signals_save_and_say_where(run_folder, uninterrupted, signalled, words, workers):
+    accident = partial(signal_at, *signalled)
+    assert run(run_folder, accident, checkpoint_every=100, workers=workers) == [1]
     message = (run_folder / "error0.txt").read_text()
     assert message.startswith(f"KeyboardInterrupt: stopped at {words}; saved in ")
     progress = load_checkpoint(run_folder / "checkpoints" / "last.pt")["progress"]
@@ -134,51 +121,32 @@ def test_an_unreadable_checkpoint_gives_way_to_the_one_before(stopped, uninterru
     assert_identical(stopped, uninterrupted[0])
 
 
-def damage_both(folder: Path) -> None:
-    for name in ("last.pt", "previous.pt"):
-        truncate(folder / "checkpoints" / name)
-
-
-def lose_the_best(folder: Path) -> None:
-    (folder / "checkpoints" / "best.pt").unlink()
-
-
-def damage_the_best(folder: Path) -> None:
-    path = folder / "checkpoints" / "best.pt"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def change_data(folder: Path) -> None:
-    prepared = Prepared.read(folder / "data")
+def change_data(meta: Path) -> None:
+    prepared = Prepared.read(meta.parent)
     prepared.photos[0].fixations[0] += 1
     prepared.write()
 
 
-@pytest.mark.parametrize(
-    ("damage", "changes", "message"),
-    [
-        (damage_both, {}, r"last\.pt.*previous\.pt.*checkpoints"),
-        (lose_the_best, {}, r"best\.pt .* epoch 2"),
-        (damage_the_best, {}, r"best\.pt' .* again"),
-        (change_data, {}, r"last\.pt .*run/data"),
-        (lambda _: None, {"lr": 0.1}, r"last\.pt .*lr: 0.004 there, 0.1 here"),
-    ],
-)
-def test_what_cannot_be_continued_is_an_error(stopped, damage, changes, message):
-    damage(stopped)
+@pytest.mark.parametrize(("damage", "names", "changes", "message"), [
+    (truncate, ("last.pt", "previous.pt"), {}, r"last\.pt.*previous\.pt.*checkpoints"),
+    (Path.unlink, ("best.pt",), {}, r"best\.pt .* epoch 2"),
+    (truncate, ("best.pt",), {}, r"best\.pt' .* again"),
+    (change_data, ("../data/meta.json",), {}, r"last\.pt .*run/data"),
+    (None, (), {"lr": 0.1}, r"last\.pt .*lr: 0.004 there, 0.1 here"),
+])  # fmt: skip
+def test_what_cannot_be_continued_is_an_error(stopped, damage, names, changes, message):
+    for name in names:
+        damage(stopped / "checkpoints" / name)
     with pytest.raises(ValueError, match=message):
         fit(tiny_config(**{**OPTIONS, **changes}), stopped)
 
 
+@pytest.mark.filterwarnings("error")
 def test_a_copied_run_folder_continues_with_other_engine_settings(stopped, uninterrupted, tmp_path):
     """As from one machine to another."""
     moved = shutil.copytree(stopped, tmp_path / "moved")
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        changes = {"checkpoint_every": 7, "cache": False, "bootstrap": 5}
-        fit(tiny_config(**{**OPTIONS, **changes}), moved)
+    changes = {"checkpoint_every": 7, "cache": False, "bootstrap": 5}
+    fit(tiny_config(**{**OPTIONS, **changes}), moved)
     assert_identical(moved, uninterrupted[0])
 
 
@@ -186,9 +154,9 @@ def test_a_best_epoch_without_step_checkpoints_is_not_overwritten(run_folder):
     (run_folder / "times.csv").write_text("epoch,updates,train_seconds\n1,1,1000\n")
     assert run(run_folder) == [0]
     assert "1000" not in (run_folder / "times.csv").read_text()  # those of another training
-    best = run_folder / "checkpoints" / "best.pt"
-    for name in ("last.pt", "previous.pt"):
-        (run_folder / "checkpoints" / name).unlink()
+    best, *others = (run_folder / "checkpoints" / f"{n}.pt" for n in ("best", "last", "previous"))
+    for path in others:
+        path.unlink()
     with pytest.raises(ValueError, match=r"lr: 0.004 there, 0.1 here"):
         fit(tiny_config(**OPTIONS, lr=0.1), run_folder)
     content = load_checkpoint(best)
