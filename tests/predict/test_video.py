@@ -1,5 +1,6 @@
 """Videos: a map per frame, in a video of the same size and timing."""
 
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -33,16 +34,11 @@ def video(path: Path, size=(64, 48), times=range(5), rate=10) -> Path:
 
 def turn(path: Path) -> None:
     """Say in the file, as phones do, that players should turn it by 90 degrees clockwise."""
-
-    def matrix(*values: int) -> bytes:
-        a, b, c, d = (value << 16 for value in values)
-        rows = ((a, b, 0), (c, d, 0), (0, 0, 1 << 30))
-        return b"".join(v.to_bytes(4, "big", signed=True) for row in rows for v in row)
-
-    content = path.read_bytes()
+    one, content = 1 << 16, path.read_bytes()
     track = content.index(b"tkhd")
-    turned = content[track:].replace(matrix(1, 0, 0, 1), matrix(0, 1, -1, 0), 1)
-    path.write_bytes(content[:track] + turned)
+    as_stored = struct.pack(">9i", one, 0, 0, 0, one, 0, 0, 0, 1 << 30)
+    turned = struct.pack(">9i", 0, one, 0, -one, 0, 0, 0, 0, 1 << 30)
+    path.write_bytes(content[:track] + content[track:].replace(as_stored, turned, 1))
 
 
 def read(path: Path) -> tuple[list[np.ndarray], list[float]]:
@@ -52,41 +48,35 @@ def read(path: Path) -> tuple[list[np.ndarray], list[float]]:
     return [frame.to_ndarray(format="rgb24") for frame in frames], [f.time for f in frames]
 
 
-@pytest.mark.parametrize(
-    ("size", "times"),
-    [((64, 48), range(5)), ((65, 49), range(5)), ((64, 48), (0, 1, 4, 5, 9))],
-    ids=["even", "odd", "uneven times"],
-)
+@pytest.mark.parametrize(("size", "times"), [
+    ((64, 48), range(5)), ((65, 49), range(5)), ((64, 48), (0, 1, 4, 5, 9))
+], ids=["even", "odd", "uneven times"])  # fmt: skip
 def test_maps_have_the_size_and_the_times_of_the_frames(checkpoint, tmp_path, size, times):
-    source = video(tmp_path / "clip.mp4", size, times)
-    out = tmp_path / "out"
+    source, out = video(tmp_path / "clip.mp4", size, times), tmp_path / "out"
     result = predict_videos(checkpoint, [source], out, overlay=True, batch_size=2)
     assert (result.done, result.failed) == ([source], {})
     assert files(out) == {"clip.mp4", "clip_overlay.mp4", "prediction.json"}
-    pictures, expected_times = read(source)
+    written = (source, out / "clip.mp4", out / "clip_overlay.mp4")
+    (pictures, maps, overlays), seconds = zip(*map(read, written), strict=True)
     assert len(pictures) == 5
-    maps, map_times = read(out / "clip.mp4")
-    overlays, overlay_times = read(out / "clip_overlay.mp4")
-    assert map_times == overlay_times == expected_times
+    assert seconds[0] == seconds[1] == seconds[2]
     predictor = load(checkpoint)
     for picture, found, painted in zip(pictures, maps, overlays, strict=True):
         density = predictor.predict(picture)
         assert np.abs(found[..., 0].astype(int) - to_8_bits(density)).mean() < 3  # compression
         assert np.abs(painted.astype(int) - overlay(picture, density)).mean() < 8
-    first, last = (m.astype(int) for m in (maps[0], maps[-1]))
-    assert np.abs(first - last).mean() > 6  # each frame has its own
+    assert np.abs(maps[0].astype(int) - maps[-1]).mean() > 6  # each frame has its own
 
 
 def test_a_turned_video_is_predicted_upright(checkpoint, tmp_path):
     source = video(tmp_path / "clip.mp4")
     turn(source)
     predict_videos(checkpoint, [source], tmp_path / "out", overlay=True)
-    pictures, _ = read(source)  # as stored
-    maps, _ = read(tmp_path / "out" / "clip.mp4")
-    upright = np.rot90(pictures[0], -1)
-    assert maps[0].shape == upright.shape == (64, 48, 3)
+    upright = np.rot90(read(source)[0][0], -1)
+    found = read(tmp_path / "out" / "clip.mp4")[0][0]
+    assert found.shape == upright.shape == (64, 48, 3)
     expected = to_8_bits(load(checkpoint).predict(np.ascontiguousarray(upright)))
-    assert np.abs(maps[0][..., 0].astype(int) - expected).mean() < 3
+    assert np.abs(found[..., 0].astype(int) - expected).mean() < 3
 
 
 def test_broken_videos_stop_nothing_and_done_ones_are_skipped(checkpoint, tmp_path):
@@ -103,8 +93,7 @@ def test_broken_videos_stop_nothing_and_done_ones_are_skipped(checkpoint, tmp_pa
     for force, done, skipped in ((False, [good], []), (False, [], [good]), (True, [good], [])):
         result = predict_videos(checkpoint, [folder], out, overlay=True, force=force)
         assert (result.done, result.skipped) == (done, skipped)
-        failed = {folder / f"{name}.mp4" for name in ("icon", "broken", "sound")}
-        assert set(result.failed) == failed
+        assert {path.stem for path in result.failed} == {"icon", "broken", "sound"}
         assert "64x16" in result.failed[folder / "icon.mp4"]
     assert files(out) == {"trip/good.mp4", "trip/good_overlay.mp4", "prediction.json"}
     video(good, (80, 48))
@@ -112,10 +101,10 @@ def test_broken_videos_stop_nothing_and_done_ones_are_skipped(checkpoint, tmp_pa
 
 
 def test_command_line(checkpoint, tmp_path, capsys):
-    source = video(tmp_path / "a.mp4")
-    call = ["predict", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "out"), "--video"]
-    assert main([*call, str(source)]) == 0
+    out, source = str(tmp_path / "out"), str(video(tmp_path / "a.mp4"))
+    call = ["predict", "--checkpoint", str(checkpoint), "--out", out, "--video", source]
+    assert main(call) == 0
     assert "1 done, 0 were done before" in capsys.readouterr().out
-    assert main([*call, "--npy", str(source)]) == 1
-    assert "--npy and --megapixels are for photos" in capsys.readouterr().err
-    assert main([*call, "--megapixels", "300", str(source)]) == 1
+    for option in (["--npy"], ["--megapixels", "300"]):
+        assert main([*call, *option]) == 1
+        assert "--npy and --megapixels are for photos" in capsys.readouterr().err
