@@ -16,6 +16,7 @@ import torch
 import yaml
 from conftest import make_photo, prepare_run, tiny_checkpoint, tiny_config
 from miniatures import (
+    save_map,
     save_mat,
     save_osie,
     save_photo,
@@ -73,12 +74,8 @@ def with_other_bytes(content: bytes, rng) -> bytes:
 
 def with_another_value(value, rng):
     if isinstance(value, dict | list) and value and rng.random() < 0.9:
-        key = (
-            list(value)[rng.integers(len(value))]
-            if isinstance(value, dict)
-            else rng.integers(len(value))
-        )
-        copy = value.copy()
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        key, copy = keys[rng.integers(len(keys))], value.copy()
         if rng.random() < 0.15:
             del copy[key]
         else:
@@ -91,32 +88,32 @@ def with_another_value(value, rng):
 def structured(path: Path, content: bytes, rng) -> bytes:
     """The file with one value changed; with other bytes where it has no known structure."""
     buffer = io.BytesIO()
-    if path.suffix in (".json", ".ipynb"):
-        return json.dumps(with_another_value(json.loads(content), rng)).encode()
-    if path.suffix == ".jsonl":
-        return json.dumps(with_another_value(json.loads(content.splitlines()[0]), rng)).encode()
-    if path.suffix == ".yaml":
-        value = with_another_value(yaml.safe_load(content), rng)
-        return yaml.safe_dump(value).encode()
-    if path.suffix == ".npz":
-        with np.load(io.BytesIO(content)) as arrays:
-            changed = with_another_value(dict(arrays), rng)
-        np.savez(buffer, **changed if isinstance(changed, dict) else {})
-        return buffer.getvalue()
-    if path.suffix == ".pt":
-        value = torch.load(io.BytesIO(content), weights_only=True)
-        value.pop("digest", None)
-        torch.save(with_another_value(value, rng), buffer)
-        return buffer.getvalue()
-    if path.suffix == ".onnx":
-        network = with_other_bytes(content[: -len(_seal(b""))], rng)
-        return network + _seal(network)
-    if path.suffix == ".mat":  # below the compression, whose checksum would tell
-        size = int.from_bytes(content[132:136], "little")
-        variable = with_other_bytes(zlib.decompress(content[136 : 136 + size]), rng)
-        packed = zlib.compress(variable)
-        head = content[:132] + len(packed).to_bytes(4, "little")
-        return head + packed + content[136 + size :]
+    match path.suffix:
+        case ".json" | ".ipynb":
+            return json.dumps(with_another_value(json.loads(content), rng)).encode()
+        case ".jsonl":
+            return json.dumps(with_another_value(json.loads(content.splitlines()[0]), rng)).encode()
+        case ".yaml":
+            return yaml.safe_dump(with_another_value(yaml.safe_load(content), rng)).encode()
+        case ".npz":
+            with np.load(io.BytesIO(content)) as arrays:
+                changed = with_another_value(dict(arrays), rng)
+            np.savez(buffer, **changed if isinstance(changed, dict) else {})
+            return buffer.getvalue()
+        case ".pt":
+            value = torch.load(io.BytesIO(content), weights_only=True)
+            value.pop("digest", None)
+            torch.save(with_another_value(value, rng), buffer)
+            return buffer.getvalue()
+        case ".onnx":
+            network = with_other_bytes(content[: -len(_seal(b""))], rng)
+            return network + _seal(network)
+        case ".mat":  # below the compression, whose checksum would tell
+            size = int.from_bytes(content[132:136], "little")
+            variable = with_other_bytes(zlib.decompress(content[136 : 136 + size]), rng)
+            packed = zlib.compress(variable)
+            length = len(packed).to_bytes(4, "little")
+            return content[:132] + length + packed + content[136 + size :]
     return with_other_bytes(content, rng)
 
 
@@ -125,12 +122,12 @@ def picture(path):
     return save_photo(path, *SIZE)
 
 
-def density(path):
-    np.savez(path, density=np.ones((3, 4)))
-
-
 def matrix(path):
     np.save(path, np.eye(*SIZE[::-1]))
+
+
+def mat_map(path):
+    save_mat(path, I=np.eye(*SIZE[::-1]))
 
 
 def checkpoint(path):
@@ -150,10 +147,9 @@ def weights(path):
 
 def pt2(path):
     """What :func:`export` writes, as far as it is read, without its minute of work."""
-    config = tiny_config()
-    state, entries = MLNet(config).state_dict(), {}
+    config, entries = tiny_config(), {}
     parts = {"x/extra/metadata.json": json.dumps({"config": json.dumps(config.to_dict())})}
-    for number, (name, value) in enumerate(state.items()):
+    for number, (name, value) in enumerate(MLNet(config).state_dict().items()):
         sizes = [{"as_int": n} for n in value.shape]
         strides = [{"as_int": n} for n in value.stride()]
         layout = {"sizes": sizes, "strides": strides, "storage_offset": {"as_int": 0}}
@@ -167,11 +163,9 @@ def onnx_network(path):
     helper = pytest.importorskip("onnx").helper
     values = [helper.make_tensor_value_info(name, 1, [1]) for name in ("image", "saliency")]
     node = helper.make_node("Identity", ["image"], ["saliency"])
-    network = helper.make_model(
-        helper.make_graph([node], "x", values[:1], values[1:]),
-        opset_imports=[helper.make_opsetid("", 18)],
-        ir_version=8,
-    )
+    graph = helper.make_graph([node], "x", values[:1], values[1:])
+    opsets = [helper.make_opsetid("", 18)]
+    network = helper.make_model(graph, opset_imports=opsets, ir_version=8)
     _save_onnx(network, {"config": json.dumps(tiny_config().to_dict())}, path)
 
 
@@ -215,22 +209,15 @@ def report(path):
     write_json(path, dict(zip(REPORT, (rows, 3, "x", "test"), strict=True)), sealed=True)
 
 
-def png(width=SIZE[0], height=SIZE[1]):
-    buffer = io.BytesIO()
-    Image.fromarray(np.arange(width * height, dtype=np.uint8).reshape(height, width)).save(
-        buffer, "png"
-    )
-    return buffer.getvalue()
-
-
 PHOTO = "COCO_test2014_000000000042.jpg"
 
 
 def submission(path):
+    grey = save_map(path.with_name("map.png"), *SIZE).read_bytes()
     if path.suffix == ".zip":
-        path.write_bytes(zipped({PHOTO.replace("jpg", "png"): png()}))
+        path.write_bytes(zipped({PHOTO.replace("jpg", "png"): grey}))
     elif path.suffix == ".json":
-        content = [{"image_id": 42, "saliency_map": base64.b64encode(png()).decode()}]
+        content = [{"image_id": 42, "saliency_map": base64.b64encode(grey).decode()}]
         path.write_text(json.dumps(content))
     else:
         with pytest.importorskip("h5py").File(path, "w") as file:
@@ -255,19 +242,15 @@ def text(content):
 
 def prepared(path):
     """A prepared folder whose hashes are not known: its content is looked at."""
-    root = path.parent.parent
+    root, meta = path.parent.parent, path.parent / "meta.json"
     prepare_run(root, [make_photo(root, "a", "train", 0)], root)
-    meta = json.loads((path.parent / "meta.json").read_text())
-    (path.parent / "meta.json").write_text(
-        json.dumps({**meta, "files": {}, "content_sha256": None})
-    )
+    content = {**json.loads(meta.read_text()), "files": {}, "content_sha256": None}
+    meta.write_text(json.dumps(content))
 
 
 def read_prepared(path):
     data = Prepared.read(path.parent)
-    for photo in data.photos:
-        data.density(photo)
-    return data.digest, data.root
+    return data.digest, data.root, [data.density(photo) for photo in data.photos]
 
 
 def read_notebook(path):
@@ -284,83 +267,62 @@ def unpacked(path):
     unpack(path, path.with_name(f"{np.random.default_rng().integers(1 << 60)}"), ["a"])
 
 
-CASES = {
+GAZE = "image,x,y,observer,duration\n" + "a,1,2,3,4\n" * 5 + "b,1,2,3,4\n"
+SALICON = """{"images": [{"id": 1, "file_name": "a.jpg", "width": 16, "height": 12}],
+ "annotations": [{"image_id": 1, "worker_id": 2, "fixations": [[1, 2], [3, 4]]}]}"""
+PRESET = (
+    "preset: tiny\nlr: 0.1\nprior_cells: [3, 4]\nbackbone_args: {a: {b: [1]}}\n"
+    "freeze: [a, b]\nstandardise: true\nloss: kl\nheight: 64\n"
+)
+GRID = (
+    "preset: tiny\nseeds: [0, 1]\nsplit: val\ncommon: {lr: 0.1}\n"
+    "cells: {a: {}, b: {start_from: a}}\n"
+)
+STATE = '{"01_data_preparation": {"inputs": {"a": 1}, "outputs": {"b": "c"}, "seconds": 1}}'
+PREDICTION = '{"checkpoint": "x", "sha256": "0", "versions": {"a": "1"}}'
+COMPLETE = '{"files": {"a": [1, "0"], "b": [2, "1"]}}'
+PREPARED = ("meta.json", "index.jsonl", "fixations.npz", "sources.json")
+CASES = {  # file -> how it is written, its reader
     **{f"x.{kind}": (picture, read_image) for kind in ("jpg", "png", "tif", "webp", "gif", "bmp")},
     "size.jpg": (picture, files.photo_size),
-    "density.npz": (density, read_density),
+    "density.npz": (lambda p: np.savez(p, density=np.ones((3, 4))), read_density),
     "density.png": (picture, read_density),
-    "map.npy": (matrix, lambda path: files.fixated_pixels(path, SIZE)),
-    "map.mat": (
-        lambda path: save_mat(path, I=np.eye(*SIZE[::-1])),
-        lambda path: files.fixated_pixels(path, SIZE),
-    ),
+    "map.npy": (matrix, lambda p: files.fixated_pixels(p, SIZE)),
+    "map.mat": (mat_map, lambda p: files.fixated_pixels(p, SIZE)),
     "data/eye/fixations.mat": (
-        lambda path: save_osie(path.parents[2], {"1.jpg": [([1.0], [2.0], [3])] * 2}, *SIZE),
-        lambda path: osie._records(path, "osie"),
+        lambda p: save_osie(p.parents[2], {"1.jpg": [([1.0], [2.0], [3])] * 2}, *SIZE),
+        lambda p: osie._records(p, "osie"),
     ),
     "salicon.mat": (
-        lambda path: save_salicon_mat(path, [[(3, 4)]] * 2, "2017", SIZE[::-1]),
-        lambda path: salicon._workers(path, "2017", "fixations", SIZE),
+        lambda p: save_salicon_mat(p, [[(3, 4)]] * 2, "2017", SIZE[::-1]),
+        lambda p: salicon._workers(p, "2017", "fixations", SIZE),
     ),
-    "i1.mat": (lambda path: save_recording(path, np.ones((9, 2))), mit1003._eye_positions),
-    "salicon.json": (
-        text(
-            '{"images": [{"id": 1, "file_name": "a.jpg", "width": 16, "height": 12}], '
-            '"annotations": [{"image_id": 1, "worker_id": 2, "fixations": [[1, 2], [3, 4]]}]}'
-        ),
-        salicon._read_annotations,
-    ),
-    "fixations.csv": (
-        text("image,x,y,observer,duration\n" + "a,1,2,3,4\n" * 5 + "b,1,2,3,4\n"),
-        lambda path: own._read_lists(path, path.parent, {"a", "b"}),
-    ),
-    **{
-        f"data/{name}": (prepared, read_prepared)
-        for name in ("meta.json", "index.jsonl", "fixations.npz", "sources.json")
-    },
-    "features.npz": (lambda path: np.savez(path, features=np.ones((2, 3, 4))), features),
+    "i1.mat": (lambda p: save_recording(p, np.ones((9, 2))), mit1003._eye_positions),
+    "salicon.json": (text(SALICON), salicon._read_annotations),
+    "fixations.csv": (text(GAZE), lambda p: own._read_lists(p, p.parent, {"a", "b"})),
+    **{f"data/{name}": (prepared, read_prepared) for name in PREPARED},
+    "features.npz": (lambda p: np.savez(p, features=np.ones((2, 3, 4))), features),
     "x.pt": (checkpoint, load_checkpoint),
     "published.safetensors": (published, load_checkpoint),
     "x.pth": (weights, read_weights),
     "weights.safetensors": (weights, read_weights),
-    "x.h5": (keras, lambda path: import_weights(path, path.with_name("out.pt"))),
+    "x.h5": (keras, lambda p: import_weights(p, p.with_name("out.pt"))),
     "x.pt2": (pt2, load_exported),
     "x.onnx": (onnx_network, load_exported),
-    "preset.yaml": (
-        text(
-            "preset: tiny\nlr: 0.1\nprior_cells: [3, 4]\nbackbone_args: {a: {b: [1]}}\n"
-            "freeze: [a, b]\nstandardise: true\nloss: kl\nheight: 64\n"
-        ),
-        load_config,
-    ),
-    "grid.yaml": (
-        text(
-            "preset: tiny\nseeds: [0, 1]\nsplit: val\ncommon: {lr: 0.1}\n"
-            "cells: {a: {}, b: {start_from: a}}\n"
-        ),
-        read_grid,
-    ),
+    "preset.yaml": (text(PRESET), load_config),
+    "grid.yaml": (text(GRID), read_grid),
     "vgg.h5": (keras_vgg, legacy._keras_vgg16),
     "x.pkl": (mlnet_pytorch, legacy._mlnet_pytorch),
     "maps.hdf5": (hdf5_maps, read_maps),
-    "maps/a.mat": (lambda path: save_mat(path, I=np.eye(*SIZE[::-1])), read_maps),
+    "maps/a.mat": (mat_map, read_maps),
     "maps/a.npy": (matrix, read_maps),
-    "metrics.json": (report, lambda path: score_table(read_json(path, "evaluate", *REPORT))),
-    "prediction.json": (
-        text('{"checkpoint": "x", "sha256": "0", "versions": {"a": "1"}}'),
-        lambda path: read_json(path, "predict", "sha256"),
-    ),
-    "pipeline.json": (
-        text('{"01_data_preparation": {"inputs": {"a": 1}, "outputs": {"b": "c"}, "seconds": 1}}'),
-        lambda path: pipeline._read_state(path.parent),
-    ),
-    "set/.complete.json": (
-        text('{"files": {"a": [1, "0"], "b": [2, "1"]}}'),
-        lambda path: check_unpacked(path.parent),
-    ),
+    "metrics.json": (report, lambda p: score_table(read_json(p, "evaluate", *REPORT))),
+    "prediction.json": (text(PREDICTION), lambda p: read_json(p, "predict", "sha256")),
+    "pipeline.json": (text(STATE), lambda p: pipeline._read_state(p.parent)),
+    "set/.complete.json": (text(COMPLETE), lambda p: check_unpacked(p.parent)),
     "x.ipynb": (notebook, read_notebook),
     **{f"submission{kind}": (submission, validated) for kind in (".zip", ".json", ".hdf5")},
-    "archive.zip": (lambda path: path.write_bytes(zipped({"a": b"1" * 99, "b/c": b"2"})), unpacked),
+    "archive.zip": (lambda p: p.write_bytes(zipped({"a": b"1" * 99, "b/c": b"2"})), unpacked),
 }
 
 
