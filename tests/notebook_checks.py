@@ -71,17 +71,14 @@ def repository_name():
 # ---- saved by the pipeline, executed from a clean kernel ---------------------------------------
 def executed_in_order(notebook, path):
     counts = [cell.execution_count for cell in code_cells(notebook)]
-    if counts == list(range(1, len(counts) + 1)):
-        return []
-    return [f"execution counts {counts}: not run once, top to bottom, from a clean kernel"]
+    problem = f"execution counts {counts}: not run once, top to bottom, from a clean kernel"
+    return [problem] if counts != list(range(1, len(counts) + 1)) else []
 
 
 def has_outputs(notebook, path):
-    cells = code_cells(notebook)
-    shown = sum(bool(cell.outputs) for cell in cells)
-    if cells and shown >= MIN_SHARE_WITH_OUTPUT * len(cells):
-        return []
-    return [f"only {shown} of {len(cells)} code cells show something"]
+    shown = [bool(cell.outputs) for cell in code_cells(notebook)]
+    problem = f"only {sum(shown)} of {len(shown)} code cells show something"
+    return [] if shown and sum(shown) >= MIN_SHARE_WITH_OUTPUT * len(shown) else [problem]
 
 
 def no_errors_or_stderr(notebook, path):
@@ -95,19 +92,16 @@ def no_errors_or_stderr(notebook, path):
 
 def plain_metadata(notebook, path):
     """The kernel's name, tags, and the GPU that Colab is asked for where something is trained."""
-    problems = []
-    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    if dict(notebook.metadata.get("kernelspec", {})) != kernel:
-        problems.append(f"kernelspec is {notebook.metadata.get('kernelspec')}")
+    problems, kernel = [], notebook.metadata.get("kernelspec", {})
+    if kernel != {"name": "python3", "display_name": "Python 3", "language": "python"}:
+        problems.append(f"kernelspec is {kernel}")
     machine = GPU if path.stem in TRAINS else {}
     if {key: notebook.metadata[key] for key in GPU if key in notebook.metadata} != machine:
         problems.append(f"Colab's machine is not {machine or 'left to the user'}")
-    extra = sorted(set(notebook.metadata) - {"kernelspec", "language_info", *GPU})
-    if extra:
+    if extra := sorted(set(notebook.metadata) - {"kernelspec", "language_info", *GPU}):
         problems.append(f"notebook metadata holds {', '.join(extra)}")
     for cell in notebook.cells:
-        strange = sorted(set(cell.metadata) - CELL_METADATA)
-        if strange:
+        if strange := sorted(set(cell.metadata) - CELL_METADATA):
             problems.append(f"metadata of {label(cell)} holds {', '.join(strange)}")
     return problems
 
@@ -134,14 +128,10 @@ def literal_parameters(notebook, path):
         values = parameters_of(path)
     except ValueError as error:
         return [str(error)]
-    wanted = {"PRESET": "sample", "RUN_DIR": "", "DATA_ROOT": ""}
-    if path.stem.startswith("00"):  # the quickstart is no stage of the pipeline
-        wanted = {"RUN_DIR": ""}
-    return [
-        f"parameter {name} should be {value!r}"
-        for name, value in wanted.items()
-        if values.get(name) != value
-    ]
+    quickstart = path.stem.startswith("00")  # it is no stage of the pipeline
+    names = ["RUN_DIR"] if quickstart else ["PRESET", "RUN_DIR", "DATA_ROOT"]
+    wanted = {name: "sample" if name == "PRESET" else "" for name in names}
+    return [f"parameter {n} should be {v!r}" for n, v in wanted.items() if values.get(n) != v]
 
 
 # ---- plain code ------------------------------------------------------------------------------
@@ -171,24 +161,17 @@ def shell_only_in_colab(notebook, path):
 
 
 def no_path_tricks(notebook, path):
-    tricks = re.compile(r"\b(sys\.path|os\.chdir|PYTHONPATH)\b")
-    return [
-        f"{label(cell)} uses {match[0]}"
-        for cell in code_cells(notebook)
-        for match in tricks.finditer(cell.source)
-    ]
+    tricks = re.compile(r"\b(?:sys\.path|os\.chdir|PYTHONPATH)\b")
+    cells = code_cells(notebook)
+    return [f"{label(cell)} uses {used}" for cell in cells for used in tricks.findall(cell.source)]
 
 
 # ---- links and pictures --------------------------------------------------------------------------
 def badges_carry_the_address(notebook, path):
     """Colab and nbviewer open this notebook of this repository, whose name pyproject.toml holds."""
     place = f"github/{repository_name()}/blob/main/notebooks/{path.name}"
-    text = markdown(notebook)
-    return [
-        f"no link to {site}/{place}"
-        for site in ("https://colab.research.google.com", "https://nbviewer.org")
-        if f"({site}/{place})" not in text
-    ]
+    badges = [f"{s}/{place}" for s in ("https://colab.research.google.com", "https://nbviewer.org")]
+    return [f"no link to {badge}" for badge in badges if f"({badge})" not in markdown(notebook)]
 
 
 def links_are_valid(notebook, path):
