@@ -9,15 +9,17 @@ import time
 from pathlib import Path
 
 import pytest
+from miniatures import save_osie, save_photo
+from PIL import Image
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+ROOT = Path(__file__).resolve().parent.parent
 LACKING = ("gdown", "nbclient", "nbformat", "papermill", "jupyter_client", "IPython", "pydantic",
            "skimage", "hypothesis", "h5py", "av", "onnx", "onnxruntime")  # fmt: skip
 
 
 @pytest.fixture
 def on_a_gpu(monkeypatch):
-    monkeypatch.syspath_prepend(BENCHMARKS)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     import on_a_gpu
 
     monkeypatch.setattr(on_a_gpu, "tidy", lambda: None)  # a second, of a busy machine's
@@ -32,18 +34,24 @@ def run(on_a_gpu, rows, out, seconds=60.0, allowed=60.0):
     return json.loads(out.read_text())
 
 
+def without_what_may_lack(code, cwd, **environment):
+    """Run code in an interpreter of which those packages cannot be imported."""
+    code = f"import sys; sys.modules.update(dict.fromkeys({LACKING})); {code}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    return ended.stdout
+
+
 @pytest.mark.slow
 def test_every_section_runs_without_what_the_machine_may_lack(tmp_path):
-    out = tmp_path / "record.json"
-    code = f"import runpy, sys; sys.modules.update(dict.fromkeys({LACKING})); "
-    code += f"sys.argv[1:] = ['--smoke', '--out', {str(out)!r}]; "
-    code += f"sys.path.insert(0, {str(BENCHMARKS)!r}); "
-    code += f"runpy.run_path({str(BENCHMARKS / 'on_a_gpu.py')!r}, run_name='__main__')"
-    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path
+    out, folder = tmp_path / "record.json", ROOT / "benchmarks"
+    without_what_may_lack(
+        f"sys.argv[1:] = ['--smoke', '--out', {str(out)!r}]; sys.path.insert(0, {str(folder)!r}); "
+        f"import runpy; runpy.run_path({str(folder / 'on_a_gpu.py')!r}, run_name='__main__')",
+        tmp_path,
     )
-    assert ended.returncode == 0, ended.stderr
     record = json.loads(out.read_text())
     assert record["complete"]
     assert list(record["sections"]) == [
@@ -57,25 +65,20 @@ def test_every_section_runs_without_what_the_machine_may_lack(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_tests_for_a_gpu_are_collected_without_what_the_machine_may_lack(tmp_path):
-    code = f"import sys, pytest; sys.modules.update(dict.fromkeys({LACKING})); "
-    code += "sys.exit(pytest.main(['-m', 'gpu', '--collect-only', '-q', '-p', 'no:cacheprovider']))"
-    environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}  # nbval needs nbformat
-    ended = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment,
-        cwd=BENCHMARKS.parent,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout
-    assert "test_a_gpu_predicts_the_same" in ended.stdout
-    assert "needs the package nbformat" in ended.stdout
+def test_the_tests_for_a_gpu_are_collected_without_what_the_machine_may_lack():
+    words = ["-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider"]
+    code = f"import pytest; sys.exit(pytest.main({words}))"
+    printed = without_what_may_lack(
+        code, ROOT, PYTEST_DISABLE_PLUGIN_AUTOLOAD="1"
+    )  # nbval: nbformat
+    assert "test_a_gpu_predicts_the_same" in printed
+    assert "needs the package nbformat" in printed
 
 
 def test_a_row_that_fails_is_recorded_and_the_next_one_runs(on_a_gpu, tmp_path):
-    def fails():
-        raise ZeroDivisionError("on purpose")
-
-    record = run(on_a_gpu, {"first": fails, "second": lambda: {"is": 1}}, tmp_path / "r.json")
-    assert "ZeroDivisionError: on purpose" in record["sections"]["first"]["row"]["error"]
+    rows = {"first": lambda: 1 // 0, "second": lambda: {"is": 1}}
+    record = run(on_a_gpu, rows, tmp_path / "r.json")
+    assert "ZeroDivisionError: " in record["sections"]["first"]["row"]["error"]
     assert record["sections"]["second"] == {"row": {"is": 1}}
     assert record["complete"]
 
@@ -87,8 +90,7 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(on_a_gpu, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         run(on_a_gpu, {"first": lambda: {"is": 1}, "second": killed}, tmp_path / "r.json")
     record = json.loads((tmp_path / "r.json").read_text())
-    assert record["sections"]["first"] == {"row": {"is": 1}}
-    assert not record["complete"]
+    assert (record["sections"]["first"], record["complete"]) == ({"row": {"is": 1}}, False)
 
 
 def test_a_row_that_takes_too_long_is_left(on_a_gpu, tmp_path):
@@ -103,19 +105,15 @@ def test_a_row_that_takes_too_long_is_left(on_a_gpu, tmp_path):
 
 
 def test_photos_that_were_made_smaller_are_brought_back(on_a_gpu, tmp_path):
-    from miniatures import save_osie, save_photo
-    from PIL import Image
-
-    data = tmp_path / "data"
-    save_osie(data / "osie", {"1001.jpg": [], "1002.jpg": []})
-    save_photo(data / "osie" / "data" / "stimuli" / "1002.jpg", 640, 480)
+    save_osie(tmp_path / "osie", {"1001.jpg": [], "1002.jpg": []})
+    save_photo(tmp_path / "osie/data/stimuli/1002.jpg", 640, 480)
     (tmp_path / "work").mkdir()
-    options = argparse.Namespace(data=data, weights=None, smoke=False, minutes=1)
-    root = on_a_gpu.Measurements(options, tmp_path / "work")._osie_root()
-    photos = sorted((root / "osie" / "data" / "stimuli").iterdir())
+    options = argparse.Namespace(data=tmp_path, weights=None, smoke=False, minutes=1)
+    root = on_a_gpu.Measurements(options, tmp_path / "work")._osie_root() / "osie/data"
+    photos = sorted((root / "stimuli").iterdir())
     assert [Image.open(photo).size for photo in photos] == 2 * [(800, 600)]
     assert photos[0].is_symlink()
-    assert (root / "osie" / "data" / "eye" / "fixations.mat").is_file()
+    assert (root / "eye/fixations.mat").is_file()
 
 
 def test_without_osie_the_training_is_skipped_with_a_reason(on_a_gpu, tmp_path):

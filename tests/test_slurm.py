@@ -29,18 +29,11 @@ def submit(tmp_path):
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
         (tmp_path / name).chmod(stat.S_IRWXU)
 
-    def start(
-        *words: str, seconds: int = 0, code: int = 0, nodes: int = 2, gpus: int = 4
-    ) -> subprocess.Popen:
-        job = {
-            "SLURM_JOB_ID": "12345",
-            "SLURM_JOB_NODELIST": "node[1-2]",
-            "SLURM_JOB_NUM_NODES": str(nodes),
-            "SLURM_GPUS_ON_NODE": str(gpus),
-            "SECONDS_TO_RUN": str(seconds),
-            "CODE": str(code),
-            "PATH": f"{tmp_path}:{os.environ['PATH']}",
-        }
+    def start(*words, seconds=0, code=0, nodes=2, gpus=4) -> subprocess.Popen:
+        job = {"SLURM_JOB_ID": "12345", "SLURM_JOB_NODELIST": "node[1-2]",
+               "SLURM_JOB_NUM_NODES": str(nodes), "SLURM_GPUS_ON_NODE": str(gpus),
+               "SECONDS_TO_RUN": str(seconds), "CODE": str(code),
+               "PATH": f"{tmp_path}:{os.environ['PATH']}"}  # fmt: skip
         return subprocess.Popen(["bash", SCRIPT, *words], cwd=tmp_path, env={**os.environ, **job})
 
     return start
