@@ -67,8 +67,7 @@ def machines():
 
 def received(name: str, end: str) -> int:
     """Bytes that came over the cable."""
-    path = f"/sys/class/net/{end}/statistics/rx_bytes"
-    return int(ip("netns", "exec", name, "cat", path))
+    return int(ip("netns", "exec", name, "cat", f"/sys/class/net/{end}/statistics/rx_bytes"))
 
 
 def start(command: list[str], interface: str) -> subprocess.Popen:
