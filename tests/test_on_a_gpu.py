@@ -75,14 +75,6 @@ def test_the_tests_for_a_gpu_are_collected_without_what_the_machine_may_lack():
     assert "needs the package nbformat" in printed
 
 
-def test_a_row_that_fails_is_recorded_and_the_next_one_runs(on_a_gpu, tmp_path):
-    rows = {"first": lambda: 1 // 0, "second": lambda: {"is": 1}}
-    record = run(on_a_gpu, rows, tmp_path / "r.json")
-    assert "ZeroDivisionError: " in record["sections"]["first"]["row"]["error"]
-    assert record["sections"]["second"] == {"row": {"is": 1}}
-    assert record["complete"]
-
-
 def test_a_run_that_is_cut_off_keeps_what_it_had(on_a_gpu, tmp_path):
     def killed():
         raise KeyboardInterrupt
@@ -93,15 +85,17 @@ def test_a_run_that_is_cut_off_keeps_what_it_had(on_a_gpu, tmp_path):
     assert (record["sections"]["first"], record["complete"]) == ({"row": {"is": 1}}, False)
 
 
-def test_a_row_that_takes_too_long_is_left(on_a_gpu, tmp_path):
-    rows = {"first": lambda: time.sleep(9), "second": lambda: {"is": 1}}
+def test_a_row_that_fails_or_takes_too_long_is_recorded_and_the_next_one_runs(on_a_gpu, tmp_path):
+    rows = {"fails": lambda: 1 // 0, "takes": lambda: time.sleep(9), "runs": lambda: {"is": 1}}
     started = time.monotonic()
     record = run(on_a_gpu, rows, tmp_path / "r.json", allowed=0.3)
     assert time.monotonic() - started < 8
-    assert "skipped" in record["sections"]["first"]["row"]
-    assert record["sections"]["second"] == {"row": {"is": 1}}
+    assert "ZeroDivisionError: " in record["sections"]["fails"]["row"]["error"]
+    assert "skipped" in record["sections"]["takes"]["row"]
+    assert record["sections"]["runs"] == {"row": {"is": 1}}
+    assert record["complete"]
     record = run(on_a_gpu, rows, tmp_path / "r.json", seconds=0.3)
-    assert "no time" in record["sections"]["second"]["row"]["skipped"]
+    assert "no time" in record["sections"]["runs"]["row"]["skipped"]
 
 
 def test_photos_that_were_made_smaller_are_brought_back(on_a_gpu, tmp_path):
