@@ -31,10 +31,8 @@ def test_folders_prefer_the_argument_then_the_variable(monkeypatch, tmp_path):
     monkeypatch.delenv("MLNET_RUNS")
     monkeypatch.chdir(tmp_path)
     for root in (runtime.checkout_root(), tmp_path):
-        assert (runtime.data_root(), runtime.run_dir("", "osie")) == (
-            root / "data",
-            root / "runs/osie",
-        )
+        assert runtime.data_root() == root / "data"
+        assert runtime.run_dir("", "osie") == root / "runs/osie"
         monkeypatch.setattr(runtime, "checkout_root", lambda: None)
 
 
@@ -107,9 +105,9 @@ def test_atomic_path_replaces_only_on_success(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         write_half(path)
     assert path.read_text() == "old"
+    assert os.listdir(path.parent) == ["file.csv"]
     runtime.write_text(path, "new")
     assert path.read_text() == "new"
-    assert os.listdir(path.parent) == ["file.csv"]
 
 
 @pytest.mark.parametrize("old", ["1.5", "second", "NaN"])
