@@ -4,6 +4,7 @@ They are forked from a server that has imported torch once, with the environment
 would give them.
 """
 
+import collections
 import contextlib
 import functools
 import itertools
@@ -42,21 +43,15 @@ def die_at_event(number: int) -> None:
 
 def count_events() -> None:
     """Write down, when the training has ended, how many events it has."""
-    events = 0
+    latest = collections.deque(maxlen=1)
+    on_event(latest.append)
 
-    def note(number):
-        nonlocal events
-        events = number
-
-    on_event(note)
-    fit = trainer.fit
-
-    def counted(*arguments):
-        fit(*arguments)
+    def counted(call, *_):
+        call()
         sys.setprofile(None)
-        Path("events.txt").write_text(str(events))
+        Path("events.txt").write_text(str(*latest))
 
-    trainer.fit = counted
+    wrap(trainer, "fit", counted)
 
 
 def wrap(owner, name: str, around) -> None:
@@ -211,9 +206,7 @@ def server():
     return context
 
 
-def train(
-    folder: Path, accident=None, rank: int | None = None, world: int = 0, **options
-) -> list[int]:
+def train(folder: Path, accident=None, rank=None, world: int = 0, **options) -> list[int]:
     """Train in one process, or in ``world`` of them that know of each other; the exit codes.
 
     The accident happens in the process ``rank``, or in all.
@@ -238,12 +231,11 @@ def train(
 
 def outcome(folder: Path) -> dict:
     """The log and all weights of a finished run."""
-    content = {
-        name: load_checkpoint(folder / "checkpoints" / name) for name in ("best.pt", "last.pt")
-    }
-    assert content["last.pt"]["progress"]["finished"]
-    states = {name: content[name]["model"] for name in content}
-    states["average"] = content["last.pt"]["average"]
+    best, last = (
+        load_checkpoint(folder / "checkpoints" / f"{name}.pt") for name in ("best", "last")
+    )
+    assert last["progress"]["finished"]
+    states = {"best": best["model"], "last": last["model"], "average": last["average"]}
     found = {f"{name} {key}": value for name in states for key, value in states[name].items()}
     return {"log": (folder / "log.csv").read_bytes(), **found}
 
