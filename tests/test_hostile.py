@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from conftest import make_photo, tiny_checkpoint
+from miniatures import zipped
 
 from mlnet_utils.config import Config, load_config
 from mlnet_utils.data.images import read_density, read_image
@@ -23,6 +24,7 @@ from mlnet_utils.model.legacy import import_weights
 from mlnet_utils.model.tensorfiles import read_weights
 from mlnet_utils.predict.export import export
 from mlnet_utils.predict.predictor import load
+from mlnet_utils.predict.submission import validate_submission
 from mlnet_utils.running.notebooks import parameters_of
 
 
@@ -150,6 +152,13 @@ def test_a_checkpoint_leads_to_no_other_file_or_site(tmp_path, monkeypatch, key,
     monkeypatch.setattr("timm.create_model", lambda *_, **__: pytest.fail("timm was asked"))
     with pytest.raises(ValueError, match=f"{key}="):
         load(tmp_path / "x.pt")
+
+
+def test_a_map_that_announces_any_size_is_not_read(tmp_path, monkeypatch):
+    monkeypatch.setattr("mlnet_utils.predict.submission.LARGEST", 5)
+    (tmp_path / "x.zip").write_bytes(zipped({"a.png": b"123456"}))
+    problems = validate_submission(tmp_path / "x.zip", {"a.jpg": (16, 12)})
+    assert "6 bytes, more than a map can have" in str(problems)
 
 
 @pytest.mark.parametrize("name", ["..", ".", "", "/", " "])
