@@ -92,11 +92,14 @@ def write_half(path):
 
 
 def abandon(path):
-    """Half a file, as a killed writer leaves it."""
+    """Half a file, as a killed writer leaves it; returns its path."""
+    before = set(path.parent.glob(".*"))
     with pytest.MonkeyPatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
         patch.setattr(Path, "unlink", lambda *_, **__: None)
         patch.setattr(os, "getpid", lambda: 1)
         write_half(path)
+    (left,) = set(path.parent.glob(".*")) - before
+    return left
 
 
 def test_atomic_path_replaces_only_on_success(tmp_path):
