@@ -172,6 +172,8 @@ def test_score_all_gives_what_its_inputs_allow():
     maps = scene()
     assert tuple(metrics.score_all(**maps)) == metrics.METRICS
     assert set(metrics.score_all(maps["prediction"], maps["fixations"])) == {"AUC", "NSS"}
+    found = metrics.score_all(**maps, protocol="salicon2015")
+    assert set(found) == {"AUC", "CC", "sAUC", "NSS"}
 
 
 @PROTOCOLS
@@ -248,6 +250,17 @@ def test_beyond_rounding_a_map_is_not_constant(value, eps, dtype):
     maps = scene(points=1)
     maps["prediction"] = (value * (1 + eps * maps["fixations"].double())).to(dtype)
     assert score(maps)["AUC"].item() > 0.99
+
+
+def test_all_zero_predictions():
+    maps = scene()
+    maps["prediction"] = torch.zeros(1, H, W, dtype=torch.float64)
+    uniform = score({**maps, "prediction": torch.ones(1, H, W, dtype=torch.float64)})
+    same(score(maps), uniform, tolerance=1e-12)
+    found = score(maps, protocol="salicon")
+    assert found["SIM"].item() == 0.0
+    assert found["KL"].item() > 20
+    assert math.isnan(found["IG"].item())
 
 
 @PROTOCOLS

@@ -121,6 +121,12 @@ def test_an_unreadable_checkpoint_gives_way_to_the_one_before(stopped, uninterru
     assert_identical(stopped, uninterrupted[0])
 
 
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 def change_data(meta: Path) -> None:
     prepared = Prepared.read(meta.parent)
     prepared.photos[0].fixations[0] += 1
@@ -131,6 +137,7 @@ def change_data(meta: Path) -> None:
     (truncate, ("last.pt", "previous.pt"), {}, r"last\.pt.*previous\.pt.*checkpoints"),
     (Path.unlink, ("best.pt",), {}, r"best\.pt .* epoch 2"),
     (truncate, ("best.pt",), {}, r"best\.pt' .* again"),
+    (flip_a_bit, ("best.pt",), {}, r"best\.pt' .* again"),
     (change_data, ("../data/meta.json",), {}, r"last\.pt .*run/data"),
     (None, (), {"lr": 0.1}, r"last\.pt .*lr: 0.004 there, 0.1 here"),
 ])  # fmt: skip
