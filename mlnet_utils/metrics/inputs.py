@@ -60,16 +60,6 @@ class Map:
         return lifted / total if total else torch.full_like(lifted, 1 / len(lifted))
 
     @functools.cached_property
-    def centred(self) -> Tensor:
-        """(P,) the values minus their mean."""
-        return self.values - self.values.mean()
-
-    @functools.cached_property
-    def square(self) -> float:
-        """Sum of the squares of :attr:`centred`: P times the variance."""
-        return torch.dot(self.centred, self.centred).item()
-
-    @functools.cached_property
     def unit(self) -> Tensor:
         """(P,) the values scaled to 0..1; 0 where the map is constant."""
         return (self.values - self.low) / ((self.high - self.low) or 1.0)

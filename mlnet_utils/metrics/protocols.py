@@ -1,127 +1,131 @@
-"""From formulas on one image to metrics of batches: checks, undefined values and threads."""
+"""The evaluators' definitions of the metrics: what each of them puts into the formulas.
 
-import functools
-import inspect
+``"mit300"``: today's MIT/Tuebingen benchmark and pysaliency. ``"salicon"``: the LSUN'17 SALICON
+server, which used MIT's MATLAB code (cvzoya/saliency). ``"salicon2015"``: the first evaluator
+(NUS-VIP/salicon-evaluation). docs/metrics.md has them side by side.
+"""
+
 import math
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from mlnet_utils.metrics import functions
+from mlnet_utils.metrics.functions import exact_area, grid_area, judd_area
 from mlnet_utils.metrics.inputs import Map, Points
+from mlnet_utils.metrics.resize import resize
 
-PROTOCOLS = ("mit300", "salicon", "salicon2015")
 METRICS = ("AUC", "CC", "KL", "sAUC", "IG", "NSS", "SIM")  # the order of MLNet-Pytorch's table
-DEFINITIONS: dict[str, dict[str, Callable[..., float]]] = {name: {} for name in PROTOCOLS}
-MAPS = {
-    "prediction": Map, "fixations": Points, "density": Map, "negatives": Points, "baseline": Map
-}  # fmt: skip
+INPUTS = {
+    **dict.fromkeys(
+        ("AUC", "AUC-unfixated", "AUC-Judd", "AUC-Borji", "NSS"), ("prediction", "fixations")
+    ),
+    **dict.fromkeys(("sAUC", "sAUC-grid"), ("prediction", "fixations", "negatives")),
+    **dict.fromkeys(("CC", "KL", "SIM", "EMD"), ("prediction", "density")),
+    "IG": ("prediction", "fixations", "baseline"),
+}
+# Multiplied in float64, as in the published code: 3 * 0.1 is not 0.3, and a map stored in tenths
+# has values exactly on the thresholds.
+COARSE = [*(i * 0.1 for i in range(11)), math.inf]  # MIT's AUC_Borji.m and AUC_shuffled.m
+FINE = [*(i * 0.01 for i in range(100)), math.inf]  # the 2015 SALICON evaluator leaves out 1
+EPS_MIT300, EPS_MATLAB = 2.2204e-16, 2.0**-52  # as the benchmark's code and MATLAB write it
 
 
-def metric(name: str, *protocols: str) -> Callable[[Callable], Callable[..., Tensor]]:
-    """Make the formula of one image a metric of batches, defined in these protocols.
-
-    The formula's parameters name the maps that it takes (:data:`MAPS`), and options. The batch
-    function takes (B, H, W) tensors for the maps, and ``names``; the formula stays its
-    ``__wrapped__``, and becomes ``DEFINITIONS[protocol][name]``.
-    """
-
-    def decorate(formula: Callable[..., float]) -> Callable[..., Tensor]:
-        for protocol in protocols:
-            DEFINITIONS[protocol][name] = formula
-        signature = inspect.signature(formula)
-
-        @functools.wraps(formula)
-        def of_batch(*args: object, names: Sequence[str] | None = None, **kwargs: object) -> Tensor:
-            given = signature.bind(*args, **kwargs).arguments
-            maps = {kind: given.pop(kind) for kind in MAPS if kind in given}
-            return score([name], maps, names, **given)[name]
-
-        parameters = [
-            one.replace(annotation=Tensor) if one.name in MAPS else one
-            for one in signature.parameters.values()
-        ]
-        last = inspect.Parameter("names", inspect.Parameter.KEYWORD_ONLY, default=None)
-        of_batch.__signature__ = inspect.Signature([*parameters, last], return_annotation=Tensor)
-        return of_batch
-
-    return decorate
+# ---- definitions -------------------------------------------------------------------------------
+# p, g, b: inputs.Map of prediction, density, baseline; f, n: inputs.Points of fixations, negatives.
+def _auc_unfixated(p: Map, f: Points) -> float:
+    negatives = _unfixated(p, f)
+    return exact_area(p.values[f.each], negatives) if len(negatives) else math.nan
 
 
-def needs(formula: Callable[..., float]) -> list[str]:
-    """The maps that a formula takes."""
-    return [kind for kind in inspect.signature(formula).parameters if kind in MAPS]
+def _auc_judd(p: Map, f: Points) -> float:
+    return judd_area(p.values[f.pixels], _unfixated(p, f))
 
 
-def score(
-    metrics: Sequence[str],
-    maps: dict[str, Tensor],
-    names: Sequence[str] | None,
-    protocol: str = "mit300",
-    **options: object,
-) -> dict[str, Tensor]:
-    """Check the batch; apply formulas to its images, as many at a time as torch has threads.
-
-    Each image has one thread, so the number of threads does not change a bit of the sums.
-    ``metrics`` are keys of ``DEFINITIONS[protocol]``, ``maps`` (B, H, W) tensors under keys of
-    :data:`MAPS`, ``options`` those of the formulas. Returns {metric: (B,) float64}. Raises
-    ValueError: a metric or protocol is unknown, an input is missing or refused.
-    """
-    if protocol not in DEFINITIONS:
-        raise ValueError(f"protocol {protocol!r} is not one of {', '.join(PROTOCOLS)}")
-    defined = DEFINITIONS[protocol]
-    for name in metrics:
-        if name not in defined:
-            known = ", ".join(defined)
-            raise ValueError(f"{name} is not defined in protocol {protocol!r}, only {known}")
-        if missing := set(needs(defined[name])) - maps.keys():
-            raise ValueError(f"{name} needs {', '.join(missing)} (B, H, W), got None")
-    _check_shapes(maps, names)
-    count, baseline, shared = len(maps["prediction"]), maps.get("baseline"), {}
-    if baseline is not None and count > 1 and baseline.stride(0) == 0:
-        # `expand` gave the same one to every image: it is checked once.
-        shared["baseline"] = Map(baseline[0], "baseline", "every image of the batch")
-
-    def values(index: int) -> list[float]:
-        image = f"image {index} of the batch" if names is None else f"image {names[index]}"
-        own = maps.keys() - shared.keys()
-        given = {kind: MAPS[kind](m[index], kind, image) for kind, m in maps.items() if kind in own}
-        given |= shared | options | {"protocol": protocol}
-        return [_value(defined[name], given) for name in metrics]
-
-    threads = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=lambda: torch.set_num_threads(1)) as pool:
-            rows = list(pool.map(values, range(count)))
-    finally:
-        torch.set_num_threads(threads)  # the workers' setting is also that of threads to come
-    table = torch.tensor(rows, dtype=torch.float64).reshape(-1, len(metrics))
-    if maps["prediction"].device.type != "mps":  # which has no float64
-        table = table.to(maps["prediction"].device)
-    return dict(zip(metrics, table.unbind(1), strict=True))
+def _unfixated(p: Map, f: Points) -> Tensor:
+    """The prediction's values at the pixels that were not fixated."""
+    keep = torch.ones_like(p.values, dtype=torch.bool)
+    keep[f.pixels] = False
+    return p.values[keep]
 
 
-def _value(formula: Callable[..., float], given: dict[str, object]) -> float:
-    """The formula's value; NaN without fixations, negatives or density."""
-    taken = {name: given[name] for name in inspect.signature(formula).parameters if name in given}
-    truths = taken.keys() & {"fixations", "negatives", "density"}
-    return math.nan if any(taken[kind].empty for kind in truths) else float(formula(**taken))
+def _auc_borji(p: Map, f: Points) -> float:
+    """Borji et al. (IEEE TIP 2013; MIT's ``AUC_Borji.m``): coarse, which costs peaky maps 0.06."""
+    if p.constant or len(f.pixels) < 2:
+        return math.nan
+    return grid_area(p.unit[f.pixels], p.unit, COARSE)
 
 
-def _check_shapes(maps: dict[str, Tensor], names: Sequence[str] | None) -> None:
-    for kind, value in maps.items():
-        odd = isinstance(value, Tensor) and (value.is_complex() or value.is_meta)
-        if odd or getattr(value, "layout", torch.strided) != torch.strided:
-            got = f"{value.dtype}, {value.layout} on {value.device}"
-            raise ValueError(f"{kind} must be a dense tensor of real numbers, got {got}")
-    shape = tuple(getattr(maps["prediction"], "shape", ()))
-    for kind, value in maps.items():
-        got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-        if len(shape) != 3 or 0 in shape[1:]:
-            raise ValueError(f"prediction must be a (B, H, W) tensor, got {got}")
-        if got != f"shape {shape}":
-            wanted = f"must have the prediction's shape {shape}"
-            raise ValueError(f"{kind} {wanted}, got {got}: see mlnet_utils.metrics.resize")
-    if names is not None and len(names) != shape[0]:
-        raise ValueError(f"{len(names)} names for {shape[0]} images")
+def _auc_shuffled_2015(p: Map, f: Points, n: Points) -> float:
+    """Negatives, weighted by their number of images, that this image's fixations left."""
+    others = n.each[~torch.isin(n.each, f.each)]
+    return grid_area(p.unit[f.each], p.unit[others], FINE)
+
+
+def _gain(p: Map, f: Points, b: Map) -> Tensor:
+    at_fixations = b.share[f.each]
+    if not (at_fixations > 0).all():
+        undefined = "the baseline is zero at a fixation; mix it with a uniform density"
+        raise ValueError(f"{p.image}: {undefined}")
+    return functions.information_gain(p.density[f.each], at_fixations)
+
+
+def _gain_matlab(p: Map, f: Points, b: Map) -> Tensor:
+    at_fixations = (one.stretched[f.pixels] + EPS_MATLAB for one in (p, b))
+    return functions.information_gain(*at_fixations)
+
+
+def _cc(p: Map, g: Map) -> float | Tensor:
+    return math.nan if p.constant or g.constant else functions.cc(p.values, g.values)
+
+
+def _emd(p: Map, g: Map, downsize: int = 32) -> float:
+    """MIT's old ``EMD.m``: maps shrunk by MATLAB's ``imresize``; NaN for an all-zero prediction."""
+    if p.empty:
+        return math.nan
+    if p.low < 0 < p.high:
+        problem = "the prediction has values of both signs; subtract its minimum first"
+        raise ValueError(f"{p.image}: {problem}")
+    size = [math.ceil(side / downsize) for side in p.shape]
+    small = (resize(one.values.reshape(1, *one.shape), *size, protocol="salicon") for one in (p, g))
+    return functions.emd(*(one[0] for one in small))
+
+
+_MIT = {"AUC-Judd": _auc_judd, "AUC-Borji": _auc_borji, "EMD": _emd}
+DEFINITIONS: dict[str, dict[str, Callable[..., float | Tensor]]] = {
+    # Every fixation counts. A map with negative values is lifted, one of zeros is uniform.
+    "mit300": {
+        **_MIT,
+        "AUC": lambda p, f: exact_area(p.values[f.each], p.values),
+        "AUC-unfixated": _auc_unfixated,
+        "sAUC": lambda p, f, n: exact_area(p.values[f.each], p.values[n.each]),
+        "NSS": lambda p, f: 0.0 if p.constant else functions.nss(p.values, f.each),
+        "IG": _gain,
+        "CC": lambda p, g: 0.0 if p.constant and not g.constant else _cc(p, g),
+        "KL": lambda p, g: functions.kl_divergence(p.density, g.share, EPS_MIT300),
+        "SIM": lambda p, g: functions.similarity(p.density, g.share),
+    },
+    # Every fixated pixel counts once. Nothing is lifted; SIM and IG scale the maps to 0..1 first.
+    "salicon": {
+        **_MIT,
+        "AUC": _auc_borji,
+        "sAUC": lambda p, f, n: exact_area(p.values[f.pixels], p.values[n.each]),
+        # MIT's AUC_shuffled.m, where each negative pixel counts once: pass ``negatives > 0``.
+        "sAUC-grid": lambda p, f, n: (
+            math.nan if p.constant else grid_area(p.unit[f.pixels], p.unit[n.each], COARSE)
+        ),
+        "NSS": lambda p, f: math.nan if p.constant else functions.nss(p.values, f.pixels, 1),
+        "IG": _gain_matlab,
+        "CC": _cc,
+        "KL": lambda p, g: functions.kl_divergence(p.share, g.share, EPS_MATLAB),
+        "SIM": lambda p, g: 0.0 if p.empty else functions.similarity(p.stretched, g.stretched),
+    },
+    "salicon2015": {
+        "AUC": lambda p, f: grid_area(p.unit[f.each], p.unit, FINE),
+        "sAUC": _auc_shuffled_2015,
+        "NSS": lambda p, f: 0.0 if p.constant else functions.nss(p.values, f.each),
+        "CC": _cc,
+    },
+}
+PROTOCOLS = tuple(DEFINITIONS)
