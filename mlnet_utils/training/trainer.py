@@ -151,9 +151,9 @@ class Trainer:
         started = time.monotonic()
         self.resume()
         if not self.finished:  # now that the weights are loaded
-            self.fit_into_memory()
             if self.config.cache_features:
                 cache_features(self.model, self.config, self.accelerator, self.data.values())
+            self.fit_into_memory()  # after it: features need less than photos
         with self.signals:
             while not self.finished:
                 begun, updates = time.monotonic(), self.updates

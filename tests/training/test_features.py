@@ -12,6 +12,7 @@ from miniatures import truncate
 
 from mlnet_utils.model.network import MLNet
 from mlnet_utils.training import features
+from mlnet_utils.training import trainer as trainers
 from mlnet_utils.training.features import backbone_key
 from mlnet_utils.training.trainer import Trainer, fit
 
@@ -52,6 +53,20 @@ def test_training_on_cached_features_learns_the_same(run_folder, tmp_path, cache
     for a, b in zip(expected.history, found.history, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
         assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-3)
+
+
+def test_the_size_that_fits_is_found_with_cached_features(run_folder, monkeypatch):
+    tried, losses = [], Trainer.losses
+
+    def watched(self, batch, network=None):
+        if network is not None:  # in the search for a size
+            tried.append("features" in batch and "image" not in batch)
+        return losses(self, batch, network)
+
+    monkeypatch.setattr(trainers, "has_own_memory", lambda device: True)
+    monkeypatch.setattr(Trainer, "losses", watched)
+    fit(tiny_config(**CACHED, micro_batch=-1, epochs=1), run_folder)
+    assert tried == [True]
 
 
 def test_a_second_run_reads_what_the_first_one_wrote(run_folder, tmp_path, cache_root):
