@@ -42,9 +42,12 @@ _UPRIGHT = {
 
 
 def visible_files(
-    folder: Path, suffixes: Sequence[str] = PHOTO_SUFFIXES, out: Path | None = None
+    folder: Path,
+    suffixes: Sequence[str] = PHOTO_SUFFIXES,
+    out: Path | None = None,
+    nested: bool = True,
 ) -> list[Path]:
-    """Files of these kinds in a folder and its sub-folders, in alphabetical order.
+    """The sorted files of these kinds in a folder and, if ``nested``, in its sub-folders.
 
     ``suffixes`` are in lower case, those of files may be in capitals. Left out are hidden files
     (programs make ``._a.jpg`` and ``.ipynb_checkpoints/``) and the folder ``out`` of results.
@@ -59,7 +62,7 @@ def visible_files(
                 folders.clear()
                 continue
             seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            folders[:] = sorted(n for n in folders if nested and not n.startswith("."))
             pending += [path for name in folders if (path := Path(place, name)).is_symlink()]
             found += [Path(place, name) for name in names if not name.startswith(".")]
     return sorted(path for path in found if path.suffix.lower() in suffixes)

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import inspect
 import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -18,9 +19,11 @@ import pytest
 from conftest import files
 from faulty_server import FaultyServer, Served
 from miniatures import save_mat, save_osie, save_photo, save_recording, save_salicon, zipped
+from PIL import Image
 
 from mlnet_utils.data import download
 from mlnet_utils.data.download import SOURCES
+from mlnet_utils.data.readers import DATASETS
 
 gdown = pytest.importorskip("gdown", reason="downloads need it")
 
@@ -45,8 +48,9 @@ def make_mit1003(root, _):
         positions = np.repeat([[5.0, 5.0], [150.0, 50.0]], 100, axis=0)
         for observer in ("ajs", "hp"):
             save_recording(root / f"DATA/{observer}/{stem}.mat", positions)
-        for kind in ("fixPts", "fixMap"):
-            save_photo(root / f"ALLFIXATIONMAPS/{stem}_{kind}.jpg", 200, 100)
+        save_photo(root / f"ALLFIXATIONMAPS/{stem}_fixMap.jpg", 200, 100)
+        marks = Image.fromarray(np.eye(100, 200, dtype=np.uint8) * 255)
+        marks.save(root / f"ALLFIXATIONMAPS/{stem}_fixPts.jpg")
 
 
 def make_cat2000(root, _):
@@ -127,6 +131,46 @@ def test_a_format_is_acquired_and_read(name, tmp_path, monkeypatch):
         assert found == expected
         assert any(points for *_, points in found)
         assert any(density for _, density, _ in found) == (name == "salicon-2017")
+
+
+def make_json(root, _):
+    save_photo(root / "images/train/a.jpg")
+    images = [{"file_name": "a.jpg", "id": 7, "width": 64, "height": 48}]
+    notes = [{"image_id": 7, "worker_id": 1, "fixations": [[1, 1]]}]
+    (root / "annotations").mkdir()
+    content = json.dumps({"images": images, "annotations": notes})
+    (root / "annotations/fixations_train.json").write_text(content)
+
+
+def make_maps(root, name):
+    make_mit1003(root, name)
+    shutil.rmtree(root / "DATA")
+
+
+def make_own(root, _):
+    save_photo(root / "images/a.jpg")
+    save_mat(root / "fixation_maps/a.mat", marks=np.eye(48, 64))
+
+
+READ = {name: (name, make) for name, (make, *_) in FORMATS.items() if SOURCES[name].read}
+READ |= {"json": ("salicon-json", make_json), "own": ("folder", make_own)}
+READ |= {"maps": ("mit1003", make_maps)}
+
+
+@pytest.mark.parametrize("layout", READ)
+def test_hidden_files_change_nothing(layout, tmp_path):
+    """A Mac writes a file ``._a.jpg`` beside each a.jpg of a disk that is exFAT."""
+    name, make = READ[layout]
+    make(tmp_path, name)
+    expected = [photo.image for photo in DATASETS[name].read(tmp_path)]
+    for path in list(tmp_path.rglob("*")):
+        if path.is_dir():
+            save_photo(path / ".ipynb_checkpoints/x.jpg")
+            for kind in (".jpg", ".jpeg", ".mat", ".png", "_fixPts.jpg"):
+                (path / f"._x{kind}").write_bytes(b"junk")
+        else:
+            path.with_name(f"._{path.name}").write_bytes(b"junk")
+    assert [photo.image for photo in DATASETS[name].read(tmp_path)] == expected
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -30,14 +30,13 @@ def read_cat2000(root: str | Path) -> list[Photo]:
     located = files.need(root / "trainSet" / "FIXATIONLOCS", "cat2000")
     photos = []
     categories, maps = (
-        sorted(path.name for path in folder.iterdir() if path.is_dir())
-        for folder in (stimuli, located)
+        [path.name for path in files.folders_in(folder)] for folder in (stimuli, located)
     )
     files.check_pairs("cat2000", f"categories in {stimuli}", categories, f"in {located}", maps)
     for category in progress(categories, "reading cat2000", unit="category"):
         # Not recursive: some packings keep saliency maps in a folder Output among the stimuli.
-        paths = files.by_stem((stimuli / category).glob("*.jpg"), "cat2000")
-        points = files.by_stem((located / category).glob("*.mat"), "cat2000")
+        paths = files.by_stem(files.directly_in(stimuli / category, ".jpg"), "cat2000")
+        points = files.by_stem(files.directly_in(located / category, ".mat"), "cat2000")
         files.check_pairs(f"cat2000 {category}", "photos", paths, "fixation files", points)
         for stem, file in paths.items():
             size = files.photo_size(file)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mlnet_utils.data.images import open_checked, open_image, orientation
+from mlnet_utils.data.images import open_checked, open_image, orientation, visible_files
 from mlnet_utils.data.photos import Photo
 from mlnet_utils.data.readers.matlab import read_mat
 from mlnet_utils.runtime import reading
@@ -27,6 +27,16 @@ def need(path: Path, dataset: str) -> Path:
         where = "`--root` or $MLNET_DATA names the folder of the datasets (data/README.md)"
         raise FileNotFoundError(f"{dataset}: {path} is missing; {fetch}; {where}")
     return path
+
+
+def directly_in(folder: Path, suffix: str) -> list[Path]:
+    """The visible files of a kind that lie in the folder itself; none where there is no folder."""
+    return visible_files(folder, (suffix,), nested=False)
+
+
+def folders_in(folder: Path) -> list[Path]:
+    """The visible sub-folders, in alphabetical order."""
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 # ---- pairing -----------------------------------------------------------------------------------

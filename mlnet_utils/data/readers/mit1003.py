@@ -34,9 +34,10 @@ def read_mit1003(root: str | Path) -> list[Photo]:
     are damaged, or have another structure or size.
     """
     root, recorded = Path(root), (Path(root) / "DATA").is_dir()
-    paths = files.by_stem(files.need(root / "ALLSTIMULI", "mit1003").glob("*.jpeg"), "mit1003")
+    stimuli = files.need(root / "ALLSTIMULI", "mit1003")
+    paths = files.by_stem(files.directly_in(stimuli, ".jpeg"), "mit1003")
     if recorded:
-        observers = sorted(path for path in (root / "DATA").iterdir() if path.is_dir())
+        observers = files.folders_in(root / "DATA")
         if not observers:
             raise ValueError(f"mit1003: {root / 'DATA'} holds no observers; download it again")
         for folder in observers:
@@ -45,8 +46,9 @@ def read_mit1003(root: str | Path) -> list[Photo]:
                 raise ValueError(f"mit1003: {names}: {files.named(lacking)}; download it again")
     else:
         folder = files.need(root / "ALLFIXATIONMAPS", "mit1003")
-        # The pattern passes over a stray copy, ...p1010764fixPts.jpg, that the archive contains.
-        maps = files.by_stem(folder.glob("*_fixPts.jpg"), "mit1003", strip="_fixPts")
+        # The underscore passes over a stray copy, ...p1010764fixPts.jpg, that the archive contains.
+        maps = [p for p in files.directly_in(folder, ".jpg") if p.stem.endswith("_fixPts")]
+        maps = files.by_stem(maps, "mit1003", strip="_fixPts")
         files.check_pairs("mit1003", "photos", paths, "*_fixPts.jpg", maps)
     photos = []
     for stem, path in progress(paths.items(), "reading mit1003", len(paths), "photo"):

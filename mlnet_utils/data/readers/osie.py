@@ -28,7 +28,7 @@ def read_osie(root: str | Path, dataset: str = "osie", size: tuple[int, int] = S
     path = files.need(root / "data" / "eye" / "fixations.mat", dataset)
     stimuli = files.need(root / "data" / "stimuli", dataset)
     records = _records(path, dataset)
-    paths = {file.name: file for file in sorted(stimuli.glob("*.jpg"))}
+    paths = {file.name: file for file in files.directly_in(stimuli, ".jpg")}
     files.check_pairs(dataset, f"photos in {stimuli}", paths, f"records in {path}", records)
     photos = []
     for name, file in progress(paths.items(), f"reading {dataset}", len(paths), "photo"):

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mlnet_utils.data.geometry import density_from_points
+from mlnet_utils.data.images import visible_files
 from mlnet_utils.data.photos import SPLITS, Photo
 from mlnet_utils.data.readers import files
 from mlnet_utils.data.readers.spec import Archive, DatasetSpec
@@ -37,9 +38,10 @@ def read_salicon_mat(root: str | Path, edition: str, points: str = "fixations") 
     fixations = files.need(root / f"fixations-{edition}", dataset)
     photos = []
     for split in SPLITS:
-        paths = files.by_stem((images / split).glob("*.jpg"), dataset)
-        recorded = files.by_stem((fixations / split).glob("*.mat"), dataset)
-        drawn = files.by_stem((root / f"maps-{edition}" / split).glob("*.png"), dataset)
+        paths = files.by_stem(files.directly_in(images / split, ".jpg"), dataset)
+        recorded = files.by_stem(files.directly_in(fixations / split, ".mat"), dataset)
+        maps = root / f"maps-{edition}" / split
+        drawn = files.by_stem(files.directly_in(maps, ".png"), dataset)
         if split != "test":
             files.check_pairs(f"{dataset} {split}", "photos", paths, "fixation files", recorded)
         if drawn:
@@ -66,7 +68,7 @@ def read_salicon_json(root: str | Path) -> list[Photo]:
     """
     root, dataset = Path(root), "salicon-json"
     annotations = sorted(files.need(root / "annotations", dataset).glob("fixations_*.json"))
-    paths = files.by_stem(files.need(root / "images", dataset).rglob("*.jpg"), dataset)
+    paths = files.by_stem(visible_files(files.need(root / "images", dataset), (".jpg",)), dataset)
     found = {}
     for path in annotations:
         split = next((s for s in SPLITS if path.stem.startswith(f"fixations_{s}")), None)
