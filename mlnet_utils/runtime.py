@@ -39,7 +39,8 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
         install = f"pip install 'mlnet-utils[{extra}]' (in a checkout: -e '.[{extra}]')"
-        raise ImportError(f"this needs the package {error.name!r}: {install}") from error
+        message = f"this needs the package {error.name!r}: {install}"
+        raise ImportError(message, name=error.name) from error
 
 
 # ---- folders -----------------------------------------------------------------------------------

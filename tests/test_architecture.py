@@ -167,4 +167,4 @@ def test_training_path_needs_no_notebook_packages():
 def test_import_check_fires():
     result = import_without(NOT_FOR_TRAINING, ["mlnet_utils.running.notebooks"])
     assert result.returncode == 1
-    assert "No module named 'nbformat'" in result.stderr
+    assert "mlnet-utils[notebooks]" in result.stderr

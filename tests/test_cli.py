@@ -79,6 +79,16 @@ def test_mistakes_are_one_sentence_and_exit_code_1(arguments, words, capsys, tmp
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("verb", ["reproduce", "publish", "sweep"])
+def test_verbs_that_execute_notebooks_name_their_extra(verb, capsys, tmp_path, monkeypatch):
+    for name in [name for name in sys.modules if name.startswith("mlnet_utils.running")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "papermill", None)
+    given = ["grid.yaml"] if verb == "sweep" else ["--run-dir", str(tmp_path)]
+    assert cli.main([verb, *given]) == 1
+    assert "'mlnet-utils[notebooks]'" in capsys.readouterr().err
+
+
 def test_debug_shows_where_it_happened(tmp_path):
     with pytest.raises(ValueError, match="unknown preset"):
         cli.main(["--debug", "train", "--preset", "nonsense", "--run-dir", str(tmp_path)])

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from scipy.signal import fftconvolve
 
 from mlnet_utils.data.images import PHOTO_SUFFIXES, output_stems, read_image, visible_files
+from mlnet_utils.runtime import require
 
 WORKING_SIDE = 320  # pixels of the longer side while searching; a fixation is no sharper
 RADIUS = 0.06  # of the longer side: 2 degrees where a photo fills 33, as OSIE's do
@@ -35,15 +36,14 @@ def chosen_photos(place: str = "", example: str = "astronaut") -> dict[str, np.n
 
     Raises:
         FileNotFoundError: there is no such photo, or no photo in the folder.
+        ImportError: the example is wanted without the extra ``notebooks``.
         ValueError: the photo cannot be read.
     """
     path = Path(place).expanduser()
     if not place:
         places = {Path(name): Path(name) for name in _uploaded()}
         if not places:
-            import skimage.data
-
-            return {example: getattr(skimage.data, example)()}
+            return {example: getattr(require("skimage.data", "notebooks"), example)()}
     elif path.is_dir():
         places = {file: file.relative_to(path) for file in visible_files(path)}
     else:

@@ -1,4 +1,9 @@
 """Headless execution: a notebook by papermill, and the notebooks as stages of a pipeline.
 
-Nothing here knows about saliency: the computations stand in the notebooks.
+Nothing here knows about saliency: the computations stand in the notebooks. Without the extra
+``notebooks`` importing this room is an ImportError that names it.
 """
+
+from mlnet_utils.runtime import require
+
+require("papermill", "notebooks")  # which needs the others of the extra

@@ -79,6 +79,12 @@ def test_photos_are_chosen_by_path_folder_or_default_and_none_is_an_error(tmp_pa
             chosen_photos(str(tmp_path / place))
 
 
+def test_the_example_names_its_extra(monkeypatch):
+    monkeypatch.setitem(sys.modules, "skimage.data", None)
+    with pytest.raises(ImportError, match=r"'skimage.*\[notebooks\]"):
+        chosen_photos()
+
+
 def test_photos_of_one_stem_are_kept_apart_and_a_broken_one_stops_nothing(tmp_path):
     for number, name in enumerate(("x.jpg", "x.png", "sub/x.png")):
         save_photo(tmp_path / name, 40 + number, 32)
