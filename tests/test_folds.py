@@ -1,6 +1,5 @@
 """Five folds: every photo once, by a network that never saw it; protocol "A" on known fixations."""
 
-import importlib
 import json
 import sys
 from dataclasses import replace
@@ -13,10 +12,17 @@ from conftest import make_photo
 
 from mlnet_utils.data.photos import ARRAYS, NOBODY, Prepared
 from mlnet_utils.data.readers.osie import read_osie
-from mlnet_utils.experiments import folds
 from mlnet_utils.experiments.evaluation import CENTRE
 from mlnet_utils.metrics.baselines import CentreBias
 from mlnet_utils.predict.predictor import MODEL
+
+
+@pytest.fixture
+def folds(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "benchmarks")
+    import folds
+
+    return folds
 
 
 @pytest.fixture
@@ -24,7 +30,7 @@ def photos(tmp_path):
     return [make_photo(tmp_path, f"p{number}", "", number) for number in range(6)]
 
 
-def test_the_first_fixation_of_each_scanpath_is_left_out(photos):
+def test_the_first_fixation_of_each_scanpath_is_left_out(folds, photos):
     photo = photos[0]  # three observers, four fixations each
     order = [4, 0, 5, 8, 1, 2, 9, 6, 10, 3, 7, 11]  # mixed, in order within each
     mixed = replace(photo, **{name: getattr(photo, name)[order] for name in ARRAYS})
@@ -44,7 +50,7 @@ def test_the_baseline_of_a_photo_knows_all_the_others_only(photos):
     assert bias.without(photos[0]).bandwidth == bias.bandwidth
 
 
-def test_protocol_a_scores_the_models_that_have_a_map_against_the_baseline(photos):
+def test_protocol_a_scores_the_models_that_have_a_map_against_the_baseline(folds, photos):
     predict = {
         "uniform": lambda photo: np.ones((photo.height, photo.width)),
         "one photo": lambda photo: np.eye(60, 80) + 1 if photo.stem == "p1" else None,
@@ -57,7 +63,7 @@ def test_protocol_a_scores_the_models_that_have_a_map_against_the_baseline(photo
 
 
 def test_one_command_scores_all_photos_by_networks_that_never_saw_them(
-    photos, tmp_path, monkeypatch, capsys
+    folds, photos, tmp_path, monkeypatch, capsys
 ):
     folder, tables = tmp_path / "raw" / "folder", []
     (folder / "images").mkdir(parents=True)
@@ -70,10 +76,9 @@ def test_one_command_scores_all_photos_by_networks_that_never_saw_them(
     small = "epochs: 1\nheight: 32\nwidth: 40\nprior_cells: [2, 2]\n"
     # Photos that no fold trains on are scored too.
     preset.write_text(f"preset: tiny\ndataset: folder\nsigma: 6\ntrain_limit: 2\n{small}")
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
     words = ["--preset", preset, "--data-root", tmp_path / "raw", "--keep", runs, "--out", out]
     monkeypatch.setattr(sys, "argv", ["folds.py", *map(str, words)])
-    importlib.import_module("folds").main()
+    folds.main()
     assert "lowest CC" in capsys.readouterr().out
     found = json.loads(out.read_text())
     assert (found["photos"], found["fixations"]) == (6, 6 * 9)
@@ -89,7 +94,7 @@ def test_one_command_scores_all_photos_by_networks_that_never_saw_them(
 
 @pytest.mark.slow
 @pytest.mark.realdata
-def test_the_centre_bias_of_osie_has_the_published_scores(real_data):
+def test_the_centre_bias_of_osie_has_the_published_scores(folds, real_data):
     """DeepGaze's table: AUC .723 and NSS 0.78 on 87,821 fixations."""
     scores = folds.score_a(read_osie(real_data / "osie"), {})
     assert scores["fixations"].sum() == 87_821
