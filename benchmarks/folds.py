@@ -15,7 +15,6 @@ import functools
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import measure
@@ -25,7 +24,7 @@ import torch
 
 from mlnet_utils import runtime
 from mlnet_utils.data.geometry import fixation_counts
-from mlnet_utils.data.photos import ARRAYS, NOBODY, Photo, Prepared
+from mlnet_utils.data.photos import NOBODY, Photo, Prepared
 from mlnet_utils.data.preparation import FOLDS
 from mlnet_utils.experiments import sweep
 from mlnet_utils.experiments.evaluation import CENTRE, Predict
@@ -151,7 +150,7 @@ def without_first(photo: Photo) -> Photo:
     if NOBODY in photo.observers:
         raise ValueError(f"photo {photo.stem}: fixations without observers have no first one")
     _, first = np.unique(photo.observers, return_index=True)  # an observer's are in viewing order
-    return replace(photo, **{name: np.delete(getattr(photo, name), first, 0) for name in ARRAYS})
+    return photo.only(np.delete(np.arange(len(photo.observers)), first))
 
 
 def _intervals(row: dict) -> dict[str, str]:

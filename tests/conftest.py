@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from mlnet_utils.config import Config, load_config
-from mlnet_utils.data.photos import ARRAYS, Photo, Prepared
+from mlnet_utils.data.photos import Photo, Prepared
 from mlnet_utils.runtime import sha256_file
 
 SPLIT_SIZES = {"train": 10, "val": 5, "test": 4}
@@ -137,8 +137,7 @@ def run_folder(tmp_path, tiny_photos) -> Path:
 
 def unseen(photo: Photo, **changes) -> Photo:
     """The photo without its fixations."""
-    nothing = {name: getattr(photo, name)[:0] for name in ARRAYS}
-    return replace(photo, **nothing, **changes)
+    return replace(photo.only(slice(0)), **changes)
 
 
 def tiny_config(**overrides) -> Config:

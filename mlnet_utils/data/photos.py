@@ -104,8 +104,11 @@ class Photo:
             durations=durations, **rest,
         )  # fmt: skip
         kept = inside(points, photo.height, photo.width)
-        on_photo = {name: getattr(photo, name)[kept] for name in ARRAYS}
-        return replace(photo, **on_photo, dropped=int((~kept).sum()))
+        return replace(photo.only(kept), dropped=int((~kept).sum()))
+
+    def only(self, chosen: np.ndarray | slice) -> "Photo":
+        """The photo with some of its fixations: an (N,) mask, their numbers, or a slice."""
+        return replace(self, **{name: getattr(self, name)[chosen] for name in ARRAYS})
 
     @property
     def known_observers(self) -> np.ndarray:

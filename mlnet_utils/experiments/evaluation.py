@@ -189,8 +189,7 @@ def protocol_truth(
     blurred, sigma = photo, None  # its own or the dataset's
     if protocol == "salicon2015":
         _, once = np.unique(pixel_indices(photo.fixations), axis=0, return_index=True)
-        kept = {key: getattr(photo, key)[once] for key in ("fixations", "observers", "durations")}
-        blurred, sigma, negatives = replace(photo, **kept), SIGMA_2015, others.photo_counts(photo)
+        blurred, sigma, negatives = photo.only(once), SIGMA_2015, others.photo_counts(photo)
     else:
         negatives = others(photo)
     return {
