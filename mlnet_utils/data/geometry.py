@@ -72,15 +72,17 @@ class Axis(NamedTuple):
 def letterbox(image: Tensor, height: int, width: int, antialias: bool = True) -> Tensor:
     """Fit an image into (height, width): aspect-preserving bilinear resize, centred, zeros.
 
-    The image is (C, H, W), uint8 or float in any range; the result (C, height, width) float32 in
-    the same range. ``antialias`` averages over the photo's pixels when shrinking; False samples the
-    nearest four, as OpenCV's ``INTER_LINEAR`` in both earlier implementations does.
+    The image is (C, H, W), uint8 or float in any range; the result is (C, height, width), uint8 of
+    uint8 and float32 of float. ``antialias`` averages over the photo's pixels when shrinking; False
+    samples the nearest four, as OpenCV's ``INTER_LINEAR`` in both earlier implementations does.
     """
     _, rows, columns = image.shape
     box = Letterbox(rows, columns, height, width)
     size, content = (box.content_height, box.content_width), image.float()
     if (rows, columns) != size:
         content = F.interpolate(content[None], size=size, mode="bilinear", antialias=antialias)[0]
+    if image.dtype == torch.uint8:
+        content = content.round_().clamp_(0, 255).to(torch.uint8)
     right, below = width - size[1] - box.left, height - size[0] - box.top
     return F.pad(content, (box.left, right, box.top, below))
 

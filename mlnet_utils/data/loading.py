@@ -78,7 +78,6 @@ class SaliencyDataset(Dataset):
             sizes = f"{image.shape[2]}x{image.shape[1]}, but was prepared as {photo.width}x"
             raise ValueError(f"{photo.image} is {sizes}{photo.height}: prepare the dataset again")
         image = letterbox(image, self.config.height, self.config.width, self.config.antialias)
-        image = image.round_().clamp_(0, 255).to(torch.uint8)
         if self.config.cache:
             self.images[index] = image
         return image

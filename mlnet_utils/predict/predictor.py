@@ -102,7 +102,7 @@ class Predictor:
         if min(rows, columns) < SMALLEST_SIDE:
             raise ValueError(f"the photo is {columns}x{rows}: at least {SMALLEST_SIDE} a side")
         boxed = letterbox(photo, height, width, self.config.antialias)
-        return boxed.round().clamp(0, 255).to(torch.uint8), Letterbox(rows, columns, height, width)
+        return boxed, Letterbox(rows, columns, height, width)
 
     def explain(self, image: Photo) -> dict[str, np.ndarray]:
         """:meth:`MLNet.explain` at the photo's size: name -> (H, W) float32."""

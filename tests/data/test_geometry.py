@@ -36,7 +36,7 @@ def test_nonsense_is_refused():
 def test_letterbox_puts_the_photo_in_the_centre_and_zeros_around(height, width):
     box = Letterbox(height, width, 96, 128)
     result = geometry.letterbox(torch.full((3, height, width), 200, dtype=torch.uint8), 96, 128)
-    expected = torch.zeros(3, 96, 128)
+    expected = torch.zeros(3, 96, 128, dtype=torch.uint8)
     rows, columns = slice(box.top, box.top + box.content_height), slice(box.left, None)
     expected[:, rows, columns][..., : box.content_width] = 200
     torch.testing.assert_close(result, expected)
@@ -45,7 +45,8 @@ def test_letterbox_puts_the_photo_in_the_centre_and_zeros_around(height, width):
 
 def test_letterbox_of_the_right_size_changes_nothing():
     image = torch.randint(0, 256, (3, 40, 56), dtype=torch.uint8)
-    assert torch.equal(geometry.letterbox(image, 40, 56), image.float())
+    assert torch.equal(geometry.letterbox(image, 40, 56), image)
+    assert torch.equal(geometry.letterbox(image / 7, 40, 56), image / 7)
 
 
 @pytest.mark.parametrize("stride", [1, 8])
