@@ -15,11 +15,11 @@ from mlnet_utils.config import Config
 from mlnet_utils.data.geometry import Letterbox, letterbox, unletterbox
 from mlnet_utils.data.images import SMALLEST_SIDE, decode, read_image, to_bytes
 from mlnet_utils.model.checkpoints import load_model
+from mlnet_utils.model.network import LEAST
 from mlnet_utils.runtime import native_precision, pick_device
 
 MODEL = "ML-Net"  # the network's name in tables of scores
 EXPORTED = (".onnx", ".pt2")  # suffixes of networks in another form, see ``export``
-FLOOR = 1e-12  # of a probability, before its logarithm is taken
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SMOOTHLY = {"mode": "bilinear", "antialias": True, "align_corners": False}
 
@@ -153,7 +153,7 @@ def predict_maps(model: nn.Module, config: Config, images: Tensor) -> Tensor:
     if config.test_scales == (1,):
         return found[0][:, 0]
     if geometric:
-        found = [maps.clamp_min(FLOOR).log() for maps in found]
+        found = [maps.clamp_min(LEAST).log() for maps in found]
     resized = [F.interpolate(maps, size=config.grid, **SMOOTHLY) for maps in found]
     mean = torch.stack(resized).mean(0)[:, 0]
     return mean.exp() if geometric else mean
@@ -170,7 +170,7 @@ def to_density(single: Tensor, config: Config, box: Letterbox) -> Tensor:
     """
     maps = single[None]
     if config.head == "density":
-        density = unletterbox(maps.clamp_min(FLOOR).log(), box)[0].exp_()
+        density = unletterbox(maps.clamp_min(LEAST).log(), box)[0].exp_()
     elif config.compat == "theano":
         density = authors_postprocess(maps, box.photo_height, box.photo_width)[0]
     else:

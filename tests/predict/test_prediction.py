@@ -13,7 +13,7 @@ from torch import nn
 import mlnet_utils
 from mlnet_utils.data.geometry import Letterbox, unletterbox
 from mlnet_utils.model.checkpoints import save_checkpoint
-from mlnet_utils.model.network import MLNet
+from mlnet_utils.model.network import LEAST, MLNet
 from mlnet_utils.predict import predictor as predicting
 from mlnet_utils.predict.predictor import SMOOTHLY, Predictor, load, predict_maps, to_density
 
@@ -208,7 +208,7 @@ def test_averaging_over_sizes_of_the_photo(head, pixels):
     with torch.no_grad():
         maps = [plain.model(sized).double() for sized in (image, larger)]
     if head == "density":
-        maps = [one.clamp_min(predicting.FLOOR).log() for one in maps]
+        maps = [one.clamp_min(LEAST).log() for one in maps]
     mean = torch.stack([F.interpolate(one, size=(4, 5), **SMOOTHLY) for one in maps]).mean(0)[:, 0]
     torch.testing.assert_close(found, mean.exp() if head == "density" else mean)
     assert (found - predict_maps(plain.model, plain.config, image)).abs().max() > 0
