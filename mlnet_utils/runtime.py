@@ -12,6 +12,7 @@ import itertools
 import json
 import os
 import platform
+import shutil
 import signal
 import sys
 import textwrap
@@ -168,6 +169,14 @@ def writing(path: str | Path) -> Iterator[None]:
             raise
         advice = "is the disk full? Make room and run the same command again"
         raise OSError(f"'{path}' could not be written ({error}); {advice}") from error
+
+
+def need_space(folder: Path, needed: int, purpose: str, remedy: str) -> None:
+    """Raise an OSError where the folder's disk has less than ``needed`` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        missing = f"{purpose} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB"
+        raise OSError(f"{missing}: free some, or {remedy}")
 
 
 def _temporary_stem(path: Path) -> str:

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
+from mlnet_utils import runtime
 from mlnet_utils.data.readers import DATASETS, TEST_PHOTOS
 from mlnet_utils.data.readers.spec import Archive
 from mlnet_utils.runtime import locked, progress, read_json, reading, sha256_file, writing
@@ -29,6 +30,7 @@ DRIVE = "https://drive.google.com/uc?id={}"
 RETRIES = 5  # of a connection that fails or is cut; another run goes on with the bytes that came
 TIMEOUT = (10.0, 60.0)  # seconds to connect, and without a byte
 BLOCK = 1 << 20
+REMEDY = "choose another place with --root"  # for a full disk
 # What packers leave behind, CAT2000's folders of saliency maps among the stimuli, and the record in
 # an archive that was packed from an unpacked folder.
 SKIPPED = frozenset({"__MACOSX", ".svn", ".DS_Store", "Thumbs.db", "Output", RECORD})
@@ -113,7 +115,7 @@ def _fetch(name: str, archive: Archive, path: Path) -> Path:
     lines = progress(itertools.count(), f"downloading {path.name}", unit="blocks of 0.5 MB")
 
     def watch(here: int, total: int | None) -> None:
-        need_space(part.parent, (total or here) - here, f"downloading {url}")
+        runtime.need_space(part.parent, (total or here) - here, f"downloading {url}", REMEDY)
         if not bar:
             next(lines)
 
@@ -147,14 +149,6 @@ def _by_hand(name: str, archive: Archive, path: Path) -> str:
         f"Try again later{quota}, or open {archive.page} in a browser, and place the file at "
         f"{path} or run: python -m mlnet_utils download {name} --from {file}"
     )
-
-
-def need_space(folder: Path, needed: int, purpose: str) -> None:
-    """Raise an OSError where the folder's disk has less than ``needed`` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        missing = f"{purpose} needs {needed / 1e9:.2f} GB, but {folder} has {free / 1e9:.2f} GB"
-        raise OSError(f"{missing}: free some, or choose another place with --root")
 
 
 # ---- verifying ---------------------------------------------------------------------------------
@@ -230,7 +224,7 @@ def unpack(
         with zipfile.ZipFile(archive) as file, writing(target):
             members = _below(_members(file, archive), tuple(holds), archive)
             size = sum(info.file_size for info in members.values())
-            need_space(target.parent, size, f"unpacking {archive}")
+            runtime.need_space(target.parent, size, f"unpacking {archive}", REMEDY)
             entries = progress(members.items(), f"unpacking {archive.name}", unit="file")
             files = {str(path): _extract(file, info, temporary / path) for path, info in entries}
         for name, sha256 in (known or {}).items():

@@ -8,7 +8,6 @@ file that is there is therefore the right one, whichever run made it.
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -114,10 +113,8 @@ class FeatureCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         runtime.remove_temporaries(self.path(data.photos[i], mirrored) for i, mirrored in missing)
         needed = 2 * len(missing) * int(np.prod(self.shape))
-        if needed > (free := shutil.disk_usage(self.folder).free):
-            room = f"need {needed / 1e9:.1f} GB, {self.folder} has {free / 1e9:.1f} GB left"
-            remedy = "make room, or set cache_features to false"
-            raise OSError(f"the features of {len(missing)} photos {room}: {remedy}")
+        purpose, remedy = f"the cache of {len(missing)} photos", "set cache_features to false"
+        runtime.need_space(self.folder, needed, purpose, remedy)
         training = model.training
         model.eval()
         parts = list(BatchSampler(missing, BATCH, drop_last=False))

@@ -129,8 +129,8 @@ def test_damaged_files_and_photos_without_a_hash_are_named(run_folder):
 
 def test_a_disk_without_room_is_an_error_before_the_work(run_folder, monkeypatch):
     usage = shutil.disk_usage(run_folder)
-    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: usage._replace(free=1000))
-    with pytest.raises(OSError, match="20 photos"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OSError, match=r"20 photos .*cache_features"):
         fit(tiny_config(**CACHED), run_folder)
 
 
