@@ -21,12 +21,12 @@ from mlnet_utils.metrics.inputs import Map
 from mlnet_utils.metrics.resize import resize
 from mlnet_utils.metrics.summary import format_table, score_table
 from mlnet_utils.predict.predictor import MODEL
+from mlnet_utils.predict.submission import LOG_SUM, maps_in
 from mlnet_utils.runtime import display_path, progress, reading, refuse_run, require
 
 RESIZED, LOGS, BYTES = "resized", "log-densities", "of 8 bits"
 CONSTANT, NEGATIVE = "constant", "negative somewhere, and no log-densities that sum to 1"
 EXTRA = "more without a photo of the split"
-LOG_SUM = 0.01  # pysaliency's limit to the logarithm of a density's sum
 BASELINES = tuple(model for model in MODELS if model != MODEL)
 
 
@@ -158,11 +158,9 @@ class MapFiles:
         if self.place.is_dir():
             files = visible_files(self.place, (*PHOTO_SUFFIXES, ".npy", ".npz", ".mat"))
             return [path.relative_to(self.place).as_posix() for path in files]
-        with reading(self.place, "a folder of maps, or an HDF5 file", "name another"):
-            names: list[str] = []
-            with require("h5py", "legacy").File(self.place) as file:
-                file.visititems(lambda name, each: names.extend([name] * hasattr(each, "shape")))
-            return names
+        said = reading(self.place, "a folder of maps, or an HDF5 file", "name another")
+        with said, require("h5py", "legacy").File(self.place) as file:
+            return maps_in(file)
 
     def _read(self, photo: Photo) -> tuple[Tensor, bool]:
         """A map as it is stored, (h, w) float64, and True if its logarithm was stored."""

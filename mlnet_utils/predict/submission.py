@@ -33,7 +33,7 @@ from mlnet_utils.runtime import progress, reading, require
 # Share of a uniform density that is mixed in before the logarithm: a network with a ReLU head
 # predicts zeros, and one fixation on a zero would make the mean information gain -infinity.
 UNIFORM_SHARE = 1e-6
-
+LOG_SUM = 0.01  # pysaliency's limit to the logarithm of a density's sum
 LARGEST = 1 << 28  # bytes of a map in a zip, which may announce any number
 
 Sizes = Mapping[str, tuple[int, int]]  # photo, relative to its folder -> (width, height)
@@ -233,11 +233,15 @@ def _open(path: Path, opened: ExitStack) -> tuple[list[tuple[Any, Any]], Callabl
             raise ValueError("not a list of {image_id: number, saliency_map: text}")
         maps = [tuple(entry[key] for key in form) for entry in entries]
         return maps, lambda text: _decode(base64.b64decode(text, validate=True))
-    h5py = require("h5py", "legacy")
-    file = opened.enter_context(h5py.File(path, "r"))
+    file = opened.enter_context(require("h5py", "legacy").File(path, "r"))
+    return [(name, name) for name in maps_in(file)], lambda name: file[name]
+
+
+def maps_in(file: Any) -> list[str]:
+    """Names of all arrays in an open HDF5 file, in groups too."""
     names: list[str] = []
-    file.visititems(lambda name, item: names.append(name) if hasattr(item, "shape") else None)
-    return [(name, name) for name in names], lambda name: file[name]
+    file.visititems(lambda name, each: names.extend([name] * hasattr(each, "shape")))
+    return names
 
 
 def _decode(content: bytes) -> Image.Image:
@@ -264,5 +268,5 @@ def _check_log_density(stored: Any, width: int, height: int) -> Iterator[tuple[s
     values = stored[()]
     if not np.isfinite(values).all():
         yield "values that are not finite", ""
-    elif abs(total := float(logsumexp(values.astype(np.float64)))) > 0.01:  # pysaliency's limit
+    elif abs(total := float(logsumexp(values.astype(np.float64)))) > LOG_SUM:
         yield "not a log-density that sums to 1", f"sums to exp({total:.2f})"
