@@ -19,7 +19,7 @@ from scipy.ndimage import gaussian_filter
 
 from mlnet_utils.config import Config
 from mlnet_utils.data.geometry import density_from_points
-from mlnet_utils.data.photos import Prepared
+from mlnet_utils.data.photos import Photo, Prepared
 from mlnet_utils.experiments.evaluation import TestSet
 from mlnet_utils.experiments.sweep import Grid
 from mlnet_utils.metrics import METRICS, cc
@@ -437,13 +437,15 @@ def low_level(run_dir: str | Path, split: str = "test", protocol: str = "mit300"
     ``study`` is not installed.
     """
     model = require("cv2.saliency", "study").StaticSaliencySpectralResidual_create()
-    data, rows = TestSet(Path(run_dir), split), []
-    for photo in progress(data.photos, f"scoring {LOW_LEVEL}", unit="photo"):
+    data = TestSet(Path(run_dir), split)
+
+    def predict(photo: Photo) -> np.ndarray:
         bgr = np.ascontiguousarray(data.image(photo).permute(1, 2, 0).numpy()[..., ::-1])
         blurred = gaussian_filter(model.computeSaliency(bgr)[1].astype(float), data.prepared.sigma)
         density = blurred / max(blurred.sum(), 1e-12)
-        density = (1 - UNIFORM_SHARE) * density + UNIFORM_SHARE / density.size
-        rows.append({"model": LOW_LEVEL, **data.score(photo, density, protocol)})
+        return (1 - UNIFORM_SHARE) * density + UNIFORM_SHARE / density.size
+
+    rows = data.score_models({LOW_LEVEL: predict}, protocol, [LOW_LEVEL])
     return summarise(rows, 2000)[0]
 
 
