@@ -216,10 +216,11 @@ def download(options: argparse.Namespace) -> Outcome:
     osie
     salicon-2017 --root ~/data --from images.zip maps.zip
     """
-    from mlnet_utils.data.download import acquire
+    from mlnet_utils.data.download import SOURCES, acquire
 
     folder = acquire(options.name, options.data_root, options.archives)
-    return f"{options.name} is complete in {runtime.display_path(folder)}", 0
+    complete = f"{options.name} is complete in {runtime.display_path(folder)}"
+    return f"{complete}; cite: {SOURCES[options.name].citation}", 0
 
 
 def prepare(options: argparse.Namespace) -> Outcome:

@@ -15,6 +15,7 @@ import pytest
 from miniatures import save_photo
 
 from mlnet_utils import __main__ as cli
+from mlnet_utils.data import download
 from mlnet_utils.predict import export, submission
 
 VERBS = next(
@@ -139,6 +140,14 @@ def test_export_writes_what_predict_takes(checkpoint, tmp_path, capsys):
     maps = str(tmp_path / "maps")
     assert cli.main(["predict", "--checkpoint", out, "--out", maps, photos]) == 0
     assert "1 done, 0 were done before" in capsys.readouterr().out
+
+
+def test_download_says_where_a_dataset_is_and_what_to_cite(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(download, "acquire", lambda name, root, archives: Path(root, name))
+    assert cli.main(["download", "eyecrowd", "--root", str(tmp_path)]) == 0
+    told = capsys.readouterr().out
+    assert "eyecrowd is complete in" in told
+    assert "Jiang, J. Xu, Q. Zhao. Saliency in Crowd" in told
 
 
 def test_export_passes_its_options_on(monkeypatch, capsys):
