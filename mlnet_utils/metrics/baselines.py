@@ -21,7 +21,7 @@ from mlnet_utils.data.geometry import (
     fixation_counts,
     pixel_indices,
 )
-from mlnet_utils.data.photos import ARRAYS, NOBODY, Photo
+from mlnet_utils.data.photos import NOBODY, Photo
 
 FOLDS = 5
 CELLS = 256  # the unit square's grid on which kernel densities are fitted
@@ -241,8 +241,7 @@ class GoldStandard:
 
 def _attributed(photo: Photo) -> Photo:
     """The photo with the fixations of known observers only."""
-    known = photo.observers != NOBODY
-    return replace(photo, **{name: getattr(photo, name)[known] for name in ARRAYS})
+    return photo.only(photo.observers != NOBODY)
 
 
 def _mixed(
