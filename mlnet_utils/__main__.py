@@ -157,7 +157,7 @@ def _verb(verbs, function: Callable, *shared: argparse.ArgumentParser) -> Callab
 
 
 def override(pair: str) -> tuple[str, Any]:
-    """``"lr=0.01"`` as key and value; the value is read as JSON where it is JSON."""
+    """Key and value (JSON, else text) of ``"lr=0.01"``; an ArgumentTypeError without ``=``."""
     key, equals, text = pair.partition("=")
     if not equals:
         raise argparse.ArgumentTypeError(f"expected KEY=VALUE, got {pair!r}")
@@ -261,7 +261,7 @@ def train(options: argparse.Namespace) -> Outcome:
 
 
 def evaluate(options: argparse.Namespace) -> Outcome:
-    """Score a trained network and the baselines.
+    """Score a trained network and the baselines; --set refuses keys of training.
 
     --preset osie --split val
     """
@@ -310,7 +310,7 @@ def sweep(options: argparse.Namespace) -> Outcome:
 
 
 def predict(options: argparse.Namespace) -> Outcome:
-    """Saliency maps for photos and folders of photos.
+    """Saliency maps for photos and folders of photos; --video refuses --npy and --megapixels.
 
     photo.jpg
     --out maps --overlay holiday/

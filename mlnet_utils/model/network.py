@@ -73,7 +73,7 @@ class MLNet(nn.Module):
         return self.encode_levels(levels)  # 3.2
 
     def extract(self, image: Tensor) -> list[Tensor]:
-        """All levels of the backbone, shallow to deep, each (B, C, H/8, W/8)."""
+        """The backbone's levels, shallow to deep, (B, C, H/8, W/8); ValueError: another shape."""
         if image.ndim != 4 or image.shape[1] != 3 or image.shape[-2] % 8 or image.shape[-1] % 8:
             found = f"got {tuple(image.shape)}; see data.geometry.letterbox"
             raise ValueError(f"MLNet expects (B, 3, H, W) with H and W multiples of 8, {found}")
@@ -200,7 +200,7 @@ def network_input(batch: dict[str, Tensor]) -> dict[str, Tensor]:
 def theano_upsampling(cells: int, size: int) -> Tensor:
     """(size, cells) weights of Theano's bilinear_upsampling for the ratio r = size / cells.
 
-    Sample s is centred at r*s + (r - 1)//2 and the border is replicated.
+    Sample s is centred at r*s + (r - 1)//2; the border is replicated. ValueError: r is not whole.
     """
     if size % cells:
         raise ValueError(f"Theano's upsampling needs a whole ratio, got {cells} -> {size}")

@@ -96,9 +96,9 @@ def to_pysaliency(photos: list[Photo], root: str | Path) -> tuple[Any, Any]:
 def as_pysaliency_model(predict: Callable[[np.ndarray], np.ndarray]) -> Any:
     """A predictor as a ``pysaliency.Model``, of natural logarithms of densities.
 
-    ``predict`` takes (H, W, 3) uint8 RGB and gives a (H, W) density, non-negative, of any sum.
-    Densities are at least :data:`LOWEST`, so that one fixation on a zero does not make a score
-    infinite.
+    ``predict`` takes (H, W, 3) uint8 RGB and gives a (H, W) density, non-negative, of any sum; the
+    model raises a ValueError for any other. Densities are at least :data:`LOWEST`: a fixation on a
+    zero would make a score infinite. Raises ImportError: the extra ``parity`` is not installed.
 
     Example::
 

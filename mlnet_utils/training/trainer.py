@@ -329,7 +329,7 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Mean loss and quick scores of the judged network on its grid, over the validation photos.
 
-        A TrainingDied where every predicted map is constant, or the loss is not finite.
+        Raises TrainingDied: constant maps, a loss that is not finite. KeyboardInterrupt: a signal.
         """
         network, config = self.judged.eval(), self.config
         if self.world > 1:  # batch-norm statistics are each process's own: the first one's count
@@ -459,7 +459,7 @@ class Trainer:
         print("this training has finished before" if self.finished else where, flush=True)
 
     def restore(self, content: dict[str, Any]) -> None:
-        """Bring everything that a step changes to the state in a checkpoint."""
+        """Restore all that a step changes; a ValueError where ``best.pt`` is lost or damaged."""
         for name, value in content["progress"].items():
             setattr(self, name, value)
         best = self.folder / "best.pt"
