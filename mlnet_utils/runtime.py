@@ -114,7 +114,7 @@ def runs_root() -> Path:
 def refuse_run(out: Path) -> None:
     """Raise a ValueError where the folder to write into is a run, which has such files itself."""
     if (out / "checkpoints").is_dir() or (out / "data" / "meta.json").is_file():
-        raise ValueError(f"'{out}' is a run, whose own files would be overwritten: set another out")
+        raise ValueError(f"'{out}' is a run, and would lose files of its own: set another out")
 
 
 def display_path(path: str | Path) -> str:

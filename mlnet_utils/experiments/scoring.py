@@ -166,7 +166,7 @@ class MapFiles:
         """A map as it is stored, (h, w) float64, and True if its logarithm was stored."""
         name = self.files[photo.stem]
         path = self.place / name if self.place.is_dir() else self.place
-        with reading(path, f"the map {name!r}, one matrix of finite numbers", "keep it only"):
+        with reading(path, f"the map {name!r}, one matrix of finite numbers", "save it anew"):
             if path == self.place:
                 with require("h5py", "legacy").File(path) as file:
                     values = file[name][()]

@@ -204,7 +204,7 @@ def _link_data(job: Job) -> None:
     link = job.folder / "data"
     target = os.path.relpath(job.data.resolve(), job.folder.resolve())
     if link.exists() and not link.is_symlink():
-        raise ValueError(f"{link} is not a link to {job.data}: remove it, and the sweep makes one")
+        raise ValueError(f"{link} is not a link to {job.data}: remove it: the sweep makes the link")
     link.unlink(missing_ok=True)
     link.symlink_to(target, target_is_directory=True)
 
@@ -429,7 +429,7 @@ def take_scores(grid: Grid, source: str | Path, folder: str | Path) -> dict[str,
         stated = table.set_index(key).sort_index()
         one = means.index.equals(stated.index)
         if not (one and np.allclose(stated[scores], means, 1e-4, 1e-4, equal_nan=True)):
-            raise ValueError("the means of one are not those of the other")
+            raise ValueError(f"the means of {TABLE} are not those of {PER_IMAGE}")
         found = stated["configuration"].to_dict()
     except (OSError, KeyError, TypeError, ValueError) as error:
         advice = f"name a folder or an address with {TABLE} and {PER_IMAGE} of one sweep"

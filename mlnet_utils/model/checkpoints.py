@@ -86,8 +86,8 @@ def load_checkpoint(path: str | Path = "") -> dict[str, Any]:
         published = path.suffix == ".safetensors"
         content = _load_published(path) if published else tensorfiles.read_torch(path)
         if content.get("format") != FORMAT:
-            earlier = "`python -m mlnet_utils import-weights` converts weights of earlier ones"
-            raise ValueError(f"it is none; {earlier}")
+            earlier = "`python -m mlnet_utils import-weights` converts weights of earlier ML-Nets"
+            raise ValueError(f"its format is not {FORMAT}; {earlier}")
         from_dict(content["config"])
         tensorfiles.named_tensors(content["model"])
     return content

@@ -48,7 +48,7 @@ def read_torch(path: Path) -> dict[str, Any]:
     except pickle.UnpicklingError:  # torch advises to let the file run code
         raise ValueError("it holds something other than tensors and plain values") from None
     if not isinstance(content, dict):
-        raise ValueError("it holds no names")
+        raise ValueError("it holds no dictionary")
     digest = content.pop("digest", None)
     if digest:
         if digest != content_digest(content):

@@ -220,8 +220,8 @@ def begin(
         made_by = (before.get("sha256"), before.get("fast", False))
         other_maps = made_by != (record["sha256"], fast)
         if other_maps and not force:
-            other = f"were made by another checkpoint ({before.get('checkpoint')}), or not as fast"
-            remedy = "choose another folder, delete this one, or force new ones"
+            other = f"are of another checkpoint ({before.get('checkpoint')}), or of another `fast`"
+            remedy = "choose another folder, delete this folder, or force new maps"
             raise ValueError(f"the maps in {out} {other}; {remedy}")
         kept = {} if force else targets
         done = {f for f, made in kept.items() if _is_done(f, made, made_of, mark)}

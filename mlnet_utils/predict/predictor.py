@@ -177,7 +177,8 @@ def to_density(single: Tensor, config: Config, box: Letterbox) -> Tensor:
         density = unletterbox(maps, box)[0]
     total = density.sum()
     if not 0 < total < torch.inf:
-        warnings.warn("a uniform map: it was zero everywhere or not a number", stacklevel=2)
+        said = "the network's map is zero everywhere or not a number; a uniform map replaces it"
+        warnings.warn(f"{said}: train the network again, see docs/training.md", stacklevel=2)
         density, total = torch.ones_like(density), density.numel()
     return density.div_(total)  # in place: photos may be large
 

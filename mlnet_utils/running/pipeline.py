@@ -303,7 +303,7 @@ def _publish_problem(
 ) -> str:
     """The reason why a stage's notebook must not be published, or ``""``."""
     if done is None:
-        return f"has not succeeded in {display_path(folder)}"
+        return f"has no finished run in {display_path(folder)}: run `reproduce`"
     records, then = _records(folder, earlier), done["inputs"]["earlier records"]
     stale = _touched(folder, stage, done)
     stale += [f"{name}.json" for name in records if records[name] != then.get(name)]

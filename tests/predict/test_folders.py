@@ -210,7 +210,7 @@ def test_files_that_earlier_calls_left_are_not_taken_for_done(checkpoint, tmp_pa
 def test_maps_that_were_made_fast_are_not_mixed_with_others(album, checkpoint, out):
     call = ["predict", "--checkpoint", str(checkpoint), "--out", str(out), str(album), "--fast"]
     assert main(call) == 0
-    with pytest.raises(ValueError, match="not as fast"):
+    with pytest.raises(ValueError, match="of another `fast`"):
         predict_folder(checkpoint, [album], out)
     assert main(call) == 0
 

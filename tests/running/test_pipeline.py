@@ -509,7 +509,7 @@ def rewrite(root, name, old, new):
 
 
 SPOILT = [
-    (lose("pipeline.json"), "01_first has not succeeded"),
+    (lose("pipeline.json"), "01_first has no finished run"),
     (change_record, r"out of date: 01_first\.json"),
     (lose("figures/one.png"), r"out of date: figures/one\.png"),
     (change_notebook, "02_second was executed from another version"),

@@ -84,7 +84,7 @@ def _matrix(content: memoryview, order: str) -> tuple[str, Any]:
     if head != [6, 8] or sizes not in (5, 6) or len(shape) < 2 or min(shape) < 0:
         raise ValueError("a matrix without flags or shape")
     if count > LARGEST:
-        raise ValueError(f"a matrix of {shape}")
+        raise ValueError(f"a matrix of {shape} numbers is too large")
     if kind in (CELL, STRUCT, OBJECT):
         values = _objects(content, order, kind, count)
     elif kind == CHAR:
