@@ -24,15 +24,15 @@ from mlnet_utils.data.readers.spec import Archive
 from mlnet_utils.runtime import locked, progress, read_json, reading, sha256_file, writing
 
 SOURCES = {**DATASETS, **TEST_PHOTOS}
-ARCHIVES = "archives"  # folder of a dataset that keeps what was downloaded
+ARCHIVES = "archives"  # folder of a dataset that keeps its downloaded archives
 RECORD = ".complete.json"  # written last; its presence means that a folder is whole
 DRIVE = "https://drive.google.com/uc?id={}"
 RETRIES = 5  # of a connection that fails or is cut; another run goes on with the bytes that came
 TIMEOUT = (10.0, 60.0)  # seconds to connect, and without a byte
 BLOCK = 1 << 20
 REMEDY = "choose another place with --root"  # for a full disk
-# What packers leave behind, CAT2000's folders of saliency maps among the stimuli, and the record in
-# an archive that was packed from an unpacked folder.
+# Leftovers of packers, CAT2000's folders of saliency maps among the stimuli, and the record in an
+# archive that was packed from an unpacked folder.
 SKIPPED = frozenset({"__MACOSX", ".svn", ".DS_Store", "Thumbs.db", "Output", RECORD})
 FILE_KINDS = (0, stat.S_IFREG, stat.S_IFDIR)  # 0: packed where files have no kinds
 # The last: an unknown method of compression.
@@ -48,18 +48,18 @@ class ArchiveError(RuntimeError):
 
 
 def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) -> Path:
-    """Make a dataset below ``root`` complete: fetch what is missing, verify, unpack; its folder.
+    """Complete a dataset below ``root``: fetch, verify and unpack missing parts; return its folder.
 
-    What is complete already is only compared with its record, by the files' SHA-256. Archives that
-    lie in ``<folder>/archives`` under their names are used without a download; ``archives`` that
-    the user has, called as here or as at the source, where they are. A second process that wants
+    Complete parts are only compared with their record, by the files' SHA-256. Archives that lie in
+    ``<folder>/archives`` under their names are used without a download. So are the user's own
+    ``archives``, called as here or as at the source, wherever they lie. A second process that wants
     the same archive waits for the first. ``name`` is that of a dataset of
     :mod:`~mlnet_utils.data.readers`, or of a benchmark's test photos.
 
     Raises:
         ValueError: unknown name, or an archive that is none of this dataset's.
         FileNotFoundError: an archive that was handed over does not exist.
-        TransferError: a download failed; says what to do by hand.
+        TransferError: a download failed; names the steps by hand.
         ArchiveError, FileExistsError, OSError: see :func:`check_unpacked` and :func:`unpack`.
     """
     if name not in SOURCES:
@@ -103,8 +103,8 @@ def acquire(name: str, root: str | Path, archives: Iterable[str | Path] = ()) ->
 def _fetch(name: str, archive: Archive, path: Path) -> Path:
     """Fetch an archive, from Google Drive or any other server, into a ``.part`` of its file.
 
-    gdown 6.3 retries, and keeps what came of a file beside it for the next run, which goes on with
-    it. gdown 5, which Colab has, fetches the whole file or fails.
+    gdown 6.3 retries, and keeps the bytes that came beside the file: the next run goes on with
+    them. gdown 5, which Colab has, fetches the whole file or fails.
     """
     import gdown
 
@@ -132,7 +132,7 @@ def _fetch(name: str, archive: Archive, path: Path) -> Path:
             if isinstance(error, OSError) and not hasattr(error, "response"):
                 raise  # the disk's; those of the network are requests', which have a response
             if attempt == 1 and "byte range" in str(error):
-                # The server does not go on with what is here, or has another version of the file.
+                # The server cannot continue this part, or has another version of the file.
                 for begun in part.parent.glob(f"{part.name}?*.part"):
                     begun.unlink()
                 continue
@@ -153,7 +153,7 @@ def _by_hand(name: str, archive: Archive, path: Path) -> str:
 
 # ---- verifying ---------------------------------------------------------------------------------
 def _check_archive(path: Path, archive: Archive) -> None:
-    """Compare an archive with what its source published."""
+    """Raise an ArchiveError for a web page, or for another MD5 than the source published."""
     with open(path, "rb") as file:
         start = file.read(512).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
         if start.startswith((b"<!doctype html", b"<html", b"<head")):
@@ -206,11 +206,11 @@ def unpack(
 
     The target gets the content of that folder of the archive that directly holds everything in
     ``holds``, however deep it lies. Files in ``known`` must have that SHA-256. Nothing is written
-    outside the target, no link is ever created, and an archive that does not fit the disk is
-    refused before it is written, or stopped where it lied about sizes.
+    outside the target, and no link is created. An archive that does not fit the disk is refused
+    before it is written, or stopped where it lied about sizes.
 
     Raises:
-        ArchiveError: damaged, unsafe, encrypted, or without what it should hold.
+        ArchiveError: damaged, unsafe, encrypted, or without its expected content.
         FileExistsError: the target exists; nothing was changed.
         OSError: there is too little disk space; nothing was left behind.
     """
@@ -241,7 +241,7 @@ def unpack(
 
 
 def _members(file: zipfile.ZipFile, archive: Path) -> dict[PurePosixPath, zipfile.ZipInfo]:
-    """The files of an archive that are wanted, by their path; refuses what is unsafe."""
+    """The wanted files of an archive by their path; an ArchiveError for an unsafe file."""
     kept = {}
     for info in file.infolist():
         path = PurePosixPath(info.filename)

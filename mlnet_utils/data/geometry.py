@@ -126,7 +126,7 @@ def pixel_indices(points: np.ndarray) -> np.ndarray:
 
 
 def inside(points: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(N,) bool: which points fall on a pixel of a height x width photo."""
+    """(N,) bool: True for points on a pixel of a height x width photo."""
     # Compared as floats: NaN is outside, and no integer overflows.
     x, y = np.floor(np.asarray(points, dtype=np.float64).reshape(-1, 2) + 0.5).T
     return (x >= 0) & (x < width) & (y >= 0) & (y < height)
@@ -143,7 +143,7 @@ def _checked_pixels(points: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fixation_counts(points: np.ndarray, height: int, width: int) -> Tensor:
-    """(H, W) int64: how many fixations fall on each pixel; a ValueError for one outside."""
+    """(H, W) int64: number of fixations on each pixel; a ValueError for a fixation outside."""
     x, y = _checked_pixels(points, height, width)
     counts = np.bincount(y * width + x, minlength=height * width)
     return torch.from_numpy(counts.reshape(height, width))

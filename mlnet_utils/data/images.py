@@ -1,4 +1,4 @@
-"""Find photos in folders, and read those of any kind: colour modes, 16 bits, rotation."""
+"""Find photos in folders, and read photos of any kind: colour modes, 16 bits, rotation."""
 
 import itertools
 import os
@@ -51,8 +51,8 @@ def visible_files(
 
     ``suffixes`` are in lower case, those of files may be in capitals. Left out are hidden files
     (programs make ``._a.jpg`` and ``.ipynb_checkpoints/``) and the folder ``out`` of results.
-    Linked folders are followed, but no folder is read twice. What is no readable file, such as a
-    dead link, is there too: whoever reads it is told so.
+    Linked folders are followed, but no folder is read twice. Unreadable files, such as dead links,
+    are listed too: their reader raises the error.
     """
     found, seen, pending = [], set(), [folder]
     for start in pending:  # linked folders are appended: real ones come first
@@ -69,7 +69,7 @@ def visible_files(
 
 
 def output_stems(places: Mapping[Path, Path], endings: Sequence[str] = ("",)) -> dict[Path, Path]:
-    """A name for the files that are made of each photo: its own, without its suffix.
+    """Name the files that are made of each photo: its own name, without the suffix.
 
     The suffix is kept where another photo's files would have the same names, in capitals or not.
     ``places`` are photos with their paths below the folder of results, ``endings`` those of files.
@@ -92,9 +92,9 @@ def open_checked(path: str | Path, formats: Sequence[str] = FORMATS) -> Image.Im
 def open_image(path: str | Path) -> Image.Image:
     """Open a photo of any of Pillow's own formats, or HEIC (the extra ``heic``).
 
-    Call it in ``runtime.reading``, for Pillow raises many types for a file that is no photo. A
-    ValueError, which names the file and what to do, for HEIC without the extra and for more pixels
-    than :func:`photo_limit` allows.
+    Call it in ``runtime.reading``: Pillow raises many types for a file that is no photo. Raises a
+    ValueError with file and remedy: HEIC without the extra, or more pixels than
+    :func:`photo_limit` allows.
     """
     with open(path, "rb") as file:
         head = file.read(32)  # of HEIC as phones write it, whatever its name
@@ -152,13 +152,13 @@ def read_image(path: str | Path, upright: bool = True) -> Tensor:
 def decode(image: Image.Image, upright: bool = True) -> Tensor:
     """A PIL image of any mode as (3, H, W) uint8 RGB, see :func:`read_image`."""
     if upright:
-        image.load()  # which turns a TIFF, and then there is no orientation any more
+        image.load()  # this turns a TIFF, and removes its orientation
         # Pillow's exif_transpose would write the EXIF anew, and fail for damage anywhere in it.
         turn = _UPRIGHT.get(orientation(image))
         image = image if turn is None else image.transpose(turn)
     if image.mode.startswith("I"):  # 16-bit greyscale, which convert("RGB") would clip
         values = np.asarray(image)
-        bytes_in_32_bits = image.mode == "I" and values.max() < 256  # as NumPy's integers save them
+        bytes_in_32_bits = image.mode == "I" and values.max() < 256  # as NumPy saves integers
         pixels = (values // (1 if bytes_in_32_bits else 256)).clip(0, 255).astype(np.uint8)
         if "transparency" in image.info:  # one grey level
             pixels[values == image.info["transparency"]] = 255
@@ -180,10 +180,10 @@ def to_bytes(values: np.ndarray) -> np.ndarray:
 
 
 def read_map(path: str | Path) -> np.ndarray:
-    """A map as it is stored, float64: a grey picture, ``.npy``, ``.npz`` (``density``, or one).
+    """A map as it is stored, float64: a grey picture, ``.npy``, or ``.npz``.
 
-    Raises a FileNotFoundError, or a ValueError for a map that is unreadable, in colours, or with a
-    transparency that varies.
+    Of ``.npz`` it is ``density``, or the only array. Raises a FileNotFoundError, or a ValueError
+    for a map that is unreadable, in colours, or with a transparency that varies.
     """
     path, alpha = Path(path), np.zeros(1)
     with reading(path, "a map: 2-D, grey", "make it again from the numbers"):
@@ -193,7 +193,7 @@ def read_map(path: str | Path) -> np.ndarray:
             with np.load(path, allow_pickle=False) as arrays:
                 (name,) = ["density"] if "density" in arrays else arrays
                 size = sum(part.file_size for part in arrays.zip.infolist())
-                most = Image.MAX_IMAGE_PIXELS  # half of what photo_limit allows; None: no limit
+                most = Image.MAX_IMAGE_PIXELS  # half of photo_limit's pixels; None: no limit
                 if most and size > 2 * most * 8:  # float64
                     raise ValueError(f"it unpacks to {size / 1e9:.1f} GB, more than any photo has")
                 values = arrays[name]

@@ -101,8 +101,8 @@ class EpochSampler(Sampler):
         order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
         for start in range(self.first_batch * self.batch_size, self.n, self.batch_size):
             batch = order[start : start + self.batch_size]
-            # A process left without a photo by a short last batch loads one all the same, so that
-            # all processes step together; batch_sizes() tells the training loop to ignore it.
+            # A process without a share of a short last batch loads its first photo, so that all
+            # processes step together; batch_sizes() tells the training loop to ignore the photo.
             own = batch[self.rank :: self.world] if self.rank < len(batch) else batch[:1]
             yield [(self.epoch, int(index)) for index in own]
 
@@ -115,7 +115,7 @@ class EpochSampler(Sampler):
 def make_loader(
     dataset: SaliencyDataset, batches: Iterable[list[tuple[int, int]]], workers: int
 ) -> DataLoader:
-    """A loader of batches of keys; its worker count is chosen from the machine when it is -1."""
+    """A loader of batches of keys; ``workers`` = -1 takes their number from the machine."""
     if workers < 0:
         workers = min(8, cpu_count() - 1) if torch.cuda.is_available() else 0
     return DataLoader(
@@ -129,6 +129,6 @@ def make_loader(
 
 
 def _leave_signals_to_main_process(_: int) -> None:
-    """Ctrl-C reaches every process of a terminal; the main one decides when the loading ends."""
+    """Ignore Ctrl-C, which reaches every process of a terminal: the main process ends loading."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -3,7 +3,7 @@
 Raw data is never changed. Notebook 01 reads it once and writes a prepared folder:
 ``index.jsonl`` (one line per photo), ``fixations.npz`` (all the points), ``sources.json`` (SHA-256
 of every file that was read) and ``meta.json`` (dataset, edition, sigma, counts, split rule,
-versions). Who reads the folder is told if a file was changed, removed or added since.
+versions). Reading the folder fails if a file was changed, removed or added since.
 """
 
 import contextlib
@@ -47,7 +47,7 @@ ARRAYS = {  # attribute of a photo: its key in fixations.npz, its type
 
 @dataclass
 class Photo:
-    """A photo and who looked where. Paths are relative to the dataset's root.
+    """A photo with its fixations and observers. Paths are relative to the dataset's root.
 
     Raises ValueError: the numbers of fixations, observers and durations differ.
     """
@@ -62,7 +62,7 @@ class Photo:
     # (N,) int16, NOBODY where unknown; within an observer fixations are in viewing order
     observers: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int16))
     durations: np.ndarray | None = None  # (N,) float32 milliseconds, NaN where unknown
-    density: str = ""  # path of a density map where there is one
+    density: str = ""  # path of its density map, if any
     sha256: str = ""  # of the photo's file, or "" before indexing
     density_sha256: str = ""  # of the density map's file
     dropped: int = 0  # fixations that fell outside the photo
@@ -118,7 +118,7 @@ class Photo:
 
     @property
     def has_truth(self) -> bool:
-        """Something is known of where people looked."""
+        """True where fixations or a density map are known."""
         return bool(len(self.fixations) or self.density)
 
     def read_density(self, root: str | Path) -> Tensor:
@@ -189,7 +189,7 @@ class Prepared:
         return "val" if photos and not any(photo.has_truth for photo in photos) else "test"
 
     def describe(self, split: str = "") -> str:
-        """Title, photos, fixations, and how many were dropped, of a split or of all."""
+        """Title, and numbers of photos, fixations and dropped fixations, of a split or of all."""
         photos = [photo for photo in self.photos if split in ("", photo.split)]
         counts = Counter(photo.split for photo in photos)
         sizes = ", ".join(f"{counts[name]} {name}" for name in SPLITS if counts[name])
@@ -247,7 +247,7 @@ class Prepared:
             raise ValueError(f"{said}: pairing is by stem, so rename the files")
         (self.folder / "meta.json").unlink(missing_ok=True)
         sources = self._sources()
-        names = (*INDEX_FILES, "meta.json", *sources["files"])  # photos, where made here
+        names = (*INDEX_FILES, "meta.json", *sources["files"])  # also photos, of the sample
         runtime.remove_temporaries(self.folder / name for name in names)
         rows = []
         for photo in self.photos:
@@ -263,7 +263,7 @@ class Prepared:
             arrays[key] = np.concatenate(values).astype(dtype)
         with runtime.atomic_path(self.folder / "fixations.npz") as temporary:
             np.savez_compressed(temporary, **arrays)
-        with runtime.locked(self.folder / SOURCES):  # others may note what they have checked
+        with runtime.locked(self.folder / SOURCES):  # others may note their checks
             runtime.write_json(self.folder / SOURCES, sources)
         self.meta["sources"] = _digest(sources)
         self.meta["files"] = {name: sha256_file(self.folder / name) for name in INDEX_FILES}
@@ -279,10 +279,10 @@ class Prepared:
 
     @classmethod
     def read(cls, folder: str | Path, check: bool = True) -> "Prepared":
-        """Read a prepared folder; by default only if its sources are what they were.
+        """Read a prepared folder; by default only if its sources are unchanged.
 
         Raises:
-            FileNotFoundError: the folder is missing or incomplete; names what makes it.
+            FileNotFoundError: the folder is missing or incomplete; names notebook and verb for it.
             StaleError: a file that it was made from was changed, removed or added since.
             ValueError: index and fixations are damaged or do not belong together.
         """
@@ -293,7 +293,7 @@ class Prepared:
                 raise ValueError(f"sigma_px is {meta['sigma_px']}")
             Path(meta["root"])
             hashes = meta["files"] = dict(meta.get("files", {}))  # early folders have none
-        content = {}  # read once, so that it is what is hashed: another process may prepare
+        content = {}  # read once, and hashed as read: another process may prepare meanwhile
         for name in INDEX_FILES:
             with reading(folder / name, "the file that meta.json belongs to", again):
                 content[name] = (folder / name).read_bytes()
@@ -326,15 +326,15 @@ class Prepared:
 
     @property
     def digest(self) -> str:
-        """SHA-256 over all of the folder that decides what is learned from it, as it was read."""
+        """SHA-256 over all of the folder that decides a training on it, as it was read."""
         parts = [self.meta["files"][name] for name in INDEX_FILES]
         return hashlib.sha256(" ".join([*parts, repr(float(self.sigma))]).encode()).hexdigest()
 
     def check(self, everything: bool = True) -> list[str]:
         """A sentence for each file of the folder or its sources that was changed, removed or added.
 
-        Without ``everything`` only files of another size or another time than when they were last
-        read are read and hashed, which finds any ordinary change at once.
+        Without ``everything`` only files with another size or time than at their last reading are
+        read and hashed, which finds any ordinary change at once.
         """
         problems, sources, noted = [], self._sources(), False
         if everything:
@@ -356,8 +356,8 @@ class Prepared:
                     files[name], noted = [digest, *now], True
         listed = _listed(self.root, sources["read_from"]) if sources["read_from"] else set()
         problems += [f"{self.root / name} was added" for name in sorted(listed - files.keys())]
-        if noted and runtime.first_of_launch():  # of several processes, one writes
-            # A folder may only be read.
+        if noted and runtime.first_of_launch():  # of several processes, the first writes
+            # The folder may be read-only.
             with contextlib.suppress(OSError), runtime.locked(self.folder / SOURCES):
                 runtime.write_json(self.folder / SOURCES, sources)
         return problems
@@ -367,7 +367,7 @@ def fingerprints(root: Path, parts: Iterable[str]) -> dict[str, list]:
     """SHA-256, size and times of files, by path relative to ``root``, as are the ``parts`` read."""
     found = {}
     for name in progress(sorted(_listed(root, parts)), "hashing files", unit="file"):
-        state = _state(root / name)  # first: a change while it is read shows in the next one
+        state = _state(root / name)  # before the hash: a change meanwhile shows next time
         found[name] = [sha256_file(root / name), *state]
     return found
 

@@ -27,8 +27,8 @@ def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
     """Read a dataset, split it, hash its files, and write the prepared ``folder``.
 
     ``config`` names the dataset, the fold and the limits; ``data_root`` holds the raw datasets and
-    is not written to. While another process prepares the same folder, this call waits. A
-    FileNotFoundError says how to get a missing part; a ValueError what is damaged or does not fit.
+    is not written to. While another process prepares the same folder, this call waits. Raises a
+    FileNotFoundError with the way to a missing part, a ValueError for damaged or other parts.
     """
     with locked(folder):
         return _prepare(config, data_root, folder)
@@ -134,7 +134,7 @@ def _joined(names: Iterable[str], root: Path, sigma: float) -> list[Photo]:
 
 
 def check_points(config: Config, photos: list[Photo]) -> None:
-    """Raise a ValueError where the loss needs fixations that photos to learn from have none of."""
+    """Raise a ValueError where the loss needs fixations, and photos to learn from have none."""
     unseen = [p.stem for p in photos if p.split != "test" and not len(p.fixations)]
     if unseen and NEEDS_POINTS.search(config.loss):
         said = f"{len(unseen)} photos to learn from have no fixations, e.g. {unseen[0]}"
@@ -195,7 +195,7 @@ def split_photos(photos: list[Photo], spec: DatasetSpec, fold: int = -1) -> list
     """Give every photo of a dataset its split: its own, that of the published rule, or a fold's.
 
     ``fold`` is 0 to 4, or -1 for the split or the rule. A ValueError where some photos have a split
-    and others none, where a fold is asked of photos that have theirs, or for too few photos.
+    and others none, where a fold is asked of photos with a split, or for too few photos.
     """
     unsplit = [photo.stem for photo in photos if not photo.split]
     if not spec.test or len(unsplit) < len(photos):
@@ -212,7 +212,7 @@ def split_photos(photos: list[Photo], spec: DatasetSpec, fold: int = -1) -> list
 
 
 def _refuse_fold(fold: int, name: str) -> None:
-    """An error for a fold of a dataset that has its own split."""
+    """Raise a ValueError for a fold of a dataset that has its own split."""
     if fold >= 0:
         raise ValueError(f"config: fold={fold}, but {name} has its own split: set fold to -1")
 

@@ -2,8 +2,8 @@
 
 A scene is a textured ground with many similar items. A few differ in colour, orientation, size or
 luminance, and "pop out" (Treisman & Gelade 1980; Itti, Koch & Niebur 1998). The density is a
-mixture of Gaussians: on every odd item, weighted by its difference, weak ones on the other items, a
-centre bias, and a uniform floor.
+mixture of Gaussians, on every odd item, weighted by its difference, and weakly on the other items,
+of a centre bias, and of a uniform floor.
 
 Simulated observers differ in their mixture weights, drawn around the common ones, and in a constant
 offset of their gaze, to which scatter is added. Both deviations have the population values as their
@@ -54,7 +54,7 @@ class Stimulus:
 
     image: np.ndarray  # (H, W, 3) uint8
     density: np.ndarray  # (H, W) float64, positive, sums to 1: expected distribution of fixations
-    centres: np.ndarray  # (K, 2) x, y of all items, odd ones first
+    centres: np.ndarray  # (K, 2) x, y of all items, odd items first
     salience: np.ndarray  # (K,) share of each item in the density's item terms
     n_odd: int
 
@@ -85,7 +85,7 @@ def make_stimulus(rng: np.random.Generator) -> Stimulus:
             angle += strength[i] * np.pi / 2
         elif kind == "size":
             size *= 1 + 0.55 * strength[i]
-        else:  # darker on light grounds, lighter on dark ones
+        else:  # darker on light grounds, lighter on dark grounds
             away = 0.0 if ground.mean() > 0.5 else 1.0
             colour = (1 - 0.75 * strength[i]) * colour + 0.75 * strength[i] * away
         _draw(canvas, centre, shape, colour, size, angle)
@@ -146,7 +146,7 @@ def write_sample(folder: str | Path, counts: dict[str, int], seed: int = 2016) -
         points, observers = draw_fixations(stimulus, rng)
         stem = f"{split}_{number:04d}"
         image, density = f"images/{stem}.png", f"densities/{stem}.npz"
-        # Not lasting, for a third of the time: the index that declares them complete comes last.
+        # Not lasting, in a third of the time: the index that declares them complete comes last.
         with atomic_path(folder / image, lasting=False) as temporary:
             # Compressing harder would save little.
             Image.fromarray(stimulus.image).save(temporary, compress_level=1)

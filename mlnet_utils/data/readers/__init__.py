@@ -1,7 +1,7 @@
 """One file per dataset: its address, checksum, layout, reader and citation together.
 
-``spec`` has the form of these entries, ``files`` what the readers share. Download and unpacking
-live in ``data.download``; splits and preparation in the room above.
+``spec`` has the form of these entries, ``files`` the shared parts of readers. Download and
+unpacking live in ``data.download``; splits and preparation in the room above.
 """
 
 from mlnet_utils.data.readers import cat2000, eyecrowd, mit1003, osie, own, salicon

@@ -20,7 +20,7 @@ SPEC = DatasetSpec(
     archives=(github_archive("eyecrowd", "saliency-in-crowd", _FIXATIONS),),
     citation="M. Jiang, J. Xu, Q. Zhao. Saliency in Crowd. ECCV 2014.",
 )
-# A network of both is comparable with one of OSIE alone: validation and test are OSIE's.
+# A network of both is comparable with that of OSIE alone: validation and test are OSIE's.
 WITH_OSIE = DatasetSpec(
     name="osie+eyecrowd",
     title="OSIE and EyeCrowd",

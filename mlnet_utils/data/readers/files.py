@@ -21,7 +21,7 @@ MOST_MARKED = 0.5  # share of a map's pixels
 
 
 def need(path: Path, dataset: str) -> Path:
-    """The path, or a FileNotFoundError that says how the dataset comes there."""
+    """The path; where it is missing, a FileNotFoundError with the way to get the dataset."""
     if not path.exists():
         fetch = f"`python -m mlnet_utils download {dataset}` fetches it"
         where = "`--root` or $MLNET_DATA names the folder of the datasets (data/README.md)"
@@ -61,7 +61,7 @@ def composed(name: str) -> str:
 
 
 def check_pairs(dataset: str, first: str, ours: Iterable[str], second: str, theirs: Iterable[str]):
-    """Raise a ValueError that counts and names what lacks a partner among two sets of stems."""
+    """Raise a ValueError that counts and names the stems of two sets that lack a partner."""
     ours, theirs = set(ours), set(theirs)
     parts = [
         f"{len(lone)} {kind} without {other}: {named(sorted(lone))}"
@@ -95,7 +95,7 @@ def photo_size(path: Path) -> tuple[int, int]:
     with reading(path, "a photo"), open_image(path) as image:
         width, height = image.size
         image.draft("L", (1, 1))  # the cheapest way through all of a JPEG
-        image.load()  # which turns a TIFF, and then there is no orientation any more
+        image.load()  # this turns a TIFF, and removes its orientation
         return (height, width) if orientation(image) in (5, 6, 7, 8) else (width, height)
 
 
@@ -115,14 +115,14 @@ def load_mat(path: Path, *names: str) -> dict[str, Any]:
 def fixated_pixels(path: Path, size: tuple[int, int], variable: str = "") -> np.ndarray:
     """The marked pixels of a fixation map: (N, 2) float32 x, y, 0-based.
 
-    In a JPEG a pixel is marked if it exceeds half of the map's maximum, which undoes what JPEG does
-    to single white pixels. Other files are exact: they hold 0 and one other value, or counts, and
+    In a JPEG a pixel is marked if it exceeds half of the map's maximum, which undoes JPEG's effect
+    on single white pixels. Other files are exact: they hold 0 and a single other value, or counts;
     then a pixel is returned as often as it was fixated.
 
     ``path`` is a picture, ``.npy`` or ``.mat`` (``variable`` in it, or the only matrix), ``size``
-    the width and height of the photo. Raises a ValueError where the map is unreadable, not one
-    matrix, of another size, not finite, or blurred, which would make every metric that needs
-    fixations wrong without a sign.
+    the width and height of the photo. Raises a ValueError where the map is unreadable, not a single
+    matrix, of another size, not finite, or blurred. Blurred maps would silently falsify all metrics
+    on fixations.
     """
     with reading(path, "a map of fixated pixels, one matrix"):
         if path.suffix.lower() == ".npy":

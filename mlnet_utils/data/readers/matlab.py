@@ -31,7 +31,7 @@ def read_mat(path: Path) -> dict[str, Any]:
 
     Cells are arrays of objects, structs are arrays of objects with the fields as attributes, and
     texts are arrays of a string for each row. Raises Exception: many types for a damaged file or
-    one of another kind, see ``runtime.reading``.
+    another kind of file, see ``runtime.reading``.
     """
     content, variables = memoryview(path.read_bytes()), {}
     order = {b"IM": "<", b"MI": ">"}.get(bytes(content[126:128]))
@@ -43,19 +43,19 @@ def read_mat(path: Path) -> dict[str, Any]:
         if kind == COMPRESSED:
             unpacker = zlib.decompressobj()
             part = memoryview(unpacker.decompress(part, LARGEST))
-            if not unpacker.eof:  # where the checksum is
+            if not unpacker.eof:  # the checksum stands there
                 raise ValueError("a variable is cut off or too large")
             kind, part, _ = _element(part, order)
         if kind != MATRIX:
             raise ValueError(f"an element of type {kind} where a variable should be")
         name, value = _matrix(part, order)
-        if name:  # what MATLAB keeps for itself has none
+        if name:  # MATLAB's own variables have none
             variables[name] = value
     return variables
 
 
 def _element(content: memoryview, order: str) -> tuple[int, memoryview, memoryview]:
-    """Type and content of the first element, and what comes after it."""
+    """Type and content of the first element, and the bytes after it."""
     kind, size = struct.unpack_from(f"{order}II", content)
     if kind >> 16:  # a small one: type, size and content share 8 bytes
         kind, size, start, after = kind & 0xFFFF, kind >> 16, 4, 8
@@ -67,7 +67,7 @@ def _element(content: memoryview, order: str) -> tuple[int, memoryview, memoryvi
 
 
 def _numbers(content: memoryview, order: str) -> tuple[np.ndarray, memoryview]:
-    """The numbers in the first element, and what comes after it."""
+    """The numbers in the first element, and the bytes after it."""
     kind, part, rest = _element(content, order)
     return np.frombuffer(part, order + NUMBERS[kind]), rest
 

@@ -1,7 +1,7 @@
 """Reader of MIT1003 (Judd, Ehinger, Durand, Torralba; ICCV 2009), with its fixation detector.
 
-The authors publish eye positions at 240 Hz and MATLAB code that finds the fixations in them. This
-is that detector in NumPy, so that no MATLAB is needed; it was compared with the original, run in
+The authors publish eye positions at 240 Hz and MATLAB code that finds the fixations in them. Here
+their detector is in NumPy, so that no MATLAB is needed. It was compared with the original, run in
 GNU Octave, on generated recordings (``tests/vectors/mit1003_fixations.npz``).
 """
 
@@ -21,16 +21,16 @@ THRESHOLD = 34 * 6  # pixels per degree times degrees per second
 WINDOW = 4  # samples that are averaged
 SHORTEST_RUN = 3  # samples above the threshold that make a saccade
 SEARCH = 25  # samples after a run within which a saccade must slow down
-SHORTEST_FIXATION = 12  # samples (50 ms) that must be exceeded, or the saccades around it are one
+SHORTEST_FIXATION = 12  # samples (50 ms): a gap between saccades of at most so many joins them
 
 
 def read_mit1003(root: str | Path) -> list[Photo]:
     """MIT1003: ``ALLSTIMULI/*.jpeg`` with ``DATA/<observer>/*.mat`` or ``ALLFIXATIONMAPS``.
 
-    1003 photos with a longest side of 1024, 15 observers, 3 s. With ``DATA`` the fixations come
-    with observers, order and durations, and the first of each, which the fixation cross caused,
-    is left out as the authors do; otherwise the pixels marked in ``*_fixPts.jpg`` are taken.
-    A FileNotFoundError where a part of the layout is missing; a ValueError where files do not pair,
+    1003 photos with a longest side of 1024, 15 observers, 3 s. ``DATA`` gives observers, order and
+    durations. Each observer's first fixation, which the fixation cross caused, is left out, as the
+    authors do. Without ``DATA`` the pixels marked in ``*_fixPts.jpg`` are taken. Raises a
+    FileNotFoundError where a part of the layout is missing; a ValueError where files do not pair,
     are damaged, or have another structure or size.
     """
     root, recorded = Path(root), (Path(root) / "DATA").is_dir()
@@ -71,10 +71,10 @@ def _recorded(paths: list[Path]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _eye_positions(path: Path) -> np.ndarray:
-    """(N, 2) x, y in 1-based pixels, one every 1/240 s; negative during blinks."""
+    """(N, 2) x, y in 1-based pixels, a row every 1/240 s; negative during blinks."""
     values = files.load_mat(path).values()
     with reading(path, "a recording of MIT1003: one struct with DATA(1).eyeData"):
-        # The variable is named after the photo, cut to MATLAB's 63 characters: take the only one.
+        # The only variable is named after the photo, cut to MATLAB's 63 characters.
         ((record,),) = values
         positions = np.asarray(record[0].DATA[0, 0].eyeData, np.float64)
         if positions.ndim != 2 or positions.shape[1] < 2 or not len(positions):
@@ -87,9 +87,9 @@ def detect_fixations(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Find the fixations in a recording as the authors' ``checkFixations.m`` does.
 
     A saccade starts where the smoothed speed grows faster than a threshold for three samples, and
-    ends where it stops falling that fast; what lies between saccades is a fixation. Saccades
-    that at most 50 ms part are one. From (N, 2) x, y in pixels at 240 Hz, NaN where the eye was
-    lost, it makes (M, 2) median positions and (M,) durations in ms, in order.
+    ends where it stops falling that fast. The parts between saccades are fixations. Saccades at
+    most 50 ms apart are joined. Takes (N, 2) x, y in pixels at 240 Hz, NaN where the eye was lost;
+    returns (M, 2) median positions and (M,) durations in ms, in order.
     """
     n = len(positions)
     saccades = _saccades(_speed_change(positions))
@@ -103,7 +103,7 @@ def detect_fixations(positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _speed_change(positions: np.ndarray) -> np.ndarray:
-    """(N,) how much the speed grows from each sample to the next window, zero near both ends."""
+    """(N,) growth of the speed from each sample to the next window, zero near both ends."""
     n = len(positions)
     steps = np.concatenate([[0.0], np.hypot(*np.diff(positions, axis=0).T)])
     speed = np.convolve(steps, np.full(WINDOW, 1 / WINDOW))[:n]

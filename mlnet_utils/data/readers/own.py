@@ -32,7 +32,7 @@ NEAR = {  # column: pattern of names that may mean it
 }
 LOST = {"", ".", "-", "na", "n/a", "nan", "none", "null", "missing"}  # values, in any case
 LISTS = (".csv", ".tsv", ".txt")
-PARTS = {  # of the dataset ``folder``: the argument of read_folder that each is, first ones first
+PARTS = {  # of the dataset ``folder``, by precedence: the argument of read_folder for each
     "fixations.csv": "fixations_csv",
     "fixation_maps": "fixation_maps",
     "density_maps": "density_maps",
@@ -43,7 +43,7 @@ SPLIT_NAMES = {  # of sub-folders, in any case
     **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
     **dict.fromkeys(("test", "testing", "eval"), "test"),
 }
-SHARES = {"normalised": 1, "percent": 100}  # units of a list: what the whole photo is in them
+SHARES = {"normalised": 1, "percent": 100}  # units of a list: the photo's side in each
 OUTSIDE = 0.1  # share of points outside their photos that makes a list implausible
 ENOUGH = (20, 5)  # points, photos: fewer say nothing about a list
 FIXATION_SUFFIXES = (*PHOTO_SUFFIXES, ".npy", ".mat")
@@ -53,7 +53,7 @@ DENSITY_SUFFIXES = (*PHOTO_SUFFIXES, ".npz", ".npy")
 def read_own(root: str | Path, coordinates: Mapping[str, Any] | None = None) -> list[Photo]:
     """The dataset ``folder``: ``images/`` and any of :data:`PARTS`, see :func:`read_folder`.
 
-    Paths in the photos are relative to ``root``. There being none of the parts is a ValueError too.
+    Paths in the photos are relative to ``root``. A ValueError too where none of the parts is there.
     """
     root = Path(root)
     there = {key: root / name for name, key in reversed(PARTS.items()) if (root / name).exists()}
@@ -77,16 +77,16 @@ def read_folder(
     density_maps: str | Path = "",
     coordinates: Mapping[str, Any] | None = None,
 ) -> list[Photo]:
-    """Read photos and whatever is known of who looked where; files pair by stem.
+    """Read photos with their fixations or density maps; files pair by stem.
 
     Subfolders named as in :data:`SPLIT_NAMES` decide the split; other subfolders are only read.
-    Paths are relative to ``images``, the folder of photos. Density maps may come on their own, and
-    then metrics that need fixations cannot be computed.
+    Paths are relative to ``images``, the folder of photos. Density maps on their own do not allow
+    metrics that need fixations.
 
     Args:
         fixations_csv: rows of ``image, x, y`` and optionally ``observer`` (any name) and
             ``duration`` (ms), in viewing order; ``image`` is a file name or stem, x and y are in
-            pixels of the photo, with pixel centres at integers. Or a folder of such lists, one of
+            pixels of the photo, with pixel centres at integers. Or a folder with such a list of
             each observer.
         fixation_maps: instead, a folder of maps of fixated pixels (pictures, ``.npy``, ``.mat``).
         density_maps: folder of density maps (pictures, ``.npy``, or ``.npz`` with ``density``).
@@ -139,9 +139,9 @@ def to_pixels(
 ) -> np.ndarray:
     """(N, 2) x, y in pixels of a photo, 0-based with pixel centres at integers, from those written.
 
-    ``size`` is the photo's width and height; ``origin`` what the centre of the first pixel is
-    called, 0 or 1 (as in MATLAB); ``unit`` ``"pixel"``, ``"normalised"`` (0 to 1 from edge to edge)
-    or ``"percent"``; ``offset`` what x and y are at the photo's left and top edge, in that unit,
+    ``size`` is the photo's width and height. ``origin`` is the coordinate of the first pixel's
+    centre: 0, or 1 as in MATLAB. ``unit`` is ``"pixel"``, ``"normalised"`` (0 to 1 from edge to
+    edge) or ``"percent"``. ``offset`` is x and y of the photo's left and top edge in that unit,
     such as its place on the screen.
     """
     points = points - np.asarray(offset, float)
@@ -159,10 +159,10 @@ def check_coordinates(
     """Refuse a list (``path``) with coordinates that are evidently no pixels of its photos.
 
     ``sizes`` are width and height of the photos by stem, ``points`` (N, 2) x, y of each, 0-based,
-    not finite where gaze was lost; ``coordinates`` what they were converted by. A pixel that is
-    recorded in most photos, as trackers write lost gaze, is a warning. Raises ValueError: nine
-    tenths of the points lie within 0..1, or within 0..100 of photos at least twice as large, or
-    over a tenth lies outside the photos (a fiftieth, if exchanging x and y mends it).
+    not finite where gaze was lost; ``coordinates`` has converted them. Warns of a pixel that is
+    recorded in most photos, as trackers write lost gaze. Raises ValueError: nine tenths of the
+    points lie within 0..1, or within 0..100 of photos at least twice as large, or over a tenth lies
+    outside the photos (a fiftieth, if exchanging x and y mends it).
     """
     size = np.concatenate([np.tile(sizes[stem], (len(points[stem]), 1)) for stem in points])
     xy = np.concatenate(list(points.values()))
@@ -228,7 +228,7 @@ def _split(place: Path) -> str:
 def _maps(
     images: Path, folder: str | Path, paths: dict[str, Path], kind: str, suffixes: tuple[str, ...]
 ) -> dict[str, Path]:
-    """The folder's maps by stem, one for each of the photos ``paths``; all may have an ending."""
+    """The folder's maps by stem, a map for each of the photos ``paths``; all may have an ending."""
     if not folder:
         return {}
     maps = files.by_stem(visible_files(Path(folder), suffixes), "own photos")
@@ -320,7 +320,7 @@ def _decoded(content: bytes) -> str:
 
 
 def _check_columns(path: Path, columns: list[str]) -> None:
-    """Refuse a list without a needed column, or with one twice; warn of those that are not used."""
+    """Refuse a list that lacks a needed column or repeats a column; warn of unused columns."""
     used = (*COLUMNS, *OPTIONAL)
     unused = [name for name in columns if name and name not in used]
     near = [

@@ -1,7 +1,7 @@
 """Readers of SALICON (Jiang, Huang, Duan, Zhao; CVPR 2015) in its two editions and as JSON.
 
-The editions of 2015 and 2017 hold other fixations for the same photos, and the same predictions
-score very differently on them, so nothing here reads one without being told which.
+The editions of 2015 and 2017 hold different fixations of the same photos, and the same predictions
+score very differently on them. The reader of both is therefore told the edition.
 """
 
 import json
@@ -140,7 +140,7 @@ def _workers(path: Path, edition: str, points: str, size: tuple[int, int]) -> li
 
 
 def _pairs(values: Any) -> np.ndarray:
-    """(N, 2) float64 from N x 2 numbers in a file; nothing at all has whatever shape it likes."""
+    """(N, 2) float64 from N x 2 numbers in a file, or from an empty array of any shape."""
     pairs = np.asarray(values, np.float64)
     if not pairs.size:
         return np.zeros((0, 2))
@@ -176,7 +176,7 @@ def _read_annotations(path: Path) -> dict[str, tuple[tuple[int, int], list[np.nd
 
 
 # ---- the datasets ------------------------------------------------------------------------------
-_FILES = (  # the folder, the id on Google Drive, and the MD5, which maps have none
+_FILES = (  # the folder, the id on Google Drive, and the MD5 (maps have none)
     ("images", "1g8j-hTT-51IG1UFwP0xTGhLdgIUCW5e5", "eb2a1bb706633d1b31fc2e01422c5757"),
     ("fixations-2015", "1WVEiXba-I4GN33f0uUl4KhaN1rK7qzs6", "9a22db9d718200fb90252e5010c004c4"),
     ("fixations-2017", "1P-jeZXCsjoKO79OhFUgnj6FGcyvmLDPj", "462b70f4f9e8ea446ac628e46cea8d3d"),

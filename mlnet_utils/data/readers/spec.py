@@ -1,4 +1,4 @@
-"""The form in which each file of this room states what is known of its dataset."""
+"""The form in which each file of this room describes its dataset."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -51,9 +51,9 @@ class DatasetSpec:
     test: float = 0  # 0 = the files have their own split
     archives: tuple[Archive, ...] = ()
     joins: tuple[str, ...] = ()  # datasets: all of the first, the training photos of the others
-    parts: tuple[str, ...] = ()  # what is read, below the folder; default: what archives become
+    parts: tuple[str, ...] = ()  # read below the folder; default: the archives' folders
     own: bool = False  # the user's, in coordinates that the preset may describe
-    by_hand: str = ""  # for a dataset without archives: how it comes into its folder
+    by_hand: str = ""  # for a dataset without archives: the way into its folder
     citation: str = ""
 
     @property
