@@ -92,7 +92,7 @@ class TimmLevels(nn.Module):
         super().__init__()
         import timm
 
-        # Other names are addresses (hf-hub:, local-dir:): weights and code's settings of strangers.
+        # Other names are addresses (hf-hub:, local-dir:) of strangers' weights and settings.
         if not timm.is_model(config.backbone):
             known = "is not in timm.list_models(), nor vgg16: use a name that is"
             raise ValueError(f"config: backbone={config.backbone!r} {known}")
@@ -132,9 +132,9 @@ class TimmLevels(nn.Module):
 def build_backbone(config: Config) -> tuple[nn.Module, tuple[tuple, tuple]]:
     """The backbone with its weights, and the mean and deviation of the RGB input it expects.
 
-    With ``normalisation="auto"`` these are what timm states for weights of its own: downloaded,
-    or a local file with the classifier, as timm publishes them; else ImageNet's. The backbone's
-    attribute ``sha256`` is that of the local file, of a download that of its safetensors.
+    With ``normalisation="auto"`` both are timm's for weights of its own (downloaded, or a local
+    file with the classifier, as timm publishes them), else ImageNet's. The backbone's attribute
+    ``sha256`` is that of the local file, or of a download's weights as safetensors.
 
     Raises:
         ValueError: unknown backbone or ``output_stride``, or a local file that does not match.
@@ -171,7 +171,7 @@ def build_backbone(config: Config) -> tuple[nn.Module, tuple[tuple, tuple]]:
 
 
 def load_backbone_file(backbone: nn.Module, path: str | Path) -> bool:
-    """Load local ImageNet weights strictly, ignoring only what the extractor leaves out.
+    """Load local ImageNet weights strictly, ignoring only layers that the extractor leaves out.
 
     True where the file holds the classifier too, as published files do.
 

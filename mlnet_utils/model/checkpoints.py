@@ -17,7 +17,7 @@ from mlnet_utils.model.network import MLNet
 FORMAT = "mlnet-checkpoint-1"
 PIN = "#sha256="  # between a path and the checksum of the file that is meant
 
-# Keys that decide which weights there are and what they mean: always those of the start.
+# Keys that decide the weights and their meaning: always those of the start.
 ARCHITECTURE = (
     *("backbone", "backbone_args", "backbone_drop", "normalisation", "levels", "channels"),
     *("head", "prior_cells", "compat", "output_stride", "rectify", "standardise", "centre"),
@@ -33,7 +33,7 @@ def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any)
     """Write a checkpoint atomically: configuration, weights, versions and any further state.
 
     The state holds tensors and plain values only: the file loads with ``weights_only=True``. Raises
-    OSError: the file could not be written; what was there before is still there.
+    OSError: the file could not be written; an earlier file stays.
     """
     content = {
         "format": FORMAT,
@@ -54,8 +54,8 @@ def save_checkpoint(path: str | Path, config: Config, model: dict, **state: Any)
 def save_published(path: str | Path, checkpoint: str | Path, card: dict[str, Any]) -> None:
     """Write a checkpoint's network for others to use, ``.safetensors``, matrices in float16.
 
-    Vectors stay as they are: batch norm's statistics would leave float16's range. The ``card`` of
-    plain values is what readers should know, e.g. data, command and scores.
+    Vectors stay as they are: batch norm's statistics would leave float16's range. The ``card`` has
+    plain values for readers, e.g. data, command and scores.
     """
     content = load_checkpoint(checkpoint)
     weights = {
@@ -79,7 +79,7 @@ def load_checkpoint(path: str | Path = "") -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: unreadable, damaged, or not one of this project's checkpoints.
+        ValueError: unreadable, damaged, or no checkpoint of this project.
     """
     path = Path(path).expanduser() if str(path) else runtime.SHIPPED
     with runtime.reading(path, "a checkpoint of this project", REMEDY):
@@ -96,7 +96,7 @@ def load_checkpoint(path: str | Path = "") -> dict[str, Any]:
 def load_model(path: str | Path = "") -> tuple[MLNet, Config, dict[str, Any]]:
     """The trained network (in eval mode), its configuration and the rest of the checkpoint.
 
-    Nothing is downloaded: the checkpoint holds all the weights.
+    Nothing is downloaded: the checkpoint holds all the weights. Errors as of load_checkpoint().
     """
     content = load_checkpoint(path)
     path, config = path if str(path) else runtime.SHIPPED, from_dict(content["config"])
@@ -107,9 +107,9 @@ def load_model(path: str | Path = "") -> tuple[MLNet, Config, dict[str, Any]]:
 
 
 def rotate_and_save(folder: Path, config: Config, model: dict, **state: Any) -> None:
-    """Write ``last.pt`` and keep the one before it as ``previous.pt``.
+    """Write ``last.pt`` and keep the file before it as ``previous.pt``.
 
-    At every moment in between, one of the two is a complete checkpoint.
+    At every moment in between, one of the two files is a complete checkpoint.
     """
     last, staged = folder / "last.pt", folder / "next.pt"
     save_checkpoint(staged, config, model, **state)
@@ -149,7 +149,7 @@ def load_latest(folder: Path, config: Config, data: str) -> dict[str, Any] | Non
 
 
 def _newest(folder: Path) -> tuple[Path | None, dict[str, Any], list[str]]:
-    """The newest readable step checkpoint with its path, and the errors of newer ones."""
+    """The newest readable step checkpoint with its path, and the errors of newer files."""
     errors = []
     for path in (folder / "last.pt", folder / "previous.pt"):
         if path.exists():
@@ -187,7 +187,7 @@ def with_start(config: Config, folder: Path | None = None) -> Config:
     know the architecture.
 
     Raises:
-        FileNotFoundError: the file is missing, and the training has not begun.
+        FileNotFoundError: the file is missing, and no training has begun.
         ValueError: no checkpoint, another file than the checksum names, or a key of the
             architecture that is set to another value than the start's.
     """
@@ -219,7 +219,7 @@ def with_start(config: Config, folder: Path | None = None) -> Config:
         raise ValueError(f"config: {problem}; leave these keys out to take the checkpoint's")
     warn_of_other_fold(stored, config.dataset, config.fold)
     taken = {key: stored[key] for key in (*ARCHITECTURE, *(k for k in USUAL if k not in chosen))}
-    taken["adapt"] = stored["adapt"] or config.adapt  # what was adapted stays so
+    taken["adapt"] = stored["adapt"] or config.adapt  # an adaptation stays
     given = config.given.union(ARCHITECTURE, USUAL)
     return dataclasses.replace(config, **taken, start_from=start_from, given=given)
 
@@ -236,8 +236,8 @@ def warn_of_other_fold(trained: dict[str, Any], dataset: str, fold: int) -> None
 def locate(start_from: str) -> tuple[Path, str]:
     """The file that ``start_from`` names, and its checksum if one is given, else ``""``.
 
-    ``package`` is the network that comes with the package. A relative path is one of the working
-    folder, if it is there, else one of the checkout.
+    ``package`` is the network that comes with the package. A relative path is looked for in the
+    working folder, then in the checkout.
     """
     name, _, digest = start_from.partition(PIN)
     path = runtime.SHIPPED if name == "package" else Path(name).expanduser()

@@ -2,13 +2,13 @@
 
 Three kinds are recognised by their content, never by their name:
 
-* ``keras-mlnet``: what the authors' ML-Net (Keras 1.1 on Theano) saves; the released
-  ``mlnet_salicon_weights.pkl`` is such an HDF5 file.
+* ``keras-mlnet``: the HDF5 files of the authors' ML-Net (Keras 1.1 on Theano), such as the released
+  ``mlnet_salicon_weights.pkl``.
 * ``keras-vgg16``: the authors' ImageNet weights, ``vgg16_weights.h5``.
 * ``mlnet-pytorch``: the state dict of MLNet-Pytorch (immortal3, 2018).
 
-What the imported networks compute differently from this project's own is chosen by ``compat``
-and ``normalisation`` in the configuration that is returned and stored; docs/fidelity.md lists it.
+The keys ``compat`` and ``normalisation`` of the configuration, which is returned and stored, make
+the imported networks compute as the originals; docs/fidelity.md lists the differences.
 """
 
 import contextlib
@@ -30,15 +30,15 @@ KINDS = ("keras-mlnet", "keras-vgg16", "mlnet-pytorch")
 
 _HDF5 = b"\x89HDF\r\n\x1a\n"
 _TORCH = (b"PK\x03\x04", b"\x80")  # a zip since PyTorch 1.6, bare pickles before
-# MLNet-Pytorch's names of what is called otherwise here.
+# MLNet-Pytorch's names of modules, and the names here.
 _RENAMED = {"features": "backbone.features", "int_conv": "encode", "pre_final_conv": "to_map"}
-# Where the 13 convolutions stand in torchvision's ``features``.
+# Places of the 13 convolutions in torchvision's ``features``.
 _PLACES = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 _CELL = 80  # input pixels per cell of the prior: stride 8 of the network times 10 of the prior
 
 
 def recognise(path: str | Path) -> str:
-    """Tell which of ``KINDS`` a weights file is.
+    """The kind of a weights file, of ``KINDS``.
 
     Raises:
         FileNotFoundError, ValueError: no such file; or truncated, unreadable, none of the kinds.
@@ -69,14 +69,14 @@ def import_weights(path: str | Path, out: str | Path) -> Config:
     """Convert a weights file of one of ``KINDS``.
 
     Writes a checkpoint for prediction and evaluation; of ``keras-vgg16`` a ``.safetensors`` file
-    for use as ``backbone_weights``. Returns the configuration with which the result computes what
-    the original computed; for a backbone, the paper's preset on top of it.
+    for use as ``backbone_weights``. Returns the configuration with which the result computes as
+    the original did; for a backbone, the paper's preset on top of it.
 
     Raises:
         FileNotFoundError: there is no such file.
         ImportError: the file is HDF5 and h5py is not installed.
-        ValueError: truncated, of no known kind, or its layers are not those of the network;
-            names the layer, and what was expected.
+        ValueError: truncated, of no known kind, a wrong ``out``, or other layers than the
+            network's; names the layer and the expected form.
     """
     path, out = Path(path), Path(out)
     kind = recognise(path)
@@ -147,7 +147,7 @@ def _keras_vgg16(path: Path) -> dict[str, Tensor]:
 
 
 def _mlnet_pytorch(path: Path) -> dict[str, Tensor]:
-    """Its state dict: the same layers under other names, and a prior around 1 instead of 0."""
+    """MLNet-Pytorch's state dict: other names of the layers, and a prior around 1, not 0."""
     weights = {}
     for label, value in tensorfiles.read_weights(path).items():
         module, dot, rest = label.partition(".")
@@ -160,7 +160,7 @@ def _mlnet_pytorch(path: Path) -> dict[str, Tensor]:
 # ---- common ------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def _open_hdf5(path: Path) -> Iterator:
-    """The open file; what is missing or cannot be read in it is a ValueError that names it."""
+    """The open file; a ValueError names it where a part is missing or cannot be read."""
     with reading(path, WEIGHTS), require("h5py", "legacy").File(path, "r") as file:
         yield file
 

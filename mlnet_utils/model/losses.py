@@ -2,8 +2,8 @@
 
 Every term takes ``(prediction, density, fixations)``, all (B, 1, h, w): a non-negative saliency
 map of any scale, the fixation density that sums to 1, and fixation counts on the same grid; and
-returns (B,), smaller is better. Per image, so that gradient accumulation and several processes
-can weight images exactly.
+returns (B,), smaller is better. Losses are per image, so that gradient accumulation and several
+processes can weight images exactly.
 """
 
 import re
@@ -62,8 +62,8 @@ def ce_loss(prediction: Tensor, density: Tensor, fixations: Tensor) -> Tensor:
 def cc_loss(prediction: Tensor, density: Tensor, fixations: Tensor) -> Tensor:
     """1 - Pearson's correlation of prediction and density.
 
-    Its slope, like that of NSS, has no bound where the prediction is constant, as that of a new
-    density head is, and AdamW remembers it for hundreds of updates: set ``clip_norm``.
+    Its slope, like that of NSS, has no bound where the prediction is constant, as a new density
+    head's is. AdamW remembers that slope for hundreds of updates: set ``clip_norm``.
     """
     p, q = _centred(prediction), _centred(density)
     norm = (p.square().sum((1, 2, 3)) * q.square().sum((1, 2, 3)) + EPS).sqrt()
@@ -92,7 +92,7 @@ def _at_most_1(maps: Tensor) -> Tensor:
 
 
 def _centred(maps: Tensor) -> Tensor:
-    """Relative to their means maps are of order one, whatever their scale; then less 1."""
+    """Maps divided by their means, so that any scale becomes of order 1, and then less 1."""
     maps = maps / maps.mean((1, 2, 3), keepdim=True).clamp_min(EPS)
     return maps - maps.mean((1, 2, 3), keepdim=True)
 

@@ -84,9 +84,9 @@ class MLNet(nn.Module):
     def explain(self, image: Tensor) -> dict[str, Tensor]:
         """Take a prediction apart, in the units of the raw map (log-density with that head).
 
-        Returns ``"level 1"``...: (B, 1, h, w) change of the raw map made by what is specific to
-        each place in that level (against the level's mean over the photo); ``"raw"``: the raw map
-        before the prior; ``"prior"``: (1, 1, h, w); ``"saliency"``: the output.
+        Returns ``"level 1"`` and so on, (B, 1, h, w): the difference to the raw map in which the
+        level has its mean over the photo everywhere. ``"raw"`` is the map before the prior,
+        ``"prior"`` is (1, 1, h, w), ``"saliency"`` the output.
         """
         levels = self.extract(image)[-self.levels :]
         raw = self.encode_levels(levels)
@@ -126,8 +126,8 @@ class MLNet(nn.Module):
         return F.interpolate(prior, size=size, mode="bilinear", align_corners=corners)
 
     def train(self, mode: bool = True) -> "MLNet":
-        """As usual, except for ``freeze_norm``, which keeps the backbone's batch-norm statistics,
-        and ``dropout_at_test``, MLNet-Pytorch's defect."""
+        """Set the mode; ``freeze_norm`` keeps the backbone's batch-norm statistics as they are, and
+        ``dropout_at_test``, MLNet-Pytorch's defect, keeps the dropout on."""
         super().train(mode)
         self.dropout.train(mode or self.dropout_at_test)
         if self.freeze_norm:

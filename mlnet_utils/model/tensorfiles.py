@@ -1,7 +1,7 @@
 """Files of tensors: read without running code from them, and compared with their digest.
 
-Both kinds, ``.safetensors`` and what ``torch.save`` writes, for weights of backbones and for
-checkpoints (checkpoints.py), which say what the tensors mean.
+Both kinds, ``.safetensors`` and those of ``torch.save``, hold weights of backbones or checkpoints;
+checkpoints.py gives the tensors a meaning.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
 
 
 def named_tensors(state: Any) -> dict[str, Tensor]:
-    """The state dict, if it is one; else a ValueError."""
+    """The state dict; a ValueError for anything but tensors by name."""
     items = state.items() if isinstance(state, dict) else [(None, None)]
     if not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in items):
         raise ValueError("it holds something other than tensors by name")
@@ -39,8 +39,8 @@ def named_tensors(state: Any) -> dict[str, Tensor]:
 def read_torch(path: Path) -> dict[str, Any]:
     """Read a dictionary that ``torch.save`` wrote, without running code from the file.
 
-    Its :func:`content_digest`, or of a file without one the checksums of the zip, are compared:
-    torch reads a file with flipped bits without a word. Call it in :func:`reading`: torch, zipfile
+    Its :func:`content_digest` is compared, or without a digest the checksums of the zip: torch
+    reads a file with flipped bits without a word. Call it in :func:`reading`: torch, zipfile
     and this function raise many types for a file that is damaged or something else.
     """
     try:
@@ -69,7 +69,7 @@ def save_safetensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str,
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and texts of a file, compared with the digest that :func:`save_safetensors` wrote.
 
-    Call it in :func:`reading`; a ValueError where the content is not what was written.
+    Call it in :func:`reading`; a ValueError where the content has another digest.
     """
     with safetensors.safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}

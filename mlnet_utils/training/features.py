@@ -2,8 +2,8 @@
 
 Training the encoding and the prior on a frozen backbone would compute the same features in every
 epoch; that pass is most of the work. The files of a photo are named after its SHA-256, their folder
-after everything else that decides the numbers: weights, input size, normalisation, precision. A
-file that is there is therefore the right one, whichever run made it.
+after everything else that decides the numbers: weights, input size, normalisation, precision. An
+existing file is therefore right, whichever run made it.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from mlnet_utils.data.photos import Photo
 from mlnet_utils.model.network import MLNet
 
 BATCH = 8
-# Beside the weights, what changes features. Not `levels`: those of all three are kept.
+# Keys that change features, as the weights do. Not `levels`: those of all three are kept.
 DECIDING = ("backbone", "backbone_args", "backbone_drop", "output_stride", "normalisation",
             "compat", "height", "width")  # fmt: skip
 
@@ -32,7 +32,7 @@ DECIDING = ("backbone", "backbone_args", "backbone_drop", "output_stride", "norm
 def cache_features(
     model: MLNet, config: Config, accelerator: Accelerator, data: Iterable[SaliencyDataset]
 ) -> None:
-    """Compute the features of all photos that are not cached yet, and let datasets give those.
+    """Compute the features of all photos that are not cached yet, and let datasets give them.
 
     The model must have the weights that it will keep: features of others would be cached as its
     own. The accelerator's processes share the work.
@@ -96,7 +96,7 @@ class FeatureCache:
             return torch.from_numpy(stored[self.first_used :])
 
     def fill(self, model: MLNet, data: SaliencyDataset, accelerator: Accelerator) -> None:
-        """Write the files of a dataset that are not there yet; mirrored ones if it mirrors."""
+        """Write the files of a dataset that are not there yet; mirrored files if it mirrors."""
         with runtime.locked(self.folder):
             accelerator.wait_for_everyone()
             self._fill(model, data, accelerator)

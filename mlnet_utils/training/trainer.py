@@ -67,7 +67,7 @@ class FitResult:
 
 
 def fit(config: Config, run_dir: str | Path, accelerator: Accelerator | None = None) -> FitResult:
-    """Train, or continue the training, of the run in ``run_dir``; default accelerator: a new one.
+    """Train, or continue the training, of the run in ``run_dir``; None makes a new accelerator.
 
     Reads ``data/`` (notebook 01); writes ``log.csv``, ``times.csv`` and ``checkpoints/``
     (``best.pt`` for use, ``last.pt`` and ``previous.pt`` to resume from). Calling it again after
@@ -77,11 +77,11 @@ def fit(config: Config, run_dir: str | Path, accelerator: Accelerator | None = N
 
     Raises:
         FileNotFoundError: the prepared data, or the checkpoint to start from, are missing.
-        TrainingDied: the output died or the loss is not finite; the message says what to try.
+        TrainingDied: the output died or the loss is not finite; the message has remedies.
         ValueError: the checkpoints belong to another configuration or cannot be read.
         OSError: a checkpoint cannot be written; the one before it stays.
         RuntimeError: not even one photo fits into the GPU's memory, or another process died.
-        KeyboardInterrupt: stopped by a signal; the message says how to continue.
+        KeyboardInterrupt: stopped by a signal; the same command continues.
     """
     accelerator = accelerator or make_accelerator(config)
     with locked(Path(run_dir) / "checkpoints"):
@@ -165,7 +165,7 @@ class Trainer:
         return FitResult(self.folder / "best.pt", self.history, time.monotonic() - started)
 
     def train_epoch(self) -> None:
-        """The rest of the current epoch, from batch ``self.batch`` on."""
+        """Train the rest of the current epoch, from batch ``self.batch`` on."""
         if self.config.optimizer == "lbfgs":
             self.adapt()
             return
@@ -185,7 +185,7 @@ class Trainer:
         self.read_losses()
 
     def step(self, batch: dict[str, Tensor]) -> None:
-        """One update on one global batch, in micro-batches, over all processes.
+        """Make one update on one global batch, in micro-batches, over all processes.
 
         The loss of the update is the mean over the global batch, whatever the number of
         micro-batches and processes, because every image's loss is normalised by itself.
@@ -198,7 +198,7 @@ class Trainer:
         starts = range(0, len(batch["index"]), micro)
         loss_sum = torch.zeros((), device=self.device)
         for start in starts:
-            # Dropout is drawn anew from this key: a resumed run draws what the first one drew.
+            # Dropout is drawn anew from this key: a resumed run draws the same.
             torch.manual_seed(keyed_seed(self.config.seed, self.updates, self.rank, start))
             last = start == starts[-1]
             piece = {key: value[start : start + micro] for key, value in batch.items()}
@@ -261,7 +261,7 @@ class Trainer:
         self.updates = self.batch = 1
 
     def read_losses(self) -> None:
-        """Add the losses since the last call; raise if one is not finite, stop if asked to."""
+        """Add losses since the last call; TrainingDied: not finite; KeyboardInterrupt: signal."""
         if not self.unread:
             return
         rows = torch.stack(self.unread).tolist()  # waits for the device
@@ -283,10 +283,10 @@ class Trainer:
     def fit_into_memory(self) -> None:
         """With ``micro_batch=-1``, halve the photos per forward pass until they fit into a GPU.
 
-        Begins with this process's share of a batch, after a resume with the size in the
-        checkpoint; the smallest size that a process found is that of all. Where batch-norm
-        normalises by the photos that pass together, pieces would change the result: they stay.
-        A RuntimeError where not even one photo fits.
+        It begins with this process's share of a batch, after a resume with the checkpoint's size.
+        All processes take the smallest size found. Where batch-norm normalises by the photos that
+        pass together, pieces would change the result: the share stays. Raises a RuntimeError where
+        a single photo does not fit.
         """
         norms = [m for m in self.model.train().modules() if isinstance(m, nn.BatchNorm2d)]
         chosen = self.config.micro_batch >= 0 or any(norm.training for norm in norms)
@@ -332,7 +332,7 @@ class Trainer:
         Raises TrainingDied: constant maps, a loss that is not finite. KeyboardInterrupt: a signal.
         """
         network, config = self.judged.eval(), self.config
-        if self.world > 1:  # batch-norm statistics are each process's own: the first one's count
+        if self.world > 1:  # batch-norm statistics of the first process count
             broadcast(list(network.buffers()))
         rows = []
         for batch in self.val_loader:
@@ -370,7 +370,7 @@ class Trainer:
     def end_epoch(self, scores: dict[str, float]) -> None:
         """Log, keep the best, decide whether to go on; the checkpoint comes last.
 
-        Killed anywhere in here, the resumed run validates again and writes the same files.
+        A run that is killed in here validates again when resumed, and writes the same files.
         """
         config = self.config
         row = {
@@ -413,7 +413,7 @@ class Trainer:
                 write_text(self.run_dir / name, format_rows(fields, rows))
 
     def save_unless_recent(self) -> None:
-        """Write a step checkpoint; on Google Drive only if the last one is minutes old."""
+        """Write a step checkpoint; on Google Drive only if the last is minutes old."""
         recent = time.monotonic() - self.saved < SECONDS_ON_DRIVE
         if self.finished or not (recent and on_drive(self.run_dir)):
             self.save()
@@ -435,10 +435,10 @@ class Trainer:
         )
 
     def resume(self) -> None:
-        """Continue from the newest checkpoint, if there is one.
+        """Continue from the newest checkpoint, if any.
 
         A ValueError where the checkpoint is of another run, its best epoch was deleted, or the
-        processes found different ones.
+        processes found different checkpoints.
         """
         content = checkpoints.load_latest(self.folder, self.config, self.data_digest)
         if content is not None:
@@ -470,7 +470,7 @@ class Trainer:
             checkpoints.load_checkpoint(best)  # or an error, where it is damaged
         before, now = content["precision"], self.accelerator.mixed_precision
         if before != now:
-            other = "the result is not what one machine would have given"
+            other = "the result differs from a training on one machine"
             warnings.warn(f"trained in {before!r} so far, now in {now!r}: {other}", stacklevel=2)
         self.model.load_state_dict(content["model"])
         self.model.backbone.sha256 = content.get("backbone_sha256", "")
@@ -575,7 +575,7 @@ def has_own_memory(device: torch.device) -> bool:
 
 
 def advice(config: Config) -> str:
-    """What helps when training dies."""
+    """The remedy for a training that died, by the head."""
     if config.head == "paper":
         remedy = "set centre=true, standardise=true, head='density' or loss='mlnet-printed'"
         return f"The paper's head ends in ReLUs, which can stay at zero: {remedy}, or a smaller lr."
