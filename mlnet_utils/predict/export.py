@@ -48,7 +48,7 @@ class ExportReport:
     correlation: float  # lowest correlation of a map with PyTorch's
 
     def summary(self) -> str:
-        """One sentence."""
+        """A sentence with size, precision, and the distance from PyTorch."""
         size, precision = self.path.stat().st_size / 1e6, self.metadata["precision"]
         against = f"deviation {self.deviation:.1e} of the maximum, CC {self.correlation:.4f}"
         file = f"{runtime.display_path(self.path)}: {size:.1f} MB, {precision}"
@@ -84,7 +84,7 @@ def export(
         raise ValueError("8 bits are made by onnxruntime: use the format onnx")
     for name in ("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ():
         runtime.require(name, "export")
-    if torch.__version__ < (2, 9):  # older ones fail, or write another layout of archives
+    if torch.__version__ < (2, 9):  # older versions fail, or write another layout
         raise ImportError(f"export needs torch 2.9 or newer, not {torch.__version__}")
     model, config, content = load_model(checkpoint)
     if config.dropout_at_test:
@@ -124,7 +124,7 @@ def load_exported(path: str | Path) -> Predictor:
 
     Raises:
         ImportError: the extra ``export`` is not installed.
-        FileNotFoundError, ValueError: there is no such file, or not one that :func:`export` wrote.
+        FileNotFoundError, ValueError: no such file, or a file that :func:`export` did not write.
     """
     path = Path(path)
     with runtime.reading(path, "a network that `mlnet_utils export` wrote", "export it again"):
@@ -179,14 +179,14 @@ class OnnxNetwork(nn.Module):
         return torch.from_numpy(self.session.run(None, {"image": image.numpy()})[0])
 
 
-# ---- what goes in ------------------------------------------------------------------------------
+# ---- photos and scores -------------------------------------------------------------------------
 def _input(predictor: Predictor, file: Path) -> Tensor:
     with runtime.reading(file, "a photo to verify the export with", "name others"):
         return predictor.prepare(read_image(file))[0]
 
 
 def _photo_files(checkpoint: Path, photos: Sequence[str | Path], int8: bool) -> list[Path]:
-    """Photos to verify with, and after those the ones to calibrate with."""
+    """Photos to verify with, and after them photos to calibrate with."""
     run = checkpoint.absolute().parent.parent
     if photos:
         nested = [visible_files(p) if p.is_dir() else [p] for p in map(Path, photos)]
@@ -221,12 +221,12 @@ def _scores(checkpoint: Path, content: dict) -> dict:
     return scores
 
 
-# ---- what comes out ----------------------------------------------------------------------------
+# ---- files -------------------------------------------------------------------------------------
 @contextlib.contextmanager
 def _work_folder(out: Path) -> Iterator[None]:
     """A place beside ``out`` for temporary files, onnxruntime's too.
 
-    What a killed call left there is deleted: call it in ``locked``.
+    Leftovers of a killed call are deleted: call it in ``locked``.
     """
     folder, before = out.with_name(f".{out.name}.work"), tempfile.tempdir
     shutil.rmtree(folder, ignore_errors=True)
@@ -281,7 +281,7 @@ def _write_int8(path: Path, images: Tensor, metadata: dict) -> None:
         padded = {output for node in nodes if node.op_type == "Pad" for output in node.output}
         pools = [n.name for n in nodes if n.op_type == "MaxPool" and padded & set(n.input)]
         last = [n.name for n in nodes if n.op_type == "Conv"][-1]
-        # Ranges are computed of what pools pad with -infinity too, though it is kept in float.
+        # Ranges are also computed of the -infinity that pools pad with, though pools stay in float.
         with np.errstate(invalid="ignore"):
             tools.quantize_static(
                 prepared,
@@ -315,7 +315,7 @@ def _compare(
         deviations.append(difference.max())
         pairs = torch.stack([found, expected], dim=1)
         correlations += [torch.corrcoef(pair)[0, 1] for pair in pairs]
-    # NaN, of a map that is none or of a constant one, passes through torch's max and min.
+    # NaN, of a broken or a constant map, passes through torch's max and min.
     deviation = torch.stack(deviations).max().item()
     correlation = torch.stack(correlations).min().item()
     if not (correlation >= LOWEST_CORRELATION if int8 else deviation <= TOLERANCE):

@@ -63,17 +63,17 @@ def predict_folder(
 
     Every photo gets ``<stem>.png`` (8 bits, its own size, maximum 255), with ``overlay`` also
     ``<stem>_overlay.png`` (the photo under its map), and with ``npy`` ``<stem>.npy`` (float32
-    density, sum 1). Where two photos differ in their suffix only, it is kept: ``x.jpg.png``; photos
+    density, sum 1). Where two photos differ in their suffix only, it is kept: ``x.jpg.png``. Photos
     of a folder keep their sub-folders. Photos with all outputs in place are skipped, unless they
-    changed since, or some outputs are of another call (a map's metadata hold the SHA-256 of photo
-    and checkpoint, and name the files made with it); ``force`` redoes them, and first removes files
+    changed since or some outputs are of another call: a map's metadata hold the SHA-256 of photo
+    and checkpoint, and name the files made with it. ``force`` redoes them, and first removes files
     of another checkpoint that will be made again. Under ``accelerate launch`` every process takes
     its share on its own GPU; all return the same result.
 
-    The checkpoint may be an exported one; ``batch_size`` photos pass at once, by default 8, 1 on a
-    CPU, which more make slower; ``device`` and ``fast`` are those of :func:`load`. ``upright``
-    turns photos as their EXIF data say; benchmarks want False. Photos of more ``megapixels`` fail;
-    the largest takes 20 bytes of memory per pixel. A photo that is broken, or whose files would
+    The checkpoint may be exported. ``batch_size`` photos pass at once, by default 8, on a CPU 1:
+    more would be slower. ``device`` and ``fast`` are those of :func:`load`. ``upright`` turns
+    photos as their EXIF data say; benchmarks want False. Photos of more ``megapixels`` fail; the
+    largest takes 20 bytes of memory per pixel. A photo that is broken, or has files that would
     overwrite another file, stops nothing: the result names it.
 
     Raises:
@@ -101,7 +101,7 @@ def _predict_photos(
     batch_size: int,
     upright: bool,
 ) -> None:
-    """Write the files of all photos, and note in ``result`` how each of them went."""
+    """Write the files of all photos, and note the outcome of each in ``result``."""
     one_at_a_time = threading.Lock()
 
     def turn(width: int, height: int) -> AbstractContextManager:
@@ -134,7 +134,7 @@ def _predict_photos(
                         Image.fromarray(to_8_bits(density)).save(temporary, **how)
 
     def finished(futures: dict[Path, Future], problem: str = "") -> dict[Path, Any]:
-        """Wait for all; the values of those that have one. The others' errors are noted."""
+        """Wait for all; return the values, and note the errors of photos without a value."""
         values = {}
         for photo, future in futures.items():
             try:
@@ -149,7 +149,7 @@ def _predict_photos(
         batches = runtime.progress(batches, "predicting", unit="batch")
     with ThreadPoolExecutor(min(8, runtime.cpu_count() + 1)) as pool:
         decoding, writing = {}, {}
-        for batch in itertools.chain(batches, [[]]):  # decoded while the one before is predicted
+        for batch in itertools.chain(batches, [[]]):  # decoded while the batch before is predicted
             ready = finished(decoding)
             decoding = {photo: pool.submit(decode, photo) for photo in batch}
             maps = []
@@ -170,7 +170,7 @@ def _made_of(path: Path) -> str:
 
 
 def to_8_bits(density: np.ndarray) -> np.ndarray:
-    """(H, W) uint8 with a maximum of 255: what files and challenges take, unfit for KL and IG."""
+    """(H, W) uint8 with a maximum of 255, for files and challenges; unfit for KL and IG."""
     scaled = density / density.max()
     scaled *= 255  # in place: photos may be large
     return np.round(scaled, out=scaled).astype(np.uint8)
@@ -191,7 +191,7 @@ def begin(
     made_of: Callable[[Path], str] = _made_of,
     upright: bool = True,
 ) -> Iterator[tuple[Predictor, Targets, FolderResult, Mark]]:
-    """The network, this process's share of the work, a result with what was done before, the marks.
+    """The network, this process's share of the work, a result with earlier photos, the marks.
 
     Meanwhile other calls that would write into ``out`` wait. Arguments and errors as those of
     :func:`list_targets` and :func:`predict_folder`; ``made_of`` reads the mark of a map.
@@ -226,12 +226,12 @@ def begin(
         kept = {} if force else targets
         done = {f for f, made in kept.items() if _is_done(f, made, made_of, mark)}
         todo = {file: made for file, made in targets.items() if file not in done}
-        processes.wait_for_everyone()  # all have the same list before the first one writes
+        processes.wait_for_everyone()  # all have the same list before the first writes
         if processes.is_main_process:
             wanted = [path for made in todo.values() for path in made]
             runtime.remove_temporaries([*wanted, out / RECORD])
             # Before the record says otherwise: an interrupted call would leave maps of the other
-            # network, which the next one would take for done.
+            # network, which the next call would take for done.
             for path in filter(Path.is_file, wanted if other_maps else ()):
                 path.unlink()
             runtime.write_json(out / RECORD, record)
@@ -242,17 +242,17 @@ def begin(
 
 
 def _is_done(file: Path, made: Sequence[Path], made_of: Callable[[Path], str], mark: Mark) -> bool:
-    """All output files of a photo are there, made together, by this network, of it as it is now."""
+    """True where all output files of the present photo are there, made together by this network."""
     if not all(path.is_file() for path in (file, *made)):
         return False
     try:
         return {*mark(runtime.sha256_file(file)).split()} <= {*made_of(made[-1]).split()}
-    except Exception:  # a damaged map is made again; of a damaged photo its reader will tell
+    except Exception:  # a damaged map is made again; a damaged photo fails in its reader
         return False
 
 
 def gather(result: FolderResult) -> FolderResult:
-    """The results of all processes, in each of them; what begin() found is the same in all."""
+    """The results of all processes, in each of them; those of begin() are the same in all."""
     results = gather_object([result])
     done = sorted(path for each in results for path in each.done)
     failed = {path: why for each in results for path, why in each.failed.items()}
@@ -262,15 +262,15 @@ def gather(result: FolderResult) -> FolderResult:
 def list_targets(
     paths: Sequence[str | Path], out: Path, endings: Sequence[str], suffixes=images.PHOTO_SUFFIXES
 ) -> tuple[Targets, FolderResult]:
-    """Every photo with its output files, one for each ending (``.png``), the map's last.
+    """Every photo with its output files, a file for each ending (``.png``), the map's last.
 
-    Photos of a folder keep their sub-folders. Hidden files, files without one of the suffixes, and
-    the files in ``out``, are not taken for photos. The result names the other pictures in the
-    folders, and photos that cannot be done: their files would overwrite another's, or a photo.
+    Photos of a folder keep their sub-folders. Hidden files, files of other suffixes, and the files
+    in ``out``, are not taken for photos. The result names the other pictures in the folders, and
+    photos that cannot be done: their files would overwrite another's, or a photo.
 
     Raises:
         FileNotFoundError: a path that does not exist.
-        ValueError: no photos.
+        ValueError: no photos, or ``out`` is one of the folders.
     """
     places: dict[Path, Path] = {}  # photo -> its path below ``out``
     result = FolderResult()

@@ -1,4 +1,4 @@
-"""Statements drawn from a saliency map: likely looks, and a crop that keeps what is seen."""
+"""Statements drawn from a saliency map: likely looks, and a crop that keeps them."""
 
 import warnings
 from collections.abc import Iterable
@@ -100,7 +100,7 @@ def first_looks(density: np.ndarray, count: int = 5, radius: float = RADIUS) -> 
 def crop_that_keeps(density: np.ndarray, share: float = 0.9) -> tuple[int, int, int, int]:
     """A small rectangle that keeps a share of the looks: left, top, right, bottom in pixels.
 
-    Row by row and column by column, the side goes that holds the least probability per pixel. Right
+    In each step the row or column goes that holds the least probability per pixel at a side. Right
     and bottom are exclusive: ``photo[top:bottom, left:right]``. ``density`` is (H, W), as for
     :func:`first_looks`; ``share``, which the crop keeps at least, is above 0 and at most 1. Raises
     ValueError: the share is outside that range, or the density as for :func:`first_looks`.
@@ -139,7 +139,7 @@ def crop_that_keeps(density: np.ndarray, share: float = 0.9) -> tuple[int, int, 
 
 def _reduced(density: np.ndarray) -> np.ndarray:
     """The density summed into at most ``WORKING_SIDE`` cells a side."""
-    density = np.ascontiguousarray(density, dtype=np.float64)  # torch takes no turned ones
+    density = np.ascontiguousarray(density, dtype=np.float64)  # torch takes no turned arrays
     if density.ndim != 2 or not np.isfinite(density).all() or density.min() < 0:
         raise ValueError(f"a density is (H, W), finite and not negative, not {density.shape}")
     if density.sum() == 0:

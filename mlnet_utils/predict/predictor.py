@@ -30,9 +30,9 @@ def load(checkpoint: str | Path = "", device: str | None = None, fast: bool = Fa
     """A trained network, ready to predict.
 
     ``checkpoint`` is ``checkpoints/best.pt`` of a run, an imported or an exported network; by
-    default the network that comes with the package, trained on OSIE and EyeCrowd. ``device`` is a
-    GPU by default, if there is one; exported networks use the CPU only. ``fast`` leaves out the
-    mirrored photo and other sizes, and computes in half precision where the device does:
+    default the network that comes with the package, trained on OSIE and EyeCrowd. ``device`` is by
+    default the GPU, if any; exported networks use the CPU only. ``fast`` leaves out the mirrored
+    photo and other sizes, and computes in half precision where the device does:
     docs/prediction.md has speeds and scores.
 
     Raises:
@@ -115,8 +115,7 @@ class Predictor:
     def feature_maps(self, image: Photo, per_level: int = 4) -> dict[str, np.ndarray]:
         """The channels of every level that vary most over a photo: title -> (H, W) float32.
 
-        They are chosen by their standard deviation over the cells inside the photo: padding is no
-        part of it.
+        Their standard deviation over the cells inside the photo, without padding, decides.
         """
         boxed, box = self.prepare(to_tensor(image))
         levels = self.model.extract(boxed[None].to(self.device))[-self.model.levels :]

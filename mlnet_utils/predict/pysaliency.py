@@ -1,5 +1,5 @@
-"""Between this project and pysaliency (github.com/matthias-k/pysaliency): datasets both ways,
-and a predictor as one of its models, so that its evaluation can be used.
+"""Exchange with pysaliency (github.com/matthias-k/pysaliency): datasets both ways, and a predictor
+as a model of pysaliency, for its evaluation.
 
 pysaliency is imported only when a function here is called: ``pip install 'mlnet-utils[parity]'``.
 Its pixel is ``int(x)``; here it is ``floor(x + 0.5)``. Coordinates therefore differ by one half,
@@ -27,7 +27,7 @@ def from_pysaliency(stimuli: Any, fixations: Any, folder: str | Path) -> list[Ph
 
     ``Stimuli`` are written as PNG, ``FileStimuli`` copied, into ``folder/images/``; the photos'
     paths are relative to ``folder``. ``fixations`` are ``Fixations`` or ``FixationTrains``; a
-    ``duration`` is in seconds, the subject -1 is nobody known.
+    ``duration`` is in seconds, the subject -1 is unknown.
 
     Raises:
         ValueError: no stimuli, fixations on stimuli that do not exist, or stimuli without any.
@@ -132,7 +132,7 @@ def _as_rgb(stimulus: np.ndarray) -> np.ndarray:
 
 def _half_a_pixel_less(points: np.ndarray) -> np.ndarray:
     """(N, 2) float32 coordinates with pysaliency's pixels here, whatever the rounding."""
-    # int() rounds towards zero: what is just above and left of a photo counts as its first pixel.
+    # int() rounds towards zero: points just above and left of a photo are on its first pixel.
     whole = np.trunc(np.where(np.isfinite(points), points, -1))
     moved = (points - 0.5).astype(np.float32)
     return np.where(np.floor(moved + np.float32(0.5)) == whole, moved, whole).astype(np.float32)

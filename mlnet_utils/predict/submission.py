@@ -1,6 +1,6 @@
 """Submissions to public benchmarks: written from a checkpoint, and checked before they are sent.
 
-* ``salicon-2017`` (LSUN 2017, CodaLab 17136): a zip of 8-bit PNG, one per photo, named as it.
+* ``salicon-2017`` (LSUN 2017, CodaLab 17136): a zip of 8-bit PNG, each named as its photo.
 * ``salicon-2015`` (salicon.net/upload): a JSON list of {image_id, saliency_map: base64 of a PNG}.
 * ``mit300`` and ``cat2000`` (saliency.tuebingen.ai): log-densities in an HDF5 file with one array
   per photo, which pysaliency reads as ``HDF5Model``; the benchmark derives from them the best map
@@ -97,8 +97,8 @@ def write_submission(
     The maps are collected in ``<out>_maps/``, of a.zip ``a.zip_maps/``, until the file is complete,
     so that a call that was interrupted can be repeated; another call for the same file waits. Under
     ``accelerate launch`` the processes share the work. The 2015 edition wants the name
-    ``fixations_<split>2014_<algorithm>_results.json``. The checkpoint is a trained or imported one;
-    the photos are those of :func:`benchmark_photos`.
+    ``fixations_<split>2014_<algorithm>_results.json``. The checkpoint is trained or imported; the
+    photos are those of :func:`benchmark_photos`.
 
     Raises:
         ValueError: see :func:`benchmark_photos`; or a wrong suffix of ``out``.
@@ -249,7 +249,7 @@ def _decode(content: bytes) -> Image.Image:
 
 
 def _check_png(image: Image.Image, width: int, height: int) -> Iterator[tuple[str, str]]:
-    """(kind, what was found) where a map is no 8-bit greyscale PNG of the photo's size."""
+    """(kind, finding) where a map is no 8-bit greyscale PNG of the photo's size."""
     if image.format != "PNG":
         yield "not a PNG", image.format
     if image.mode != "L":
@@ -261,7 +261,7 @@ def _check_png(image: Image.Image, width: int, height: int) -> Iterator[tuple[st
 
 
 def _check_log_density(stored: Any, width: int, height: int) -> Iterator[tuple[str, str]]:
-    """(kind, what was found) where an HDF5 dataset is no log-density of the photo's size."""
+    """(kind, finding) where an HDF5 dataset is no log-density of the photo's size."""
     if stored.shape != (height, width):
         yield "not of the photo's size", f"{stored.shape} instead of {(height, width)}"
         return

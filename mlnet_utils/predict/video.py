@@ -32,7 +32,7 @@ def predict_videos(
 
     Every video gets ``<stem>.mp4`` (grey, every frame's maximum 255), with ``overlay`` also
     ``<stem>_overlay.mp4``, with the map on top. Videos with all outputs in place are skipped
-    unless ``force`` is given; an interrupted one starts anew. Of several processes each takes
+    unless ``force`` is given; an interrupted video starts anew. Of several processes each takes
     whole videos. Paths are videos and folders of videos, ``batch_size`` counts frames; the rest,
     the result, and the errors beside ``ImportError`` (the extra ``video`` is not installed), are
     those of :func:`~mlnet_utils.predict.folders.predict_folder`.
@@ -92,7 +92,7 @@ def _frames(source) -> Iterator[tuple[np.ndarray, int]]:
 
 @contextlib.contextmanager
 def _writer(path: Path, timing, size: tuple[int, int], mark: str) -> Iterator[Callable]:
-    """A new video of given size, with the timing of another: call it with picture and time."""
+    """A new video of given size and another's timing: call it with picture and time."""
     av = require("av", "video")
     with av.open(path, "w") as container:
         container.metadata["comment"] = f"{MADE_OF}={mark}"
