@@ -167,7 +167,7 @@ def override(pair: str) -> tuple[str, Any]:
         return key, text
 
 
-# ---- verbs: the summary, then examples of what follows the verb ---------------------------------
+# ---- verbs: the summary, then examples of a verb's arguments ------------------------------------
 def reproduce(options: argparse.Namespace) -> Outcome:
     """Run all notebooks, data to figures.
 

@@ -66,7 +66,7 @@ BAND = 1 << 20  # pixels that are painted at a time
 
 
 def use_style() -> None:
-    """The look shared by all notebooks; called once, in their setup cell."""
+    """Set the look of all notebooks; call it once, in their setup cell."""
     sns.set_theme(context="notebook", style="whitegrid", palette=PALETTE)
     plt.rcParams.update({"figure.dpi": 100, "savefig.dpi": 100, "axes.titlesize": "medium"})
     if "ipykernel" in sys.modules:
@@ -129,7 +129,7 @@ def plot_panels(rows: Sequence[Mapping[str, object]]) -> Figure:
 
 
 def _draw(axis: Axes, content: object) -> AxesImage:
-    """A photo, a map, or a photo with fixations."""
+    """Draw a photo, a map, or a photo with fixations."""
     photo, points = content if isinstance(content, tuple) else (np.asarray(content), None)
     smooth = {"cmap": MAP_COLOURS, "interpolation": "bilinear"} if np.ndim(photo) == 2 else {}
     image = axis.imshow(photo, **smooth)
@@ -269,10 +269,10 @@ def plot_scores(
     """Scores with intervals: a panel per metric, a row in it per model.
 
     ``table`` has columns ``model``, ``metric``, ``mean``, ``low``, ``high``. ``zero`` is for
-    differences: it marks zero, and the dot of an unclear difference is hollow: the interval holds
-    zero, or the column ``side``, where there is one, is 0. ``negligible`` is the size per metric
-    up to which a difference does not count, a grey band. A column ``infinite`` counts the photos
-    that a mean leaves out.
+    differences: it marks zero, and hollow dots mark unclear differences: the interval holds zero,
+    or the column ``side``, if any, is 0. ``negligible`` is the size per metric up to which a
+    difference does not count, a grey band. A column ``infinite`` counts the photos that a mean
+    leaves out.
     """
     models = list(table["model"].unique())
     bands = {} if negligible is None else dict(negligible)
@@ -316,9 +316,8 @@ def plot_scores(
 def plot_distributions(scores: pd.DataFrame, metrics: Sequence[str]) -> Figure:
     """Per-photo scores of each model as violins with quartiles, a panel per metric.
 
-    Photos with infinite scores are counted beside the violin that leaves them out.
-
-    ``scores`` has a row per photo and model, with ``model`` and a column per metric.
+    Photos with infinite scores are counted beside the violin that leaves them out. ``scores`` has a
+    row per photo and model, with ``model`` and a column per metric.
     """
     models = list(scores["model"].unique())
     height = 0.4 * len(models) + 1.0
@@ -382,7 +381,7 @@ def _short(value: float, _: int | None = None) -> str:
 
 
 def _say(axis: Axes, reason: str, y: float | None = None) -> None:
-    """Write why a panel is empty, or the row at ``y`` of a panel."""
+    """Write the reason into an empty panel, or into its row at ``y``."""
     where = axis.transAxes if y is None else axis.get_yaxis_transform()
     style = {"ha": "center", "va": "center", "color": "0.4", "fontsize": "small"}
     style["bbox"] = {"facecolor": "white", "pad": 1.5, "linewidth": 0}  # over lines and bands
@@ -390,7 +389,7 @@ def _say(axis: Axes, reason: str, y: float | None = None) -> None:
 
 
 def _say_endless(axis: Axes, photos: int, y: float) -> None:
-    """Write above the row at ``y`` how many photos with infinite scores it leaves out, if any."""
+    """Write above the row at ``y`` the number of infinite photos that it leaves out, if any."""
     if photos:
         style = {"ha": "right", "va": "center", "color": "0.25", "fontsize": "x-small"}
         text, where = f"without {photos:.0f} infinite photos", axis.get_yaxis_transform()
@@ -402,7 +401,7 @@ def plot_fixation_statistics(
 ) -> Figure:
     """Histograms: fixations per photo, per observer and photo, and saccade amplitude in ``unit``.
 
-    Saccades are distances between consecutive fixations of an observer. What is unknown is empty.
+    Saccades are distances between consecutive fixations of an observer. Unknown panels stay empty.
     """
     figure, axes = _grid(3, 2.6)
     panels = (
@@ -437,7 +436,7 @@ def _bins(values: np.ndarray, most: int = 30) -> np.ndarray:
 def plot_changes(table: pd.DataFrame, reference: str, infinite: str) -> Figure:
     """A heat map of the relative change of each metric when a prediction is changed.
 
-    ``table`` has a row per variant of the prediction, of which ``reference`` is the unchanged one,
+    ``table`` has a row per variant of the prediction, unchanged in the row ``reference``,
     and a column per metric, larger is better; -inf counts as the worst change. The column
     ``infinite`` holds the number of photos with an infinite score: it stands in brackets under
     every infinite mean, and the column's name explains it. Changes beyond :data:`CLIPPED` per cent
@@ -485,12 +484,12 @@ def plot_life(curves: Mapping[str, pd.DataFrame]) -> Figure:
 
 
 def plot_ladder(start: Mapping[str, float], steps: pd.DataFrame, metrics: Sequence[str]) -> Figure:
-    """A waterfall: from the scores of the first rung by the difference of every further one.
+    """A waterfall: from the scores of the first rung by the differences of the others.
 
     ``start`` holds the first rung's mean of each metric; ``steps`` has columns ``model``,
     ``metric``, ``mean``, ``low``, ``high`` and ``side`` (0: the sign is not clear, drawn grey). A
     metric that is infinite at the first rung has no panel, and a line says so; where it is
-    infinite at a later one, the bars end there.
+    infinite at a later rung, the bars end there.
     """
     rungs = list(steps["model"].unique())
     endless = [metric for metric in metrics if not np.isfinite(start[metric])]

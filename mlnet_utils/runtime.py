@@ -131,9 +131,9 @@ def display_path(path: str | Path) -> str:
 def atomic_path(path: str | Path, lasting: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it onto ``path`` only on success.
 
-    A full disk or a kill leaves the old file intact, and no reader sees half a file; a power cut
-    too, where it is ``lasting``, which takes time. An OSError names the file that could not be
-    written.
+    A full disk or a kill leaves the old file intact, and no reader sees half a file. So does a
+    power cut if it is ``lasting``, which takes time. Raises an OSError with the file's name where
+    it could not be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ def _temporary_stem(path: Path) -> str:
 
 
 def remove_temporaries(paths: Iterable[Path]) -> None:
-    """Delete what killed processes left of these files in :func:`atomic_path`.
+    """Delete the leftovers of these files that killed processes made in :func:`atomic_path`.
 
     Call it inside :func:`locked`: then no other process is writing them.
     """
@@ -205,9 +205,9 @@ def first_of_launch() -> bool:
 def locked(target: str | Path) -> Iterator[None]:
     """Keep other processes out of a file or folder that this one is writing.
 
-    The second process waits, and says for which one; a killed one keeps nobody waiting, and what
-    it left of the file is deleted. Of the processes of one launch the first holds the lock for all:
-    let them meet after it is taken. Not to be taken twice by one thread.
+    The second process waits, and prints the name of the first. A killed process keeps nobody
+    waiting, and its leftovers are deleted. Of the processes of one launch the first holds the lock
+    for all: let them meet after it is taken. A thread must not take it twice.
     """
     if not first_of_launch():
         yield
@@ -223,7 +223,7 @@ def locked(target: str | Path) -> Iterator[None]:
             holder = " ".join(file.read_text("utf-8").split())
             print(f"waiting for {holder}, which uses {display_path(target)}", flush=True)
         lock.acquire()
-    # On a disk without flock the file itself is the lock, and holds what filelock needs there.
+    # On a disk without flock the file itself is the lock, and filelock needs its content.
     free = not isinstance(lock, filelock.SoftFileLock)
     try:
         with contextlib.suppress(OSError):  # a full disk, or Windows, where locked is unreadable
@@ -255,11 +255,10 @@ def write_json(path: str | Path, value: Any, sealed: bool = False) -> None:
 
 @contextlib.contextmanager
 def reading(path: str | Path, expected: str, remedy: str = "get it again") -> Iterator[None]:
-    """Turn whatever goes wrong while a file is read into one error that a user can act on.
+    """Turn any error while a file is read into a single kind that a user can act on.
 
-    It names the file, what was ``expected`` ("a photo") and the ``remedy``. A missing package
-    stays an ImportError, a wrong name in the code what it is, and a ValueError that names the file
-    already is left as it is.
+    It names the file, the ``expected`` content ("a photo") and the ``remedy``. An ImportError, a
+    wrong name in the code, and a ValueError that names the file already stay as they are.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -272,7 +271,7 @@ def reading(path: str | Path, expected: str, remedy: str = "get it again") -> It
         if not path.is_file():  # opening a named pipe would wait for ever
             raise ValueError("it is a folder, a pipe or a device")
         yield
-    # Readers check little of what they read: struct.error, IndexError, zlib.error, BadZipFile...
+    # Readers check little of their files: struct.error, IndexError, zlib.error, BadZipFile...
     except Exception as error:
         named = isinstance(error, ValueError) and str(path) in str(error)
         if named or isinstance(error, ImportError) or _is_mistake(error):
@@ -330,7 +329,7 @@ class _SingleKeys(yaml.SafeLoader):
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML file of a mapping with text as keys, each once; an empty one is ``{}``.
+    """Read a YAML file of a mapping with text as keys, each once; an empty file is ``{}``.
 
     Raises the errors of :func:`reading`.
     """
@@ -353,7 +352,7 @@ def sha256_file(path: str | Path) -> str:
 
 # ---- machine -----------------------------------------------------------------------------------
 def set_determinism(on: bool) -> None:
-    """Bit-reproducible GPU kernels, or the fastest ones; a CPU is reproducible either way."""
+    """Choose bit-reproducible GPU kernels, or the fastest; a CPU is reproducible either way."""
     import torch
 
     if on:
@@ -364,11 +363,11 @@ def set_determinism(on: bool) -> None:
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep the memory that tensors leave, for the next ones; True if it can.
+    """Let this process keep the memory of freed tensors for new tensors; True if it can.
 
     glibc gives every block above 32 MB back to the system, which fills it with zeros, page by
-    page, at the next use: of a training step on a CPU that was up to a third. For the rest of the
-    process; elsewhere than on glibc nothing changes.
+    page, at the next use: up to a third of a training step on a CPU. The choice holds for the rest
+    of the process; without glibc nothing changes.
     """
     try:
         option = ctypes.CDLL(None).mallopt
@@ -390,7 +389,7 @@ def keyed_seed(*key: int) -> int:
 
 
 def pick_device() -> str:
-    """``"cuda"`` if there is one, else ``"mps"``, else ``"cpu"``."""
+    """``"cuda"`` where available, else ``"mps"``, else ``"cpu"``."""
     import torch
 
     if torch.cuda.is_available():
@@ -401,7 +400,7 @@ def pick_device() -> str:
 def native_precision(device: str) -> str:
     """The fastest precision that a device computes in, by accelerate's name.
 
-    On a GPU bf16, on older ones fp16. On a CPU bf16 only with native instructions (AVX512-BF16 or
+    On a GPU bf16, on older GPUs fp16. On a CPU bf16 only with native instructions (AVX512-BF16 or
     AMX; measured: twice as fast as fp32 for VGG-16), because emulated it is slower than fp32;
     else, and on Apple GPUs, ``"no"``: fp32.
     """
@@ -449,7 +448,7 @@ def cpu_count() -> int:
 def processes() -> Any:
     """accelerate's PartialState: this process among those of its launch, and its device.
 
-    One process may take hours longer than another, and then nobody should give up on it.
+    A process may take hours longer than another: the others wait for up to seven days.
     """
     from accelerate import PartialState
 
@@ -468,8 +467,8 @@ def leave_processes() -> None:
 
 def end_process(code: int) -> NoReturn:
     """End the interpreter with an exit code."""
-    # One of several processes is not taken apart first: gloo's threads outlive a closed group and
-    # can abort a process that has done its work (pytorch/pytorch pull request 179291).
+    # A process of several is not taken apart first: gloo's threads outlive a closed group and can
+    # abort a process that has done its work (pytorch/pytorch pull request 179291).
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         sys.stdout.flush()
         sys.stderr.flush()

@@ -34,8 +34,8 @@ SIGMA_2015 = 19.0  # pixels of the photo, whatever its size: the 2015 SALICON ev
 INFINITE = "photos with IG = -inf"
 EVALUATION_KEYS = ("protocol", "test_flip", "test_scales", "bootstrap")  # unknown to training
 
-# Published scores of ML-Net, each with its own data, ground truth and evaluator: never to be put
-# beside this repository's as if they were one comparison.
+# Published scores of ML-Net, each with its own data, ground truth and evaluator: they must not be
+# compared with this repository's.
 PUBLISHED = [
     {"model": "ML-Net (authors; tabulated by Pan et al. 2017, SalGAN)", "data": "SALICON 2015 test",
      "AUC": 0.866, "sAUC": 0.768, "CC": 0.743, "NSS": 2.789},
@@ -46,7 +46,7 @@ PUBLISHED = [
 ]  # fmt: skip
 
 
-PER_IMAGE = "per_image_sha256"  # key of metrics.json: that both files are of one evaluation
+PER_IMAGE = "per_image_sha256"  # key of metrics.json: both files are of one evaluation
 Predict = Callable[[Photo], Tensor | np.ndarray | None]  # (H, W), or None where it has no map
 
 
@@ -121,9 +121,9 @@ class TestSet:
     ) -> list[dict]:
         """All metrics of every photo by every model, in the models' order and that of the stems.
 
-        ``models`` are baselines, and keys of ``predict``, which gives the maps of all others; what
-        the data lack inputs for is left out. Of several processes each scores its share of the
-        photos, and all return the same rows.
+        ``models`` are baselines, and keys of ``predict``, which gives the maps of all others.
+        Models without inputs in the data are left out. Of several processes each scores its share
+        of the photos, and all return the same rows.
         """
         processes, split = runtime.processes(), self.photos[0].split
         share: Iterable[Photo] = self.photos[processes.process_index :: processes.num_processes]
@@ -212,12 +212,12 @@ def evaluate(
 
     ``checkpoint`` is by default the run's ``checkpoints/best.pt``, ``split`` ``"test"``, or
     ``"val"`` where the test photos' fixations are secret, and ``protocol`` (docs/metrics.md) the
-    configuration's; where these are others than in the scores of the run's own network, those are
-    renamed and kept. ``models`` are some of ``MODELS``. ``config`` is the run's present one: where
-    it is of the checkpoint's preset, its keys of evaluation count, which may have changed since the
-    training. ``changes`` are values of such keys that count for every checkpoint. Of several
-    processes (torchrun, ``accelerate launch``) each scores its share of the photos, and the first
-    writes the files.
+    configuration's. Scores of the run's own network that differ in any of the three are renamed and
+    kept. ``models`` are some of ``MODELS``. ``config`` is the run's present configuration: its keys
+    of evaluation, which may have changed since the training, count for a checkpoint of its preset.
+    ``changes`` are values of such keys that count for every checkpoint. Of several processes
+    (torchrun, ``accelerate launch``) each scores its share of the photos, and the first writes the
+    files.
 
     Returns the contents of ``metrics.json``: data, ground truth and checkpoint; per model and
     metric the mean over photos, its 95 % bootstrap interval, and the number of defined values. All
@@ -258,7 +258,7 @@ def evaluate(
         "seed": config.seed,
     }
     report = save_scores(run_dir, report, rows, config.bootstrap)
-    processes.wait_for_everyone()  # whoever returns finds the files
+    processes.wait_for_everyone()  # all that return find the files
     return report
 
 
@@ -282,7 +282,7 @@ def save_scores(folder: Path, report: dict, rows: Sequence[dict], resamples: int
 
 
 def _still_hold(folder: Path, report: dict) -> bool:
-    """True where a run has scores of its own network, and the new ones answer something else."""
+    """True where a run has scores of its own network, and the new scores are of another kind."""
     try:
         old = runtime.read_json(folder / "metrics.json", "`evaluate`", "checkpoint_sha256")
         own = runtime.sha256_file(folder / "checkpoints" / "best.pt")
@@ -354,7 +354,7 @@ def compare_changes(run_dir: str | Path, **which: Any) -> pd.DataFrame:
     As :func:`compare_protocols`; KL is negated, so that larger is better everywhere.
     """
     changes = {name: (change, "mit300") for name, change in CHANGES.items()}
-    with warnings.catch_warnings():  # one of the changes is the rounding that is warned of
+    with warnings.catch_warnings():  # rounding to 8 bits is warned of
         warnings.filterwarnings("ignore", "image .* 8-bit", UserWarning)
         means = _mean_scores(changes, run_dir, **which)
     means["KL"] *= -1

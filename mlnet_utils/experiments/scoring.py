@@ -40,10 +40,10 @@ def score(
 ) -> dict:
     """Score saliency maps and the baselines; write ``metrics.json`` and ``per_image.csv``.
 
-    ``maps``, and ``other`` ones, which are scored too and subtracted photo by photo, are places as
-    of :class:`MapFiles`. ``data`` is a run with prepared data, or the prepared folder, ``out`` the
-    folder to write into; ``split`` is by default test, or val where the test photos' fixations are
-    secret. ``protocol`` decides definitions and the way that maps are resized (docs/metrics.md).
+    ``maps`` and ``other`` are places as of :class:`MapFiles`; maps of ``other`` are scored too, and
+    subtracted photo by photo. ``data`` is a run with prepared data, or the prepared folder, ``out``
+    the folder to write into; ``split`` is by default test, or val where the test photos' fixations
+    are secret. ``protocol`` decides definitions and the resizing of maps (docs/metrics.md).
     Returns the contents of ``metrics.json``: as :func:`evaluation.evaluate`, and ``maps``, a line
     on every place, and ``differences``, rows of :func:`study.compare`. Raises the errors of
     :class:`TestSet` and :class:`MapFiles`, and a ValueError where ``out`` is a run.
@@ -86,7 +86,7 @@ class MapFiles:
     """A map for each photo, in a folder of files or in an HDF5 file as pysaliency writes it.
 
     Files are pictures, ``.npy``, ``.npz`` and ``.mat``. Maps belong to photos by their stem; of
-    those that share one, floats come before pictures, which have 8 bits. A map with exponentials
+    maps that share it, floats come before pictures, which have 8 bits. A map with exponentials
     that sum to 1 is a log-density, as pysaliency and the verb `submit` write it.
 
     Attributes:
@@ -154,7 +154,7 @@ class MapFiles:
         return resize(self._read(photo)[0][None], photo.height, photo.width, protocol=protocol)[0]
 
     def _names(self) -> list[str]:
-        """Of all maps, relative to the place."""
+        """Names of all maps, relative to the place."""
         if self.place.is_dir():
             files = visible_files(self.place, (*PHOTO_SUFFIXES, ".npy", ".npz", ".mat"))
             return [path.relative_to(self.place).as_posix() for path in files]

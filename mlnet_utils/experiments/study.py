@@ -61,7 +61,7 @@ def ablation(frozen: Sequence[str]) -> dict[str, Cells]:
         "loss": {
             "ML-Net's loss": {"loss": "mlnet"},
             "squared error": {"loss": "mse"},
-            # Clipped, since correlation is steep where the map is nearly constant, as a new one is.
+            # Clipped: correlation is steep where the map is nearly constant, as a new map is.
             "KL + CC + NSS": {"loss": "kl + 0.5*cc + 0.1*nss", "clip_norm": 1},
         },
         "head": {OWN_HEAD: _OWN},
@@ -73,7 +73,7 @@ def ablation(frozen: Sequence[str]) -> dict[str, Cells]:
 _FROZEN = ["backbone.*"]
 _AS_THEY_ARE = {"standardise": False}
 
-# Why ML-Net's head dies: three optimisers, and for each of them one way to keep it alive.
+# Deaths of ML-Net's head: three optimisers, and for each of them a way to keep the head alive.
 OPTIMISERS = {
     "the paper's SGD": {"optimizer": "sgd", "schedule": "keras1", "weight_decay": 0},
     "MLNet-Pytorch's Adam": {"optimizer": "adam", "schedule": "constant", "weight_decay": 1e-4},
@@ -140,8 +140,8 @@ MORE_ON_OSIE: dict[str, Cells] = {
         for way in WAYS
         for optimiser in OPTIMISERS
     },
-    # Beginning with the divergence keeps it alive too: it grows without bound where the map nears
-    # zero and people looked.
+    # A beginning with the divergence keeps the head alive too: the divergence grows without bound
+    # where the map nears zero and people looked.
     "begun with KL": {
         _DIVERGENCE: {**_OWN, **_RECTIFIED, "loss": "kl"},
         f"{_DIVERGENCE}, then ML-Net's loss": {
@@ -213,11 +213,11 @@ def compare(
     none.
 
     Returns columns ``model`` (the cell), ``reference``, ``metric``, ``mean``, ``low``, ``high`` of
-    the difference; ``seeds``, the number of seeds that both have; ``seed_low`` and ``seed_high``, a
-    single seed's smallest and largest difference; ``infinite``, the number of photos with an
-    infinite score in either cell. The difference is then NaN: a mean over the other photos would
-    flatter. ``side`` is +1 or -1 where the difference is clear (the interval leaves out zero and
-    all seeds agree, or only one of the cells has infinite scores; two seeds at least), else 0.
+    the difference. ``seeds`` is the number of seeds that both have; ``seed_low`` and ``seed_high``
+    are a single seed's smallest and largest difference. ``infinite`` is the number of photos with
+    an infinite score in either cell; the difference is then NaN: other photos' mean would flatter.
+    ``side`` is +1 or -1 for a clear difference of two seeds at least, else 0. Clear: the interval
+    leaves out zero and all seeds agree, or only one of the cells has infinite scores.
     """
     table = scores.set_index(["cell", "seed", "stem"])[list(METRICS)].sort_index()
     if reference not in table.index:
@@ -304,9 +304,9 @@ def sentence(differences: pd.DataFrame) -> str:
 
 
 def _verdict(rows: pd.DataFrame) -> str:
-    """In words, from the side of every judged metric (larger is better in all of them).
+    """The verdict in words, from the side of every judged metric (larger is better in all).
 
-    One seed gives none, ``""``: another could turn it round.
+    A single seed gives none, ``""``: another seed could turn it round.
     """
     if rows["seeds"].max() == 1:
         return ""
@@ -320,9 +320,9 @@ def _verdict(rows: pd.DataFrame) -> str:
     return ", ".join(found) or "neither clearly better nor worse"
 
 
-# ---- why the head dies -------------------------------------------------------------------------
+# ---- deaths of the head ------------------------------------------------------------------------
 def survival(scores: pd.DataFrame, grid: Grid) -> pd.DataFrame:
-    """The trainings of ``WAYS`` and ``OPTIMISERS``: ``alive``, how many seeds learned something.
+    """The trainings of ``WAYS`` and ``OPTIMISERS``: ``alive``, the number of seeds that learned.
 
     A head that died has a constant map and no scores, or is zero nearly everywhere: its mean CC is
     then below ``ALIVE_CC``. Columns ``way``, ``optimiser``, ``alive``, ``of`` and the mean ``CC``
@@ -387,7 +387,7 @@ def fate(curve: pd.DataFrame) -> str:
 
 # ---- the ladder, photos, floors and ceilings ---------------------------------------------------
 def steps(scores: pd.DataFrame, rungs: Sequence[str]) -> pd.DataFrame:
-    """Differences of every rung to the one below it, rows of :func:`compare`.
+    """Differences of every rung to the rung below it, rows of :func:`compare`.
 
     Rungs without scores are passed over.
     """

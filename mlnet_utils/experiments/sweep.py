@@ -42,7 +42,7 @@ AS_WRITTEN = {  # to pandas "None" is no value, and 0.001 and 1e-3 are one cell
     "dtype": {"cell": str, "stem": str},
     **{"keep_default_na": False, "na_values": ["", "nan"]},
 }
-DIED = "died.txt"  # in a run folder: which configuration died, and of what
+DIED = "died.txt"  # in a run folder: the configuration that died, and the cause
 GRACE_SECONDS = 10  # for processes that stop by themselves, as they do after a terminal's Ctrl-C
 
 Train = Callable[[Config, Path], Any]  # trains a configuration in its prepared run folder
@@ -50,7 +50,7 @@ Train = Callable[[Config, Path], Any]  # trains a configuration in its prepared 
 
 @dataclass(frozen=True)
 class Grid:
-    """Trainings. ``cells`` maps a cell's name to its changes of ``preset`` + ``common``.
+    """The trainings; ``cells`` maps a cell's name to its changes of ``preset`` + ``common``.
 
     ``start_from`` in a cell may be the name of another cell: it then starts from the weights that
     the same seed of that cell has found.
@@ -241,7 +241,7 @@ def run_sweep(
         ValueError: a cell is no valid configuration, ``workers`` is below 1, ``folder`` is a run,
             or the split has no ground truth; nothing has been trained.
         ImportError: ``cluster`` without the extra ``cluster``.
-        KeyboardInterrupt: nothing new has begun, and the tables hold what this call finished.
+        KeyboardInterrupt: nothing new begins; the tables hold the trainings that this call ended.
     """
     if workers < 1:
         raise ValueError(f"sweep: workers={workers} must be at least 1")
@@ -289,8 +289,8 @@ def _check_alive(job: Job) -> None:
 
 
 # ---- one after another, in processes, on a cluster ---------------------------------------------
-# Each way yields every job with its error, "" for none, as they end: whatever ends one job, the
-# others go on. Closed before its end, it begins nothing new.
+# Each way yields every job with its error, "" for none, as the jobs end: an error ends no other
+# job. Closed before its end, a way begins nothing new.
 def attempt(call: Callable[..., Any], *arguments: Any) -> str:
     """Call it; return the error, or ``""``."""
     try:
@@ -309,7 +309,7 @@ def one_by_one(run: Callable[[Job], Any], jobs: Sequence[Job]) -> Iterator[tuple
 def in_processes(
     run: Callable[[Job], Any], jobs: Sequence[Job], workers: int
 ) -> Iterator[tuple[Job, str]]:
-    """Run ``workers`` jobs at a time, each in a new process: a killed one takes no other along.
+    """Run ``workers`` jobs at a time, each in a new process: if killed, it takes no other along.
 
     Closed before its end, it lets the running jobs save and stop.
     """
@@ -413,12 +413,12 @@ def _write_tables(folder: Path, table: pd.DataFrame, photos: pd.DataFrame | None
 def take_scores(grid: Grid, source: str | Path, folder: str | Path) -> dict[str, str]:
     """Take the tables of a finished sweep of the same grid, instead of training.
 
-    ``source`` is a folder, or the address of one, that holds ``sweep.csv`` and ``per_image.csv``;
-    they are written into ``folder`` as far as they are of this grid. Returns, as :func:`run_sweep`,
-    ``"cell, seed n"`` -> error, of the trainings that have no scores there.
+    ``source`` is a folder or its address, with ``sweep.csv`` and ``per_image.csv``. Their rows of
+    this grid are written into ``folder``. Returns, as :func:`run_sweep`, ``"cell, seed n"`` ->
+    error, of the trainings that have no scores there.
 
-    Raises ValueError: a table is missing or damaged, they are not of one sweep, or a cell of this
-    name was trained in another configuration.
+    Raises ValueError: a table is missing or damaged, the tables are of different sweeps, or a cell
+    of this name was trained in another configuration.
     """
     jobs = {(job.cell, job.config.seed): job for job in jobs_of(grid, Path(folder), Path())}
     key, scores = ["cell", "seed"], list(METRICS)
@@ -445,7 +445,7 @@ def take_scores(grid: Grid, source: str | Path, folder: str | Path) -> dict[str,
 
 
 def summary(folder: str | Path) -> str:
-    """The table as text: per cell the seeds, the means, and how many photos are infinite."""
+    """The table as text: per cell the seeds, the means, and the number of infinite photos."""
     table = pd.read_csv(Path(folder) / TABLE, **AS_WRITTEN)
     if table.empty:
         return "no training has finished"

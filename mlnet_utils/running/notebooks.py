@@ -141,7 +141,7 @@ def run_notebook(
     parameters: Mapping[str, Any],
     check: Callable[[], str] = lambda: "",
 ) -> None:
-    """Execute ``source``, which is not changed, in the current folder, passing on what it prints.
+    """Execute ``source``, which is not changed, in the current folder; pass on its printed lines.
 
     The executed copy, without machine paths, widgets and stderr, goes to ``target`` on success;
     otherwise to ``<name>.failed.ipynb`` beside it, and ``target`` is left alone. ``parameters`` are
@@ -150,7 +150,7 @@ def run_notebook(
     ``check`` found a fault.
     """
     failed, error = target.with_suffix(".failed.ipynb"), None
-    executed = target.with_suffix(".running.ipynb")  # of a killed run, the next one's place
+    executed = target.with_suffix(".running.ipynb")  # of a killed run, the next run's place
     executed.parent.mkdir(parents=True, exist_ok=True)
     # Braces are placeholders of papermill.
     paths = (str(path).replace("{", "{{").replace("}", "}}") for path in (source, executed))
@@ -184,7 +184,7 @@ def run_notebook(
 
 
 def _connection_file(executed: Path) -> str:
-    """The file that tells a kernel its ports: of a killed run, the next one's place as well.
+    """The file that tells a kernel its ports: of a killed run, the next run's place as well.
 
     It lies in Jupyter's own folder; ``""``, a temporary file, where that cannot be written.
     """
@@ -201,7 +201,7 @@ def _describe(error: Exception, notebook: NotebookNode) -> str:
     if isinstance(error, PapermillExecutionError):
         index, what = error.cell_index, f"{error.ename}: {error.evalue}"
     else:
-        # papermill notes when it starts a cell, but not in which one the kernel was lost.
+        # papermill notes the start of a cell, but not the cell in which the kernel was lost.
         started = [i for i, c in enumerate(cells) if c.metadata.papermill.get("start_time")]
         index = started[-1] if started else None
         what = str(error)

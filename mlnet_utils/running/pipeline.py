@@ -27,7 +27,7 @@ OWN_PARAMETERS = ("PRESET", "RUN_DIR", "DATA_ROOT")  # set through the arguments
 
 
 class PublishError(RuntimeError):
-    """A run that must not be published; the message says why."""
+    """A run that must not be published; the message gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Stage:
     """One notebook and the files it promises: glob patterns, relative to the run folder.
 
     Its last act is to write its record, ``<name>.json``. ``resumes`` is the folder with which an
-    interrupted stage goes on. ``stale`` says what has changed of the files outside the run folder
-    that it has read, ``""`` = nothing.
+    interrupted stage goes on. ``stale`` returns a change, ``""`` = none, of the files that it has
+    read outside the run folder.
     """
 
     name: str
@@ -83,15 +83,15 @@ def reproduce(
 ) -> Path:
     """Run every stage with changed inputs, in order, and return the folder of the results.
 
-    A stage is skipped when its notebook, its parameters, the preset's content, the package and
-    the records of the stages before it are the same as at its last success, and its files, and
-    the dataset's that it read, are still as it left them. A finished training goes on where it
-    ended: it is not repeated because a notebook or the package changed, only with ``force`` or
-    other backbone weights. A second call for the same folder waits for the first.
+    A stage is skipped when its inputs are those of its last success: its notebook and parameters,
+    the preset's content, the package, and the records of the stages before it. Its files, and the
+    dataset's that it read, must be as it left them too. A finished training goes on where it ended:
+    it is not repeated because a notebook or the package changed, only with ``force`` or other
+    backbone weights. A second call for the same folder waits for the first.
 
     ``preset``, ``run_dir`` and ``data_root`` are the notebooks' parameters of these names;
-    ``parameters`` further ones, text in the type of the notebook's own value, so that a command
-    line needs no quoting. ``force`` runs unchanged stages too, from their beginning: the folder
+    ``parameters`` are others, text in the type of the notebook's own value, so that a command line
+    needs no quoting. ``force`` runs unchanged stages too, from their beginning: the folder that
     they would go on with is kept beside itself, as ``checkpoints.before``, ``.before1`` and so on.
 
     Raises:
@@ -120,7 +120,7 @@ def reproduce(
     injections = _injections(sources, own, parameters or {})
 
     asked = injections.get("03_evaluation", {})
-    replace(config, protocol=asked.get("PROTOCOL") or config.protocol)  # an unknown one is refused
+    replace(config, protocol=asked.get("PROTOCOL") or config.protocol)  # refuses an unknown one
     split = asked.get("SPLIT", "")
     weights = Path(backbone_file(config)).expanduser()
     shared = {
@@ -140,7 +140,7 @@ def reproduce(
                 "earlier records": _records(folder, stages[:number]),
             }
             inputs = json.loads(json.dumps(inputs))  # as the state file will hold them
-            if split and stage.name == "02_training":  # refused before its hours
+            if split and stage.name == "02_training":  # refused before hours of training
                 _prepared(folder, check=True).with_truth(split)
             label = f"[{number + 1}/{len(stages)}] {stage.name}"
             reason = "forced" if force else _reason_to_run(folder, stage, state, inputs)
@@ -192,7 +192,7 @@ def publish(run_dir: str | Path, stages: Sequence[Stage] = STAGES) -> list[Path]
     Those of another preset than the notebooks' own go into ``results/<preset>/notebooks/``: their
     titles say on which dataset they were executed, their links open the copies, and they must not
     show the dataset's photos. Returns the files written, in the checkout that this package is
-    imported from. Raises PublishError: a stage has not succeeded or is out of date, a notebook was
+    imported from. Raises PublishError: a stage is not done or is out of date, a notebook was
     changed after the run, ran with other parameters than its own, or holds this machine's paths.
     Nothing has been copied.
     """
