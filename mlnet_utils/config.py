@@ -131,7 +131,7 @@ class Config:
             for item in items:
                 _check(key.name, item, key.metadata)
         if not self.preset.strip(". ") or set(self.preset) & set("/\\"):
-            raise ValueError(f"config: preset={self.preset!r} is no name of a folder")
+            raise ValueError(f"config: preset={self.preset!r} must name a folder: no / or \\")
         _check_coordinates(self.coordinates)
         if self.sigma and self.sigma_share:
             raise ValueError("config: sigma and sigma_share exclude each other: set one to 0")

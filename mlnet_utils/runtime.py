@@ -203,7 +203,7 @@ def first_of_launch() -> bool:
 
 @contextlib.contextmanager
 def locked(target: str | Path) -> Iterator[None]:
-    """Keep other processes out of a file or folder that this one is writing.
+    """Keep other processes out of a file or folder that this process is writing.
 
     The second process waits, and prints the name of the first. A killed process keeps nobody
     waiting, and its leftovers are deleted. Of the processes of one launch the first holds the lock

@@ -163,7 +163,7 @@ def blur_matrix(size: int, sigma: float) -> Tensor:
     offsets = np.arange(-radius, radius + 1)
     kernel = np.exp(-0.5 * (offsets / sigma) ** 2)
     kernel /= kernel.sum()
-    index = np.arange(size)[:, None] + offsets  # where each output reads
+    index = np.arange(size)[:, None] + offsets  # places that each output reads
     index %= 2 * size  # reflection has period 2 * size: d c b a | a b c d | d c b a
     index = np.where(index >= size, 2 * size - 1 - index, index)
     matrix = np.zeros((size, size))

@@ -1,4 +1,4 @@
-"""From a raw dataset to the prepared folder: read, split, hash, write; rules that need no seed."""
+"""Prepare a raw dataset: read, split, hash, write the folder; by rules that need no seed."""
 
 import hashlib
 import re

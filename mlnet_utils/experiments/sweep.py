@@ -174,7 +174,7 @@ def run_job(job: Job) -> None:
         try:
             job.train(job.start(), job.folder)
         except Exception as error:
-            in_notebook = getattr(error.__cause__, "ename", "")  # where only its name is left
+            in_notebook = getattr(error.__cause__, "ename", "")  # only its name is left there
             if isinstance(error, TrainingDied) or in_notebook == TrainingDied.__name__:
                 runtime.remove_temporaries([job.folder / DIED])
                 runtime.write_text(job.folder / DIED, f"{_identity(job)}\n{error}\n")

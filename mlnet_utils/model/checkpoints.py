@@ -234,7 +234,7 @@ def warn_of_other_fold(trained: dict[str, Any], dataset: str, fold: int) -> None
 
 
 def locate(start_from: str) -> tuple[Path, str]:
-    """The file that ``start_from`` names, and its checksum if one is given, else ``""``.
+    """The file that ``start_from`` names, and its checksum if given, else ``""``.
 
     ``package`` is the network that comes with the package. A relative path is looked for in the
     working folder, then in the checkout.

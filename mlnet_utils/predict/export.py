@@ -277,7 +277,7 @@ def _write_int8(path: Path, images: Tensor, metadata: dict) -> None:
         prepared, result = Path(folder) / "prepared.onnx", Path(folder) / "int8.onnx"
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
         nodes = onnx.load(prepared).graph.node
-        # In float: the last convolution, whose output is the map itself, and pools of -infinity.
+        # In float: the last convolution, which gives the map itself, and pools of -infinity.
         padded = {output for node in nodes if node.op_type == "Pad" for output in node.output}
         pools = [n.name for n in nodes if n.op_type == "MaxPool" and padded & set(n.input)]
         last = [n.name for n in nodes if n.op_type == "Conv"][-1]

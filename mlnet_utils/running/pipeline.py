@@ -308,14 +308,14 @@ def _publish_problem(
     stale = _touched(folder, stage, done)
     stale += [f"{name}.json" for name in records if records[name] != then.get(name)]
     if stale:
-        return f"is out of date: {', '.join(stale)} changed since it ran"
+        return f"is out of date: {', '.join(stale)} changed since it ran; run `reproduce`"
     if not target.is_file() or notebooks.source_digest(target) != done["inputs"]["notebook"]:
         return f"was executed from another version than {display_path(target)}: run it again"
     if done["inputs"].get("package") != runtime.package_digest():
         return "was executed with other code of the package: run `reproduce` again"
     own, given = notebooks.parameters_of(target), done["inputs"]["parameters"]
     if set(given) - PUBLISHED:
-        return f"ran with {given} instead of the notebook's own values"
+        return f"ran with {given} instead of the notebook's own values: run it without"
     if given and PHOTOS in own and given.get(PHOTOS, own[PHOTOS]):
         return f"shows the photos of its dataset: run it with `-p {PHOTOS} False`"
     found = notebooks.machine_paths(folder / stage.executed)

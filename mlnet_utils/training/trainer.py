@@ -79,7 +79,7 @@ def fit(config: Config, run_dir: str | Path, accelerator: Accelerator | None = N
         FileNotFoundError: the prepared data, or the checkpoint to start from, are missing.
         TrainingDied: the output died or the loss is not finite; the message has remedies.
         ValueError: the checkpoints belong to another configuration or cannot be read.
-        OSError: a checkpoint cannot be written; the one before it stays.
+        OSError: a checkpoint cannot be written; the earlier file stays.
         RuntimeError: not even one photo fits into the GPU's memory, or another process died.
         KeyboardInterrupt: stopped by a signal; the same command continues.
     """
@@ -216,7 +216,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update_parameters(self.model)
-        # Processes must stop at the same update, though the signal may reach only one of them.
+        # Processes must stop at the same update, though the signal may reach only one.
         stop = torch.full_like(loss_sum, bool(self.signals.received))
         self.unread.append(self.accelerator.reduce(torch.stack([loss_sum, stop]), "sum"))
         self.loss_count += total

@@ -22,7 +22,7 @@ TEST_PHOTOS = {spec.name: spec for spec in (mit1003.MIT300, cat2000.TEST)}
 
 
 def dataset_spec(name: str) -> DatasetSpec:
-    """Look up a dataset by name; the ValueError for an unknown one lists them."""
+    """Look up a dataset by name; the ValueError for an unknown name lists them."""
     if name not in DATASETS:
         raise ValueError(f"unknown dataset {name!r}: use one of {', '.join(DATASETS)}")
     return DATASETS[name]
