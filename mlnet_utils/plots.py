@@ -358,7 +358,7 @@ def plot_amounts(table: pd.DataFrame, metrics: Sequence[str], amount: str) -> Fi
 
 
 def _name(axis: Axes, metric: str) -> None:
-    """Title, unit and a few ticks of a panel with a metric on its x axis."""
+    """Set title, unit and a few ticks of a panel with a metric on its x axis."""
     axis.set(title=metric, xlabel=UNITS.get(metric, ""))
     axis.tick_params(axis="x", labelsize="small")  # −0.04 and −0.02 touch in a narrow panel
     few_ticks(axis.xaxis)
@@ -369,7 +369,7 @@ def _name(axis: Axes, metric: str) -> None:
 
 
 def few_ticks(*axes: XAxis | YAxis, integer: bool = False) -> None:
-    """Three or four ticks, as short as they can be written."""
+    """Set three or four ticks, written as short as possible."""
     for ticks in axes:
         ticks.set_major_locator(MaxNLocator(**FEW_TICKS, integer=integer))
         ticks.set_major_formatter(_short)

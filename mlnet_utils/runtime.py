@@ -132,8 +132,8 @@ def atomic_path(path: str | Path, lasting: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; rename it onto ``path`` only on success.
 
     A full disk or a kill leaves the old file intact, and no reader sees half a file. So does a
-    power cut if it is ``lasting``, which takes time. Raises an OSError with the file's name where
-    it could not be written.
+    power cut if the file is ``lasting``, which takes time. Raises an OSError with the name of a
+    file that could not be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -255,7 +255,7 @@ def write_json(path: str | Path, value: Any, sealed: bool = False) -> None:
 
 @contextlib.contextmanager
 def reading(path: str | Path, expected: str, remedy: str = "get it again") -> Iterator[None]:
-    """Turn any error while a file is read into a single kind that a user can act on.
+    """Turn any error while a file is read into an error that a user can act on.
 
     It names the file, the ``expected`` content ("a photo") and the ``remedy``. An ImportError, a
     wrong name in the code, and a ValueError that names the file already stay as they are.

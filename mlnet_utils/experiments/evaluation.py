@@ -212,7 +212,7 @@ def evaluate(
 
     ``checkpoint`` is by default the run's ``checkpoints/best.pt``, ``split`` ``"test"``, or
     ``"val"`` where the test photos' fixations are secret, and ``protocol`` (docs/metrics.md) the
-    configuration's. Scores of the run's own network that differ in any of the three are renamed and
+    configuration's. Earlier scores of the run's own network that differ in these are renamed and
     kept. ``models`` are some of ``MODELS``. ``config`` is the run's present configuration: its keys
     of evaluation, which may have changed since the training, count for a checkpoint of its preset.
     ``changes`` are values of such keys that count for every checkpoint. Of several processes
@@ -351,7 +351,7 @@ def compare_protocols(run_dir: str | Path, **which: Any) -> pd.DataFrame:
 def compare_changes(run_dir: str | Path, **which: Any) -> pd.DataFrame:
     """Mean scores (mit300) of the prediction and of changed copies of it.
 
-    As :func:`compare_protocols`; KL is negated, so that larger is better everywhere.
+    Arguments of :func:`compare_protocols`; KL is negated, so that larger is better everywhere.
     """
     changes = {name: (change, "mit300") for name, change in CHANGES.items()}
     with warnings.catch_warnings():  # rounding to 8 bits is warned of

@@ -185,7 +185,7 @@ def run_job(job: Job) -> None:
 
 
 def _scored(job: Job) -> bool:
-    """The job's scores are whole, and of its present checkpoint, data and keys of evaluation."""
+    """True where the job's scores are whole, and of its present checkpoint, data and keys."""
     path, best = job.folder / "metrics.json", job.folder / "checkpoints" / "best.pt"
     photos = job.folder / "per_image.csv"
     if not (path.is_file() and photos.is_file()):
@@ -292,7 +292,7 @@ def _check_alive(job: Job) -> None:
 # Each way yields every job with its error, "" for none, as the jobs end: an error ends no other
 # job. Closed before its end, a way begins nothing new.
 def attempt(call: Callable[..., Any], *arguments: Any) -> str:
-    """Call it; return the error, or ``""``."""
+    """Call a function; return its error, or ``""``."""
     try:
         call(*arguments)
     except Exception as error:

@@ -147,7 +147,7 @@ class Trainer:
 
     # ---- the loop ------------------------------------------------------------------------------
     def run(self) -> FitResult:
-        """Resume, then epoch after epoch until finished or told to stop."""
+        """Resume, and train epoch after epoch until finished or told to stop."""
         started = time.monotonic()
         self.resume()
         if not self.finished:  # now that the weights are loaded
