@@ -204,7 +204,7 @@ def _link_data(job: Job) -> None:
     link = job.folder / "data"
     target = os.path.relpath(job.data.resolve(), job.folder.resolve())
     if link.exists() and not link.is_symlink():
-        raise ValueError(f"{link} is not a link to {job.data}: remove it: the sweep makes the link")
+        raise ValueError(f"{link} is not a link to {job.data}: remove it; the sweep makes the link")
     link.unlink(missing_ok=True)
     link.symlink_to(target, target_is_directory=True)
 
