@@ -1,5 +1,6 @@
 """Exported networks compute what PyTorch computes, and say what they are."""
 
+import copy
 import functools
 import json
 import os
@@ -7,6 +8,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -51,14 +53,28 @@ def in_one_size(checkpoint) -> Predictor:
 
 
 @pytest.fixture(scope="module")
-def exported(checkpoint, photos):
+def trace():
+    """``torch.onnx.export`` for those who export ``checkpoint``: its seconds are spent once."""
+    convert, made = torch.onnx.export, []
+
+    def once(*arguments, **options):
+        made[:] = made or [convert(*arguments, **options).model_proto]
+        return SimpleNamespace(model_proto=copy.deepcopy(made[0]))
+
+    return once
+
+
+@pytest.fixture(scope="module")
+def exported(checkpoint, photos, trace):
     """The report of the export of a name in EXPORTS, which is made once."""
 
     @functools.cache
     def once(name):
         for package in EXTRA[1:] if name.endswith(".onnx") else ():
             pytest.importorskip(package)
-        return export(checkpoint, checkpoint.with_name(name), photos=[photos], **EXPORTS[name])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.onnx, "export", trace)
+            return export(checkpoint, checkpoint.with_name(name), photos=[photos], **EXPORTS[name])
 
     return once
 
@@ -191,8 +207,10 @@ def test_an_old_torch_is_an_error_before_the_work(checkpoint, photos, tmp_path, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("int8", [False, True])
-def test_a_file_that_differs_is_not_written(checkpoint, photos, tmp_path, monkeypatch, int8):
+def test_a_file_that_differs_is_not_written(checkpoint, photos, tmp_path, monkeypatch, trace, int8):
     pytest.importorskip("onnxscript")
+    if int8:
+        monkeypatch.setattr(torch.onnx, "export", trace)
     other = load(save_network(tmp_path / "other.pt", seed=1), "cpu").model
     write = export_module._write_int8 if int8 else export_module._write_float
 
@@ -217,9 +235,17 @@ def test_maps_of_nan_or_of_one_value_are_no_export(checkpoint, photos, monkeypat
 
 
 @pytest.mark.parametrize(("format", "suffix"), export_module.FORMATS.items())
-def test_a_full_disk_is_an_error_that_names_the_file(checkpoint, photos, tmp_path, format, suffix):
+def test_a_full_disk_is_an_error_that_names_the_file(
+    checkpoint, photos, tmp_path, monkeypatch, format, suffix
+):
     """torch's own writer ended the process."""
     resource = pytest.importorskip("resource")  # not on Windows
+    if format == "onnx":  # whatever network the file holds
+        onnx = pytest.importorskip("onnx", reason="needs the extra `export`")
+        large = onnx.helper.make_model(onnx.helper.make_graph([], "x" * 20_000, [], []))
+        monkeypatch.setattr(
+            torch.onnx, "export", lambda *_, **__: SimpleNamespace(model_proto=large)
+        )
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
