@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -61,12 +62,9 @@ def test_overrides_are_typed_and_checked(capsys):
         ("train --preset nonsense", "'nonsense'"),
         ("train --preset tiny --set colour=1", "colour"),
         ("prepare --preset none.yaml", "none.yaml"),
-        ("download osy --root .", "use one of synthetic, osie"),
-        (
-            "download cat2000 --root . --from trainSet.zip",
-            "trainSet.zip is not trainSet.zip: its MD5 is",
-        ),
-        ("check-submission x.zip --dataset list", "use one of salicon-2017, salicon-2015"),
+        ("download osy --root .", "synthetic, osie"),
+        ("download cat2000 --root . --from trainSet.zip", "trainSet.zip: its MD5"),
+        ("check-submission x.zip --dataset list", "salicon-2017, salicon-2015"),
     ],
 )
 def test_mistakes_are_one_sentence_and_exit_code_1(arguments, words, capsys, tmp_path, monkeypatch):
@@ -123,7 +121,7 @@ def test_prepare_check_train_and_evaluate(tmp_path, capsys):
     photo = next((tmp_path / "data" / "images").glob("*.png"))
     photo.write_bytes(b"changed")
     assert cli.main(["prepare", *run, "--check"]) == 1
-    assert "has changed since preparation" in capsys.readouterr().out
+    assert f"{photo.name} has changed" in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -131,7 +129,7 @@ def test_export_writes_what_predict_takes(checkpoint, tmp_path, capsys):
     photos, out = str(save_photo(tmp_path / "a.jpg")), str(tmp_path / "network.pt2")
     call = ["export", "--checkpoint", str(checkpoint), "--out", out]
     assert cli.main([*call, photos]) == 1
-    assert "onnx is written to a file ending in .onnx" in capsys.readouterr().err
+    assert re.search(r"\.onnx.*network\.pt2", capsys.readouterr().err)
     call += ["--format", "torch-export"]
     assert cli.main(call) == 1
     assert "best.pt" in capsys.readouterr().err
@@ -139,7 +137,7 @@ def test_export_writes_what_predict_takes(checkpoint, tmp_path, capsys):
     assert "network.pt2: " in capsys.readouterr().out
     maps = str(tmp_path / "maps")
     assert cli.main(["predict", "--checkpoint", out, "--out", maps, photos]) == 0
-    assert "1 done, 0 were done before" in capsys.readouterr().out
+    assert "1 done, 0 " in capsys.readouterr().out
 
 
 def test_download_says_where_a_dataset_is_and_what_to_cite(tmp_path, monkeypatch, capsys):
@@ -167,11 +165,11 @@ def test_submit_and_check(checkpoint, tmp_path, capsys, monkeypatch):
     out, benchmark = tmp_path / "maps.zip", ["--dataset", "salicon-2017", "--split", "val"]
     call = ["submit", "--checkpoint", str(checkpoint), "--out", str(out), *benchmark]
     assert cli.main([*call, "--data-root", str(tmp_path)]) == 0
-    assert "complete and valid for salicon-2017, val" in capsys.readouterr().out
+    assert "valid for salicon-2017, val" in capsys.readouterr().out
     call = ["check-submission", str(out), *benchmark, "--photos", str(photos)]
     assert cli.main(call) == 0
-    assert "valid: a map for each of the 3 photos" in capsys.readouterr().out
+    assert re.search("valid: .* 3 photos", capsys.readouterr().out)
     with zipfile.ZipFile(out, "a") as archive:
         archive.writestr("readme.txt", "")
     assert cli.main(call) == 1
-    assert "not asked for (1): readme.txt" in capsys.readouterr().out
+    assert "(1): readme.txt" in capsys.readouterr().out

@@ -47,7 +47,7 @@ def test_presets_of_one_file_name_do_not_share_a_run_folder(tmp_path, monkeypatc
     assert runtime.run_dir("", second) == run  # it says the same
     second.write_text("preset: tiny\nlimit: 1\n")
     for preset in (first, "my"):
-        with pytest.raises(ValueError, match=rf"preset {second}.*'?{preset}'.* same name"):
+        with pytest.raises(ValueError, match=rf"{run} .* {second}, .*'?{preset}'"):
             runtime.run_dir("", preset)
     assert runtime.run_dir(tmp_path / "other", first) == tmp_path / "other"
     second.unlink()
@@ -191,10 +191,10 @@ def test_a_killed_process_keeps_nobody_waiting(tmp_path, holder, capsys, monkeyp
 
 def test_a_missing_or_damaged_json_says_who_writes_it(tmp_path):
     path = tmp_path / "record.json"
-    with pytest.raises(FileNotFoundError, match=r"record.json.*writes; run notebook 01"):
+    with pytest.raises(FileNotFoundError, match=r"record\.json.* notebook 01"):
         runtime.read_json(path, "notebook 01")
     path.write_text("{half")
-    with pytest.raises(ValueError, match=r"record.json.*delete it.* run notebook 01"):
+    with pytest.raises(ValueError, match=r"record\.json.*delete.* notebook 01"):
         runtime.read_json(path, "notebook 01")
 
 

@@ -107,7 +107,7 @@ def test_lost_gaze_is_dropped_and_counted(study):
     found = listed(study, table([*rows()[:200], *lost, *rows()[200:]]))
     assert_as_looked(found)
     assert found.meta["dropped_outside"] == 84
-    assert "360 fixations, 84 more dropped" in found.describe()
+    assert re.search("360 fixations, 84 ", found.describe())
 
 
 CONVERTED = {
@@ -160,10 +160,10 @@ def test_lists_that_are_refused_or_warned_of(study, case):
 
 def test_a_wrong_conversion_is_mended_and_not_added_to(study):
     content = table(rows(CONVERTED["screen"][0]))
-    with pytest.raises(ValueError, match=r"points lie outside .*not percent") as caught:
+    with pytest.raises(ValueError, match=r"of 360 .*not percent") as caught:
         listed(study, content, coordinates={"unit": "percent"})
     assert "offset: [" not in str(caught.value)
-    with pytest.raises(ValueError, match=r"points lie outside .*offset: \[") as caught:
+    with pytest.raises(ValueError, match=r"of 360 .*offset: \[") as caught:
         listed(study, content, coordinates={"offset": [200, 0]})
     # Near the offset that there is, from which the points' median differs a little.
     said = re.search(r"offset: \[(-?\d+), (-?\d+)\]", str(caught.value))
@@ -178,11 +178,11 @@ def test_a_list_of_each_observer(study):
     found = prepared(study)
     assert_as_looked(found)
     assert len(found.photos[0].known_observers) == 3
-    with pytest.raises(UserWarning, match=r"fixations/ beside it is not"):
+    with pytest.raises(UserWarning, match=r"fixations\.csv.* fixations/"):
         listed(study, table(rows()))
     (study / "fixations.csv").unlink()
     (study / "fixations").rename(study / "gaze")
-    with pytest.raises(ValueError, match=r"none of fixations\.csv.*fixations/.* but 'gaze', 'imag"):
+    with pytest.raises(ValueError, match=r"fixations\.csv.* fixations/.* 'gaze', 'images'"):
         prepared(study)
 
 
@@ -284,7 +284,7 @@ def test_maps_that_are_named_after_their_kind(study, ending):
     found = prepared(study, loss="kl")
     assert found.photos[3].density == f"density_maps/{found.photos[3].stem}{ending}.png"
     (study / found.photos[3].density).unlink()
-    with pytest.raises(ValueError, match="12 photos without density maps"):
+    with pytest.raises(ValueError, match=r"12 photos .*density maps: '001'"):
         prepared(study, loss="kl")
 
 
@@ -344,5 +344,5 @@ def test_a_repaired_list_is_never_finished_before(study, capsys):
     assert call("prepare")[0] == 0
     for verb in ("train", "evaluate"):
         code, said = call(verb)
-        assert (code, "was trained on other prepared data" in said) == (1, True), verb
+        assert (code, f"other prepared data than {run / 'data'}" in said) == (1, True), verb
     assert Prepared.read(run / "data").meta["dropped_outside"] == 0

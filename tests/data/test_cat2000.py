@@ -52,7 +52,7 @@ def test_faulty_matrices(cat2000, fault):
 def test_missing_parts(cat2000):
     category = cat2000 / "trainSet/FIXATIONLOCS/Art"
     (category / "001.mat").unlink()
-    with pytest.raises(ValueError, match="cat2000 Art: 1 photos without fixation files: '001'"):
+    with pytest.raises(ValueError, match=r"Art: 1 photos .*fixation files: '001'"):
         read_cat2000(cat2000)
     category.rmdir()
     with pytest.raises(ValueError, match=r"1 categories .*FIXATIONLOCS: 'Art'"):

@@ -74,10 +74,10 @@ def test_what_is_complete_is_compared_with_its_record(server, sources, tmp_path)
     folder = acquire("tiny", tmp_path)
     assert folder == acquire("tiny", tmp_path) == tmp_path / "tiny"
     (folder / "points/train/1.mat").write_bytes(b"two")  # of the same size
-    with pytest.raises(ArchiveError, match=r"1 files .*1\.mat has other content"):
+    with pytest.raises(ArchiveError, match=r"1 files .*1\.mat .*content"):
         acquire("tiny", tmp_path)
     (folder / "points/train/1.mat").unlink()
-    with pytest.raises(ArchiveError, match=r"1 files .*1\.mat is missing"):
+    with pytest.raises(ArchiveError, match=r"1 files .*1\.mat .*missing"):
         acquire("tiny", tmp_path)
     shutil.rmtree(folder / "points")
     acquire("tiny", tmp_path)  # from the archive that was kept
@@ -108,14 +108,14 @@ def test_the_users_wrong_archive_is_recognised_and_kept(sources, tmp_path, conte
 
 
 def test_wrong_arguments(sources, tmp_path):
-    with pytest.raises(ValueError, match="'tinny': use one of tiny, other"):
+    with pytest.raises(ValueError, match=r"'tinny': .* tiny, other, own"):
         acquire("tinny", tmp_path)
-    with pytest.raises(ValueError, match=r"own is not downloaded: place everything in .*tiny"):
+    with pytest.raises(ValueError, match=r"own .*: place everything in .*tiny"):
         acquire("own", tmp_path)
     with pytest.raises(FileNotFoundError, match=r"x\.zip"):
         acquire("tiny", tmp_path, [tmp_path / "x.zip"])
     (tmp_path / "x.zip").write_bytes(POINTS)
-    with pytest.raises(ValueError, match=r"x\.zip is none of .*: photos\.zip, points-1\.zip"):
+    with pytest.raises(ValueError, match=r"x\.zip .*tiny.*: photos\.zip, points-1\.zip, "):
         acquire("tiny", tmp_path, [tmp_path / "x.zip"])
     (tmp_path / "tiny/points").mkdir(parents=True)  # the user's own
     with pytest.raises(FileExistsError, match=r"tiny/points"):
@@ -196,7 +196,7 @@ def test_refusals_of_google_drive(server, sources, tmp_path, monkeypatch):
         raise gdown.exceptions.FileURLRetrievalError("Too many users\n\thave viewed the file")
 
     monkeypatch.setattr(gdown, "download", refuse)
-    with pytest.raises(TransferError, match=r"Too many users have .* quota .*archives/photos\.zip"):
+    with pytest.raises(TransferError, match=r"Too many users have .*quota.*archives/photos\.zip"):
         acquire("tiny", tmp_path)
     assert (tmp_path / "tiny/points").exists()  # what is done stays done
 
@@ -232,7 +232,7 @@ def test_the_transfer_is_reported(server, sources, tmp_path, monkeypatch, capsys
     clock = iter(range(0, 10_000, 20))
     monkeypatch.setattr("mlnet_utils.runtime.time.monotonic", lambda: next(clock))
     acquire("tiny", tmp_path)
-    assert "downloading photos.zip: 3 blocks of 0.5 MB" in capsys.readouterr().out
+    assert re.search(r"photos\.zip: 3 .*0\.5 MB", capsys.readouterr().out)
 
 
 # ---- the table of sources ----------------------------------------------------------------------
@@ -250,7 +250,12 @@ def test_every_source_is_complete_and_documented(name):
         assert all(len(sha256) == 64 for sha256 in archive.known.values())
         assert SOURCES[name].citation
     assert f"`{name}`" in README
-    assert SOURCES[name].citation in re.sub(r"\s+", " ", README)
+    citation = SOURCES[name].citation
+    # The title, between full stops, is the longest part.
+    facts = [max(citation.split(". "), key=len), *re.findall(r"[A-Z]\. (\w+)", citation)]
+    facts += re.findall(r"\d{4}", citation)
+    paragraphs = re.sub(r"\n(?!\n)", " ", README).split("\n")
+    assert any(all(fact in paragraph for fact in facts) for paragraph in paragraphs)
 
 
 @pytest.mark.realdata

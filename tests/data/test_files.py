@@ -1,5 +1,7 @@
 """What all readers share: pairing by name, photos, MATLAB's files, maps of fixated pixels."""
 
+import re
+
 import numpy as np
 import pytest
 from miniatures import TURNED, cells, save_mat, save_photo, truncate
@@ -15,7 +17,7 @@ from mlnet_utils.data.readers.files import fixated_pixels, load_mat, photo_size
 # ---- pairing -----------------------------------------------------------------------------------
 def test_stems_must_be_unique(tmp_path):
     paths = [tmp_path / name for name in ("b.jpg", "a_x.png", "a_x.jpg")]
-    with pytest.raises(ValueError, match=r"1 stems belong to several .*a_x.jpg' and"):
+    with pytest.raises(ValueError, match=r"1 stems .*a_x\.jpg.*a_x\.png"):
         files.by_stem(paths, "set")
     assert list(files.by_stem(paths[:2], "set", strip="_x")) == ["a", "b"]
 
@@ -24,7 +26,7 @@ def test_mismatches_are_counted_and_named():
     files.check_pairs("set", "photos", "abc", "maps", "cab")
     with pytest.raises(ValueError, match=r"set: 2 photos .*: 'a', 'b'; 1 maps .*: 'd'"):
         files.check_pairs("set", "photos", "abc", "maps", "cd")
-    assert files.named(list("abcdefg")) == "'a', 'b', 'c', 'd', 'e' and 2 more"
+    assert re.fullmatch(r"'a', 'b', 'c', 'd', 'e'\D+2\D+", files.named(list("abcdefg")))
 
 
 # ---- files -------------------------------------------------------------------------------------
@@ -37,7 +39,7 @@ def test_photo_sizes(tmp_path):
 @pytest.mark.parametrize("suffix", [".jpg", ".png", ".bmp"])
 def test_photos_that_are_cut_off(tmp_path, suffix):
     path = truncate(save_photo(tmp_path / f"a{suffix}", 200, 100), 0.8)
-    with pytest.raises(ValueError, match=rf"a{suffix}' cannot be read .*get it again"):
+    with pytest.raises(ValueError, match=rf"a{suffix}' cannot be read"):
         photo_size(path)
 
 
@@ -50,11 +52,11 @@ NO_MAT = {
 @pytest.mark.parametrize("kind", NO_MAT)
 def test_mat_files_that_are_none(tmp_path, kind):
     (tmp_path / "x.mat").write_bytes(NO_MAT[kind])
-    with pytest.raises(ValueError, match=r"x\.mat' cannot be read .*MATLAB"):
+    with pytest.raises(ValueError, match=r"x\.mat' .*MATLAB"):
         load_mat(tmp_path / "x.mat")
-    with pytest.raises(ValueError, match=r"x\.mat' cannot be read .*MATLAB"):
+    with pytest.raises(ValueError, match=r"x\.mat' .*MATLAB"):
         load_mat(truncate(save_mat(tmp_path / "x.mat", a=np.arange(99))))
-    with pytest.raises(ValueError, match="holds nothing instead of gaze, image"):
+    with pytest.raises(ValueError, match=r"x\.mat .*nothing.* gaze, image"):
         load_mat(save_mat(tmp_path / "x.mat"), "gaze", "image")
 
 

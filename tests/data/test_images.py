@@ -83,7 +83,7 @@ def test_float_values_that_are_no_pixels_are_errors(tmp_path, bad):
     values = np.full((4, 4), 0.5, np.float32)
     values[1, 1] = bad
     Image.fromarray(values).save(tmp_path / "x.tif")
-    with pytest.raises(ValueError, match=r"x.tif' .*\(float .* finite and in 0\.\.1 or 0\.\.255"):
+    with pytest.raises(ValueError, match=r"x\.tif' .*0\.\.1 or 0\.\.255"):
         read_image(tmp_path / "x.tif")
 
 
@@ -147,7 +147,7 @@ def test_whatever_a_reader_raises_names_the_file(tmp_path, monkeypatch, error):
     assert not ImageFile.LOAD_TRUNCATED_IMAGES
     colourful().save(tmp_path / "x.png")
     monkeypatch.setattr(Image.Image, "load", lambda *_: (_ for _ in ()).throw(error))
-    with pytest.raises(ValueError, match=rf"x\.png' cannot be read \({type(error).__name__}"):
+    with pytest.raises(ValueError, match=rf"x\.png' .*\({type(error).__name__}"):
         read_image(tmp_path / "x.png")
 
 
@@ -161,11 +161,11 @@ def test_first_frame_of_an_animation(tmp_path):
 def test_a_bomb_is_refused(tmp_path, monkeypatch):
     colourful().save(tmp_path / "x.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 900)
-    with pytest.raises(ValueError, match=r"x.png' has over .*--megapixels"):
+    with pytest.raises(ValueError, match=r"x\.png' .*--megapixels"):
         read_image(tmp_path / "x.png")
     with photo_limit(0.0021):
         assert read_image(tmp_path / "x.png").shape == (3, 40, 50)
-    with photo_limit(0.0019), pytest.raises(ValueError, match="over 0 megapixels"):
+    with photo_limit(0.0019), pytest.raises(ValueError, match=r"x\.png' .* 0 megapixels"):
         read_image(tmp_path / "x.png")
 
 
@@ -197,7 +197,7 @@ def test_heic_without_its_extra_says_what_to_install(tmp_path, monkeypatch, name
     (tmp_path / name).write_bytes(HEIC)
     monkeypatch.setitem(sys.modules, "pillow_heif", None)
     for read in (read_image, photo_size):
-        with pytest.raises(ValueError, match=rf"{name}' is HEIC: .*mlnet-utils\[heic\]"):
+        with pytest.raises(ValueError, match=rf"{name}' .*mlnet-utils\[heic\]"):
             read(tmp_path / name)
 
 

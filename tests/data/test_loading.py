@@ -64,7 +64,7 @@ def test_augmentation_depends_on_seed_epoch_and_photo_only_and_on_no_cache(tiny_
 def test_a_photo_that_changed_size_is_an_error(tiny_photos):
     dataset = make_dataset(tiny_photos)
     dataset.photos = [replace(dataset.photos[0], width=99)]
-    with pytest.raises(ValueError, match=r"train0.png is 61x75, but was prepared as 99x75"):
+    with pytest.raises(ValueError, match=r"train0\.png .*61x75.* 99x75"):
         dataset[0]
 
 

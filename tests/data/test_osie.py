@@ -46,7 +46,7 @@ def test_eyecrowd_has_empty_scanpaths(tmp_path):
     (photo,) = dataset_spec("eyecrowd").read(tmp_path)
     assert photo.fixations.tolist() == [[1023, 767], [0, 0], [1, 1]]
     assert photo.observers.tolist() == [0, 2, 2]
-    with pytest.raises(ValueError, match=r"001\.jpg is 1024x768 instead of 800x600"):
+    with pytest.raises(ValueError, match=r"001\.jpg .*1024x768.* 800x600"):
         read_osie(tmp_path)
 
 
@@ -106,7 +106,7 @@ def test_two_datasets_are_trained_on_together(tmp_path, monkeypatch):
     assert added == [photo.stem for photo in crowd.split("train")]
     wider = prepare(tiny_config(dataset="osie+eyecrowd", sigma=30), both, both / "run" / "wider")
     assert (wider.sigma, {photo.sigma for photo in wider.split("train")}) == (30, {0, 30})
-    with pytest.raises(ValueError, match=r"fold=0, but osie\+eyecrowd has its own split"):
+    with pytest.raises(ValueError, match=r"fold=0, .*osie\+eyecrowd.* -1"):
         prepare(tiny_config(dataset="osie+eyecrowd", fold=0), both, both / "run")
 
 

@@ -94,7 +94,7 @@ def test_fixation_maps(images, tmp_path):
     assert found == [[[2, row], [63, row]] for row in (3, 4, 5)]
     assert {observer for photo in photos for observer in photo.observers} == {NOBODY}
     (maps / "b.jpg").unlink()
-    with pytest.raises(ValueError, match="1 photos without fixation maps: 'b'"):
+    with pytest.raises(ValueError, match=r"1 photos .*fixation maps: 'b'"):
         read_folder(images, fixation_maps=maps)
 
 
@@ -131,7 +131,7 @@ def test_faulty_folders(images, tmp_path):
     with pytest.raises(ValueError, match="empty holds none"):
         read_folder(tmp_path / "empty", density_maps=images)
     save_photo(images / "more/a.png")
-    with pytest.raises(ValueError, match=r"1 stems .*a\.jpg' and '.*a\.png"):
+    with pytest.raises(ValueError, match=r"1 stems .*a\.jpg.*a\.png"):
         read_folder(images, density_maps=images)
 
 
@@ -158,5 +158,5 @@ def test_observers_are_as_many_as_there_are(images, listed):
     for observer in ("Ann", "Bob"):
         (lists / observer).mkdir(parents=True)
         (lists / observer / "gaze.csv").write_text("image,x,y\na,1,1\nb,1,1\nc.v2,1,1\n")
-    with pytest.raises(ValueError, match=r"Ann/gaze\.csv' and '.*Bob/gaze\.csv"):
+    with pytest.raises(ValueError, match=r"1 stems .*Ann/gaze\.csv.*Bob/gaze\.csv"):
         read_folder(images, lists)

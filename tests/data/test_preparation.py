@@ -2,6 +2,7 @@
 
 import hashlib
 import pickle
+import re
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -55,9 +56,9 @@ def test_impossible_splits_are_errors():
     for photos, fold in ((OSIE_LIKE[:4], 3), (OSIE_LIKE, 5)):
         with pytest.raises(ValueError, match=rf"fold={fold} of {len(photos)} photos"):
             preparation.fold_split(photos, fold)
-    with pytest.raises(ValueError, match=r"unknown dataset 'ossie': use one of .*osie"):
+    with pytest.raises(ValueError, match=r"'ossie': .* osie,"):
         dataset_spec("ossie")
-    with pytest.raises(ValueError, match="cannot take 1 validation and 1 test photos out of 2"):
+    with pytest.raises(ValueError, match=r"1 validation .* 1 test .* 2\b"):
         split_of(OSIE_LIKE[:2])
 
 
@@ -74,10 +75,10 @@ def test_every_split_of_few_photos_has_one(n):
 def test_photos_outside_the_user_s_split_are_an_error():
     own = [replace(photo, split="test") for photo in OSIE_LIKE[:9]]
     assert split_of(own) == own
-    with pytest.raises(ValueError, match=r"2 photos are in none of the folders .*, e.g. 1010, whi"):
+    with pytest.raises(ValueError, match=r"2 photos .*train, val, test.* 1010\b"):
         split_of([*own, *OSIE_LIKE[9:11]])
     for photos, shares in (([*own, *OSIE_LIKE[9:11]], (0.1, 0.2)), (OSIE_LIKE, (0, 0))):
-        with pytest.raises(ValueError, match="fold=0, but folder has its own split"):
+        with pytest.raises(ValueError, match=r"fold=0, .*folder.* -1"):
             split_of(photos, *shares, fold=0)
 
 
@@ -131,7 +132,7 @@ def test_own_photos_are_split_by_shares_and_small_ones_refused(tmp_path):
     meta = prepare(OWN, root, tmp_path / "run").meta
     assert meta["photos"] == {"train": 7, "val": 1, "test": 2}
     assert (meta["sigma_px"], meta["fixations"], meta["dropped_outside"]) == (5.0, 190, 10)
-    with pytest.raises(ValueError, match="'folder' has no sigma of its own: set `sigma`"):
+    with pytest.raises(ValueError, match=r"'folder' .*`sigma`"):
         prepare(replace(OWN, sigma=0), root, tmp_path / "run")
     # What no network takes is refused before it is trained on.
     save_photo(tmp_path / "folder/images/c.png", height=31)
@@ -144,7 +145,7 @@ def test_changed_sources_are_prepared_again_unless_something_was_trained_on_them
     first = ensure(OWN, root, data).digest
     assert ensure(OWN, root, data).digest == first
     own_photos(tmp_path, "3,5")
-    with pytest.warns(UserWarning, match=r"fixations\.csv has changed .*again"):
+    with pytest.warns(UserWarning, match=r"fixations\.csv .*changed"):
         assert ensure(OWN, root, data).digest != first
     with pytest.raises(ValueError, match=r"sigma=6.0 \(prepared: 5.0\)"):
         ensure(replace(OWN, sigma=6.0), root, data)
@@ -164,13 +165,13 @@ def test_maps_alone_serve_losses_that_need_no_points(tmp_path):
     assert [photo.density for photo in prepared.photos] == ["density_maps/a.png"]
     assert prepared.meta["fixations"] == 0
     for loss in ("kl + 0.1*nss", "ce"):
-        with pytest.raises(ValueError, match=r"1 photos .* e.g. a, and loss=.* needs fixations"):
+        with pytest.raises(ValueError, match=rf"1 photos .* a, .*loss='{re.escape(loss)}'"):
             prepare(replace(OWN, loss=loss), tmp_path, tmp_path / "run")
 
 
 def test_the_sample_has_no_folds_and_its_maps_are_checked(tmp_path):
     sample = tiny_config(dataset="synthetic", limit=1)
-    with pytest.raises(ValueError, match="fold=1, but synthetic has its own split"):
+    with pytest.raises(ValueError, match=r"fold=1, .*synthetic.* -1"):
         prepare(replace(sample, fold=1), tmp_path, tmp_path / "data")
     prepared = prepare(sample, tmp_path, tmp_path / "data")
     assert prepared.check() == []

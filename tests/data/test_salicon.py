@@ -56,14 +56,14 @@ def test_maps_are_noted_where_they_are(tmp_path, edition):
     with pytest.raises(ValueError, match=rf"{drawn.name} is 320x200, .* 640x480"):
         read_salicon_mat(root, edition)
     drawn.unlink()
-    with pytest.raises(ValueError, match=r"train: 1 photos without density maps: 'COCO_train2014"):
+    with pytest.raises(ValueError, match=f"train: 1 photos .*density maps: '{first.stem}'"):
         read_salicon_mat(root, edition)
 
 
 def test_an_edition_is_not_taken_for_the_other(root, edition):
     other = {"2015": "2017", "2017": "2015"}[edition]
     (root / f"fixations-{edition}").rename(root / f"fixations-{other}")
-    with pytest.raises(ValueError, match=rf"is not of SALICON's {other} edition.*not be mixed"):
+    with pytest.raises(ValueError, match=rf"{FIRST}.* {other} edition"):
         read_salicon_mat(root, other)
 
 
@@ -72,11 +72,11 @@ def test_missing_parts_and_photos_nobody_looked_at(root, edition, first, tmp_pat
     with pytest.raises(ValueError, match=rf"1 photos .*\(1 .*{FIRST}"):
         read_salicon_mat(root, edition)
     first.unlink()
-    with pytest.raises(ValueError, match=r"train: 1 photos without fixation files: 'COCO_train"):
+    with pytest.raises(ValueError, match=rf"train: 1 photos .*fixation files: '{FIRST}'"):
         read_salicon_mat(root, edition)
     (tmp_path / "x/images").mkdir(parents=True)
     (tmp_path / f"x/fixations-{edition}").mkdir()
-    with pytest.raises(ValueError, match="images holds no photos in train, val or test"):
+    with pytest.raises(ValueError, match=r"x/images .*train, val or test"):
         read_salicon_mat(tmp_path / "x", edition)
 
 
@@ -183,7 +183,7 @@ def test_faulty_json(example, fault):
 
 def test_annotations_that_are_there_twice_or_unknown_or_missing(example):
     write_json(example, annotations({}), "fixations_val.json")
-    with pytest.raises(ValueError, match=r"fixations_val\.json and .*examples\.json share a"):
+    with pytest.raises(ValueError, match=r"fixations_val\.json .*examples\.json .*\ba\b"):
         read_salicon_json(example)
     write_json(example, annotations({}), "fixations_other.json")
     with pytest.raises(ValueError, match=r"fixations_other\.json"):

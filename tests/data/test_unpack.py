@@ -54,7 +54,7 @@ def test_what_packers_leave_behind_is_skipped(tmp_path, target, place):
 
 def test_content_that_is_known_is_verified(tmp_path, target):
     archive = make_zip(tmp_path / "x.zip", FILES)
-    with pytest.raises(ArchiveError, match=r"train/b\.bin has SHA-256 .*, not 0000"):
+    with pytest.raises(ArchiveError, match=r"train/b\.bin .*SHA-256 .* 0000"):
         unpack(archive, target, ("train",), known={"train/b.bin": "0000"})
     assert not target.exists()
     unpack(archive, target, ("train",), known={"train/b.bin": hashlib.sha256(b"bb").hexdigest()})

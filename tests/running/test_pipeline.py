@@ -257,8 +257,8 @@ def test_a_changed_line_in_any_room_reruns_the_stages(
         (other / unused).write_text("changed = True\n")
     run()
     said = capsys.readouterr().out
-    assert "[1/2] 01_first: unchanged, skipped" in said
-    assert "[2/2] 02_second: unchanged, skipped" in said
+    assert "01_first: unchanged" in said
+    assert "02_second: unchanged" in said
     with open(other / room, "a", encoding="utf-8") as file:
         file.write("changed = True\n")
     assert "01_first: running (changed: package)" in would_run()
@@ -271,7 +271,7 @@ def test_a_new_record_reruns_what_follows(finished, capfd):
     write_book(finished / "repository/notebooks/01_first.ipynb", [*FIRST_CELLS, "1 + 1"])
     run()
     assert (folder / "01_first.json").read_text() != before
-    assert "[2/2] 02_second: running (changed: earlier records)" in capfd.readouterr().out
+    assert "02_second: running (changed: earlier records)" in capfd.readouterr().out
 
 
 def test_force_sets_aside_what_a_stage_would_go_on_with(finished, would_run):
@@ -353,7 +353,7 @@ def test_failing_cell_is_named_and_published_copy_stays(finished, capfd):
     before, notebook = kept.read_bytes(), finished / "repository/notebooks/02_second.ipynb"
     bad = "\n# why\nnumbers = [1, 2]\nnumbers[5]"
     write_book(notebook, [*SECOND_CELLS[:3], bad, *SECOND_CELLS[3:]])
-    place = r"02_second.ipynb: cell 5 \(In \[4\]\), `# why`: IndexError: list index out of range"
+    place = r"02_second\.ipynb: cell 5 .*In \[4\].*# why.*IndexError"
     with pytest.raises(NotebookError, match=place) as failure:
         run()
     failed = kept.with_name("02_second.failed.ipynb")
@@ -366,8 +366,8 @@ def test_failing_cell_is_named_and_published_copy_stays(finished, capfd):
     write_book(notebook, SECOND_CELLS)
     run()
     out = capfd.readouterr().out
-    assert "01_first: unchanged, skipped" in out
-    assert "02_second: running (not done yet)" in out
+    assert "01_first: unchanged" in out
+    assert "02_second: running" in out
     assert not failed.exists()
 
 
@@ -399,7 +399,7 @@ def test_broken_promises_are_errors(finished):
 
 def test_kernel_that_does_not_start_is_reported(project, monkeypatch):
     monkeypatch.setattr(sys, "executable", shutil.which("false"))
-    with pytest.raises(NotebookError, match=r"01_first.ipynb: the kernel did not"):
+    with pytest.raises(NotebookError, match=r"01_first\.ipynb: .*kernel"):
         run()
 
 
@@ -444,7 +444,7 @@ def test_a_split_without_truth_is_refused_before_training(tmp_path, tiny_photos,
         (folder / stage.record).write_text("{}")
 
     monkeypatch.setattr(pipeline, "_run_stage", run_stage)
-    with pytest.raises(ValueError, match=r"4 of the 4 test photos .* evaluate the split 'val'"):
+    with pytest.raises(ValueError, match=r"4 of the 4 test photos .* 'val'"):
         reproduce("tiny", folder, parameters={"SPLIT": "test"})
     assert ran == ["01_data_preparation"]
     reproduce("tiny", folder, parameters={"SPLIT": "val"})

@@ -154,7 +154,7 @@ def test_one_that_was_stopped_while_it_is_validated_goes_on(start, shifted, monk
         return real(trainer)
 
     monkeypatch.setattr(Trainer, "validate", stopped)
-    with pytest.raises(KeyboardInterrupt, match="run the same command again"):
+    with pytest.raises(KeyboardInterrupt, match=f"saved in {shifted}"):
         fit(adapt(start), shifted)
     found = fit(adapt(start), shifted)
     assert found.history == whole.history
@@ -171,9 +171,9 @@ def test_cached_features_give_the_same(start, shifted, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("head", "changes", "message"), [
-    ("density", {"freeze": []}, r"'lbfgs' is for an adaptation alone: set adapt to true"),
-    ("density", {"adapt": False}, r"optimizer='lbfgs' is for an adaptation alone"),  # nothing
-    ("paper", {}, r"adapt needs head='density', not head='paper'"),
+    ("density", {"freeze": []}, r"optimizer='lbfgs' .* adapt to true"),
+    ("density", {"adapt": False}, r"optimizer='lbfgs' .* adapt to true"),  # nothing
+    ("paper", {}, r"adapt .*head='density', .*head='paper'"),
 ])  # fmt: skip
 def test_what_an_adaptation_is_not_is_refused(tmp_path, run_folder, head, changes, message):
     start = tiny_checkpoint(tmp_path / "start.pt", head=head)

@@ -5,6 +5,7 @@ Most trainings are forked from a server; the last tests use torchrun itself.
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -146,7 +147,7 @@ def test_a_signal_to_one_process_stops_all_at_the_same_update(run_folder, everyt
     job = {"rank": 1, "world": 2, **EVERYTHING}
     assert train(run_folder, partial(stop_in_step, 4), **job) == [1, 1]
     for message in errors(run_folder):
-        assert message.startswith("KeyboardInterrupt: stopped at epoch 2, update 4; saved in")
+        assert re.match("KeyboardInterrupt: .*epoch 2, update 4;", message)
     assert progress(run_folder)["updates"] == 4
     # The other process does not see the storage of the first.
     assert train(run_folder, processes.hide_checkpoints, **job) == [1, 1]
@@ -165,7 +166,7 @@ def test_a_job_may_continue_in_another_number_of_processes(run_folder, divisible
 def test_a_bad_loss_in_one_process_stops_all(run_folder):
     accident = partial(processes.not_a_number, 1)
     assert train(run_folder, accident, rank=1, world=2, **DIVISIBLE) == [1, 1]
-    assert all("TrainingDied: the loss became nan" in message for message in errors(run_folder))
+    assert all(re.search("TrainingDied: .*nan", message) for message in errors(run_folder))
 
 
 # ---- torchrun ----------------------------------------------------------------------------------

