@@ -30,7 +30,8 @@ from mlnet_utils.metrics.protocols import METRICS
 from mlnet_utils.model import checkpoints
 from mlnet_utils.runtime import StopSignals, read_json
 
-ROUNDING = 1e-3 if torch.cuda.is_available() else 0  # a GPU's sums have no fixed order
+# A GPU sums in no fixed order, with kernels that it chooses by their speed of the moment.
+ROUNDING = 1e-2 if torch.cuda.is_available() else 0
 WILD = {"lr": 1e30, "optimizer": "sgd"}  # dies in its first epoch
 FAST = {"epochs": 1, "limit": 6, "height": 32, "width": 40, "prior_cells": [2, 2]}
 ONE = {"Three levels": {}}
