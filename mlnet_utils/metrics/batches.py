@@ -142,7 +142,7 @@ def _score(
         if name not in defined:
             known = ", ".join(defined)
             raise ValueError(f"{name} is not defined in protocol {protocol!r}, only {known}")
-        if missing := {*INPUTS[name]} - maps.keys():
+        if missing := [kind for kind in INPUTS[name] if kind not in maps]:
             raise ValueError(f"{name} needs {', '.join(missing)} (B, H, W), got None")
     _check_shapes(maps, names)
     count, baseline, shared = len(maps["prediction"]), maps.get("baseline"), {}
@@ -152,13 +152,12 @@ def _score(
 
     def values(index: int) -> list[float]:
         image = f"image {index} of the batch" if names is None else f"image {names[index]}"
-        own = maps.keys() - shared.keys()
-        given = shared | {kind: KINDS[kind](maps[kind][index], kind, image) for kind in own}
+        given = {k: shared.get(k) or KINDS[k](one[index], k, image) for k, one in maps.items()}
         return [_value(name, [given[k] for k in INPUTS[name]]) for name in metrics]
 
     def _value(name: str, given: list[Map | Points]) -> float:
-        truths = given[1:-1] if name == "IG" else given[1:]
-        if any(one.empty for one in truths):
+        truths = given[1:-1] if name == "IG" else given[1:]  # its baseline is a prediction too
+        if any(truth.empty for truth in truths):
             return math.nan
         if name in SMALL_VALUES and given[0].looks_8bit:
             problem = f"read back from an 8-bit file, which makes {name} meaningless"
