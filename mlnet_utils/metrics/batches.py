@@ -9,64 +9,63 @@ averaged, resized, blurred or sampled. The arguments are:
 * ``density``: blurred fixations, any scale.
 * ``negatives``: counts of other images' fixations (``baselines.LeaveOneOut``).
 * ``baseline``: density of a baseline, any scale, such as a centre bias of training data.
-* ``protocol``: a key of ``protocols.DEFINITIONS``, the definition in use.
+* ``protocol``: a key of ``protocols.DEFINITIONS``, the definition in use (docs/metrics.md).
 * ``names``: B image names for error messages, which else name the index in the batch.
 
 A ValueError names the image where a map holds NaN or infinity, has another shape than the
-prediction, or is no density or no count map, and where the protocol does not define the metric.
+prediction, or is no density or no count map. A metric that the protocol lacks is a ValueError too.
 """
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from inspect import Parameter, Signature
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mlnet_utils.metrics.inputs import Map, Points
 from mlnet_utils.metrics.protocols import DEFINITIONS, INPUTS, METRICS
+from mlnet_utils.runtime import require
 
 KINDS = {
     "prediction": Map, "fixations": Points, "density": Map, "negatives": Points, "baseline": Map
 }  # fmt: skip
+TRUTHS = {"fixations", "density", "negatives"}  # without any of them a score is undefined
 SMALL_VALUES = ("KL", "IG")  # metrics that live on these, which 8 bits make zeros
 Names = Sequence[str] | None
 
 
-def _batch(name: str, metric: str, about: str) -> Callable[..., Tensor]:
-    """A metric as a function of batches; ``protocol`` and ``names`` go by keyword."""
-    maps = [Parameter(kind, Parameter.POSITIONAL_OR_KEYWORD) for kind in INPUTS[metric]]
-    defaults = {"protocol": "mit300", "names": None}
-    options = [Parameter(k, Parameter.KEYWORD_ONLY, default=v) for k, v in defaults.items()]
-    signature = Signature([*maps, *options])
+def auc(
+    prediction: Tensor, fixations: Tensor, *, protocol: str = "mit300", names: Names = None
+) -> Tensor:
+    """Area under the ROC curve that separates fixated pixels from all pixels, 0..1, 0.5 = chance.
 
-    def of_batch(*args: Tensor, **kwargs: Any) -> Tensor:
-        given = defaults | signature.bind(*args, **kwargs).arguments
-        how = {key: given.pop(key) for key in defaults}
-        return _score([metric], given, **how)[metric]
-
-    shapes = "(B, H, W) tensors to (B,) float64; arguments and errors: metrics.batches."
-    of_batch.__name__, of_batch.__doc__ = name, f"{about}\n\n{shapes}"
-    of_batch.__signature__ = signature
-    return of_batch
+    mit300: every fixation, the exact area (Hanley & McNeil 1982). salicon: :func:`auc_borji`.
+    salicon2015: every fixation, thresholds 0, 0.01 .. 0.99.
+    """
+    return _one("AUC", protocol, names, prediction=prediction, fixations=fixations)
 
 
-_AREA = "Area under the ROC curve, 0..1, 0.5 = chance: "
-auc = _batch("auc", "AUC", f"{_AREA}fixations against all pixels (Borji's in `salicon`).")
-auc_judd = _batch("auc_judd", "AUC-Judd", f"{_AREA}AUC-Judd, with its bias (Judd et al. 2012).")
-auc_borji = _batch("auc_borji", "AUC-Borji", f"{_AREA}thresholds 0, 0.1 .. 1 (Borji et al. 2013).")
-nss = _batch("nss", "NSS", "Standard deviations above the mean, 0 = chance (Peters et al. 2005).")
-information_gain = _batch(
-    "information_gain", "IG", "Bits per fixation over a baseline (Kuemmerer et al. 2015)."
-)
-cc = _batch("cc", "CC", "Pearson's correlation of prediction and density, -1..1.")
-kl_divergence = _batch(
-    "kl_divergence", "KL", "Divergence of the prediction from the density in nats, 0 = equal."
-)
-similarity = _batch("similarity", "SIM", "Intersection of histograms, 0..1 (Judd et al. 2012).")
+def auc_judd(
+    prediction: Tensor, fixations: Tensor, *, protocol: str = "mit300", names: Names = None
+) -> Tensor:
+    """AUC-Judd (Judd et al. 2012; MIT's ``AUC_Judd.m``), 0..1: fixated against unfixated pixels.
+
+    Fixated pixels count once; the published curve's bias is kept. NaN where every pixel is fixated.
+    """
+    return _one("AUC-Judd", protocol, names, prediction=prediction, fixations=fixations)
+
+
+def auc_borji(
+    prediction: Tensor, fixations: Tensor, *, protocol: str = "mit300", names: Names = None
+) -> Tensor:
+    """AUC of Borji et al. (IEEE TIP 2013; MIT's ``AUC_Borji.m``), 0..1: thresholds 0, 0.1 .. 1.
+
+    Fixated pixels, each once, against all pixels. NaN with fewer than two fixated pixels or a
+    constant map.
+    """
+    return _one("AUC-Borji", protocol, names, prediction=prediction, fixations=fixations)
 
 
 def auc_shuffled(
@@ -78,23 +77,91 @@ def auc_shuffled(
     grid: bool = False,
     names: Names = None,
 ) -> Tensor:
-    """AUC of fixations against places fixated on other images (Tatler et al. 2005), 0..1.
+    """AUC of fixated pixels against places fixated on other images (Tatler et al. 2005), 0..1.
 
-    ``grid=True`` takes the thresholds 0, 0.1 .. 1 of MIT's ``AUC_shuffled.m``, where each negative
-    pixel counts once: pass ``negatives > 0``. Raises ValueError: ``grid`` without ``"salicon"``.
+    Each negative counts as often as it was fixated. mit300: every fixation; salicon: every fixated
+    pixel once. salicon2015: every fixation, thresholds 0, 0.01 .. 0.99, negatives weighted by the
+    number of images and not on this image's fixated pixels. ``grid=True`` (with salicon, else a
+    ValueError) takes the thresholds 0, 0.1 .. 1 of MIT's ``AUC_shuffled.m``, where each negative
+    pixel counts once: pass ``negatives > 0``; a constant map gives NaN.
     """
-    if grid and protocol != "salicon":
+    if grid and protocol in DEFINITIONS and protocol != "salicon":
         raise ValueError(f"grid=True needs protocol='salicon', got {protocol!r}")
     maps = {"prediction": prediction, "fixations": fixations, "negatives": negatives}
-    metric = "sAUC-grid" if grid else "sAUC"
-    return _score([metric], maps, protocol, names)[metric]
+    return _one("sAUC-grid" if grid else "sAUC", protocol, names, **maps)
+
+
+def nss(
+    prediction: Tensor, fixations: Tensor, *, protocol: str = "mit300", names: Names = None
+) -> Tensor:
+    """Normalised scanpath saliency (Peters et al. 2005), in standard deviations, 0 = chance.
+
+    mit300, salicon2015: every fixation, deviation with 1/P, 0 for a constant map. salicon: every
+    fixated pixel once, deviation with 1/(P - 1), NaN for a constant map.
+    """
+    return _one("NSS", protocol, names, prediction=prediction, fixations=fixations)
+
+
+def information_gain(
+    prediction: Tensor,
+    fixations: Tensor,
+    baseline: Tensor,
+    *,
+    protocol: str = "mit300",
+    names: Names = None,
+) -> Tensor:
+    """Information gain over a baseline, in bits per fixation (Kuemmerer et al., PNAS 2015).
+
+    mit300: every fixation; both maps divided by their sums (a prediction with negative values is
+    shifted first, an all-zero prediction is uniform); -inf where the prediction, a ValueError where
+    the baseline is zero at a fixation. salicon: every fixated pixel once; both maps scaled to 0..1,
+    then divided by their sums, eps = 2^-52; NaN where a map is constant. Warns of 8 bits.
+    """
+    maps = {"prediction": prediction, "fixations": fixations, "baseline": baseline}
+    return _one("IG", protocol, names, **maps)
+
+
+def cc(
+    prediction: Tensor, density: Tensor, *, protocol: str = "mit300", names: Names = None
+) -> Tensor:
+    """Pearson's correlation of prediction and density over the pixels, -1..1.
+
+    A constant density gives NaN, a constant prediction 0 in mit300 and NaN elsewhere.
+    """
+    return _one("CC", protocol, names, prediction=prediction, density=density)
+
+
+def kl_divergence(
+    prediction: Tensor, density: Tensor, *, protocol: str = "mit300", names: Names = None
+) -> Tensor:
+    """Divergence of the prediction from the density in nats, 0 = equal (MIT's ``KLdiv.m``).
+
+    Both maps are divided by their sums. mit300: eps = 2.2204e-16; a prediction with negative values
+    is shifted by its minimum, an all-zero prediction is uniform. salicon: eps = 2^-52, no shift, an
+    all-zero prediction stays zero; NaN for values of both signs. Warns of 8 bits.
+    """
+    return _one("KL", protocol, names, prediction=prediction, density=density)
+
+
+def similarity(
+    prediction: Tensor, density: Tensor, *, protocol: str = "mit300", names: Names = None
+) -> Tensor:
+    """Intersection of the histograms of prediction and density, 0..1 (Judd et al. 2012).
+
+    mit300: both divided by their sums (the prediction as in :func:`kl_divergence`). salicon: both
+    scaled to 0..1 first; 0 for an all-zero prediction, NaN for another constant map.
+    """
+    return _one("SIM", protocol, names, prediction=prediction, density=density)
 
 
 def emd(prediction: Tensor, density: Tensor, *, downsize: int = 32, names: Names = None) -> Tensor:
-    """Earth mover's distance in pixels of maps that are shrunk by ``downsize``; slow.
+    """Earth mover's distance (Rubner et al. 2000; MIT's ``EMD.m``) in pixels, 0 = equal; slow.
 
-    Raises ValueError: the prediction has values of both signs.
+    Maps are shrunk by the factor ``downsize`` with MATLAB's ``imresize`` and divided by their sums.
+    NaN for an all-zero prediction. Raises ValueError: the prediction has values of both signs;
+    ImportError: the extra ``emd`` is not installed.
     """
+    require("ot", "emd")
     maps = {"prediction": prediction, "density": density}
     return _score(["EMD"], maps, "mit300", names, downsize=downsize)["EMD"]
 
@@ -128,6 +195,10 @@ def score_all(
 
 
 # ---- around the formulas -----------------------------------------------------------------------
+def _one(metric: str, protocol: str, names: Names, **maps: Tensor) -> Tensor:
+    return _score([metric], maps, protocol, names)[metric]
+
+
 def _score(
     metrics: Sequence[str], maps: dict[str, Tensor], protocol: str, names: Names, **options: int
 ) -> dict[str, Tensor]:
@@ -153,19 +224,17 @@ def _score(
     def values(index: int) -> list[float]:
         image = f"image {index} of the batch" if names is None else f"image {names[index]}"
         given = {k: shared.get(k) or KINDS[k](one[index], k, image) for k, one in maps.items()}
-        return [_value(name, [given[k] for k in INPUTS[name]]) for name in metrics]
+        return [value(name, given) for name in metrics]
 
-    def _value(name: str, given: list[Map | Points]) -> float:
-        truths = given[1:-1] if name == "IG" else given[1:]  # its baseline is a prediction too
-        if any(truth.empty for truth in truths):
+    def value(name: str, given: dict[str, Map | Points]) -> float:
+        taken = {kind: given[kind] for kind in INPUTS[name]}
+        if any(taken[kind].empty for kind in TRUTHS & taken.keys()):
             return math.nan
-        if name in SMALL_VALUES and given[0].looks_8bit:
+        if name in SMALL_VALUES and given["prediction"].looks_8bit:
             problem = f"read back from an 8-bit file, which makes {name} meaningless"
-            advice = "score the float map instead"
-            warnings.warn(
-                f"{given[0].image}: the prediction looks {problem}; {advice}", stacklevel=2
-            )
-        return float(defined[name](*given, **options))
+            said = f"the prediction looks {problem}; score the float map instead"
+            warnings.warn(f"{given['prediction'].image}: {said}", stacklevel=2)
+        return float(defined[name](*taken.values(), **options))
 
     threads = torch.get_num_threads()
     try:

@@ -1,10 +1,10 @@
 """The metrics' formulas, each to be read beside its paper, on plain tensors of one image.
 
 ``p``, ``g`` and ``b`` are the (P,) float64 values of prediction, ground truth and baseline, one for
-each pixel; ``f`` (N,) are flat indices of fixated pixels. The evaluators differ in what they put in
+each pixel; ``f`` (N,) are flat indices of fixated pixels. The evaluators differ in their inputs
 (every fixation, or every fixated pixel once; the maps' normalisation; a constant against zeros) and
 in their values for constant maps: ``protocols.DEFINITIONS`` is that table. For batches (B, H, W)
-call ``mlnet_utils.metrics.nss`` and its kin, which check what they are given.
+call ``mlnet_utils.metrics.nss`` and its kin, which check their arguments.
 
 Published code estimates some areas by random draws or jitter; here are the exact expectations:
 pairs that tie count one half.
@@ -24,10 +24,13 @@ def exact_area(positives: Tensor, negatives: Tensor) -> float:
     """P(positive > negative) + P(positive = negative) / 2 (Hanley & McNeil, Radiology 1982).
 
     The area of the curve with a point at every value, 0..1, 0.5 = chance. Takes the (N,) and (M,)
-    values of a map at fixations and elsewhere, in any unit.
+    values of a map at fixations and elsewhere, in any unit. NaN without negatives.
     """
+    if not len(negatives):
+        return math.nan
     ordered = np.sort(negatives.numpy())
     below, up_to = (np.searchsorted(ordered, positives.numpy(), side) for side in ("left", "right"))
+    # Negatives below a positive, and half of those that tie: (below + up_to) / 2.
     return (below + up_to).mean() / (2 * len(ordered))
 
 
@@ -65,23 +68,27 @@ def judd_area(positives: Tensor, negatives: Tensor) -> float:
 def nss(p: Tensor, f: Tensor, correction: int = 0) -> Tensor:
     """NSS = mean over fixations f of (P(f) - mean P) / std P (Peters et al., Vision Research 2005).
 
-    Normalised scanpath saliency, in standard deviations, 0 = chance. The deviation divides by P -
-    ``correction``.
+    Normalised scanpath saliency, in standard deviations, 0 = chance; undefined where P is constant.
+    The squares are divided by their number less ``correction``.
     """
-    return (p[f] - p.mean()).mean() / p.std(correction=correction)
+    centred = p - p.mean()
+    return centred[f].mean() / (centred.square().sum() / (len(p) - correction)).sqrt()
 
 
-def information_gain(p: Tensor, b: Tensor) -> Tensor:
+def information_gain(p: Tensor, b: Tensor, f: Tensor) -> Tensor:
     """IG = mean over fixations f of log2 p(f) - log2 b(f), in bits (Kuemmerer et al., PNAS 2015).
 
-    Takes the (N,) values of both densities at the fixations. Minus infinity where p is zero.
+    Minus infinity where p is zero at a fixation.
     """
-    return (p.log2() - b.log2()).mean()
+    return (p[f].log2() - b[f].log2()).mean()
 
 
 # ---- maps against a density --------------------------------------------------------------------
 def cc(p: Tensor, g: Tensor) -> Tensor:
-    """CC = cov(P, G) / (std P std G), Pearson's correlation over the pixels, -1..1."""
+    """CC = cov(P, G) / (std P std G), Pearson's correlation over the pixels, -1..1.
+
+    Undefined where a map is constant.
+    """
     p, g = p - p.mean(), g - g.mean()
     return torch.dot(p, g) / (p.norm() * g.norm())
 

@@ -89,15 +89,15 @@ class Map:
 
 
 class Points:
-    """Counts per pixel: flat indices ``pixels`` (U,), each once, and ``counts`` (U,) of each."""
+    """Counts per pixel: flat indices ``once`` (U,) of the fixated pixels, and ``counts`` (U,)."""
 
     def __init__(self, values: Tensor, kind: str, image: str):
         flat = _flat(values)
         if flat.is_floating_point():
             flat = flat.to(torch.float64)  # float8 has no comparisons
         # numpy's nonzero of booleans is many times faster than torch's of numbers
-        self.pixels = torch.from_numpy(np.flatnonzero((flat != 0).numpy()))
-        found = flat[self.pixels]
+        self.once = torch.from_numpy(np.flatnonzero((flat != 0).numpy()))
+        found = flat[self.once]
         self.counts = found.to(torch.int64)
         if (self.counts != found).any() or (self.counts < 0).any():
             problem = "must be whole counts per pixel, not negative; a blurred map is a density"
@@ -109,12 +109,12 @@ class Points:
     @property
     def empty(self) -> bool:
         """True without any fixation."""
-        return len(self.pixels) == 0
+        return len(self.once) == 0
 
     @functools.cached_property
-    def each(self) -> Tensor:
-        """(N,) fixated pixels, once per fixation."""
-        return self.pixels.repeat_interleave(self.counts)
+    def every(self) -> Tensor:
+        """(N,) flat indices of every fixation's pixel."""
+        return self.once.repeat_interleave(self.counts)
 
 
 def _multiples(values: Tensor, step: float) -> bool:

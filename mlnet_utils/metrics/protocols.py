@@ -1,4 +1,4 @@
-"""The evaluators' definitions of the metrics: what each of them puts into the formulas.
+"""The evaluators' definitions of the metrics: the inputs that each gives to the formulas.
 
 ``"mit300"``: today's MIT/Tuebingen benchmark and pysaliency. ``"salicon"``: the LSUN'17 SALICON
 server, which used MIT's MATLAB code (cvzoya/saliency). ``"salicon2015"``: the first evaluator
@@ -34,46 +34,35 @@ EPS_MIT300, EPS_MATLAB = 2.2204e-16, 2.0**-52  # as the benchmark's code and MAT
 
 # ---- definitions -------------------------------------------------------------------------------
 # p, g, b: inputs.Map of prediction, density, baseline; f, n: inputs.Points of fixations, negatives.
-def _auc_unfixated(p: Map, f: Points) -> float:
-    negatives = _unfixated(p, f)
-    return exact_area(p.values[f.each], negatives) if len(negatives) else math.nan
-
-
 def _auc_judd(p: Map, f: Points) -> float:
-    return judd_area(p.values[f.pixels], _unfixated(p, f))
+    return judd_area(p.values[f.once], _unfixated(p, f))
 
 
 def _unfixated(p: Map, f: Points) -> Tensor:
     """The prediction's values at the pixels that were not fixated."""
     keep = torch.ones_like(p.values, dtype=torch.bool)
-    keep[f.pixels] = False
+    keep[f.once] = False
     return p.values[keep]
 
 
 def _auc_borji(p: Map, f: Points) -> float:
     """Borji et al. (IEEE TIP 2013; MIT's ``AUC_Borji.m``): coarse, which costs peaky maps 0.06."""
-    if p.constant or len(f.pixels) < 2:
+    if p.constant or len(f.once) < 2:
         return math.nan
-    return grid_area(p.unit[f.pixels], p.unit, COARSE)
+    return grid_area(p.unit[f.once], p.unit, COARSE)
 
 
 def _auc_shuffled_2015(p: Map, f: Points, n: Points) -> float:
     """Negatives, weighted by their number of images, that this image's fixations left."""
-    others = n.each[~torch.isin(n.each, f.each)]
-    return grid_area(p.unit[f.each], p.unit[others], FINE)
+    others = n.every[~torch.isin(n.every, f.every)]
+    return grid_area(p.unit[f.every], p.unit[others], FINE)
 
 
 def _gain(p: Map, f: Points, b: Map) -> Tensor:
-    at_fixations = b.share[f.each]
-    if not (at_fixations > 0).all():
+    if not (b.share[f.once] > 0).all():
         undefined = "the baseline is zero at a fixation; mix it with a uniform density"
         raise ValueError(f"{p.image}: {undefined}")
-    return functions.information_gain(p.density[f.each], at_fixations)
-
-
-def _gain_matlab(p: Map, f: Points, b: Map) -> Tensor:
-    at_fixations = (one.stretched[f.pixels] + EPS_MATLAB for one in (p, b))
-    return functions.information_gain(*at_fixations)
+    return functions.information_gain(p.density, b.share, f.every)
 
 
 def _cc(p: Map, g: Map) -> float | Tensor:
@@ -93,38 +82,41 @@ def _emd(p: Map, g: Map, downsize: int = 32) -> float:
 
 
 _MIT = {"AUC-Judd": _auc_judd, "AUC-Borji": _auc_borji, "EMD": _emd}
+# Values of degenerate maps: docs/metrics.md, "Degenerate input".
 DEFINITIONS: dict[str, dict[str, Callable[..., float | Tensor]]] = {
     # Every fixation counts. A map with negative values is lifted, one of zeros is uniform.
     "mit300": {
-        **_MIT,
-        "AUC": lambda p, f: exact_area(p.values[f.each], p.values),
-        "AUC-unfixated": _auc_unfixated,
-        "sAUC": lambda p, f, n: exact_area(p.values[f.each], p.values[n.each]),
-        "NSS": lambda p, f: 0.0 if p.constant else functions.nss(p.values, f.each),
+        "AUC": lambda p, f: exact_area(p.values[f.every], p.values),
+        "AUC-unfixated": lambda p, f: exact_area(p.values[f.every], _unfixated(p, f)),
+        "sAUC": lambda p, f, n: exact_area(p.values[f.every], p.values[n.every]),
+        "NSS": lambda p, f: 0.0 if p.constant else functions.nss(p.values, f.every),
         "IG": _gain,
         "CC": lambda p, g: 0.0 if p.constant and not g.constant else _cc(p, g),
         "KL": lambda p, g: functions.kl_divergence(p.density, g.share, EPS_MIT300),
         "SIM": lambda p, g: functions.similarity(p.density, g.share),
+        **_MIT,
     },
     # Every fixated pixel counts once. Nothing is lifted; SIM and IG scale the maps to 0..1 first.
     "salicon": {
-        **_MIT,
         "AUC": _auc_borji,
-        "sAUC": lambda p, f, n: exact_area(p.values[f.pixels], p.values[n.each]),
+        "sAUC": lambda p, f, n: exact_area(p.values[f.once], p.values[n.every]),
         # MIT's AUC_shuffled.m, where each negative pixel counts once: pass ``negatives > 0``.
         "sAUC-grid": lambda p, f, n: (
-            math.nan if p.constant else grid_area(p.unit[f.pixels], p.unit[n.each], COARSE)
+            math.nan if p.constant else grid_area(p.unit[f.once], p.unit[n.every], COARSE)
         ),
-        "NSS": lambda p, f: math.nan if p.constant else functions.nss(p.values, f.pixels, 1),
-        "IG": _gain_matlab,
+        "NSS": lambda p, f: math.nan if p.constant else functions.nss(p.values, f.once, 1),
+        "IG": lambda p, f, b: functions.information_gain(
+            p.stretched + EPS_MATLAB, b.stretched + EPS_MATLAB, f.once
+        ),
         "CC": _cc,
         "KL": lambda p, g: functions.kl_divergence(p.share, g.share, EPS_MATLAB),
         "SIM": lambda p, g: 0.0 if p.empty else functions.similarity(p.stretched, g.stretched),
+        **_MIT,
     },
     "salicon2015": {
-        "AUC": lambda p, f: grid_area(p.unit[f.each], p.unit, FINE),
+        "AUC": lambda p, f: grid_area(p.unit[f.every], p.unit, FINE),
         "sAUC": _auc_shuffled_2015,
-        "NSS": lambda p, f: 0.0 if p.constant else functions.nss(p.values, f.each),
+        "NSS": lambda p, f: 0.0 if p.constant else functions.nss(p.values, f.every),
         "CC": _cc,
     },
 }
