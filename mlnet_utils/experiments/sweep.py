@@ -185,7 +185,7 @@ def run_job(job: Job) -> None:
 
 
 def _scored(job: Job) -> bool:
-    """True where the job's scores are whole, and of its present checkpoint, data and keys."""
+    """True where the scores are whole, and of the present checkpoint, data, evaluation keys."""
     path, best = job.folder / "metrics.json", job.folder / "checkpoints" / "best.pt"
     photos = job.folder / "per_image.csv"
     if not (path.is_file() and photos.is_file()):
@@ -445,7 +445,7 @@ def take_scores(grid: Grid, source: str | Path, folder: str | Path) -> dict[str,
 
 
 def summary(folder: str | Path) -> str:
-    """The table as text: per cell the seeds, the means, and the number of infinite photos."""
+    """The table as text: per cell the seeds, the means, and the photos with infinite scores."""
     table = pd.read_csv(Path(folder) / TABLE, **AS_WRITTEN)
     if table.empty:
         return "no training has finished"

@@ -6,8 +6,8 @@ each pixel; ``f`` (N,) are flat indices of fixated pixels. The evaluators differ
 in their values for constant maps: ``protocols.DEFINITIONS`` is that table. For batches (B, H, W)
 call ``mlnet_utils.metrics.nss`` and its kin, which check their arguments.
 
-Published code estimates some areas by random draws or jitter; here are the exact expectations:
-pairs that tie count one half.
+The papers' titles stand in docs/metrics.md. Published code estimates some areas by random draws or
+jitter; here are the exact expectations: pairs that tie count one half.
 """
 
 import math
@@ -90,7 +90,7 @@ def cc(p: Tensor, g: Tensor) -> Tensor:
     Undefined where a map is constant.
     """
     p, g = p - p.mean(), g - g.mean()
-    return torch.dot(p, g) / (p.norm() * g.norm())
+    return torch.dot(p, g) / (torch.dot(p, p) * torch.dot(g, g)).sqrt()
 
 
 def kl_divergence(p: Tensor, g: Tensor, eps: float) -> Tensor:

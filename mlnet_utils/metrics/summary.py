@@ -16,7 +16,7 @@ Scores = Sequence[float] | np.ndarray | Tensor
 def bootstrap_interval(values: Scores, resamples: int = 2000) -> tuple[float, float]:
     """95 % percentile bootstrap interval of the mean (Efron & Tibshirani 1993, chapter 13).
 
-    Takes (N,) scores, one per photo; photos are drawn with replacement, always the same ones. The
+    Takes (N,) scores, one per photo; photos are drawn with replacement, always the same. The
     interval leaves out values that are not finite, as the mean does: (low, high) are NaN without
     finite values, equal with one.
     """

@@ -6,4 +6,5 @@ Nothing here knows about saliency: the computations stand in the notebooks. With
 
 from mlnet_utils.runtime import require
 
-require("papermill", "notebooks")  # which needs the others of the extra
+require("papermill", "notebooks")  # it requires all that this room imports
+require("ipykernel", "notebooks")  # the kernel

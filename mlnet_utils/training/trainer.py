@@ -329,7 +329,8 @@ class Trainer:
     def validate(self) -> dict[str, float]:
         """Mean loss and quick scores of the judged network on its grid, over the validation photos.
 
-        Raises TrainingDied: constant maps, a loss that is not finite. KeyboardInterrupt: a signal.
+        Raises TrainingDied: every map is constant, or the loss is not finite. KeyboardInterrupt: a
+        signal, in a single process.
         """
         network, config = self.judged.eval(), self.config
         if self.world > 1:  # batch-norm statistics of the first process count

@@ -57,3 +57,11 @@ def test_missing_parts(cat2000):
     category.rmdir()
     with pytest.raises(ValueError, match=r"1 categories .*FIXATIONLOCS: 'Art'"):
         read_cat2000(cat2000)
+
+
+def test_suffixes_in_capitals_and_linked_folders_are_read(cat2000, tmp_path):
+    stimuli = cat2000 / "trainSet/Stimuli"
+    (stimuli / "Action/001.jpg").rename(stimuli / "Action/001.JPG")
+    (stimuli / "Art").rename(tmp_path / "elsewhere")
+    (stimuli / "Art").symlink_to(tmp_path / "elsewhere")
+    assert [photo.stem for photo in read_cat2000(cat2000)] == ["Action_001", "Art_001"]

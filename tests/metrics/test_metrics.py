@@ -12,6 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from mlnet_utils import metrics
 from mlnet_utils.data.geometry import density_from_points, fixation_counts
+from mlnet_utils.metrics import functions
 
 H, W = 9, 11
 ALL = [*metrics.METRICS, "AUC-unfixated", "AUC-Judd", "AUC-Borji"]
@@ -51,6 +52,22 @@ def test_emd_of_one_moved_pixel_is_its_distance():
     assert metrics.emd(here, here, downsize=1).item() == 0
     with pytest.raises(ValueError, match=r"image cat\.jpg: .* has values of both signs"):
         metrics.emd(here - there, there, names=["cat.jpg"])
+
+
+def test_formulas_on_numbers_that_a_reader_can_check():
+    p, g, f = (torch.tensor(values).double() for values in ([0, 1, 1, 2], [0, 0, 1, 1], [2, 3]))
+    f = f.long()  # values 1 and 2; the other pixels hold 0 and 1
+    assert functions.exact_area(p[f], p[:2]) == (0.5 + 1 + 1 + 1) / 4
+    assert functions.judd_area(p[f], p[:2]) == 3.5 / 4 + 0.5 / (
+        2 * 2 * 2
+    )  # 1 of 2 that tie lifts half
+    assert functions.grid_area(p[f] / 2, p / 2, [0.0, 0.5, math.inf]) == 0.625
+    assert functions.nss(p, f) == pytest.approx((0 + 1) / 2 / math.sqrt(0.5))
+    assert functions.nss(p, f, correction=1) == pytest.approx(0.5 / math.sqrt(2 / 3))
+    assert functions.cc(p, g) == pytest.approx(1 / math.sqrt(2))
+    assert functions.information_gain(p / 4, torch.full((4,), 0.25), f) == (0 + 1) / 2
+    assert functions.kl_divergence(p / 4, g / 2, 1e-16) == pytest.approx(0.5 * math.log(2))
+    assert functions.similarity(p / 4, g / 2) == 0.25 + 0.5
 
 
 # ---- ranks -------------------------------------------------------------------------------------
@@ -329,6 +346,14 @@ def test_wrong_values_are_errors_that_name_the_image(kinds, value, problem):
                 metrics.score_all(**maps, names=names)
 
 
+def test_of_two_wrong_maps_the_first_is_named():
+    maps = scene()
+    for kind in ("fixations", "negatives", "baseline"):
+        maps[kind] = torch.full((1, H, W), -0.5)
+    with pytest.raises(ValueError, match="batch: fixations "):
+        score(maps)
+
+
 UNREAL = (lambda v: v.to(torch.complex64), lambda v: v.to_sparse(), lambda v: v.to("meta"))
 ODD = (lambda v: v[0], lambda v: v[None], lambda v: v[:, :0], lambda v: 3)
 OTHERS = ("fixations", "density", "negatives", "baseline")
@@ -352,8 +377,9 @@ def test_other_tensors_are_errors(kind, change, problem):
 def test_baselines_must_be_positive_at_fixations():
     maps = scene(points=1)
     maps["baseline"][maps["fixations"] > 0] = 0
-    with pytest.raises(ValueError, match="image 0 of the batch: the baseline is zero"):
-        score(maps, ["IG"])
+    for baseline in (maps["baseline"], torch.zeros(1, H, W)):
+        with pytest.raises(ValueError, match="image 0 of the batch: the baseline is zero"):
+            score({**maps, "baseline": baseline}, ["IG"])
     assert math.isfinite(score(maps, ["IG"], "salicon")["IG"].item())
 
 
