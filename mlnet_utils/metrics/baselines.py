@@ -188,9 +188,9 @@ def inter_observer(
 
     ``sigma`` is that of the Gaussian, in pixels of the photo; ``prior``, a (H, W) density such as a
     centre bias (default: uniform), is mixed in by ``prior_share``. Fixations without an observer
-    predict nobody: they may be of the one who is left out. Yields (observer, (H, W) float64 density
-    that predicts them, their own (N, 2) fixations). Raises ValueError: the photo has fewer than two
-    known observers.
+    predict nobody: they may be of the observer who is left out. Yields (observer, (H, W) float64
+    density that predicts them, their own (N, 2) fixations). Raises ValueError: the photo has fewer
+    than two known observers.
     """
     photo, observers = _attributed(photo), photo.known_observers
     if len(observers) < 2:
