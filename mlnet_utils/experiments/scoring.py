@@ -158,8 +158,10 @@ class MapFiles:
         if self.place.is_dir():
             files = visible_files(self.place, (*PHOTO_SUFFIXES, ".npy", ".npz", ".mat"))
             return [path.relative_to(self.place).as_posix() for path in files]
-        said = reading(self.place, "a folder of maps, or an HDF5 file", "name another")
-        with said, require("h5py", "legacy").File(self.place) as file:
+        with (
+            reading(self.place, "a folder of maps, or an HDF5 file", "name another"),
+            require("h5py", "legacy").File(self.place) as file,
+        ):
             return maps_in(file)
 
     def _read(self, photo: Photo) -> tuple[Tensor, bool]:

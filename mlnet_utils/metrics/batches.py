@@ -26,7 +26,6 @@ from torch import Tensor
 
 from mlnet_utils.metrics.inputs import Map, Points
 from mlnet_utils.metrics.protocols import DEFINITIONS, INPUTS, METRICS
-from mlnet_utils.runtime import require
 
 KINDS = {
     "prediction": Map, "fixations": Points, "density": Map, "negatives": Points, "baseline": Map
@@ -161,7 +160,6 @@ def emd(prediction: Tensor, density: Tensor, *, downsize: int = 32, names: Names
     NaN for an all-zero prediction. Raises ValueError: the prediction has values of both signs;
     ImportError: the extra ``emd`` is not installed.
     """
-    require("ot", "emd")
     maps = {"prediction": prediction, "density": density}
     return _score(["EMD"], maps, "mit300", names, downsize=downsize)["EMD"]
 

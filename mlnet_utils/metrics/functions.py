@@ -75,12 +75,12 @@ def nss(p: Tensor, f: Tensor, correction: int = 0) -> Tensor:
     return centred[f].mean() / (centred.square().sum() / (len(p) - correction)).sqrt()
 
 
-def information_gain(p: Tensor, b: Tensor, f: Tensor) -> Tensor:
+def information_gain(p: Tensor, b: Tensor, f: Tensor, eps: float = 0.0) -> Tensor:
     """IG = mean over fixations f of log2 p(f) - log2 b(f), in bits (Kuemmerer et al., PNAS 2015).
 
-    Minus infinity where p is zero at a fixation.
+    ``eps`` is added to both; without it IG is minus infinity where p is zero at a fixation.
     """
-    return (p[f].log2() - b[f].log2()).mean()
+    return ((p[f] + eps).log2() - (b[f] + eps).log2()).mean()
 
 
 # ---- maps against a density --------------------------------------------------------------------
@@ -107,9 +107,12 @@ def emd(p: Tensor, g: Tensor) -> float:
     """Earth mover's distance: least mass times distance that turns p into g (Rubner et al. 2000).
 
     Takes two (h, w) maps, which are divided by their sums; in pixels, 0 = equal. Slow: a few
-    hundred pixels. Raises ImportError: the extra ``emd`` is not installed.
+    hundred pixels. NaN where p is zero everywhere. Raises ImportError: the extra ``emd`` is not
+    installed.
     """
     ot = require("ot", "emd")
+    if not p.any():
+        return math.nan
     # Mass that both have in a place need not move, so only the differences do. They make sense of
     # the slightly negative values that bicubic resizing gives, too.
     difference = (p / p.sum() - g / g.sum()).flatten()

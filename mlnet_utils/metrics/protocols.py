@@ -58,6 +58,10 @@ def _auc_shuffled_2015(p: Map, f: Points, n: Points) -> float:
     return grid_area(p.unit[f.every], p.unit[others], FINE)
 
 
+def _nss(p: Map, f: Points) -> float | Tensor:
+    return 0.0 if p.constant else functions.nss(p.values, f.every)
+
+
 def _gain(p: Map, f: Points, b: Map) -> Tensor:
     if not (b.share[f.once] > 0).all():
         undefined = "the baseline is zero at a fixation; mix it with a uniform density"
@@ -70,9 +74,7 @@ def _cc(p: Map, g: Map) -> float | Tensor:
 
 
 def _emd(p: Map, g: Map, downsize: int = 32) -> float:
-    """MIT's old ``EMD.m``: maps shrunk by MATLAB's ``imresize``; NaN for an all-zero prediction."""
-    if p.empty:
-        return math.nan
+    """MIT's old ``EMD.m``: maps shrunk by MATLAB's ``imresize``."""
     if p.low < 0 < p.high:
         problem = "the prediction has values of both signs; subtract its minimum first"
         raise ValueError(f"{p.image}: {problem}")
@@ -89,7 +91,7 @@ DEFINITIONS: dict[str, dict[str, Callable[..., float | Tensor]]] = {
         "AUC": lambda p, f: exact_area(p.values[f.every], p.values),
         "AUC-unfixated": lambda p, f: exact_area(p.values[f.every], _unfixated(p, f)),
         "sAUC": lambda p, f, n: exact_area(p.values[f.every], p.values[n.every]),
-        "NSS": lambda p, f: 0.0 if p.constant else functions.nss(p.values, f.every),
+        "NSS": _nss,
         "IG": _gain,
         "CC": lambda p, g: 0.0 if p.constant and not g.constant else _cc(p, g),
         "KL": lambda p, g: functions.kl_divergence(p.density, g.share, EPS_MIT300),
@@ -106,7 +108,7 @@ DEFINITIONS: dict[str, dict[str, Callable[..., float | Tensor]]] = {
         ),
         "NSS": lambda p, f: math.nan if p.constant else functions.nss(p.values, f.once, 1),
         "IG": lambda p, f, b: functions.information_gain(
-            p.stretched + EPS_MATLAB, b.stretched + EPS_MATLAB, f.once
+            p.stretched, b.stretched, f.once, EPS_MATLAB
         ),
         "CC": _cc,
         "KL": lambda p, g: functions.kl_divergence(p.share, g.share, EPS_MATLAB),
@@ -116,7 +118,7 @@ DEFINITIONS: dict[str, dict[str, Callable[..., float | Tensor]]] = {
     "salicon2015": {
         "AUC": lambda p, f: grid_area(p.unit[f.every], p.unit, FINE),
         "sAUC": _auc_shuffled_2015,
-        "NSS": lambda p, f: 0.0 if p.constant else functions.nss(p.values, f.every),
+        "NSS": _nss,
         "CC": _cc,
     },
 }
